@@ -1,0 +1,17 @@
+"""The one kind of error that is the user's to mend: a line that names the culprit and what was expected."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Shown by the command line as one line, without a traceback."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint naming what the user may have meant, or all that there is to choose from when the list is short."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"expected one of: {', '.join(names)}" if len(names) <= 24 else ""

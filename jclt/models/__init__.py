@@ -1,0 +1,49 @@
+"""The language model: one configurable transformer, its named sites, checkpoints, tokenizer and generation."""
+
+from jclt.models.config import ModelConfig, RopeScaling
+from jclt.models.model import Model, find_model, generate, load_model, run, save_model, token_array
+from jclt.models.sites import (
+    LAYER_SITES,
+    MODEL_SITES,
+    PATTERNS_AND_DENOMINATORS,
+    PEER_NAMES,
+    SITES,
+    Edit,
+    Replace,
+    Sites,
+    check_sites,
+)
+from jclt.models.tokenizer import Tokenizer, load_tokenizer
+from jclt.models.transformer import Cache, Mlp, Transformer, forward
+from jclt.models.weights import Weight, abstract_params, count, declare
+
+__all__ = [
+    "LAYER_SITES",
+    "MODEL_SITES",
+    "PATTERNS_AND_DENOMINATORS",
+    "PEER_NAMES",
+    "SITES",
+    "Cache",
+    "Edit",
+    "Mlp",
+    "Model",
+    "ModelConfig",
+    "Replace",
+    "RopeScaling",
+    "Sites",
+    "Tokenizer",
+    "Transformer",
+    "Weight",
+    "abstract_params",
+    "check_sites",
+    "count",
+    "declare",
+    "find_model",
+    "forward",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "run",
+    "save_model",
+    "token_array",
+]

@@ -1,0 +1,253 @@
+"""Models on disk in the Hugging Face layout: `config.json`, one or many `.safetensors`, a tokenizer's files."""
+
+import json
+import logging
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from jclt.errors import UserError
+from jclt.models.config import ModelConfig
+from jclt.models.families import Family, Tensor
+from jclt.models.published import family_of, read_config, write_config
+from jclt.models.tokenizer import Tokenizer
+from jclt.models.weights import abstract_params, declare
+from jclt.shapes import Array, Params
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class SafetensorsFile:
+    """The tensors of one file as views of its memory map: what is not looked at is not read."""
+
+    def __init__(self, path: Path):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length) if 0 < length <= size - 8 else b"")
+            except ValueError:
+                raise UserError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)") from None
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size < end:
+            raise UserError(f"{path}: cut off, has {size} bytes, expected {end}")
+        self.header, self.start, self.path = header, 8 + length, path
+
+    def tensor(self, name: str) -> np.ndarray:
+        entry = self.header[name]
+        first, last = entry["data_offsets"]
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None or math.prod(entry["shape"]) * np.dtype(dtype).itemsize != last - first:
+            raise UserError(
+                f"{self.path}: tensor '{name}' of type {entry['dtype']} and shape {entry['shape']} is damaged"
+            )
+        return np.frombuffer(self.map, dtype, math.prod(entry["shape"]), self.start + first).reshape(entry["shape"])
+
+    def forget_pages(self) -> None:
+        """Lets go of the pages read so far, so that host memory holds no second copy of the checkpoint."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found, expected in a folder in Hugging Face layout") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return found
+
+
+def load_config(folder: Path) -> ModelConfig:
+    return read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def load_params(folder: Path, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None = None) -> dict[str, Array]:
+    """Every weight, read from the memory map straight to its place on the mesh, one piece at a time."""
+    files = _open_files(folder)
+    where = {name: file for file in files for name in file.header}
+    family = family_of(config)
+    names = _published_names(family, config, where, folder)
+    params = {}
+    for weight, target in abstract_params(config, mesh, dtype).items():
+        tensor = next(tensor for tensor in family.tensors if weight in tensor.weights)
+        views = [_view(where[name], name, tensor, weight, config) for name in names[tensor.published]]
+        stacked = "{}" in tensor.published
+        expected = target.shape[1:] if stacked else target.shape
+        for view, name in zip(views, names[tensor.published], strict=True):
+            if view.shape != expected:
+                got = f"makes {weight} {list(view.shape)}, expected {list(expected)}"
+                raise UserError(f"{where[name].path}: the shape of tensor '{name}' {got}")
+        piece = partial(_piece, views, stacked, dtype)
+        if target.sharding is None:
+            params[weight] = jnp.asarray(piece((slice(None),) * len(target.shape)))
+        else:
+            params[weight] = jax.make_array_from_callback(target.shape, target.sharding, piece)
+        params[weight].block_until_ready()
+        for file in files:
+            file.forget_pages()
+    return params
+
+
+def _piece(views: list[np.ndarray], stacked: bool, dtype: jnp.dtype, index: Any) -> np.ndarray:
+    """The part of a weight that one device holds, read layer by layer where layers are stacked."""
+    chosen = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
+    out = np.empty((len(chosen), *chosen[0].shape), dtype)
+    for row, view in zip(out, chosen, strict=True):
+        row[...] = view
+    return out if stacked else out[0]
+
+
+def _open_files(folder: Path) -> list[SafetensorsFile]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: no .safetensors file found, expected model.safetensors")
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: not found, though {index.name} names it")
+    return [SafetensorsFile(path) for path in paths]
+
+
+def _published_names(
+    family: Family, config: ModelConfig, where: Mapping[str, SafetensorsFile], folder: Path
+) -> dict[str, list[str]]:
+    """For each published tensor that this model needs, its name in the files, layer by layer."""
+    wanted = set(declare(config))
+    needed = [tensor for tensor in family.tensors if wanted & set(tensor.weights)]
+    prefix = next((p for p in family.prefixes if p + needed[0].published in where), family.prefixes[0])
+    names = {tensor.published: list(_names(tensor, prefix, config.layers)) for tensor in needed}
+    for tensor_names in names.values():
+        for name in tensor_names:
+            if name not in where:
+                raise UserError(
+                    f"{folder}: tensor '{name}' is missing, expected of a {family.name} model of this configuration"
+                )
+    used = {name for tensor_names in names.values() for name in tensor_names}
+    tied_copy = {
+        name for tensor in family.tensors for name in _names(tensor, prefix, 0) if "unembedding" in tensor.weights
+    }
+    for name in where:
+        ours = name.startswith(prefix) or name in tied_copy
+        if ours and name not in used | tied_copy and not name.endswith(family.ignored or ("\0",)):
+            raise UserError(f"{folder}: tensor '{name}' has no place in a {family.name} model of this configuration")
+    return names
+
+
+def _names(tensor: Tensor, prefix: str, layers: int) -> Iterator[str]:
+    """The tensor's names in a file: one a layer, or just one; `^` marks a name that takes no prefix."""
+    name = tensor.published[1:] if tensor.published.startswith("^") else prefix + tensor.published
+    if "{}" in name:
+        yield from (name.format(layer) for layer in range(layers))
+    else:
+        yield name
+
+
+def _view(file: SafetensorsFile, name: str, tensor: Tensor, weight: str, config: ModelConfig) -> np.ndarray:
+    """The weight inside a published tensor, as a view of it."""
+    source = file.tensor(name)
+    known = {"H": config.heads, "G": config.kv_heads, "K": config.head_width, "c": 3}
+    sizes = {axis: size for axis, size in known.items() if axis in tensor.pattern}
+    try:
+        view = einops.rearrange(source, tensor.pattern, **sizes)
+    except einops.EinopsError:
+        axes = f"{tensor.pattern.split(' -> ')[0]} with {sizes}"
+        raise UserError(f"{file.path}: tensor '{name}' has shape {list(source.shape)}, expected {axes}") from None
+    return view[tensor.weights.index(weight)] if len(tensor.weights) > 1 else view
+
+
+def save_params(
+    folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None, shard_bytes: int
+) -> None:
+    """Writes a whole model folder; nothing appears under its name before all is written."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists already, expected a new folder")
+    family = family_of(config)
+    dtype = str(params["token_embedding"].dtype)
+    raw = write_config(config, dtype)
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+
+    shards: list[dict[str, Callable[[], np.ndarray]]] = [{}]
+    size = 0
+    for name, nbytes, build in _published_tensors(family, config, params):
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = build
+        size += nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file({name: build() for name, build in shard.items()}, beside / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        write_json(beside / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(beside / "config.json", raw)
+    if tokenizer is not None:
+        tokenizer.save(beside)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(beside, folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _published_tensors(
+    family: Family, config: ModelConfig, params: Params
+) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
+    """Name, size and content of every tensor that the family publishes, the content made when it is asked for."""
+    for tensor in family.tensors:
+        if tensor.weights[0] not in params:
+            continue
+        parts, stacked = [params[name] for name in tensor.weights], "{}" in tensor.published
+        for layer, name in enumerate(_names(tensor, family.prefixes[0], config.layers)):
+            nbytes = sum(part.nbytes for part in parts) // (config.layers if stacked else 1)
+            yield name, nbytes, partial(_build, tensor, parts, layer if stacked else None)
+
+
+def _build(tensor: Tensor, parts: list[Array], layer: int | None) -> np.ndarray:
+    """A published tensor out of the weights that it holds."""
+    before, after = tensor.pattern.split(" -> ")
+    arrays = [np.asarray(part if layer is None else part[layer]) for part in parts]
+    whole = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+    return np.ascontiguousarray(einops.rearrange(whole, f"{after} -> {before}"))

@@ -1,0 +1,77 @@
+"""What a language model is, said once: every family that jclt reads is a setting of `ModelConfig`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How published models stretch rotary frequencies to longer contexts."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape and the options of a decoder-only transformer. `family` says in which published layout it is saved."""
+
+    family: str
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    context: int
+    kv_heads: int = 0  # 0: as many as heads
+    head_width: int = 0  # 0: width / heads
+
+    norm: Literal["layer", "rms"] = "rms"
+    norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0  # Gemma stores its gains minus one
+    post_norms: bool = False
+    qk_norm: bool = False
+
+    activation: Activation = "silu"
+    gated: bool = True
+    parallel: bool = False  # attention and MLP read the same residual stream, as in GPT-NeoX
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
+
+    learned_positions: bool = False  # else rotary
+    rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    local_layers: tuple[int, ...] = ()  # layers that attend through the sliding window
+    window: int = 0
+    rope_local_base: float | None = None  # Gemma 3: local layers rotate with their own, unscaled base
+
+    attn_scale: float = 0.0  # 0: 1 / sqrt(head_width)
+    attn_scale_by_layer: bool = False  # GPT-2's option: divide by layer + 1 as well
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    scaled_embedding: bool = False  # Gemma: token embeddings times sqrt(width)
+    tied: bool = False
+
+    bos_token: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # The derived sizes are filled in so that nobody has to ask for them in two ways.
+        for name, value in (
+            ("kv_heads", self.kv_heads or self.heads),
+            ("head_width", self.head_width or self.width // self.heads),
+        ):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "attn_scale", self.attn_scale or self.head_width**-0.5)
+
+    @property
+    def rotary_width(self) -> int:
+        """How many of a head's dimensions rotate."""
+        return 0 if self.learned_positions else int(self.head_width * self.rope_fraction)

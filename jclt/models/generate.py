@@ -1,0 +1,68 @@
+"""Generation with a cache of keys and values, one compiled program for all prompts of about the same length."""
+
+from typing import cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from jclt.models.config import ModelConfig
+from jclt.models.sites import Edit
+from jclt.models.transformer import Cache, Mlp, forward
+from jclt.shapes import Array, Float, Int, Logits, Params, Tokens
+
+
+def sample(
+    logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, "B"]:
+    """The likeliest token at temperature 0; otherwise a draw from the smallest set of tokens that holds `top_p`."""
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    drawn = jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf), axis=-1)
+    return jnp.where(temperature > 0, drawn, greedy)
+
+
+@eqx.filter_jit
+def generate_tokens(
+    config: ModelConfig,
+    params: Params,
+    tokens: Tokens,
+    lengths: Int[Array, "B"],
+    new: int,
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+    key: Array,
+    stop_tokens: tuple[int, ...] = (),
+    edit: Edit | None = None,
+    mlp: Mlp | None = None,
+) -> Int[Array, "B new"]:
+    """`new` tokens for each row of right-padded prompts; after a stop token the row repeats it."""
+    batch, padded = tokens.shape
+    shape = (config.layers, batch, padded + new, config.kv_heads, config.head_width)
+    cache = Cache(*(jnp.zeros(shape, params["token_embedding"].dtype),) * 2)
+
+    def step(tokens: Tokens, positions: Int[Array, "B T"], cache: Cache) -> tuple[Logits, Cache]:
+        logits, _, grown = forward(config, params, tokens, positions=positions, cache=cache, edit=edit, mlp=mlp)
+        return logits, cast(Cache, grown)
+
+    def choose(logits: Float[Array, "B V"], stopped: Array, last: Array, index: Array) -> tuple[Array, Array]:
+        drawn = sample(logits, jax.random.fold_in(key, index), temperature, top_p).astype(tokens.dtype)
+        chosen = jnp.where(stopped, last, drawn)
+        return chosen, stopped | jnp.isin(chosen, jnp.asarray(stop_tokens, tokens.dtype))
+
+    # Positions after a row's prompt hold padding: nothing attends to them before decoding overwrites them.
+    logits, cache = step(tokens, jnp.zeros_like(tokens) + jnp.arange(padded)[None], cache)
+    rows = jnp.arange(batch)
+    last, stopped = choose(logits[rows, lengths - 1], jnp.zeros(batch, bool), tokens[:, 0], jnp.asarray(0))
+
+    def decode(carry: tuple[Array, Array, Cache], index: Array) -> tuple[tuple[Array, Array, Cache], Array]:
+        last, stopped, cache = carry
+        logits, cache = step(last[:, None], (lengths + index)[:, None], cache)
+        chosen, stopped = choose(logits[:, 0], stopped, last, index + 1)
+        return (chosen, stopped, cache), chosen
+
+    _, rest = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1))
+    return jnp.concatenate([last[:, None], rest.T], axis=1)

@@ -1,0 +1,216 @@
+"""A language model in the hand: configuration, parameters and tokenizer, with what a user does to it."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jclt.errors import UserError
+from jclt.models.checkpoint import load_config, load_params, save_params
+from jclt.models.config import ModelConfig
+from jclt.models.generate import generate_tokens
+from jclt.models.sites import MODEL_SITES, Edit, check_sites
+from jclt.models.tokenizer import Tokenizer, load_tokenizer
+from jclt.models.transformer import Mlp, Transformer
+from jclt.shapes import Array, ArrayLike, Params, Seen
+from jclt.sharding import mesh_of, sharding
+
+log = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
+"""Text, or token ids `[T]` or `[B, T]`."""
+
+
+@dataclass(frozen=True)
+class Model:
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer | None
+    name: str
+
+    def encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise UserError(f"model {self.name}: has no tokenizer (tokenizer.json), expected token ids instead of text")
+        return self.tokenizer.encode(text)
+
+
+def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
+    """Loads "demo", a folder in Hugging Face layout, or a hub name whose files are cached or reachable.
+
+    On a mesh every weight is read straight to its place there; without one it lies on the default device. In float32
+    every product is exact to float32 on every device; bfloat16 is for speed.
+    """
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise UserError(f"dtype '{dtype}': expected float32, bfloat16 or float64")
+    folder = find_model(str(name))
+    config = load_config(folder)
+    params = load_params(folder, config, jnp.dtype(dtype), mesh)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None and tokenizer.size > config.vocabulary:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.size} tokens, expected at most {config.vocabulary}")
+    return Model(config, params, tokenizer, str(name))
+
+
+def find_model(name: str) -> Path:
+    """The folder that holds the model of this name."""
+    if name == "demo":
+        return Path(str(resources.files("jclt"))) / "world" / "model"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        raise UserError(f"model '{name}': no such folder; for a hub name, pip install huggingface_hub") from None
+    files = ["config.json", "generation_config.json", "*.safetensors*", "tokenizer*.json", "vocab.json", "merges.txt"]
+    try:
+        try:
+            return Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
+        except FileNotFoundError:
+            return Path(snapshot_download(name, allow_patterns=files))
+    except HFValidationError:
+        raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
+    except Exception as error:  # whatever the network has to say, the user needs the one line
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})"
+        ) from None
+
+
+def save_model(model: Model, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes the model in Hugging Face layout; `transformers` and `load_model` read it back."""
+    save_params(Path(folder), model.config, model.params, model.tokenizer, shard_bytes)
+
+
+def run(
+    model: Model,
+    prompt: Prompt,
+    capture: Iterable[str] = (),
+    *,
+    edit: Edit | None = None,
+    freeze: Iterable[str] = (),
+    mlp: Mlp | None = None,
+    unroll: bool = False,
+) -> tuple[Array, Seen]:
+    """Logits, and the values at the captured sites (`models.SITES` names them all, with their axes).
+
+    Text or ids `[T]` give logits `[T, V]`; ids `[B, T]` give a batch axis. Sites inside the layers have a leading layer
+    axis. `edit(site, layer, value)` returns what the network goes on with (`Replace` puts captured values back);
+    `freeze` names sites that gradients treat as constant; `mlp(layer, reads, true)` stands in for the MLPs.
+    """
+    capture, freeze = check_sites(capture), check_sites(freeze)
+    tokens = token_array(model, prompt)
+    single = tokens.ndim == 1
+    batch = tokens[None] if single else tokens
+    mesh = mesh_of(model.params["token_embedding"])
+    if mesh is None:
+        logits, seen = _run(model.config, model.params, jnp.asarray(batch), capture, freeze, edit, mlp, unroll)
+    else:
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(batch, sharding(mesh, batch.shape, ("batch", None)))
+            logits, seen = _run(model.config, model.params, placed, capture, freeze, edit, mlp, unroll)
+    for name in capture:
+        if name not in seen:
+            raise UserError(f"site '{name}': a {model.config.family} model of this configuration has none")
+    if single:
+        return logits[0], {name: x[0] if name in MODEL_SITES else x[:, 0] for name, x in seen.items()}
+    return logits, seen
+
+
+@eqx.filter_jit
+def _run(
+    config: ModelConfig,
+    params: Params,
+    tokens: Array,
+    capture: tuple[str, ...],
+    freeze: tuple[str, ...],
+    edit: Edit | None,
+    mlp: Mlp | None,
+    unroll: bool,
+) -> tuple[Array, Seen]:
+    options = {"capture": capture, "freeze": freeze, "edit": edit, "mlp": mlp, "unroll": unroll}
+    outputs: Any = Transformer(config).apply({"params": params}, tokens, **options)
+    return outputs[0], outputs[1]
+
+
+PROMPT_BUCKET = 32
+"""Prompts are padded to a multiple of this, so that generation compiles once for all lengths in between."""
+
+
+def generate(
+    model: Model,
+    prompt: Prompt,
+    max_new_tokens: int = 32,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+    edit: Edit | None = None,
+    mlp: Mlp | None = None,
+) -> str | np.ndarray:
+    """The prompt with its continuation: text for text, ids for ids; greedy unless a temperature is given.
+
+    A row ends at a stop token (the model's own by default) and repeats it from there on.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"temperature={temperature}, top_p={top_p}: expected at least 0, and above 0 up to 1")
+    tokens = token_array(model, prompt)
+    batch = np.atleast_2d(tokens)
+    length = batch.shape[1]
+    if length + max_new_tokens > model.config.context:
+        raise UserError(
+            f"{length} tokens of prompt and {max_new_tokens} new ones: expected at most {model.config.context}"
+        )
+    stops = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+    padding = min(-length % PROMPT_BUCKET, model.config.context - length - max_new_tokens)
+    new = generate_tokens(
+        model.config,
+        model.params,
+        jnp.asarray(np.pad(batch, ((0, 0), (0, padding)))),
+        jnp.full(len(batch), length, jnp.int32),
+        max_new_tokens,
+        jnp.float32(temperature),
+        jnp.float32(top_p),
+        jax.random.key(seed),
+        stops,
+        edit,
+        mlp,
+    )
+    whole = np.concatenate([batch, np.asarray(new)], axis=1)
+    if isinstance(prompt, str):
+        ids = whole[0].tolist()
+        ends = [i for i in range(length, len(ids)) if ids[i] in stops]
+        return model.tokenizer.decode(ids[: ends[0]] if ends else ids)  # pyright: ignore[reportOptionalMemberAccess]
+    return whole[0] if tokens.ndim == 1 else whole
+
+
+def token_array(model: Model, prompt: Prompt) -> np.ndarray:
+    """The prompt as int32 ids `[T]` or `[B, T]`, checked against the model."""
+    ids = np.asarray(model.encode(prompt) if isinstance(prompt, str) else prompt)
+    if ids.ndim not in (1, 2) or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+        raise UserError(
+            f"prompt: got an array of {ids.dtype} with {ids.ndim} axes, expected text or token ids [T] or [B, T]"
+        )
+    if ids.size == 0:
+        raise UserError("prompt: empty, expected at least one token")
+    if ids.shape[-1] > model.config.context:
+        raise UserError(
+            f"prompt: {ids.shape[-1]} tokens, expected at most {model.config.context} (the model's context)"
+        )
+    if ids.min() < 0 or ids.max() >= model.config.vocabulary:
+        raise UserError(
+            f"prompt: token id {ids.min() if ids.min() < 0 else ids.max()}, expected 0 to {model.config.vocabulary - 1}"
+        )
+    return ids.astype(np.int32)

@@ -1,0 +1,109 @@
+"""The transformer's arithmetic as plain functions of arrays, with no notion of layers, sites or parameters."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jclt.models.config import Activation, ModelConfig, RopeScaling
+from jclt.shapes import Array, Bool, Float, Int, Mask
+
+
+def contract(equation: str, x: Array, weight: Array) -> Array:
+    """An einsum in which float32 means float32 on every device; bfloat16 operands are summed in float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    total = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=wide(x.dtype))
+    return total.astype(x.dtype)
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that sums, norms and softmaxes are computed in: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+def centred(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    return x - x.mean(axis=-1, keepdims=True)
+
+
+def denominator(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch"]:
+    """What a norm divides by: the root mean square of its (centred) input."""
+    # Held apart from the division, which the compiler would merge with the root into a product with other last bits:
+    # the network then computes the same bits whether or not the denominator is captured.
+    return jax.lax.optimization_barrier(jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(epsilon, x.dtype)))
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    if cap is None:
+        return x
+    limit = jnp.asarray(cap, x.dtype)
+    return limit * jnp.tanh(x / limit)
+
+
+def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
+    """Radians a position for each pair of rotating dimensions."""
+    frequencies = 1.0 / base ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3: waves longer than the original context are slowed by the factor, short ones left, the rest blended.
+    turns = scaling.original_context * frequencies / (2 * jnp.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def rotation(config: ModelConfig, positions: Int[Array, "B T"], local: bool, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Cosines and sines `[B, T, 1, half]` of the angles by which queries and keys are turned."""
+    if local and config.rope_local_base is not None:
+        frequencies = rotary_frequencies(config.rotary_width, config.rope_local_base, None)
+    else:
+        frequencies = rotary_frequencies(config.rotary_width, config.rope_base, config.rope_scaling)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: Float[Array, "B T H K"], turn: tuple[Array, Array]) -> Float[Array, "B T H K"]:
+    """Turns the first dimensions of every head, paired as (i, i + half); the others pass."""
+    cos, sin = turn
+    half = cos.shape[-1]
+    first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)
+
+
+def causal_mask(queries: Int[Array, "B T"], keys: Int[Array, "S"], window: int | None) -> Mask:
+    """Which positions each position may attend to; a window of w is the position itself and the w - 1 before it."""
+    distance = queries[:, :, None] - keys[None, None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def attention_scores(
+    queries: Float[Array, "B T H K"], keys: Float[Array, "B S G K"], scale: Float[Array, ""]
+) -> Float[Array, "B H T S"]:
+    """Scaled products in float32; each group of H / G query heads shares one key head."""
+    (b, t, h, k), (s, g) = queries.shape, keys.shape[1:3]
+    grouped = queries.reshape(b, t, g, h // g, k)
+    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "btgrk,bsgk->bgrts", grouped, keys, precision=precision, preferred_element_type=wide(queries.dtype)
+    )
+    return scores.reshape(b, h, t, s) * scale
+
+
+def softmax(scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B H T S"]:
+    return jax.nn.softmax(jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min), axis=-1)
+
+
+def attend(pattern: Float[Array, "B H T S"], values: Float[Array, "B S G K"]) -> Float[Array, "B T H K"]:
+    (b, h, t, s), (g, k) = pattern.shape, values.shape[2:]
+    grouped = pattern.astype(values.dtype).reshape(b, g, h // g, t, s)
+    return contract("bgrts,bsgk->btgrk", grouped, values).reshape(b, t, h, k)

@@ -1,0 +1,153 @@
+"""`config.json` to `ModelConfig` and back."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from jclt.errors import UserError, nearest
+from jclt.models.config import ModelConfig, RopeScaling
+from jclt.models.families import ACTIVATION_NAMES, FAMILIES, REQUIRED, Family
+
+
+def family_of(config: ModelConfig) -> Family:
+    return next(family for family in FAMILIES if family.name == config.family)
+
+
+def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
+    """The `ModelConfig` that a published `config.json` describes; `where` names it in errors."""
+    # A model of text and images nests its text model, and keeps the stop tokens outside.
+    raw = {"eos_token_id": raw.get("eos_token_id"), **raw.get("text_config", raw)}
+    kind = raw.get("model_type", "")
+    family = next((family for family in FAMILIES if family.name == kind), None)
+    if family is None:
+        known = [family.name for family in FAMILIES]
+        raise UserError(
+            f"{where}: architecture '{kind or raw.get('architectures')}' is unknown; {nearest(kind, known)}"
+        )
+    if raw.get("use_bidirectional_attention"):
+        raise UserError(f"{where}: use_bidirectional_attention is set, expected a causal language model")
+
+    values: dict[str, Any] = dict(family.fixed)
+    for name, (key, absent) in family.keys.items():
+        value = raw.get(key, absent)
+        if value is REQUIRED:
+            raise UserError(f"{where}: '{key}' is missing, expected of every {family.name} model")
+        values[name] = value
+    _check_types(values, family, where)
+
+    stops = raw.get("eos_token_id")
+    values["stop_tokens"] = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+    values["activation"] = _activation(values["activation"], where)
+    values["mlp_width"] = values["mlp_width"] or 4 * values["width"]
+    for name in ("kv_heads", "head_width"):
+        values[name] = values.get(name) or 0  # null means: derived from the other sizes
+    if "qkv_bias" in family.keys:
+        values["attn_out_bias"] = values["qkv_bias"]
+    if "attn_scale" in values:
+        values["attn_scale"] = values["attn_scale"] ** -0.5
+    if family.name == "gpt2" and not raw.get("scale_attn_weights", True):
+        values["attn_scale"] = 1.0
+    values |= _windows(raw, family, values) | _rope(raw, values, where)
+    return ModelConfig(family=family.name, **values)
+
+
+def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` under which other software finds this model; an error if its family cannot express it."""
+    family = family_of(config)
+    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype}
+    raw |= {key: getattr(config, name) for name, (key, _) in family.keys.items()}
+    keys = {name: key for name, (key, _) in family.keys.items()}
+    published_names = {ours: name for name, ours in reversed(ACTIVATION_NAMES.items())}
+    raw[keys["activation"]] = published_names[config.activation]
+    raw["eos_token_id"] = (
+        list(config.stop_tokens) if len(config.stop_tokens) > 1 else next(iter(config.stop_tokens), None)
+    )
+    if "attn_scale" in keys:
+        scalar = config.attn_scale**-2
+        raw[keys["attn_scale"]] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
+    elif family.name == "gpt2":
+        raw["scale_attn_weights"] = config.attn_scale != 1.0
+    if family.window_rule is not None:
+        local = [
+            "sliding_attention" if layer in config.local_layers else "full_attention" for layer in range(config.layers)
+        ]
+        raw["sliding_window"] = config.window or None
+        raw |= {"layer_types": local} if family.window_rule != "all" else {}
+        raw |= {"use_sliding_window": bool(config.local_layers)} if family.window_rule == "upper" else {}
+    if scaling := config.rope_scaling:
+        raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            raw["rope_scaling"] |= {
+                "low_freq_factor": scaling.low_frequency_factor,
+                "high_freq_factor": scaling.high_frequency_factor,
+                "original_max_position_embeddings": scaling.original_context,
+            }
+    again = read_config(raw, "config.json")
+    for entry in fields(config):
+        want, got = getattr(config, entry.name), getattr(again, entry.name)
+        if want != got and not (isinstance(want, float) and abs(want - got) < 1e-12):
+            raise UserError(
+                f"family {family.name}: {entry.name}={want} cannot be written in its layout, expected {got}"
+            )
+    return raw
+
+
+def _check_types(values: Mapping[str, Any], family: Family, where: str) -> None:
+    for name in ("vocabulary", "width", "layers", "heads", "mlp_width", "context", "kv_heads", "head_width"):
+        value = values.get(name)
+        if name in family.keys and value is not None and (not isinstance(value, int) or value < 0):
+            raise UserError(f"{where}: '{family.keys[name][0]}' is {value!r}, expected a positive whole number")
+
+
+def _activation(name: str, where: str) -> str:
+    if name not in ACTIVATION_NAMES:
+        raise UserError(f"{where}: activation '{name}' is unknown; {nearest(name, ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
+
+
+def _windows(raw: Mapping[str, Any], family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers attend through the sliding window, by the published list or by the family's rule."""
+    window, layers = values.get("window") or 0, range(values["layers"])
+    if not window or (family.window_rule == "upper" and not raw.get("use_sliding_window", False)):
+        local: tuple[int, ...] = ()
+    elif raw.get("layer_types"):
+        local = tuple(layer for layer in layers if raw["layer_types"][layer] == "sliding_attention")
+    elif family.window_rule == "upper":
+        local = tuple(layer for layer in layers if layer >= raw.get("max_window_layers", 28))
+    elif family.window_rule == "even":
+        local = tuple(layer for layer in layers if layer % 2 == 0)
+    elif family.window_rule == "pattern":
+        every = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+        local = tuple(layer for layer in layers if (layer + 1) % every)
+    else:
+        local = tuple(layers)
+    return {"window": window if local else 0, "local_layers": local}
+
+
+def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rotary settings, from today's `rope_parameters` where present, else from `rope_scaling` beside its base."""
+    found: dict[str, Any] = {}
+    settings = raw.get("rope_parameters") or {}
+    if "full_attention" in settings:
+        found["rope_local_base"] = settings.get("sliding_attention", {}).get(
+            "rope_theta", values.get("rope_local_base")
+        )
+        settings = settings["full_attention"]
+    for name, key in (("rope_base", "rope_theta"), ("rope_fraction", "partial_rotary_factor")):
+        if key in settings:
+            found[name] = settings[key]
+    scaling = settings or raw.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        found["rope_scaling"] = RopeScaling("linear", float(scaling["factor"]))
+    elif kind == "llama3":
+        found["rope_scaling"] = RopeScaling(
+            "llama3",
+            float(scaling["factor"]),
+            float(scaling["low_freq_factor"]),
+            float(scaling["high_freq_factor"]),
+            int(scaling["original_max_position_embeddings"]),
+        )
+    elif kind != "default":
+        raise UserError(f"{where}: rope scaling '{kind}' is unknown; expected one of: default, linear, llama3")
+    return found

@@ -1,0 +1,105 @@
+"""One declaration per weight gives its shape, its initial values, its placement and what a checkpoint restores."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jclt.models.config import ModelConfig
+from jclt.shapes import Array
+from jclt.sharding import sharding
+
+
+class Weight(NamedTuple):
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # names that `sharding.RULES` knows are placed by it
+    scale: float | None  # standard deviation of the initial values; None: the constant below
+    constant: float = 0.0
+
+    def init(self, key: Array, dtype: jnp.dtype) -> Array:
+        if self.scale is None:
+            return jnp.full(self.shape, self.constant, dtype)
+        return (self.scale * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
+
+    def abstract(self, mesh: Mesh | None, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        placed = sharding(mesh, self.shape, self.axes) if mesh is not None else None
+        return jax.ShapeDtypeStruct(self.shape, dtype, sharding=placed)
+
+
+def layer_weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights that every layer has, as one layer sees them."""
+    c = config
+    d, m, h, g, k = c.width, c.mlp_width, c.heads, c.kv_heads, c.head_width
+    # Products start at unit gain; what writes to the residual stream is damped so that it does not grow with depth.
+    read, write = d**-0.5, (2 * c.layers) ** -0.5
+    gain = Weight((d,), ("width",), None, 1.0 - c.norm_offset)
+    head_gain = Weight((k,), (None,), None, 1.0 - c.norm_offset)
+    bias = Weight((d,), ("width",), None)
+    norms = ["attn_norm", *([] if c.post_norms is False else ["attn_post_norm", "mlp_post_norm"]), "mlp_norm"]
+
+    weights = {f"{norm}_gain": gain for norm in norms}
+    if c.norm == "layer":
+        weights |= {f"{norm}_bias": bias for norm in norms}
+    weights |= {
+        "query": Weight((d, h, k), ("width", None, None), read),
+        "key": Weight((d, g, k), ("width", None, None), read),
+        "value": Weight((d, g, k), ("width", None, None), read),
+        "attn_out": Weight((h, k, d), (None, None, "width"), (h * k) ** -0.5 * write),
+        "up": Weight((d, m), ("width", None), read),
+        "down": Weight((m, d), (None, "width"), m**-0.5 * write),
+    }
+    if c.gated:
+        weights["gate"] = Weight((d, m), ("width", None), read)
+    if c.qk_norm:
+        weights |= {"query_norm_gain": head_gain, "key_norm_gain": head_gain}
+    if c.qkv_bias:
+        weights |= {
+            "query_bias": Weight((h, k), (None, None), None),
+            "key_bias": Weight((g, k), (None, None), None),
+            "value_bias": Weight((g, k), (None, None), None),
+        }
+    if c.attn_out_bias:
+        weights["attn_out_bias"] = bias
+    if c.mlp_bias:
+        weights |= {"up_bias": Weight((m,), (None,), None), "down_bias": bias}
+        if c.gated:
+            weights["gate_bias"] = Weight((m,), (None,), None)
+    return weights
+
+
+def model_weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights outside the layers."""
+    c = config
+    embedding = Weight((c.vocabulary, c.width), (None, "width"), 0.02)
+    weights = {
+        "token_embedding": embedding,
+        "final_norm_gain": Weight((c.width,), ("width",), None, 1.0 - c.norm_offset),
+    }
+    if c.learned_positions:
+        weights["position_embedding"] = Weight((c.context, c.width), (None, "width"), 0.02)
+    if c.norm == "layer":
+        weights["final_norm_bias"] = Weight((c.width,), ("width",), None)
+    if not c.tied:
+        weights["unembedding"] = Weight((c.vocabulary, c.width), (None, "width"), c.width**-0.5)
+    return weights
+
+
+def declare(config: ModelConfig) -> dict[str, Weight]:
+    """Every weight of the model; those of the layers are stacked along a leading layer axis."""
+    stacked = {
+        name: weight._replace(shape=(config.layers, *weight.shape), axes=(None, *weight.axes))
+        for name, weight in layer_weights(config).items()
+    }
+    return model_weights(config) | stacked
+
+
+def abstract_params(
+    config: ModelConfig, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
+) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: weight.abstract(mesh, dtype) for name, weight in declare(config).items()}
+
+
+def count(config: ModelConfig) -> int:
+    """How many parameters the model has."""
+    return sum(int(jnp.prod(jnp.asarray(w.shape))) for w in declare(config).values())

@@ -1,0 +1,83 @@
+"""Meshes, and the one table that says on which mesh axes each named axis of an array lies.
+
+Every array is placed by the names of its axes, so that the same program runs on one CPU, on a GPU, on a pod and across
+hosts. Sharding is explicit: it is part of an array's type (`jax.typeof(x).sharding`), and a program that would move
+data without saying so does not trace.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jclt.errors import UserError
+from jclt.shapes import Array
+
+MESH_AXES = ("data", "features")
+
+RULES: dict[str, str | tuple[str, ...]] = {
+    # The language model's tokens are split over every chip: replicated over the feature shards, its forward pass would
+    # cost as much again on each of them.
+    "batch": ("data", "features"),
+    # Each of the language model's weights has one width axis; it is stored in as many pieces as there are chips and
+    # gathered a layer at a time where it is used.
+    "width": ("data", "features"),
+}
+
+
+def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data` x `features` devices; by default all devices lie on `features`."""
+    devices = list(devices if devices is not None else jax.devices())
+    features = features or len(devices) // data
+    if data < 1 or data * features > len(devices) or features < 1:
+        raise UserError(f"mesh {data}x{features}: needs {data * features} devices, but there are {len(devices)}")
+    return jax.make_mesh(
+        (data, features),
+        MESH_AXES,
+        axis_types=(AxisType.Explicit,) * 2,
+        devices=devices[: data * features],
+    )
+
+
+def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
+    """Where an array of this shape lies, axis by axis; an axis that does not divide evenly is kept whole."""
+    placed = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = RULES.get(axis) if axis else None
+        names = (names,) if isinstance(names, str) else names
+        pieces = 1
+        for name in names or ():
+            pieces *= mesh.shape[name]
+        placed.append(names if names and pieces > 1 and size % pieces == 0 else None)
+    return P(*placed)
+
+
+def sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    return NamedSharding(mesh, spec(mesh, shape, axes))
+
+
+def is_split(x: Array) -> bool:
+    """Whether the array's type says that it lies in pieces on several devices."""
+    return any(part is not None for part in jax.typeof(x).sharding.spec)
+
+
+def gathered(x: Array) -> Array:
+    """The whole array on every device: what a stored piece of a weight becomes where it is used."""
+    return jax.reshard(x, P(*(None,) * x.ndim)) if is_split(x) else x
+
+
+def mesh_of(x: Array) -> Mesh | None:
+    """The mesh that an array was placed on, if any."""
+    return x.sharding.mesh if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh) else None
+
+
+def start_hosts() -> None:
+    """Joins the processes of one run, where the environment says that there are several; to be called first."""
+    told = any(
+        name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
+    )
+    if told and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
