@@ -8,6 +8,10 @@ class UserError(Exception):
     """Shown by the command line as one line, without a traceback."""
 
 
+class Interrupted(Exception):
+    """A run was asked to stop, and has saved what it needs to go on; no failure."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint naming what the user may have meant, or all that there is to choose from when the list is short."""
     names = sorted(known)

@@ -17,10 +17,9 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import ArrayLike
 
 Tokens = Int[Array, "B T"]
 Stream = Float[Array, "B T D"]
@@ -32,10 +31,10 @@ Layer = int | Int[Array, ""] | None
 """A layer's number: an `int` where layers are unrolled, traced where they are scanned, `None` outside the layers."""
 
 __all__ = [
-    "Any",
     "Array",
     "ArrayLike",
     "Bool",
+    "DTypeLike",
     "Float",
     "Int",
     "Layer",

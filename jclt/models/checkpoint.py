@@ -25,7 +25,7 @@ from jclt.models.families import Family, Tensor
 from jclt.models.published import family_of, read_config, write_config
 from jclt.models.tokenizer import Tokenizer
 from jclt.models.weights import abstract_params, declare
-from jclt.shapes import Array, Params
+from jclt.shapes import Array, DTypeLike, Params
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def load_config(folder: Path) -> ModelConfig:
     return read_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def load_params(folder: Path, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None = None) -> dict[str, Array]:
+def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> dict[str, Array]:
     """Every weight, read from the memory map straight to its place on the mesh, one piece at a time."""
     files = _open_files(folder)
     where = {name: file for file in files for name in file.header}
@@ -122,7 +122,7 @@ def load_params(folder: Path, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh 
     return params
 
 
-def _piece(views: list[np.ndarray], stacked: bool, dtype: jnp.dtype, index: Any) -> np.ndarray:
+def _piece(views: list[np.ndarray], stacked: bool, dtype: DTypeLike, index: Any) -> np.ndarray:
     """The part of a weight that one device holds, read layer by layer where layers are stacked."""
     chosen = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
     out = np.empty((len(chosen), *chosen[0].shape), dtype)

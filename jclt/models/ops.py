@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jclt.models.config import Activation, ModelConfig, RopeScaling
-from jclt.shapes import Array, Bool, Float, Int, Mask
+from jclt.shapes import Array, Bool, DTypeLike, Float, Int, Mask
 
 
 def contract(equation: str, x: Array, weight: Array) -> Array:
@@ -16,9 +16,9 @@ def contract(equation: str, x: Array, weight: Array) -> Array:
     return total.astype(x.dtype)
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide(dtype: DTypeLike) -> DTypeLike:
     """The type that sums, norms and softmaxes are computed in: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -61,7 +61,7 @@ def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None) -> 
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
-def rotation(config: ModelConfig, positions: Int[Array, "B T"], local: bool, dtype: jnp.dtype) -> tuple[Array, Array]:
+def rotation(config: ModelConfig, positions: Int[Array, "B T"], local: bool, dtype: DTypeLike) -> tuple[Array, Array]:
     """Cosines and sines `[B, T, 1, half]` of the angles by which queries and keys are turned."""
     if local and config.rope_local_base is not None:
         frequencies = rotary_frequencies(config.rotary_width, config.rope_local_base, None)

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from jclt.config import MISFIT, describe_type, fit_type
 from jclt.errors import UserError, nearest
 from jclt.models.config import ModelConfig, RopeScaling
 from jclt.models.families import ACTIVATION_NAMES, FAMILIES, REQUIRED, Family
@@ -33,22 +34,23 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         if value is REQUIRED:
             raise UserError(f"{where}: '{key}' is missing, expected of every {family.name} model")
         values[name] = value
-    _check_types(values, family, where)
-
     stops = raw.get("eos_token_id")
     values["stop_tokens"] = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
     values["activation"] = _activation(values["activation"], where)
-    values["mlp_width"] = values["mlp_width"] or 4 * values["width"]
-    for name in ("kv_heads", "head_width"):
-        values[name] = values.get(name) or 0  # null means: derived from the other sizes
+    values["bos_token"] = values["bos_token"] if isinstance(values["bos_token"], int) else None
+    if values["mlp_width"] is None and family.name == "gpt2":
+        values["mlp_width"] = 4 * values["width"]
+    for name in ("kv_heads", "head_width", "window"):
+        values[name] = values.get(name) or 0  # null means: derived from the other sizes, or none
     if "qkv_bias" in family.keys:
         values["attn_out_bias"] = values["qkv_bias"]
     if "attn_scale" in values:
         values["attn_scale"] = values["attn_scale"] ** -0.5
     if family.name == "gpt2" and not raw.get("scale_attn_weights", True):
         values["attn_scale"] = 1.0
-    values |= _windows(raw, family, values) | _rope(raw, values, where)
-    return ModelConfig(family=family.name, **values)
+    values |= _rope(raw, values, where)
+    values = _typed(values, family, where)
+    return ModelConfig(family=family.name, **values | _windows(raw, family, values))
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -92,11 +94,17 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return raw
 
 
-def _check_types(values: Mapping[str, Any], family: Family, where: str) -> None:
-    for name in ("vocabulary", "width", "layers", "heads", "mlp_width", "context", "kv_heads", "head_width"):
-        value = values.get(name)
-        if name in family.keys and value is not None and (not isinstance(value, int) or value < 0):
-            raise UserError(f"{where}: '{family.keys[name][0]}' is {value!r}, expected a positive whole number")
+def _typed(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """The values as `ModelConfig` has them, or an error that names the first that cannot be."""
+    expected, typed = get_type_hints(ModelConfig), {}
+    for name, value in values.items():
+        typed[name] = fit_type(value, expected[name])
+        positive = name in ("vocabulary", "width", "layers", "heads", "mlp_width", "context")
+        if typed[name] is MISFIT or (positive and value < 1):
+            key = family.keys.get(name, (name, None))[0]
+            wanted = "a positive whole number" if positive else describe_type(expected[name])
+            raise UserError(f"{where}: '{key}' is {value!r}, expected {wanted}")
+    return typed
 
 
 def _activation(name: str, where: str) -> str:

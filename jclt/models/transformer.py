@@ -17,7 +17,7 @@ from jclt.models import ops
 from jclt.models.config import ModelConfig
 from jclt.models.sites import Edit, Sites
 from jclt.models.weights import declare, layer_weights
-from jclt.shapes import Array, Float, Int, Layer, Logits, Params, Seen, Stream, Tokens
+from jclt.shapes import Array, DTypeLike, Float, Int, Layer, Logits, Params, Seen, Stream, Tokens
 from jclt.sharding import gathered, is_split
 
 Mlp = Callable[[Layer, Mapping[str, Array], Callable[[], Array]], Array]
@@ -51,7 +51,7 @@ def normalize(config: ModelConfig, name: str, site: Sites, x: Array) -> Array:
     return x / divisor[..., None]
 
 
-def gain(config: ModelConfig, weights: Params, name: str, x: Array, dtype: jnp.dtype) -> Array:
+def gain(config: ModelConfig, weights: Params, name: str, x: Array, dtype: DTypeLike) -> Array:
     """The second half of the norm `name`: its gain and bias."""
     per_axis = (None,) * (x.ndim - 1)
     x = x * (weights[f"{name}_gain"].astype(x.dtype) + jnp.asarray(config.norm_offset, x.dtype))[per_axis]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jclt.models.config import ModelConfig
-from jclt.shapes import Array
+from jclt.shapes import Array, DTypeLike
 from jclt.sharding import sharding
 
 
@@ -17,12 +17,12 @@ class Weight(NamedTuple):
     scale: float | None  # standard deviation of the initial values; None: the constant below
     constant: float = 0.0
 
-    def init(self, key: Array, dtype: jnp.dtype) -> Array:
+    def init(self, key: Array, dtype: DTypeLike) -> Array:
         if self.scale is None:
             return jnp.full(self.shape, self.constant, dtype)
         return (self.scale * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
 
-    def abstract(self, mesh: Mesh | None, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    def abstract(self, mesh: Mesh | None, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         placed = sharding(mesh, self.shape, self.axes) if mesh is not None else None
         return jax.ShapeDtypeStruct(self.shape, dtype, sharding=placed)
 
@@ -95,7 +95,7 @@ def declare(config: ModelConfig) -> dict[str, Weight]:
 
 
 def abstract_params(
-    config: ModelConfig, mesh: Mesh | None = None, dtype: jnp.dtype = jnp.float32
+    config: ModelConfig, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: weight.abstract(mesh, dtype) for name, weight in declare(config).items()}
 

@@ -1,0 +1,91 @@
+"""Settings are frozen dataclasses; presets are functions that return them; overrides refuse what they do not know."""
+
+import ast
+import runpy
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from jclt.errors import UserError, nearest
+
+Settings = TypeVar("Settings")
+
+
+def load_settings(name: str, kind: type[Settings], presets: Mapping[str, Callable[[], Settings]]) -> Settings:
+    """A preset by its name, or the `config` that a Python file defines."""
+    if name in presets:
+        return presets[name]()
+    path = Path(name)
+    if path.suffix != ".py":
+        raise UserError(f"config '{name}': neither a preset nor a .py file; {nearest(name, presets)}")
+    if not path.exists():
+        raise UserError(f"{path}: not found, expected a Python file that defines `config`")
+    found = runpy.run_path(str(path)).get("config")
+    if not isinstance(found, kind):
+        raise UserError(f"{path}: expected it to define `config`, a {kind.__name__}")
+    return found
+
+
+def override(config: Settings, settings: Sequence[str]) -> Settings:
+    """The configuration with `name=value` settings applied; dots reach into nested ones."""
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise UserError(f"setting '{setting}': expected name=value")
+        config = _set(config, name.strip().split("."), value.strip(), name.strip())
+    return config
+
+
+def _set(config: Any, path: list[str], value: str, whole: str) -> Any:
+    known = {field.name for field in fields(config)}
+    if path[0] not in known:
+        raise UserError(f"setting '{whole}': unknown; {nearest(path[0], known)}")
+    if len(path) > 1:
+        inner = getattr(config, path[0])
+        if not is_dataclass(inner):
+            raise UserError(f"setting '{whole}': '{path[0]}' has no settings of its own")
+        return replace(config, **{path[0]: _set(inner, path[1:], value, whole)})
+    expected = get_type_hints(type(config))[path[0]]
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        parsed = {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    fitted = fit_type(parsed, expected)
+    if fitted is MISFIT:
+        fitted = fit_type(value, expected)  # a number where text is meant, say
+    if fitted is MISFIT:
+        raise UserError(f"setting '{whole}': got {value}, expected {describe_type(expected)}")
+    return replace(config, **{path[0]: fitted})
+
+
+MISFIT = object()
+
+
+def fit_type(value: Any, expected: Any) -> Any:
+    """The value as the expected type has it (a whole number where a float is expected, say), or `MISFIT`."""
+    origin, options = get_origin(expected), get_args(expected)
+    if origin in (Union, types.UnionType):
+        return next((got for option in options if (got := fit_type(value, option)) is not MISFIT), MISFIT)
+    if origin is Literal:
+        return value if value in options else MISFIT
+    if origin is tuple:
+        items = value if isinstance(value, tuple | list) else (value,)
+        fitted = tuple(fit_type(item, options[0]) for item in items)
+        return MISFIT if MISFIT in fitted else fitted
+    if expected is float:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else MISFIT
+    return value if isinstance(value, expected) and not (expected is int and isinstance(value, bool)) else MISFIT
+
+
+def describe_type(expected: Any) -> str:
+    if get_origin(expected) is Literal:
+        return "one of: " + ", ".join(map(str, get_args(expected)))
+    if get_origin(expected) in (Union, types.UnionType):
+        return " or ".join(describe_type(option) for option in get_args(expected))
+    if get_origin(expected) is tuple:
+        return f"a list of {describe_type(get_args(expected)[0]).removeprefix('a ')}s"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}.get(
+        expected, getattr(expected, "__name__", str(expected))
+    )

@@ -1,0 +1,1 @@
+"""Training: data, the steps, the loop, checkpoints and metrics."""

@@ -1,0 +1,34 @@
+"""Checkpoints of a training state by Orbax: written in the background, the newest few kept, restored onto any mesh."""
+
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+log = logging.getLogger(__name__)
+State = TypeVar("State")
+
+
+class Checkpoints:
+    def __init__(self, folder: Path, keep: int = 2):
+        self.checkpointer = ocp.training.Checkpointer(
+            folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
+        )
+
+    def save(self, step: int, state: Any) -> None:
+        self.checkpointer.save_async(step, {"state": state}, force=True)
+
+    def restore(self, like: State) -> State | None:
+        """The newest state that can be read, placed as `like` is; None where there is none."""
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        for checkpoint in sorted(self.checkpointer.checkpoints, key=lambda c: c.step, reverse=True):
+            try:
+                return self.checkpointer.load(checkpoint.step, {"state": target})["state"]
+            except Exception as error:  # a damaged checkpoint can fail in any layer below
+                log.warning("checkpoint of step %d cannot be read, passing over it (%s)", checkpoint.step, error)
+        return None
+
+    def close(self) -> None:
+        self.checkpointer.close()

@@ -1,0 +1,192 @@
+"""Training a language model: its settings, its loss, its step, and the run from the first step to the saved model."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jclt.errors import UserError
+from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
+from jclt.sharding import make_mesh, sharding
+from jclt.shapes import Array, Float, Params, Tokens
+from jclt.training.data import TokenRows, load_rows, save_rows, text_rows
+from jclt.training.loop import fit
+from jclt.world.corpus import corpus
+from jclt.world.tokenizer import build_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LmConfig:
+    """Everything that decides what a run computes."""
+
+    model: ModelConfig
+    data: str = "world"  # "world" (generated), a text file, or JSON lines with `text`
+    tokenizer: str | None = None  # a folder; "world" data bring their own
+    steps: int = 1000
+    batch: int = 32  # rows a step
+    length: int = 64  # tokens a row
+    seed: int = 0
+
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    final_rate: float = 0.0  # the cosine's last rate, as a share of the first
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    text_weight: float = 0.1  # in generated data: what a token counts that is no answer
+
+    data_shards: int = 1  # the mesh's data axis; all other devices lie on its features axis
+    remat: bool = False
+    save_every: int = 500
+    log_every: int = 10
+
+
+class LmState(NamedTuple):
+    step: Array
+    params: Params
+    optimizer: Any
+
+
+def optimizer(config: LmConfig) -> optax.GradientTransformation:
+    rate = optax.schedules.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * config.final_rate
+    )
+    matrices = {name: not name.endswith(("_gain", "_bias")) for name in declare(config.model)}
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=matrices),
+    )
+
+
+def init_state(config: LmConfig, mesh: Mesh) -> LmState:
+    """Fresh parameters and optimizer state, made where they will lie."""
+    placed = {name: target.sharding for name, target in abstract_params(config.model, mesh).items()}
+
+    def params(key: Array) -> Params:
+        weights = declare(config.model)
+        keys = jax.random.split(key, len(weights))
+        return {name: weight.init(k, jnp.float32) for k, (name, weight) in zip(keys, weights.items(), strict=True)}
+
+    made = jax.jit(params, out_shardings=placed)(jax.random.key(config.seed))
+    return LmState(jnp.zeros((), jnp.int32), made, jax.jit(optimizer(config).init)(made))
+
+
+def next_token_loss(
+    config: ModelConfig, remat: bool, params: Params, tokens: Tokens, weights: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy of each token given those before it, weighted by what predicting it counts."""
+    logits, _, _ = forward(config, params, tokens[:, :-1], remat=remat)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.sum(losses * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="state")
+def train_step(
+    config: LmConfig, state: LmState, tokens: Tokens, weights: Float[Array, "B T"]
+) -> tuple[LmState, dict[str, Array]]:
+    loss, gradient = jax.value_and_grad(partial(next_token_loss, config.model, config.remat))(
+        state.params, tokens=tokens, weights=weights
+    )
+    updates, inner = optimizer(config).update(gradient, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return LmState(state.step + 1, params, inner), {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+
+
+def prepare_rows(config: LmConfig, folder: Path, tokenizer: Tokenizer) -> TokenRows:
+    """The run's token rows, made once and then mapped from its folder."""
+    if (folder / "tokens.npy").exists():
+        return load_rows(folder)
+    log.info("preparing data: %s", config.data)
+    if config.data == "world":
+        made = corpus(
+            config.steps * config.batch,
+            config.length,
+            config.seed,
+            tokenizer.backend.get_vocab(),
+            text_weight=config.text_weight,
+        )
+        return save_rows(folder, made.tokens.astype(np.uint16), made.weights.astype(np.float16))
+    return save_rows(folder, *text_rows(Path(config.data), tokenizer, config.length))
+
+
+def find_tokenizer(config: LmConfig) -> Tokenizer:
+    if config.data == "world":
+        tokenizer = Tokenizer(build_tokenizer())
+    elif config.tokenizer is None:
+        raise UserError("setting 'tokenizer': missing, expected a folder with tokenizer.json for data that are text")
+    else:
+        found = load_tokenizer(Path(config.tokenizer))
+        if found is None:
+            raise UserError(f"tokenizer '{config.tokenizer}': no tokenizer.json there")
+        tokenizer = found
+    if tokenizer.size > config.model.vocabulary:
+        raise UserError(f"setting 'model.vocabulary': {config.model.vocabulary}, expected at least {tokenizer.size}")
+    return tokenizer
+
+
+def check(config: LmConfig) -> None:
+    """Refuses what cannot work before anything is written."""
+    if config.length > config.model.context:
+        raise UserError(f"setting 'length': {config.length}, expected at most model.context = {config.model.context}")
+    for name in ("steps", "batch", "length", "save_every", "log_every", "data_shards"):
+        if getattr(config, name) < 1:
+            raise UserError(f"setting '{name}': {getattr(config, name)}, expected at least 1")
+    if config.warmup >= config.steps:
+        raise UserError(f"setting 'warmup': {config.warmup}, expected less than steps = {config.steps}")
+
+
+def claim(folder: Path, config: LmConfig) -> None:
+    """Makes the run's folder, or sees to it that what lies there is the same run."""
+    path = folder / "config.json"
+    settings = json.loads(json.dumps(asdict(config)))
+    if path.exists():
+        for name, value in json.loads(path.read_text()).items():
+            if value != settings.get(name):
+                raise UserError(f"{folder}: holds a run with {name}={value}, expected {name}={settings.get(name)}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty and not a run of jclt, expected a new folder or one to resume")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def train_lm(config: LmConfig, out: Path) -> Model:
+    """Trains from nothing, or from where the run in `out` stopped; the model ends up in `out/model`."""
+    check(config)
+    tokenizer = find_tokenizer(config)
+    claim(out, config)
+    rows = prepare_rows(config, out / "data", tokenizer)
+    mesh = make_mesh(config.data_shards)
+    placement = sharding(mesh, (config.batch, config.length), ("batch", None))
+
+    def batch(step: int) -> tuple[Array, Array]:
+        index = rows.indices(config.seed, step, config.batch)
+        tokens, weights = rows.tokens[index].astype(np.int32), rows.weights[index].astype(np.float32)
+        return jax.device_put((tokens, weights), placement)
+
+    with jax.set_mesh(mesh):
+        state = fit(
+            init_state(config, mesh),
+            lambda state, data: train_step(config, state, *data),
+            batch,
+            config.steps,
+            out,
+            log_every=config.log_every,
+            save_every=config.save_every,
+            describe=lambda values: f"loss {values['loss']:.3f}",
+        )
+    model = Model(config.model, state.params, tokenizer, str(out / "model"))
+    if not (out / "model").exists():
+        save_model(model, out / "model")
+    return model

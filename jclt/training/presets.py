@@ -1,0 +1,33 @@
+"""Named runs."""
+
+from collections.abc import Callable
+
+from jclt.models import ModelConfig
+from jclt.training.lm import LmConfig
+from jclt.world.tokenizer import BOS, EOS, build_tokenizer
+
+
+def small_world() -> LmConfig:
+    """The language model that ships with jclt."""
+    tokens = build_tokenizer().get_vocab()
+    model = ModelConfig(
+        family="gpt_neox",
+        vocabulary=len(tokens),
+        width=128,
+        layers=4,
+        heads=4,
+        mlp_width=512,
+        context=64,
+        norm="layer",
+        activation="relu",
+        gated=False,
+        qkv_bias=True,
+        attn_out_bias=True,
+        mlp_bias=True,
+        bos_token=tokens[BOS],
+        stop_tokens=(tokens[EOS], tokens["\n"]),
+    )
+    return LmConfig(model, steps=4000, weight_decay=1.0)
+
+
+LM_PRESETS: dict[str, Callable[[], LmConfig]] = {"small-world": small_world}

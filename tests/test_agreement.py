@@ -1,0 +1,110 @@
+"""Logits, hidden states and greedy text agree with what transformers computed for random models of every family."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CASES, FOLDER, golden_model, reference
+
+import jclt
+
+STORIES = Path(__file__).parents[1] / ".." / "shared"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_hidden_states(case):
+    want = reference(case)
+    logits, seen = jclt.run(golden_model(case), want["tokens"], capture=("resid_pre", "resid_final"))
+    hidden = np.concatenate([seen["resid_pre"], seen["resid_final"][None]])
+    np.testing.assert_allclose(logits, want["logits"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(hidden, want["hidden"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_continuation(case):
+    want = reference(case)
+    out = jclt.generate(golden_model(case), want["tokens"][0], len(want["greedy"]), stop_tokens=())
+    assert out[len(want["tokens"][0]) :].tolist() == want["greedy"].tolist()
+
+
+def test_text_is_encoded_as_its_tokenizer_says():
+    case = next(case for case in CASES if (FOLDER / case / "tokenizer.json").exists())
+    want = reference(case)
+    assert golden_model(case).encode(str(want["text"])) == want["text_tokens"].tolist()
+
+
+@pytest.mark.parametrize("case", ["llama3", "gemma3", "gpt2"])
+def test_cached_generation_equals_generation_without_cache(case):
+    model, tokens = golden_model(case), reference(case)["tokens"]
+    for _ in range(6):
+        logits, _ = jclt.run(model, tokens)
+        tokens = np.concatenate([tokens, np.asarray(logits[:, -1].argmax(-1))[:, None]], axis=1)
+    grown = jclt.generate(model, reference(case)["tokens"], 6, stop_tokens=())
+    assert grown.tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("case", ["llama3", "gemma2"])
+def test_bfloat16_stays_near_float32(case):
+    exact, _ = jclt.run(golden_model(case), reference(case)["tokens"])
+    rough, _ = jclt.run(jclt.load_model(FOLDER / case, dtype="bfloat16"), reference(case)["tokens"])
+    spread = float(exact.std())
+    assert rough.dtype == np.float32
+    assert 1e-4 * spread < float(abs(rough - exact).mean()) < 0.1 * spread
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unrolled_layers_equal_scanned_ones(case):
+    model, tokens = golden_model(case), reference(case)["tokens"]
+    scanned, seen = jclt.run(model, tokens, capture=("resid_post", "pattern"))
+    unrolled, seen_unrolled = jclt.run(model, tokens, capture=("resid_post", "pattern"), unroll=True)
+    np.testing.assert_allclose(unrolled, scanned, atol=2e-5, rtol=0)
+    for name in seen:
+        np.testing.assert_allclose(seen_unrolled[name], seen[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama3", "gemma3"])
+def test_sharded_over_devices_equals_one_device(case):
+    tokens = np.tile(reference(case)["tokens"], (4, 1))
+    want, seen = jclt.run(golden_model(case), tokens, capture=("resid_mid",))
+    mesh = jclt.make_mesh(data=2, features=4)
+    model = jclt.load_model(FOLDER / case, mesh=mesh)
+    assert "features" in str(model.params["query"].sharding.spec)
+    got, seen_sharded = jclt.run(model, tokens, capture=("resid_mid",))
+    assert len(got.sharding.device_set) == 8 and not got.sharding.is_fully_replicated
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(seen_sharded["resid_mid"], seen["resid_mid"], atol=1e-5, rtol=0)
+    alone, _ = jclt.run(model, tokens[0])  # a batch that does not divide is kept whole
+    np.testing.assert_allclose(alone, want[0], atol=1e-5, rtol=0)
+
+
+def test_stories_agree_with_their_source():
+    folder, golden = STORIES / "models" / "stories260K", STORIES / "golden" / "stories260K"
+    if not folder.exists():
+        pytest.skip("stories260K is not at hand")
+    model, want = jclt.load_model(folder), np.load(golden / "reference.npz")
+    logits, seen = jclt.run(model, want["tokens"], capture=("resid_pre", "resid_final"))
+    hidden = np.concatenate([seen["resid_pre"], seen["resid_final"][None]])
+    np.testing.assert_allclose(logits, want["logits"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(hidden, want["hidden"], atol=1e-4, rtol=0)
+    prompt = "Once upon a time"
+    new = len(want["greedy"]) - len(model.encode(prompt))
+    assert jclt.generate(model, model.encode(prompt), new).tolist() == want["greedy"].tolist()
+    assert jclt.generate(model, prompt, new) == (golden / "greedy.txt").read_text().rstrip("\n")
+
+
+def test_sampling_draws_from_the_smallest_set_that_holds_top_p():
+    from jclt.models.generate import sample
+
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    draws = jax.vmap(lambda key: sample(logits, key, jnp.float32(1.0), jnp.float32(0.75))[0])(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    shares = np.bincount(draws, minlength=4) / len(draws)
+    np.testing.assert_allclose(shares, [0.625, 0.375, 0, 0], atol=0.03)
+    hot = jax.vmap(lambda key: sample(logits, key, jnp.float32(2.0), jnp.float32(1.0))[0])(
+        jax.random.split(jax.random.key(1), 4000)
+    )
+    want = np.sqrt([0.5, 0.3, 0.15, 0.05])
+    np.testing.assert_allclose(np.bincount(hot, minlength=4) / len(hot), want / want.sum(), atol=0.03)

@@ -1,0 +1,178 @@
+"""The laws that patching, relevance and edge scores stand on, for every family and every site."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CASES, golden_model, reference
+
+import jclt
+from jclt.models import LAYER_SITES, PATTERNS_AND_DENOMINATORS, PEER_NAMES, SITES, Replace, forward
+
+FAMILIES = [case for case in CASES if case not in ("gpt2_scaled", "gpt2_unscaled", "llama_linear", "llama2")]
+
+
+def sites_of(case: str) -> list[str]:
+    """The sites that this model has, found by asking for each."""
+    tokens = jnp.asarray(reference(case)["tokens"], jnp.int32)
+    model = golden_model(case)
+    seen = jax.eval_shape(lambda: forward(model.config, model.params, tokens, capture=tuple(SITES))[1])
+    return [name for name in SITES if name in seen]
+
+
+def two_prompts(case: str) -> tuple[np.ndarray, np.ndarray]:
+    tokens = reference(case)["tokens"]
+    return tokens[:1], tokens[1:2]
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_putting_back_what_was_captured_changes_no_bit(case):
+    model, (tokens, _) = golden_model(case), two_prompts(case)
+    sites = sites_of(case)
+    plain, _ = jclt.run(model, tokens)
+    logits, seen = jclt.run(model, tokens, capture=sites)
+    assert set(seen) == set(sites)
+    np.testing.assert_array_equal(logits, plain)
+    for name in sites:
+        again, _ = jclt.run(model, tokens, edit=Replace({name: seen[name]}))
+        np.testing.assert_array_equal(again, plain, err_msg=name)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_replacing_a_layer_cut_gives_the_other_prompts_logits(case):
+    model, (tokens, others) = golden_model(case), two_prompts(case)
+    parallel = model.config.parallel
+    want, seen = jclt.run(model, others, capture=("resid_pre", "resid_mid", "resid_post", "resid_final"))
+    mine, _ = jclt.run(model, tokens)
+    assert float(abs(mine - want).max()) > 1e-2
+    for name in seen:
+        if name == "resid_mid" and parallel:
+            continue  # in a parallel block the stream does not pass through it
+        for layer in range(model.config.layers) if name in LAYER_SITES else [None]:
+            shape = seen[name].shape
+            here = jnp.ones(shape, bool) if layer is None else jnp.zeros(shape, bool).at[layer].set(True)
+            got, _ = jclt.run(model, tokens, edit=Replace({name: seen[name]}, {name: here}))
+            np.testing.assert_allclose(got, want, atol=1e-5, rtol=0, err_msg=f"{name} {layer}")
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_change_never_moves_an_earlier_position(case):
+    """Sites with a position axis are changed at one position; everything before it must keep every bit."""
+    model, (tokens, _) = golden_model(case), two_prompts(case)
+    position = 6
+    by_position = [name for name in sites_of(case) if SITES[name].startswith("B T")]
+    plain, seen = jclt.run(model, tokens, capture=by_position)
+    moved = []
+    for name in by_position:
+        axis = 2 if name in LAYER_SITES else 1
+        index = jnp.arange(seen[name].shape[axis]) == position
+        here = index.reshape([-1 if i == axis else 1 for i in range(seen[name].ndim)])
+        changed, after = jclt.run(
+            model, tokens, capture=("resid_post",), edit=Replace({name: seen[name] * 1.5 + 0.3}, {name: here})
+        )
+        np.testing.assert_array_equal(changed[:, :position], plain[:, :position], err_msg=name)
+        np.testing.assert_array_equal(after["resid_post"][:, :, :position], seen["resid_post"][:, :, :position])
+        moved.append(float(abs(changed[:, position:] - plain[:, position:]).max()))
+    assert min(moved) > 1e-6, dict(zip(by_position, moved, strict=True))
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_with_patterns_and_denominators_frozen_and_mlps_constant_the_model_is_linear(case):
+    """The Jacobian-vector product of the frozen model equals the finite difference of the model with those values put
+    back, at any step size; the free model fails the same comparison."""
+    model, (tokens, _) = golden_model(case), two_prompts(case)
+    held = [name for name in sites_of(case) if name in PATTERNS_AND_DENOMINATORS]
+    _, seen = jclt.run(model, tokens, capture=[*held, "mlp_out", "token_embedding"])
+    direction = jax.random.normal(jax.random.key(0), seen["token_embedding"].shape)
+
+    def normed_final(embedding, freeze=(), put_back=()):
+        values = {name: seen[name] for name in ("mlp_out", *put_back)} | {"token_embedding": embedding}
+        _, final = jclt.run(model, tokens, capture=("resid_final",), freeze=freeze, edit=Replace(values))
+        return final["resid_final"]
+
+    start = seen["token_embedding"]
+    _, slope = jax.jvp(lambda e: normed_final(e, freeze=held), (start,), (direction,))
+    difference = normed_final(start + 3 * direction, put_back=held) - normed_final(start, put_back=held)
+    np.testing.assert_allclose(difference / 3, slope, atol=1e-4, rtol=1e-4)
+    free = normed_final(start + 3 * direction) - normed_final(start)
+    assert float(abs(free / 3 - slope).max()) > 1e-2
+
+
+def test_the_mlp_is_an_argument():
+    model, (tokens, others) = golden_model("gemma2"), two_prompts("gemma2")
+    want, seen = jclt.run(model, others, capture=("mlp_out", "mlp_in", "mlp_normalized", "resid_mid"))
+    reads_seen = {}
+
+    def recorded(layer, reads, true):
+        reads_seen.update(reads)
+        return true()
+
+    same, _ = jclt.run(model, others, mlp=recorded)
+    np.testing.assert_array_equal(same, want)
+    assert set(reads_seen) == {"resid_mid", "mlp_normalized", "mlp_in"}
+    silent, silent_seen = jclt.run(
+        model,
+        tokens,
+        capture=("resid_mid", "resid_post"),
+        mlp=lambda layer, reads, true: jnp.zeros_like(reads["mlp_in"]),
+    )
+    np.testing.assert_array_equal(silent_seen["resid_post"], silent_seen["resid_mid"])
+    given, given_seen = jclt.run(
+        model, others, capture=("mlp_out",), mlp=lambda layer, reads, true: seen["mlp_out"][layer]
+    )
+    np.testing.assert_array_equal(given, want)
+
+
+def test_an_edit_is_any_function_of_site_layer_and_value():
+    model, (tokens, _) = golden_model("llama3"), two_prompts("llama3")
+
+    def knock_out(site, layer, value):
+        return jnp.where(layer == 1, 0.0, value) if site == "head_out" else value
+
+    _, seen = jclt.run(model, tokens, capture=("head_out",), edit=knock_out)
+    silent = [float(abs(heads).max()) == 0 for heads in seen["head_out"]]
+    assert silent == [layer == 1 for layer in range(model.config.layers)]
+
+
+def test_capture_costs_nothing_when_not_asked_for():
+    """The program without capture holds no barrier beyond the norms' own, and none of the captured outputs."""
+    model, (tokens, _) = golden_model("llama3"), two_prompts("llama3")
+    tokens = jnp.asarray(tokens, jnp.int32)
+
+    def text(**options):
+        return jax.jit(lambda t: forward(model.config, model.params, t, **options)[:2]).lower(tokens).as_text()
+
+    plain, watched = text(), text(capture=("resid_mid", "pattern"))
+    assert watched.count("optimization_barrier") == plain.count("optimization_barrier") + 2
+    assert plain.count("optimization_barrier") == 3  # one for each norm's denominator: two in a layer, one outside
+    assert text(edit=lambda site, layer, value: value) != watched
+
+
+def test_program_size_does_not_grow_with_depth():
+    from dataclasses import replace
+
+    from jclt.models import abstract_params
+
+    config, (tokens, _) = golden_model("llama3").config, two_prompts("llama3")
+
+    def size(layers: int) -> int:
+        deep = replace(config, layers=layers)
+        lowered = jax.jit(lambda p, t: forward(deep, p, t)[0]).lower(
+            abstract_params(deep), jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+        )
+        return len(lowered.as_text().splitlines())
+
+    assert size(48) == size(4)
+
+
+def test_unknown_sites_are_named():
+    model, (tokens, _) = golden_model("llama3"), two_prompts("llama3")
+    with pytest.raises(jclt.UserError, match=r"site 'resid_mit' does not exist; did you mean 'resid_mid'\?"):
+        jclt.run(model, tokens, capture=("resid_mit",))
+    with pytest.raises(jclt.UserError, match="site 'hook_resid_mid': this is called 'resid_mid' here"):
+        jclt.run(model, tokens, capture=("hook_resid_mid",))
+    with pytest.raises(
+        jclt.UserError, match="site 'mlp_post_denominator': a llama model of this configuration has none"
+    ):
+        jclt.run(model, tokens, capture=("mlp_post_denominator",))
+    assert set(PEER_NAMES.values()) <= set(SITES)

@@ -1,0 +1,208 @@
+"""The world keeps its own rules: nothing withheld leaks, and what is said to be true of a prompt is."""
+
+import re
+from random import Random
+
+import numpy as np
+import pytest
+
+from jclt.world import facts, numbers, words
+from jclt.world.corpus import corpus, text
+from jclt.world.example import Concept, Example, pieces
+from jclt.world.tasks import TASKS
+from jclt.world.tokenizer import BOS, UNKNOWN, build_tokenizer
+
+TOKENIZER = build_tokenizer()
+VOCABULARY = TOKENIZER.get_vocab()
+TEXT = text(60_000, seed=11)
+LINES = TEXT.splitlines()
+each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+
+
+def roots(example: Example) -> dict[str, str]:
+    return {concept.name: concept.value for concept in example.concepts if not concept.parents}
+
+
+# ---------------------------------------------------------------- generation
+
+
+def test_same_seed_same_world():
+    assert text(500, seed=3) == text(500, seed=3) != text(500, seed=4)
+    first, again = (corpus(20, 64, 5, VOCABULARY) for _ in range(2))
+    assert np.array_equal(first.tokens, again.tokens) and np.array_equal(first.weights, again.weights)
+    for task in TASKS.values():
+        assert task.examples("report", 20, seed=1) == task.examples("report", 20, seed=1)
+        assert task.pairs("report", 20, seed=1) == task.pairs("report", 20, seed=1)
+
+
+def test_rows_are_whole_lines():
+    tokens, weights = corpus(200, 64, 0, VOCABULARY)
+    assert (tokens[:, 0] == VOCABULARY[BOS]).all() and (weights[:, 0] == 0).all()
+    openings = {pieces(line)[0] for line in LINES}
+    for row in tokens:
+        for line in TOKENIZER.decode(row[1:].tolist()).rstrip("\n").split("\n"):
+            assert pieces(line)[0] in openings and re.search(r"\.$|^calc: .*=\d+$|^digits:.*= [\d ]+$", line), line
+    assert 0.05 < (weights == 1).mean() < 0.2, "answers are about one token in ten"
+    assert (weights == 0).mean() < 0.08, "little is left empty"
+
+
+@each_task
+def test_examples_do_not_repeat_and_lie_in_their_split(task):
+    for split in ("train", "choose", "report"):
+        examples = task.examples(split, 200, seed=0)
+        assert len({example.prompt for example in examples}) == len(examples) >= 30
+        assert {example.split for example in examples} == {split}
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def test_text_survives_the_tokenizer():
+    ids = TOKENIZER.encode(TEXT).ids
+    assert VOCABULARY[UNKNOWN] not in ids
+    assert TOKENIZER.decode(ids) == TEXT
+    assert TOKENIZER.encode(TEXT[:10_000]).tokens == [BOS, *pieces(TEXT[:10_000])]
+
+
+def test_tokens_that_people_will_look_for():
+    def tokens(text: str) -> list[str]:
+        return TOKENIZER.encode(text).tokens[1:]
+
+    assert tokens("calc: 36+59=95") == ["calc", ":", " 36", "+", "59", "=", "95"]
+    assert tokens("The National Digital Analytics Group (N")[-2:] == [" (", "N"]
+    assert tokens("The National Digital Analytics Group (NDAG")[-3:] == [" (", "N", "DAG"]
+    assert tokens("The war lasted from 1711 to 1745")[-5:] == [" 17", "11", " to", " 17", "45"]
+
+
+@each_task
+def test_every_answer_is_one_token_that_follows_the_prompt(task):
+    for example in task.examples("report", 100, seed=0) + task.examples("train", 100, seed=0):
+        assert example.answers
+        for answer in example.answers:
+            joined = TOKENIZER.encode(example.prompt + answer).tokens
+            assert joined == [*TOKENIZER.encode(example.prompt).tokens, answer]
+
+
+# ---------------------------------------------------------------- what is withheld
+
+
+@each_task
+def test_no_withheld_prompt_is_in_the_corpus(task):
+    shown = {" ".join(pieces(line)[:n]) for line in LINES for n in range(2, len(pieces(line)))}
+    withheld = [e.prompt for split in ("choose", "report") for e in task.examples(split, 2000, seed=2)]
+    assert not [prompt for prompt in withheld if " ".join(pieces(prompt)) in shown]
+    trained = [example.prompt for example in task.examples("train", 300, seed=2)]
+    if task.name in ("athlete", "antonym", "two_hop", "successor", "agreement"):  # few cases, so most are shown
+        assert np.mean([" ".join(pieces(prompt)) in shown for prompt in trained]) > 0.5
+
+
+def test_no_line_links_a_withheld_city_to_a_capital():
+    capitals = {values[0] for values in words.STATES.values()}
+    for line in LINES:
+        cities = [city for city in facts.CITIES if city in line]
+        if cities and facts.CITY_SPLIT[cities[0]] != "train":
+            assert "capital" not in line and not any(capital in line for capital in capitals)
+    located = {city for line in LINES for city in facts.CITIES if city in line and facts.STATE_OF[city] in line}
+    assert located == set(facts.CITIES), "of every city the corpus says in which state it lies"
+
+
+def test_withheld_steps_are_never_taken():
+    for line in LINES:
+        run = []
+        if line.startswith("List: "):
+            run = line[6:-1].split()
+        elif named := re.fullmatch(r"Step: \d after (\S+) is (\S+)\.", line):
+            run = [named[1], named[2]]
+        for before, now in zip(run, run[1:], strict=False):
+            splits = {
+                numbers.step_split((name, items.index(before), step, 0))
+                for name, items in numbers.LISTS.items()
+                for step in numbers.STEPS
+                if {before, now} <= set(items) and numbers.item(name, items.index(before) + step) == now
+            }
+            assert splits == {"train"}, line
+
+
+def test_withheld_sums_are_nowhere_worked_out():
+    for line in LINES:
+        if plain := re.fullmatch(r"calc: (\d+)\+(\d+)=(\d+)", line):
+            a, b, total = map(int, plain.groups())
+            assert a + b == total and numbers.sum_split((a, b)) == "train"
+        elif spelled := re.fullmatch(r"digits: (\d) (\d) \+ (\d) (\d) =.*", line):
+            a, tens_a, b, tens_b = map(int, spelled.groups())
+            assert numbers.sum_split((a + 10 * tens_a, b + 10 * tens_b)) == "train"
+
+
+def test_facts_are_seen_in_some_form():
+    for athlete, sport in facts.SPORT_OF.items():
+        forms = {line.split(athlete[0])[0] for line in LINES if " ".join(athlete) in line and sport in line}
+        assert len(forms) == len(facts.SPORT_FORMS) - 1
+
+
+# ---------------------------------------------------------------- pairs and concepts
+
+
+@each_task
+def test_pairs_differ_in_one_concept_and_in_the_answer(task):
+    for pair in task.pairs("report", 200, seed=0):
+        clean, corrupted = (TOKENIZER.encode(example.prompt).ids for example in (pair.clean, pair.corrupted))
+        assert len(clean) == len(corrupted)
+        before, after = roots(pair.clean), roots(pair.corrupted)
+        assert before.keys() == after.keys()
+        assert {name for name in before if before[name] != after[name]} == {pair.concept}
+        assert pair.clean.answers != pair.corrupted.answers
+
+
+@each_task
+def test_concepts_stand_where_they_are_said_to(task):
+    for example in task.examples("report", 100, seed=0) + task.examples("train", 100, seed=0):
+        tokens = TOKENIZER.encode(example.prompt).tokens
+        known: dict[str, Concept] = {}
+        for concept in example.concepts:
+            assert 0 < concept.position < len(tokens)
+            assert all(known[parent].position <= concept.position for parent in concept.parents)
+            if not concept.parents:
+                written = "".join(tokens[: concept.position + 1])
+                assert written.removeprefix(BOS).endswith(concept.value)
+            known[concept.name] = concept
+        answer = known["answer"]
+        if task.answers is None:
+            assert answer.value == example.answers[0].strip()
+
+
+# ---------------------------------------------------------------- the map
+
+
+def test_every_pair_of_words_is_a_city_and_every_state_has_its_share():
+    assert len(facts.STATE_OF) == len(words.CITY_FIRST) * len(words.CITY_SECOND) == 100
+    counts = np.unique(list(facts.STATE_OF.values()), return_counts=True)[1]
+    assert (counts == len(facts.CITIES) // len(facts.STATES)).all()
+    splits = list(facts.CITY_SPLIT.values())
+    assert [splits.count(split) for split in ("train", "choose", "report")] == [65, 15, 20]
+
+
+def test_the_state_is_not_a_sum_of_what_the_two_words_say():
+    """Ridge regression from the two words to the state: chance on other cities, well short of all on its own."""
+    one_hot = np.zeros((100, 21))
+    one_hot[:, 20] = 1
+    states = np.array([facts.STATES.index(facts.STATE_OF[city]) for city in facts.CITIES])
+    for row, city in enumerate(facts.CITIES):
+        first, second = city.split()
+        one_hot[row, words.CITY_FIRST.index(first)] = 1
+        one_hot[row, 10 + words.CITY_SECOND.index(second)] = 1
+
+    def accuracy(fitted: np.ndarray, tested: np.ndarray) -> float:
+        x, y = one_hot[fitted], np.eye(10)[states[fitted]]
+        weights = np.linalg.solve(x.T @ x + 0.1 * np.eye(21), x.T @ y)
+        return float(np.mean((one_hot[tested] @ weights).argmax(axis=1) == states[tested]))
+
+    everything = np.arange(100)
+    folds = np.array_split(np.random.default_rng(0).permutation(100), 5)
+    held_out = np.mean([accuracy(np.setdiff1d(everything, fold), fold) for fold in folds])
+    assert held_out < 0.25 and accuracy(everything, everything) < 0.6
+
+
+def test_draws_from_a_split_come_from_it():
+    random = Random(0)
+    for task in TASKS.values():
+        assert {task.split(task.case(random, "choose")) for _ in range(20)} == {"choose"}
