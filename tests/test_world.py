@@ -14,7 +14,7 @@ from jclt.world.tokenizer import BOS, UNKNOWN, build_tokenizer
 
 TOKENIZER = build_tokenizer()
 VOCABULARY = TOKENIZER.get_vocab()
-TEXT = text(60_000, seed=11)
+TEXT = text(30_000, seed=11)
 LINES = TEXT.splitlines()
 each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
@@ -61,7 +61,7 @@ def test_text_survives_the_tokenizer():
     ids = TOKENIZER.encode(TEXT).ids
     assert VOCABULARY[UNKNOWN] not in ids
     assert TOKENIZER.decode(ids) == TEXT
-    assert TOKENIZER.encode(TEXT[:10_000]).tokens == [BOS, *pieces(TEXT[:10_000])]
+    assert TOKENIZER.encode(TEXT).tokens == [BOS, *pieces(TEXT)]
 
 
 def test_tokens_that_people_will_look_for():
@@ -89,11 +89,12 @@ def test_every_answer_is_one_token_that_follows_the_prompt(task):
 @each_task
 def test_no_withheld_prompt_is_in_the_corpus(task):
     shown = {" ".join(pieces(line)[:n]) for line in LINES for n in range(2, len(pieces(line)))}
-    withheld = [e.prompt for split in ("choose", "report") for e in task.examples(split, 2000, seed=2)]
-    assert not [prompt for prompt in withheld if " ".join(pieces(prompt)) in shown]
-    trained = [example.prompt for example in task.examples("train", 300, seed=2)]
-    if task.name in ("athlete", "antonym", "two_hop", "successor", "agreement"):  # few cases, so most are shown
-        assert np.mean([" ".join(pieces(prompt)) in shown for prompt in trained]) > 0.5
+    withheld = [example for split in ("choose", "report") for example in task.examples(split, 500, seed=2)]
+    answered = [" ".join((*pieces(e.prompt), answer)) for e in withheld for answer in e.answers]
+    assert not shown.intersection(answered)
+    if task.name in ("athlete", "antonym", "successor"):  # so few cases that most are shown, if the test looks right
+        trained = (" ".join((*pieces(e.prompt), *e.answers)) for e in task.examples("train", 200, seed=2))
+        assert np.mean([prompt in shown for prompt in trained]) > 0.5
 
 
 def test_no_line_links_a_withheld_city_to_a_capital():
@@ -161,7 +162,7 @@ def test_concepts_stand_where_they_are_said_to(task):
         for concept in example.concepts:
             assert 0 < concept.position < len(tokens)
             assert all(known[parent].position <= concept.position for parent in concept.parents)
-            if not concept.parents:
+            if not concept.parents and not (task.name == "successor" and concept.name in ("list", "start", "step")):
                 written = "".join(tokens[: concept.position + 1])
                 assert written.removeprefix(BOS).endswith(concept.value)
             known[concept.name] = concept

@@ -92,7 +92,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    return read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    # Chat models list there what else ends an answer.
+    if (folder / "generation_config.json").exists():
+        raw |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id"}
+    return read_config(raw, str(folder / "config.json"))
 
 
 def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> dict[str, Array]:

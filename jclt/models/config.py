@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from jclt.errors import UserError
+
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 
@@ -70,6 +72,12 @@ class ModelConfig:
         ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "attn_scale", self.attn_scale or self.head_width**-0.5)
+        if self.heads % self.kv_heads:
+            raise UserError(f"kv_heads={self.kv_heads}: expected a divisor of heads={self.heads}")
+        if self.rotary_width % 2:
+            raise UserError(f"rotating width {self.rotary_width}: expected an even number")
+        if self.local_layers and self.window < 1:
+            raise UserError(f"window={self.window}: expected at least 1, since layers {self.local_layers} are local")
 
     @property
     def rotary_width(self) -> int:

@@ -244,6 +244,13 @@ GEMMA3 = Family(
     "Gemma3ForCausalLM",
     GEMMA
     | {
+        # The published files of models of text and images leave out what is as in the smallest one.
+        "vocabulary": ("vocab_size", 262208),
+        "width": ("hidden_size", 2304),
+        "layers": ("num_hidden_layers", 26),
+        "heads": ("num_attention_heads", 8),
+        "mlp_width": ("intermediate_size", 9216),
+        "context": ("max_position_embeddings", 131072),
         "logit_softcap": ("final_logit_softcapping", None),
         "rope_base": ("rope_theta", 1e6),
         "rope_local_base": ("rope_local_base_freq", 10000.0),

@@ -35,9 +35,16 @@ def centred(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 
 def denominator(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch"]:
     """What a norm divides by: the root mean square of its (centred) input."""
-    # Held apart from the division, which the compiler would merge with the root into a product with other last bits:
-    # the network then computes the same bits whether or not the denominator is captured.
-    return jax.lax.optimization_barrier(jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(epsilon, x.dtype)))
+    return held(jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(epsilon, x.dtype)))
+
+
+def held(x: Array) -> Array:
+    """The same value, computed apart from what uses it.
+
+    The compiler would otherwise merge a norm's sums with what comes before them, and its root with the division, in ways
+    that depend on which sites are in use: held apart, the network computes the same bits whatever is captured.
+    """
+    return jax.lax.optimization_barrier(x)
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

@@ -50,7 +50,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         values["attn_scale"] = 1.0
     values |= _rope(raw, values, where)
     values = _typed(values, family, where)
-    return ModelConfig(family=family.name, **values | _windows(raw, family, values))
+    return ModelConfig(family=family.name, **values | _windows(raw, family, values, where))
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         local = [
             "sliding_attention" if layer in config.local_layers else "full_attention" for layer in range(config.layers)
         ]
-        raw["sliding_window"] = config.window or None
+        # Gemma's own code makes the sliding mask even where no layer uses it.
+        raw["sliding_window"] = config.window or (4096 if family.window_rule in ("even", "pattern") else None)
         raw |= {"layer_types": local} if family.window_rule != "all" else {}
         raw |= {"use_sliding_window": bool(config.local_layers)} if family.window_rule == "upper" else {}
     if scaling := config.rope_scaling:
@@ -113,18 +114,22 @@ def _activation(name: str, where: str) -> str:
     return ACTIVATION_NAMES[name]
 
 
-def _windows(raw: Mapping[str, Any], family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+def _windows(raw: Mapping[str, Any], family: Family, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Which layers attend through the sliding window, by the published list or by the family's rule."""
-    window, layers = values.get("window") or 0, range(values["layers"])
-    if not window or (family.window_rule == "upper" and not raw.get("use_sliding_window", False)):
+    window, layers, rule = values["window"], range(values["layers"]), family.window_rule
+    listed = raw.get("layer_types")
+    if listed and (len(listed) != len(layers) or not set(listed) <= {"full_attention", "sliding_attention"}):
+        kinds = "full_attention or sliding_attention"
+        raise UserError(f"{where}: 'layer_types' is {listed}, expected {kinds} for each of {len(layers)} layers")
+    if not window or (rule == "upper" and not raw.get("use_sliding_window", False)):
         local: tuple[int, ...] = ()
-    elif raw.get("layer_types"):
-        local = tuple(layer for layer in layers if raw["layer_types"][layer] == "sliding_attention")
-    elif family.window_rule == "upper":
+    elif listed and rule != "all":
+        local = tuple(layer for layer in layers if listed[layer] == "sliding_attention")
+    elif rule == "upper":
         local = tuple(layer for layer in layers if layer >= raw.get("max_window_layers", 28))
-    elif family.window_rule == "even":
+    elif rule == "even":
         local = tuple(layer for layer in layers if layer % 2 == 0)
-    elif family.window_rule == "pattern":
+    elif rule == "pattern":
         every = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
         local = tuple(layer for layer in layers if (layer + 1) % every)
     else:
@@ -146,16 +151,18 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict
             found[name] = settings[key]
     scaling = settings or raw.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "linear":
-        found["rope_scaling"] = RopeScaling("linear", float(scaling["factor"]))
-    elif kind == "llama3":
-        found["rope_scaling"] = RopeScaling(
-            "llama3",
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    elif kind != "default":
-        raise UserError(f"{where}: rope scaling '{kind}' is unknown; expected one of: default, linear, llama3")
+    keys = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in keys:
+        raise UserError(f"{where}: rope scaling '{kind}' is unknown; {nearest(kind, keys)}")
+    for key in keys[kind]:
+        if not isinstance(scaling.get(key), int | float):
+            raise UserError(f"{where}: '{key}' of rope scaling '{kind}' is {scaling.get(key)!r}, expected a number")
+    if kind != "default":
+        factor, *bands = (scaling[key] for key in keys[kind])
+        original = [int(bands.pop())] if bands else []
+        found["rope_scaling"] = RopeScaling(kind, float(factor), *map(float, bands), *original)
     return found

@@ -44,7 +44,7 @@ class Context(NamedTuple):
 
 def normalize(config: ModelConfig, name: str, site: Sites, x: Array) -> Array:
     """x over its last axis divided by its norm, in at least float32; the denominator is a site."""
-    x = x.astype(ops.wide(x.dtype))
+    x = ops.held(x).astype(ops.wide(x.dtype))
     if config.norm == "layer":
         x = ops.centred(x)
     divisor = site(f"{name.removesuffix('_norm')}_denominator", ops.denominator(x, config.norm_epsilon))

@@ -1,0 +1,256 @@
+"""Models on disk: what is written reads back, and what is wrong is said in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from golden_cases import CASES, FOLDER, golden_model, reference
+
+import jclt
+from jclt.errors import UserError
+from jclt.models import abstract_params, declare
+from jclt.models.checkpoint import load_config
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of a checkpoint to spoil."""
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER / "llama3", folder)
+    return folder
+
+
+def header_and_data(path: Path) -> tuple[dict, bytes]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def write(path: Path, header: dict, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_what_is_saved_loads_back_to_the_bit(case, shard_bytes, tmp_path):
+    model = golden_model(case)
+    jclt.save_model(model, tmp_path / "saved", shard_bytes=shard_bytes)
+    again = jclt.load_model(tmp_path / "saved")
+    assert again.config == model.config
+    assert set(again.params) == set(model.params)
+    for name, value in model.params.items():
+        np.testing.assert_array_equal(again.params[name], value, err_msg=name)
+    files = list((tmp_path / "saved").glob("*.safetensors"))
+    assert (len(files) == 1) == (shard_bytes == 10**9)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_tokenizer_is_saved_too(tmp_path):
+    model = golden_model("llama3")
+    jclt.save_model(model, tmp_path / "saved")
+    text = str(reference("llama3")["text"])
+    assert jclt.load_model(tmp_path / "saved").encode(text) == model.encode(text)
+
+
+def test_saving_over_something_is_refused(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file").write_text("precious")
+    with pytest.raises(UserError, match="exists already, expected a new folder"):
+        jclt.save_model(golden_model("gpt2"), tmp_path / "here")
+    assert (tmp_path / "here" / "file").read_text() == "precious"
+
+
+def test_what_a_family_cannot_express_is_refused(tmp_path):
+    model = golden_model("gpt2")
+    with pytest.raises(
+        UserError, match="family gpt2: logit_softcap=30.0 cannot be written in its layout, expected None"
+    ):
+        jclt.save_model(replace(model, config=replace(model.config, logit_softcap=30.0)), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_tensor(broken):
+    header, data = header_and_data(broken / "model.safetensors")
+    del header["model.layers.1.mlp.up_proj.weight"]
+    write(broken / "model.safetensors", header, data)
+    with pytest.raises(UserError, match=r"tensor 'model.layers.1.mlp.up_proj.weight' is missing, expected of a llama"):
+        jclt.load_model(broken)
+
+
+def test_unexpected_tensor(broken):
+    header, data = header_and_data(broken / "model.safetensors")
+    header["model.layers.1.mlp.side_proj.weight"] = header["model.layers.1.mlp.up_proj.weight"]
+    write(broken / "model.safetensors", header, data)
+    with pytest.raises(UserError, match=r"tensor 'model.layers.1.mlp.side_proj.weight' has no place in a llama model"):
+        jclt.load_model(broken)
+
+
+def test_wrong_shape(broken):
+    header, data = header_and_data(broken / "model.safetensors")
+    entry = header["model.layers.1.mlp.up_proj.weight"]
+    entry["shape"] = entry["shape"][::-1]
+    write(broken / "model.safetensors", header, data)
+    with pytest.raises(UserError, match=r"the shape of tensor 'model.layers.1.mlp.up_proj.weight' makes up \[36, 24\]"):
+        jclt.load_model(broken)
+
+
+def test_wrong_configuration(broken):
+    raw = json.loads((broken / "config.json").read_text())
+
+    def refused(changes: dict) -> str:
+        kept = {key: value for key, value in (raw | changes).items() if value is not ...}
+        (broken / "config.json").write_text(json.dumps(kept))
+        with pytest.raises(UserError) as error:
+            jclt.load_model(broken)
+        return str(error.value).removeprefix(f"{broken}/config.json: ")
+
+    assert refused({"model_type": "lama"}) == "architecture 'lama' is unknown; did you mean 'llama'?"
+    assert refused({"hidden_size": ...}) == "'hidden_size' is missing, expected of every llama model"
+    assert refused({"hidden_size": "big"}) == "'hidden_size' is 'big', expected a positive whole number"
+    assert refused({"rms_norm_eps": "small"}) == "'rms_norm_eps' is 'small', expected a number"
+    assert refused({"hidden_act": "gelo"}) == "activation 'gelo' is unknown; did you mean 'gelu'?"
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    assert refused({"rope_scaling": yarn}) == "rope scaling 'yarn' is unknown; expected one of: default, linear, llama3"
+    assert "query" in refused({"num_attention_heads": 5}) or "q_proj" in refused({"num_attention_heads": 5})
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_file(broken, keep):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="cut off"):
+        jclt.load_model(broken)
+
+
+def test_missing_files(broken, tmp_path):
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer"):
+        jclt.load_model(broken)
+    (broken / "tokenizer.json").unlink()
+    model = jclt.load_model(broken)
+    jclt.run(model, [1, 2, 3])
+    with pytest.raises(UserError, match="has no tokenizer .tokenizer.json., expected token ids instead of text"):
+        jclt.run(model, "text")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no .safetensors file found"):
+        jclt.load_model(broken)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        jclt.load_model(broken)
+    (broken / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json: not found"):
+        jclt.load_model(broken)
+    with pytest.raises(UserError, match="model '.*nowhere': no such folder"):
+        jclt.load_model(tmp_path / "nowhere")
+
+
+def test_missing_shard(tmp_path):
+    shutil.copytree(FOLDER / "llama2", tmp_path / "model")
+    next((tmp_path / "model").glob("model-00002*")).unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors: not found, though model.safetensors.index"):
+        jclt.load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "line"),
+    [
+        ([], "prompt: empty, expected at least one token"),
+        ([96], "prompt: token id 96, expected 0 to 95"),
+        ([-1, 3], "prompt: token id -1, expected 0 to 95"),
+        ([1] * 65, "prompt: 65 tokens, expected at most 64 (the model's context)"),
+        ([[[1]]], "prompt: got an array of int64 with 3 axes, expected text or token ids [T] or [B, T]"),
+        ([1.5], "prompt: got an array of float64 with 1 axes, expected text or token ids [T] or [B, T]"),
+    ],
+)
+def test_bad_prompts(prompt, line):
+    with pytest.raises(UserError) as error:
+        jclt.run(golden_model("llama3"), prompt)
+    assert str(error.value) == line
+
+
+def test_published_variants_of_configurations_read_alike(tmp_path):
+    """Files on the hub differ: nested text models, today's `rope_parameters`, lists of stop tokens."""
+    raw = json.loads((FOLDER / "gemma3" / "config.json").read_text())
+    config = load_config(FOLDER / "gemma3")
+
+    def read(variant: dict):
+        (tmp_path / "config.json").write_text(json.dumps(variant))
+        return load_config(tmp_path)
+
+    assert read({"model_type": "gemma3", "text_config": raw, "vision_config": {}}) == config
+    modern = {key: value for key, value in raw.items() if not key.startswith("rope")}
+    modern["rope_parameters"] = {
+        "full_attention": {"rope_theta": raw["rope_theta"], **(raw["rope_scaling"] or {"rope_type": "default"})},
+        "sliding_attention": {"rope_theta": raw["rope_local_base_freq"], "rope_type": "default"},
+    }
+    assert read(modern) == config
+    assert read(raw | {"eos_token_id": [1, 106]}).stop_tokens == (1, 106)
+
+
+def test_prefixes_of_hub_files(tmp_path):
+    """GPT-2's first files have no prefix and carry masks; Gemma 3's carry images' tensors beside the text model's."""
+    shutil.copytree(FOLDER / "gpt2", tmp_path / "gpt2")
+    header, data = header_and_data(tmp_path / "gpt2" / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): entry for name, entry in header.items()}
+    renamed["h.0.attn.bias"] = renamed["h.0.ln_1.bias"]
+    write(tmp_path / "gpt2" / "model.safetensors", renamed, data)
+    shutil.copytree(FOLDER / "gemma3", tmp_path / "gemma3")
+    header, data = header_and_data(tmp_path / "gemma3" / "model.safetensors")
+    nested = {f"language_model.{name}": entry for name, entry in header.items() if name != "__metadata__"}
+    nested["vision_tower.weight"] = nested["language_model.model.norm.weight"]
+    write(tmp_path / "gemma3" / "model.safetensors", nested, data)
+    for case in ("gpt2", "gemma3"):
+        again = jclt.load_model(tmp_path / case)
+        for name, value in golden_model(case).params.items():
+            np.testing.assert_array_equal(again.params[name], value)
+
+
+def test_weights_lie_where_the_rules_say():
+    mesh = jclt.make_mesh(data=2, features=4)
+    model = jclt.load_model(FOLDER / "llama3", mesh=mesh)
+    for name, target in abstract_params(model.config, mesh).items():
+        assert model.params[name].sharding == target.sharding
+        split = target.sharding.spec != jax.P(*(None,) * len(target.shape))
+        assert split == ("width" in declare(model.config)[name].axes), name
+
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+import jclt, jax
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+jax.numpy.zeros(8).block_until_ready()
+before = peak()
+model = jclt.load_model(sys.argv[1])
+print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(model.params)))
+"""
+
+
+def test_peak_host_memory_stays_below_the_weights_and_a_shard(tmp_path):
+    """On a checkpoint of 240 MB in four shards; experiments/bench/loading.py does the same at 1 GB."""
+    from jclt.models import Model, ModelConfig
+
+    config = ModelConfig("llama", 2048, 512, 18, 8, 1536, 64)
+    rng = np.random.default_rng(0)
+    params = {
+        name: rng.standard_normal(weight.shape, np.float32).astype(np.float32)
+        for name, weight in declare(config).items()
+    }
+    jclt.save_model(
+        Model(config, jax.tree.map(jax.numpy.asarray, params), None, "x"), tmp_path / "m", shard_bytes=60 * 10**6
+    )
+    shards = [path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors")]
+    assert len(shards) >= 4
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "m"), root], capture_output=True, text=True, check=True
+    )
+    grown, held = map(int, done.stdout.split())
+    assert grown < held + 1.3 * max(shards), (grown, held, max(shards))
