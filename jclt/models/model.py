@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -112,18 +113,21 @@ def run(
     single = tokens.ndim == 1
     batch = tokens[None] if single else tokens
     mesh = mesh_of(model.params["token_embedding"])
-    if mesh is None:
-        logits, seen = _run(model.config, model.params, jnp.asarray(batch), capture, freeze, edit, mlp, unroll)
-    else:
-        with jax.set_mesh(mesh):
-            placed = jax.device_put(batch, sharding(mesh, batch.shape, ("batch", None)))
-            logits, seen = _run(model.config, model.params, placed, capture, freeze, edit, mlp, unroll)
+    with on_mesh(model):
+        placed = jax.device_put(batch, sharding(mesh, batch.shape, ("batch", None)) if mesh else None)
+        logits, seen = _run(model.config, model.params, placed, capture, freeze, edit, mlp, unroll)
     for name in capture:
         if name not in seen:
             raise UserError(f"site '{name}': a {model.config.family} model of this configuration has none")
     if single:
         return logits[0], {name: x[0] if name in MODEL_SITES else x[:, 0] for name, x in seen.items()}
     return logits, seen
+
+
+def on_mesh(model: Model) -> AbstractContextManager[Any]:
+    """Within it, programs run on the mesh that the model's weights lie on."""
+    mesh = mesh_of(model.params["token_embedding"])
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 @eqx.filter_jit
@@ -175,19 +179,20 @@ def generate(
         )
     stops = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
     padding = min(-length % PROMPT_BUCKET, model.config.context - length - max_new_tokens)
-    new = generate_tokens(
-        model.config,
-        model.params,
-        jnp.asarray(np.pad(batch, ((0, 0), (0, padding)))),
-        jnp.full(len(batch), length, jnp.int32),
-        max_new_tokens,
-        jnp.float32(temperature),
-        jnp.float32(top_p),
-        jax.random.key(seed),
-        stops,
-        edit,
-        mlp,
-    )
+    with on_mesh(model):
+        new = generate_tokens(
+            model.config,
+            model.params,
+            jnp.asarray(np.pad(batch, ((0, 0), (0, padding)))),
+            jnp.full(len(batch), length, jnp.int32),
+            max_new_tokens,
+            jnp.float32(temperature),
+            jnp.float32(top_p),
+            jax.random.key(seed),
+            stops,
+            edit,
+            mlp,
+        )
     whole = np.concatenate([batch, np.asarray(new)], axis=1)
     if isinstance(prompt, str):
         ids = whole[0].tolist()

@@ -41,10 +41,19 @@ def denominator(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*b
 def held(x: Array) -> Array:
     """The same value, computed apart from what uses it.
 
-    The compiler would otherwise merge a norm's sums with what comes before them, and its root with the division, in ways
-    that depend on which sites are in use: held apart, the network computes the same bits whatever is captured.
+    The compiler would otherwise merge a norm's sums with what comes before them, and its root with the division, in
+    ways that depend on which sites are in use: held apart, the network computes the same bits whatever is captured.
     """
     return jax.lax.optimization_barrier(x)
+
+
+def rounded(x: Array) -> Array:
+    """The same value, rounded before it is added to anything.
+
+    A processor may add a product without rounding it first, which the compiler uses where it sees both at once: the sum
+    would depend on whether a site lies between. A maximum that changes no finite value keeps them apart.
+    """
+    return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:

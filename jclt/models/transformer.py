@@ -121,7 +121,7 @@ def block(
         raw, cache = attention(context, weights, layer, site, attn_in, cache)
         attn_out = site("attn_raw_out", raw)
         if c.post_norms:
-            attn_out = norm(c, weights, "attn_post_norm", site, attn_out)
+            attn_out = ops.rounded(norm(c, weights, "attn_post_norm", site, attn_out))
         attn_out = site("attn_out", attn_out)
         stream = x + attn_out
 
@@ -133,7 +133,7 @@ def block(
 
         def true() -> Stream:
             out = site("mlp_raw_out", true_mlp(c, weights, site, mlp_in))
-            return norm(c, weights, "mlp_post_norm", site, out) if c.post_norms else out
+            return ops.rounded(norm(c, weights, "mlp_post_norm", site, out)) if c.post_norms else out
 
         reads = {"resid_mid": mid, "mlp_normalized": normalized, "mlp_in": mlp_in}
         mlp_out = site("mlp_out", context.mlp(layer, reads, true))

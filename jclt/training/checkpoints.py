@@ -18,7 +18,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any) -> None:
-        self.checkpointer.save_async(step, {"state": state}, force=True)
+        self.checkpointer.save_async(step, {"state": state}, force=True, overwrite=True)
 
     def restore(self, like: State) -> State | None:
         """The newest state that can be read, placed as `like` is; None where there is none."""

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from jclt.errors import UserError
 from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
-from jclt.sharding import make_mesh, sharding
 from jclt.shapes import Array, Float, Params, Tokens
+from jclt.sharding import make_mesh, sharding
 from jclt.training.data import TokenRows, load_rows, save_rows, text_rows
 from jclt.training.loop import fit
 from jclt.world.corpus import corpus
@@ -98,8 +98,9 @@ def train_step(
     loss, gradient = jax.value_and_grad(partial(next_token_loss, config.model, config.remat))(
         state.params, tokens=tokens, weights=weights
     )
-    updates, inner = optimizer(config).update(gradient, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix types
+        updates, inner = optimizer(config).update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
     return LmState(state.step + 1, params, inner), {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 

@@ -49,7 +49,8 @@ def fit(
     def record(step: int, values: Mapping[str, Array]) -> None:
         fetched = {name: float(value) for name, value in values.items()}
         if not math.isfinite(fetched["loss"]):
-            raise UserError(f"loss is {fetched['loss']} at step {step}; the newest checkpoint is of step {saved}")
+            newest = f"the newest checkpoint is of step {saved}" if saved else "no checkpoint has been saved yet"
+            raise UserError(f"loss is {fetched['loss']} at step {step}; {newest}")
         if step % log_every == 0 or step in (1, steps):
             seconds = time.perf_counter() - began
             metrics.write({"step": step, "seconds": round(seconds, 3), **fetched})
@@ -65,13 +66,14 @@ def fit(
                     progress.update()
                 waiting = (step + 1, values)
                 if (step + 1) % save_every == 0 or step + 1 == steps or asked_to_stop:
+                    # What is saved has been looked at and logged: a run resumed from here lacks no line.
+                    record(*waiting)
+                    progress.update()
+                    waiting = None
                     checkpoints.save(step + 1, state)
                     saved = step + 1
                 if asked_to_stop:
                     raise Interrupted(f"stopped at step {step + 1}, saved; the same command goes on from there")
-            if waiting is not None:
-                record(*waiting)
-                progress.update()
     finally:
         checkpoints.close()
         metrics.close()

@@ -1,0 +1,58 @@
+"""What all benchmarks share: this machine's measured matmul rate, timing, the table and the JSON."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Case(NamedTuple):
+    case: str
+    operations: float
+    seconds: float
+    matmul_fraction: float | None = None
+    against: str | None = None
+    ratio: float | None = None  # the other's time over ours
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the cases to this file")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each case, of which the fastest counts")
+    return parser.parse_args()
+
+
+def best(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of the fastest run, after one that is not counted."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def matmul_rate(repeats: int, dtype: str = "float32", size: int | None = None) -> float:
+    """Operations a second of one large product, the yardstick of every other figure."""
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
+    multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision="highest" if dtype == "float32" else None))
+    return 2 * size**3 / best(lambda: multiply(left, right), max(repeats, 5))
+
+
+def report(cases: list[Case], rate: float, file: Path | None) -> None:
+    print(f"matmul rate of this machine ({jax.devices()[0].device_kind}): {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'case':46} {'GFLOP':>9} {'seconds':>9} {'GFLOP/s':>9} {'of matmul':>9}  beside")
+    for c in cases:
+        speed = c.operations / c.seconds / 1e9
+        fraction = "" if c.matmul_fraction is None else f"{c.matmul_fraction:9.0%}"
+        beside = "" if c.against is None else f"{c.against}: {c.ratio:.2f}x"
+        print(f"{c.case:46} {c.operations / 1e9:9.1f} {c.seconds:9.4f} {speed:9.0f} {fraction:>9}  {beside}")
+    if file:
+        file.write_text(json.dumps([c._asdict() for c in cases], indent=1) + "\n")

@@ -1,0 +1,239 @@
+"""Training a language model: it learns, resumes to the bit, and computes the same on any mesh."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import FOLDER
+
+import jclt
+from jclt.errors import UserError
+from jclt.models import ModelConfig, forward
+from jclt.sharding import make_mesh, sharding
+from jclt.training.data import TokenRows, text_rows
+from jclt.training.lm import LmConfig, init_state, next_token_loss, train_lm, train_step
+
+ROOT = Path(__file__).parents[1]
+MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
+TINY = LmConfig(
+    MODEL, data="text.txt", tokenizer=str(FOLDER / "llama3"), steps=24, batch=8, length=16, warmup=4, save_every=7
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A text with a rule: every word is followed by the next one of a circle of twenty."""
+    words = [f"word{i}" for i in range(10, 30)]
+    rng = np.random.default_rng(0)
+    lines = []
+    for start in rng.integers(0, 20, 300):
+        lines.append(" ".join(words[(start + i) % 20] for i in range(12)))
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(lines))
+    return path
+
+
+@pytest.fixture
+def config(text) -> LmConfig:
+    return replace(TINY, data=str(text))
+
+
+def test_every_epoch_is_a_permutation_and_the_batch_a_function_of_the_step():
+    rows = TokenRows(np.zeros((10, 4)), np.zeros((10, 4)))
+    drawn = np.concatenate([rows.indices(3, step, 4) for step in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+    np.testing.assert_array_equal(rows.indices(3, 2, 4), drawn[8:12])
+    assert rows.indices(4, 0, 4).tolist() != drawn[:4].tolist()
+
+
+def test_the_loss_is_the_weighted_mean_of_cross_entropies():
+    config = replace(MODEL, vocabulary=7)
+    params = {k: w.init(jax.random.key(1), jnp.float32) for k, w in jclt.models.declare(config).items()}
+    tokens = jax.random.randint(jax.random.key(2), (2, 6), 0, 7, jnp.int32)
+    weights = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (2, 6)), jnp.float32)
+    logits = np.asarray(jax.jit(partial(forward, config))(params, tokens)[0], np.float64)
+    total = counted = 0.0
+    for row in range(2):
+        for t in range(1, 6):
+            z = logits[row, t - 1]
+            total += float(weights[row, t]) * (np.log(np.exp(z).sum()) - z[int(tokens[row, t])])
+            counted += float(weights[row, t])
+    loss = jax.jit(next_token_loss, static_argnums=(0, 1))(config, False, params, tokens, weights)
+    assert float(loss) == pytest.approx(total / counted, rel=1e-5)
+
+
+def test_rematerialisation_changes_no_gradient():
+    params = {k: w.init(jax.random.key(1), jnp.float32) for k, w in jclt.models.declare(MODEL).items()}
+    tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, 96, jnp.int32)
+    grads = [
+        jax.jit(jax.grad(partial(next_token_loss, MODEL, remat)))(params, tokens, jnp.ones((2, 9)))
+        for remat in (False, True)
+    ]
+    for name in params:
+        np.testing.assert_allclose(grads[0][name], grads[1][name], atol=1e-6)
+
+
+def test_it_learns_the_rule_of_its_text(config, tmp_path):
+    model = train_lm(replace(config, steps=150, learning_rate=1e-2), tmp_path / "run")
+    assert jclt.generate(model, "word10 word11 word12", 3) == "word10 word11 word12 word13 word14 word15"
+    again = jclt.load_model(tmp_path / "run" / "model")
+    assert jclt.generate(again, "word28 word29", 2) == "word28 word29 word10 word11"
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] > 3.5 and losses[-1] < 1.0
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
+    rows = text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length)[0]
+
+    def losses(mesh) -> list[float]:
+        placed = sharding(mesh, (8, 16), ("batch", None))
+        with jax.set_mesh(mesh):
+            state, seen = init_state(config, mesh), []
+            for step in range(5):
+                tokens = jax.device_put(np.asarray(rows[8 * step : 8 * step + 8], np.int32), placed)
+                weights = jax.device_put(np.ones((8, 16), np.float32), placed)
+                state, metrics = train_step(config, state, tokens, weights)
+                seen.append(float(metrics["loss"]))
+            if mesh.size > 1:
+                assert not state.params["query"].sharding.is_fully_replicated
+                assert state.optimizer[1][0].mu["query"].sharding == state.params["query"].sharding
+        return seen
+
+    alone = losses(make_mesh(1, 1))
+    np.testing.assert_allclose(losses(make_mesh(*shape)), alone, rtol=1e-5)
+
+
+def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
+    file = folder.parent / "tiny.py"
+    source = f"from jclt.models import ModelConfig\nfrom jclt.training.lm import LmConfig\nconfig = {config!r}\n"
+    file.write_text(source)
+    return [sys.executable, "-m", "jclt.cli", "train-lm", str(file), "--out", str(folder), *extra]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def start(config: LmConfig, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(command(config, folder), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        done = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+        if done and max(done) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1]}")
+
+
+def final_params(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in jclt.load_model(folder / "model").params.items()}
+
+
+def test_a_run_killed_and_resumed_ends_in_the_same_bits(config, tmp_path):
+    config = replace(config, steps=400, save_every=20)
+    subprocess.run(command(config, tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+
+    killed = start(config, tmp_path / "killed")
+    wait_for_step(tmp_path / "killed", 20, killed)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "killed" / "model").exists()
+
+    stopped = start(config, tmp_path / "killed")
+    deadline = time.time() + 60
+    newest = max(int(p.name) for p in (tmp_path / "killed" / "checkpoints").glob("*") if p.name.isdigit())
+    wait_for_step(tmp_path / "killed", newest + 20, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    _, said = stopped.communicate(timeout=deadline - time.time())
+    assert stopped.returncode == 0 and "the same command goes on from there" in said, said
+
+    done = subprocess.run(command(config, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and "resuming at step" in done.stderr, done.stderr
+    whole, resumed = final_params(tmp_path / "whole"), final_params(tmp_path / "killed")
+    for name in whole:
+        np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
+
+    def curve(run: str) -> list[tuple[int, float]]:
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+
+    assert curve("killed") == curve("whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
+    whole = train_lm(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    newest = tmp_path / "damaged" / "checkpoints" / "24"
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shutil.rmtree(tmp_path / "damaged" / "model")
+    again = train_lm(config, tmp_path / "damaged")
+    assert "checkpoint of step 24 cannot be read, passing over it" in caplog.text
+    for name in whole.params:
+        np.testing.assert_array_equal(again.params[name], whole.params[name])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
+    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; no checkpoint has been saved yet"):
+        train_lm(replace(config, steps=60, learning_rate=1e38, clip=1e38, warmup=12), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"length": 33}, "setting 'length': 33, expected at most model.context = 32"),
+        ({"steps": 0}, "setting 'steps': 0, expected at least 1"),
+        ({"warmup": 24}, "setting 'warmup': 24, expected less than steps = 24"),
+        ({"data": "none.txt"}, "data 'none.txt': not found, expected 'world', a text file or JSON lines"),
+        (
+            {"tokenizer": None},
+            "setting 'tokenizer': missing, expected a folder with tokenizer.json for data that are text",
+        ),
+        ({"model": replace(MODEL, vocabulary=50)}, "setting 'model.vocabulary': 50, expected at least 96"),
+    ],
+)
+def test_what_cannot_work_is_refused(config, tmp_path, change, line):
+    with pytest.raises(UserError) as error:
+        train_lm(replace(config, **change), tmp_path / "run")
+    assert str(error.value) == line
+
+
+def test_a_folder_of_another_run_is_refused(config, tmp_path):
+    train_lm(config, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run with seed=0, expected seed=1"):
+        train_lm(replace(config, seed=1), tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("")
+    with pytest.raises(UserError, match="not empty and not a run of jclt"):
+        train_lm(config, tmp_path / "other")
+
+
+def test_json_lines_and_their_faults(config, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "word10 word11 word12"}\n' * 40)
+    rows, weights = text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16)
+    assert rows.shape == (10, 16) == weights.shape
+    assert rows[0, :4].tolist() == [1, 10, 11, 12]
+    file.write_text('{"text": "word10"}\n{"txt": 1}\n')
+    with pytest.raises(UserError, match="data.jsonl:2: expected a JSON object with 'text'"):
+        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16)
+    file.write_text('{"text": "word10"}\n')
+    with pytest.raises(UserError, match="2 tokens, expected at least 16"):
+        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16)
