@@ -16,6 +16,7 @@ class Weight(NamedTuple):
     axes: tuple[str | None, ...]  # names that `sharding.RULES` knows are placed by it
     scale: float | None  # standard deviation of the initial values; None: the constant below
     constant: float = 0.0
+    inputs: int = 0  # of a layer's matrices: how many of the leading axes it contracts
 
     def init(self, key: Array, dtype: DTypeLike) -> Array:
         if self.scale is None:
@@ -42,15 +43,15 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
     if c.norm == "layer":
         weights |= {f"{norm}_bias": bias for norm in norms}
     weights |= {
-        "query": Weight((d, h, k), ("width", None, None), read),
-        "key": Weight((d, g, k), ("width", None, None), read),
-        "value": Weight((d, g, k), ("width", None, None), read),
-        "attn_out": Weight((h, k, d), (None, None, "width"), (h * k) ** -0.5 * write),
-        "up": Weight((d, m), ("width", None), read),
-        "down": Weight((m, d), (None, "width"), m**-0.5 * write),
+        "query": Weight((d, h, k), ("width", None, None), read, inputs=1),
+        "key": Weight((d, g, k), ("width", None, None), read, inputs=1),
+        "value": Weight((d, g, k), ("width", None, None), read, inputs=1),
+        "attn_out": Weight((h, k, d), (None, None, "width"), (h * k) ** -0.5 * write, inputs=2),
+        "up": Weight((d, m), ("width", None), read, inputs=1),
+        "down": Weight((m, d), (None, "width"), m**-0.5 * write, inputs=1),
     }
     if c.gated:
-        weights["gate"] = Weight((d, m), ("width", None), read)
+        weights["gate"] = Weight((d, m), ("width", None), read, inputs=1)
     if c.qk_norm:
         weights |= {"query_norm_gain": head_gain, "key_norm_gain": head_gain}
     if c.qkv_bias:
@@ -81,7 +82,7 @@ def model_weights(config: ModelConfig) -> dict[str, Weight]:
     if c.norm == "layer":
         weights["final_norm_bias"] = Weight((c.width,), ("width",), None)
     if not c.tied:
-        weights["unembedding"] = Weight((c.vocabulary, c.width), (None, "width"), c.width**-0.5)
+        weights["unembedding"] = embedding
     return weights
 
 

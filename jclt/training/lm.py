@@ -5,7 +5,7 @@ import logging
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,9 @@ class LmConfig:
     length: int = 64  # tokens a row
     seed: int = 0
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
+    adam_share: float = 0.6  # under Muon: Adam's rate for all that is no matrix, as a share of the learning rate
     warmup: int = 100
     final_rate: float = 0.0  # the cosine's last rate, as a share of the first
     weight_decay: float = 0.1
@@ -62,11 +64,31 @@ def optimizer(config: LmConfig) -> optax.GradientTransformation:
     rate = optax.schedules.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * config.final_rate
     )
-    matrices = {name: not name.endswith(("_gain", "_bias")) for name in declare(config.model)}
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=matrices),
-    )
+    weights = declare(config.model)
+    decayed = {name: not name.endswith(("_gain", "_bias")) for name in weights}
+    if config.optimizer == "adamw":
+        rule = optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed)
+    else:
+        axes = {name: range(1, len(weight.shape)) for name, weight in weights.items() if weight.inputs}
+        rule = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=lambda step: config.adam_share * rate(step),
+            muon_weight_dimension_numbers={
+                name: optax.contrib.MuonDimensionNumbers(
+                    tuple(axes[name][: weight.inputs]), tuple(axes[name][weight.inputs :])
+                )
+                if weight.inputs
+                else None
+                for name, weight in weights.items()
+            },
+            consistent_rms=0.2,  # updates as large as Adam's, so that one rate serves both
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
 def init_state(config: LmConfig, mesh: Mesh) -> LmState:
@@ -98,8 +120,11 @@ def train_step(
     loss, gradient = jax.value_and_grad(partial(next_token_loss, config.model, config.remat))(
         state.params, tokens=tokens, weights=weights
     )
+    # What comes out lies as what went in; in between the compiler decides, since Muon multiplies whole matrices.
+    placed = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.params, state.optimizer))
+    update = jax.sharding.auto_axes(optimizer(config).update, out_sharding=placed)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix types
-        updates, inner = optimizer(config).update(gradient, state.optimizer, state.params)
+        updates, inner = update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     return LmState(state.step + 1, params, inner), {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 

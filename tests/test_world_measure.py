@@ -1,0 +1,50 @@
+"""The measures of a model of the world say nothing of a model that knows nothing, and find what is planted."""
+
+import jax
+import numpy as np
+import pytest
+
+from jclt.models import Model, Tokenizer, declare
+from jclt.training.presets import small_world
+from jclt.world.facts import CITIES, STATE_OF, STATES
+from jclt.world.measure import accuracy, answered, probe, state_probes, swaps
+from jclt.world.tasks import TASKS
+from jclt.world.tokenizer import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Model:
+    config = small_world().model
+    weights = declare(config)
+    keys = jax.random.split(jax.random.key(0), len(weights))
+    params = {name: weight.init(key, np.float32) for key, (name, weight) in zip(keys, weights.items(), strict=True)}
+    return Model(config, params, Tokenizer(build_tokenizer()), "untrained")
+
+
+def test_an_untrained_model_answers_nothing(untrained):
+    assert all(share < 0.2 for name, share in accuracy(untrained, count=30).items() if name != "greater_than")
+
+
+def test_padding_does_not_change_answers(untrained):
+    examples = TASKS["induction"].examples("report", 20, seed=0)
+    together = answered(untrained, examples)
+    assert (together == np.concatenate([answered(untrained, [example]) for example in examples])).all()
+
+
+def test_swaps_cover_every_layer_and_move_nothing_here(untrained):
+    found = swaps(untrained, partners=1)
+    assert {swap.layer for swap in found} == set(range(untrained.config.layers))
+    assert len(found) == 3 * untrained.config.layers
+    assert all(swap.moved < 0.3 for swap in found)
+
+
+def test_probe_finds_what_is_there():
+    random = np.random.default_rng(0)
+    states = np.array([STATES.index(STATE_OF[city]) for city in CITIES])
+    noise = random.normal(size=(100, 32))
+    assert probe(noise) < 0.3
+    assert probe(noise + 8 * np.eye(10, 32)[states]) > 0.95
+
+
+def test_state_is_not_in_the_embeddings(untrained):
+    assert state_probes(untrained)["embeddings"] < 0.3
