@@ -59,7 +59,8 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def train_lm(arguments: argparse.Namespace) -> None:
     from jclt.config import load_settings, override
-    from jclt.training.lm import LmConfig, train_lm
+    from jclt.training.config import LmConfig
+    from jclt.training.lm import train_lm
     from jclt.training.presets import LM_PRESETS
 
     config = override(load_settings(arguments.config, LmConfig, LM_PRESETS), arguments.set)

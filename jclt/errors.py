@@ -13,9 +13,7 @@ class Interrupted(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint naming what the user may have meant, or all that there is to choose from when the list is short."""
+    """A hint naming what the user may have meant, or all that there is to choose from."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    return f"expected one of: {', '.join(names)}" if len(names) <= 24 else ""
+    return f"did you mean '{close[0]}'?" if close else f"expected one of: {', '.join(names)}"

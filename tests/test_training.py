@@ -21,8 +21,9 @@ import jclt
 from jclt.errors import UserError
 from jclt.models import ModelConfig, forward
 from jclt.sharding import make_mesh, sharding
+from jclt.training.config import LmConfig
 from jclt.training.data import TokenRows, text_rows
-from jclt.training.lm import LmConfig, init_state, next_token_loss, train_lm, train_step
+from jclt.training.lm import init_state, next_token_loss, train_lm, train_step
 
 ROOT = Path(__file__).parents[1]
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
@@ -122,7 +123,7 @@ def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
 
 def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
     file = folder.parent / "tiny.py"
-    source = f"from jclt.models import ModelConfig\nfrom jclt.training.lm import LmConfig\nconfig = {config!r}\n"
+    source = f"from jclt.models import ModelConfig\nfrom jclt.training.config import LmConfig\nconfig = {config!r}\n"
     file.write_text(source)
     return [sys.executable, "-m", "jclt.cli", "train-lm", str(file), "--out", str(folder), *extra]
 

@@ -67,11 +67,10 @@ def find_model(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise UserError(f"model '{name}': no such folder; for a hub name, pip install huggingface_hub") from None
+    # Imported where it is needed: loading a folder should not wait for it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
     files = ["config.json", "generation_config.json", "*.safetensors*", "tokenizer*.json", "vocab.json", "merges.txt"]
     try:
         try:
@@ -81,10 +80,8 @@ def find_model(name: str) -> Path:
     except HFValidationError:
         raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
     except Exception as error:  # whatever the network has to say, the user needs the one line
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})"
-        ) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})") from None
 
 
 def save_model(model: Model, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> None:

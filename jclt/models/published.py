@@ -163,6 +163,8 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict
             raise UserError(f"{where}: '{key}' of rope scaling '{kind}' is {scaling.get(key)!r}, expected a number")
     if kind != "default":
         factor, *bands = (scaling[key] for key in keys[kind])
-        original = [int(bands.pop())] if bands else []
-        found["rope_scaling"] = RopeScaling(kind, float(factor), *map(float, bands), *original)
+        found["rope_scaling"] = RopeScaling(kind, float(factor))
+        if bands:
+            low, high, original = bands
+            found["rope_scaling"] = RopeScaling(kind, float(factor), float(low), float(high), int(original))
     return found

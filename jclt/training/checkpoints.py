@@ -13,9 +13,8 @@ State = TypeVar("State")
 
 class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2):
-        self.checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=ocp.training.preservation_policies.LatestN(keep)
-        )
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)
+        self.checkpointer = ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=newest)
 
     def save(self, step: int, state: Any) -> None:
         self.checkpointer.save_async(step, {"state": state}, force=True, overwrite=True)

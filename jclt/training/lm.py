@@ -2,10 +2,10 @@
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,78 +17,20 @@ from jclt.errors import UserError
 from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
 from jclt.shapes import Array, Float, Params, Tokens
 from jclt.sharding import make_mesh, sharding
+from jclt.training.config import LmConfig
 from jclt.training.data import TokenRows, load_rows, save_rows, text_rows
 from jclt.training.loop import fit
+from jclt.training.optimizers import optimizer
 from jclt.world.corpus import corpus
 from jclt.world.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LmConfig:
-    """Everything that decides what a run computes."""
-
-    model: ModelConfig
-    data: str = "world"  # "world" (generated), a text file, or JSON lines with `text`
-    tokenizer: str | None = None  # a folder; "world" data bring their own
-    steps: int = 1000
-    batch: int = 32  # rows a step
-    length: int = 64  # tokens a row
-    seed: int = 0
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-3
-    adam_share: float = 0.6  # under Muon: Adam's rate for all that is no matrix, as a share of the learning rate
-    warmup: int = 100
-    final_rate: float = 0.0  # the cosine's last rate, as a share of the first
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.98
-    clip: float = 1.0
-    text_weight: float = 0.1  # in generated data: what a token counts that is no answer
-
-    data_shards: int = 1  # the mesh's data axis; all other devices lie on its features axis
-    remat: bool = False
-    save_every: int = 500
-    log_every: int = 10
-
-
 class LmState(NamedTuple):
     step: Array
     params: Params
     optimizer: Any
-
-
-def optimizer(config: LmConfig) -> optax.GradientTransformation:
-    rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * config.final_rate
-    )
-    weights = declare(config.model)
-    decayed = {name: not name.endswith(("_gain", "_bias")) for name in weights}
-    if config.optimizer == "adamw":
-        rule = optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decayed)
-    else:
-        axes = {name: range(1, len(weight.shape)) for name, weight in weights.items() if weight.inputs}
-        rule = optax.contrib.muon(
-            rate,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=lambda step: config.adam_share * rate(step),
-            muon_weight_dimension_numbers={
-                name: optax.contrib.MuonDimensionNumbers(
-                    tuple(axes[name][: weight.inputs]), tuple(axes[name][weight.inputs :])
-                )
-                if weight.inputs
-                else None
-                for name, weight in weights.items()
-            },
-            consistent_rms=0.2,  # updates as large as Adam's, so that one rate serves both
-        )
-    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
 
 
 def init_state(config: LmConfig, mesh: Mesh) -> LmState:
@@ -122,10 +64,10 @@ def train_step(
     )
     # What comes out lies as what went in; in between the compiler decides, since Muon multiplies whole matrices.
     placed = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.params, state.optimizer))
-    update = jax.sharding.auto_axes(optimizer(config).update, out_sharding=placed)
+    update: Any = jax.sharding.auto_axes(optimizer(config).update, out_sharding=placed)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix types
         updates, inner = update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
     return LmState(state.step + 1, params, inner), {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -16,8 +16,17 @@ from jclt.training.checkpoints import Checkpoints
 from jclt.training.metrics import MetricsLog, draw_curve, read_metrics
 
 log = logging.getLogger(__name__)
-State = TypeVar("State")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class HasStep(Protocol):
+    """A training state: a pytree that counts its steps."""
+
+    @property
+    def step(self) -> Array: ...
+
+
+State = TypeVar("State", bound=HasStep)
 
 
 def fit(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from jclt.models import ModelConfig
-from jclt.training.lm import LmConfig
+from jclt.training.config import LmConfig
 from jclt.world.tokenizer import BOS, EOS, build_tokenizer
 
 
@@ -27,7 +27,7 @@ def small_world() -> LmConfig:
         bos_token=tokens[BOS],
         stop_tokens=(tokens[EOS], tokens["\n"]),
     )
-    return LmConfig(model, steps=4000, weight_decay=1.0)
+    return LmConfig(model, steps=4000, optimizer="muon", learning_rate=5e-3, weight_decay=0.2, text_weight=0.03)
 
 
 LM_PRESETS: dict[str, Callable[[], LmConfig]] = {"small-world": small_world}
