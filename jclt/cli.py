@@ -44,17 +44,19 @@ def parser() -> argparse.ArgumentParser:
 
 def demo(arguments: argparse.Namespace) -> None:
     from jclt.models import load_model
-    from jclt.world.measure import answer
-    from jclt.world.tasks import TASKS
+    from jclt.world import TASKS
+    from jclt.world.measure import answers
 
-    model = load_model("demo")
-    answers = answer(model, [task.examples("report", 1, arguments.seed)[0] for task in TASKS.values()])
-    width = max(len(a.example.prompt) for a in answers)
-    print(f"{'task':13} {'prompt':{width}}  {'answer':12} probability")
-    for a in answers:
-        verdict = "right" if a.right else f"wrong, expected {' or '.join(a.example.answers[:3])}"
-        print(f"{a.example.task:13} {a.example.prompt:{width}} {a.said!r:14} {a.probability:.3f} {verdict}")
-    print(f"{sum(a.right for a in answers)} of {len(answers)} right; none of these prompts was in the training data")
+    examples = [task.examples("report", 1, arguments.seed)[0] for task in TASKS.values()]
+    given = answers(load_model("demo"), examples)
+    width = max(len(example.prompt) for example in examples)
+    print(f"{'task':12}  {'prompt':{width}}  {'answer':11}  probability")
+    for example, answer in zip(examples, given, strict=True):
+        verdict = "right" if answer.right else f"wrong, expected {' or '.join(map(repr, example.answers[:3]))}"
+        print(f"{example.task:12}  {example.prompt:{width}}  {answer.said!r:11}  {answer.probability:.3f} {verdict}")
+    print(
+        f"{sum(answer.right for answer in given)} of {len(given)} right; none of these prompts was in the training data"
+    )
 
 
 def train_lm(arguments: argparse.Namespace) -> None:

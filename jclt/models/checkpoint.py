@@ -226,7 +226,7 @@ def save_params(
         write_json(beside / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(beside / "config.json", raw)
     if tokenizer is not None:
-        tokenizer.save(beside)
+        tokenizer.save(beside, config)
     if folder.exists():
         folder.rmdir()
     os.replace(beside, folder)

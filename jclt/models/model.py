@@ -81,7 +81,9 @@ def find_model(name: str) -> Path:
         raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
     except Exception as error:  # whatever the network has to say, the user needs the one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})") from None
+        raise UserError(
+            f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})"
+        ) from None
 
 
 def save_model(model: Model, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> None:

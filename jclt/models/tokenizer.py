@@ -1,5 +1,6 @@
 """Text to token ids and back, by the `tokenizers` library."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from jclt.errors import UserError
+from jclt.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,17 @@ class Tokenizer:
     def size(self) -> int:
         return self.backend.get_vocab_size()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, config: ModelConfig) -> None:
+        """Writes `tokenizer.json`, and beside it what transformers wants to be told."""
         self.backend.save(str(folder / "tokenizer.json"))
+        ends = {"bos_token": config.bos_token, "eos_token": next(iter(config.stop_tokens), None)}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.context,
+            "clean_up_tokenization_spaces": False,
+            **{name: self.backend.id_to_token(index) for name, index in ends.items() if index is not None},
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

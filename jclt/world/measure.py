@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,27 +28,39 @@ def padded(model: Model, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray
 
 
 def predictions(model: Model, prompts: Sequence[str]) -> np.ndarray:
-    """The most probable next token of every prompt."""
+    """The probabilities `[N, V]` of every prompt's next token."""
     tokens, ends = padded(model, prompts)
     found = []
     for start in range(0, len(tokens), BATCH):
         rows, last = tokens[start : start + BATCH], ends[start : start + BATCH]
         logits, _ = run(model, rows)
-        found.append(np.asarray(logits.argmax(axis=-1))[np.arange(len(rows)), last])
+        found.append(np.asarray(jax.nn.softmax(logits[np.arange(len(rows)), last], axis=-1)))
     return np.concatenate(found)
 
 
-def answered(model: Model, examples: Sequence[Example]) -> np.ndarray:
-    """For each example whether the model's next token is a right answer."""
+class Answer(NamedTuple):
+    said: str  # the most probable next token
+    probability: float  # that of all right answers together
+    right: bool  # whether what was said is one of them
+
+
+def answers(model: Model, examples: Sequence[Example]) -> list[Answer]:
+    """What the model says after each example's prompt."""
     vocabulary = vocabulary_of(model)
-    predicted = predictions(model, [example.prompt for example in examples])
-    right = [{vocabulary[answer] for answer in example.answers} for example in examples]
-    return np.array([token in tokens for token, tokens in zip(predicted, right, strict=True)])
+    tokens = {index: token for token, index in vocabulary.items()}
+    found = []
+    for example, row in zip(examples, predictions(model, [e.prompt for e in examples]), strict=True):
+        right, said = [vocabulary[answer] for answer in example.answers], int(row.argmax())
+        found.append(Answer(tokens[said], float(row[right].sum()), said in right))
+    return found
 
 
 def accuracy(model: Model, split: Split = "report", count: int = 400, seed: int = 0) -> dict[str, float]:
     """The share of right answers on up to `count` examples of every task."""
-    return {name: float(answered(model, task.examples(split, count, seed)).mean()) for name, task in TASKS.items()}
+    return {
+        name: float(np.mean([a.right for a in answers(model, task.examples(split, count, seed))]))
+        for name, task in TASKS.items()
+    }
 
 
 def vocabulary_of(model: Model) -> dict[str, int]:

@@ -166,7 +166,7 @@ def step_line(case: Step) -> Line:
     answer = f" {item(name, place + step)}"
     if not shown:
         return Line(f"Step: {step} after {item(name, place)} is", answer, ".")
-    run = (item(name, place - step * back) for back in reversed(range(shown)))
+    run = (f"{item(name, place - step * back)}" for back in reversed(range(shown)))
     return Line("List: " + " ".join(run), answer, ".")
 
 
@@ -245,5 +245,5 @@ def mixed_run(random: Random) -> Line:
         start, middle = place - 2 * step, place - step
         if shown and 0 <= start < len(LISTS[first]) and middle < len(LISTS[second]) and second != name:
             break
-    run = LISTS[first][start], LISTS[second][middle], item(name, place)
+    run = LISTS[first][start], LISTS[second][middle], f"{item(name, place)}"
     return Line("List: " + " ".join(run), step_line(case).answer, ".")

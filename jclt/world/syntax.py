@@ -96,8 +96,8 @@ def agreement_concepts(case: Agreement, prompt: str) -> tuple[Concept, ...]:
 
 def other_number(random: Random, case: Agreement) -> tuple[Agreement, str]:
     """The subject in the other number."""
-    *rest, plural, distractor_plural = case
-    return (*rest, 1 - plural, distractor_plural), "subject"
+    time, noun, preposition, distractor, plural, distractor_plural = case
+    return (time, noun, preposition, distractor, 1 - plural, distractor_plural), "subject"
 
 
 AGREEMENT = Task(
@@ -154,8 +154,8 @@ def gift_concepts(case: Gift, prompt: str) -> tuple[Concept, ...]:
 
 
 def other_giver(random: Random, case: Gift) -> tuple[Gift, str]:
-    first, second, gives, *rest = case
-    return (first, second, 1 - gives, *rest), "giver"
+    first, second, gives, place, thing, form = case
+    return (first, second, 1 - gives, place, thing, form), "giver"
 
 
 IOI = Task(

@@ -1,0 +1,49 @@
+"""The model that ships knows its world: the bars of experiments/small_world.py, on what is kept for reporting."""
+
+from pathlib import Path
+
+import pytest
+
+import jclt
+from jclt.models import Model, find_model
+from jclt.world.measure import accuracy, state_probes, swaps
+from jclt.world.tasks import TASKS
+
+BARS = {"two_hop": 0.97, "successor": 0.90}
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Model:
+    return jclt.load_model("demo")
+
+
+def test_it_is_small_and_has_a_few_layers(shipped):
+    size = sum(path.stat().st_size for path in Path(find_model("demo")).rglob("*"))
+    assert size < 8e6
+    assert 4 <= shipped.config.layers <= 6
+
+
+def test_every_task_is_known(shipped):
+    for task, share in accuracy(shipped, "report").items():
+        assert share >= BARS.get(task, 0.98), (task, share)
+
+
+def test_cities_are_answered_in_two_hops(shipped):
+    """Another city of the same state serves as well, one of another state does not, before the last layer."""
+    assert any(
+        swap.kept >= 0.95 and swap.moved >= 0.90 for swap in swaps(shipped) if swap.layer < shipped.config.layers - 1
+    )
+
+
+def test_the_state_is_worked_out_not_looked_up(shipped):
+    probes = state_probes(shipped)
+    assert probes["embeddings"] < 0.2
+    assert probes[f"resid_post {shipped.config.layers - 2} end"] > 0.9
+
+
+def test_text_goes_in_and_comes_out(shipped):
+    assert jclt.generate(shipped, "calc: 36+59=", max_new_tokens=2) == "calc: 36+59=95"
+    example = TASKS["two_hop"].examples("report", 1, seed=3)[0]
+    assert jclt.generate(shipped, example.prompt, max_new_tokens=1) == example.prompt + example.answers[0]
+    drawn = {jclt.generate(shipped, "calc: 36+59=", 1, temperature=5.0, seed=seed) for seed in range(8)}
+    assert len(drawn) > 1
