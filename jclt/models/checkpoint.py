@@ -108,31 +108,41 @@ def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh 
     params = {}
     for weight, target in abstract_params(config, mesh, dtype).items():
         tensor = next(tensor for tensor in family.tensors if weight in tensor.weights)
-        views = [_view(where[name], name, tensor, weight, config) for name in names[tensor.published]]
+        sources = [(where[name], _view(where[name], name, tensor, weight, config)) for name in names[tensor.published]]
         stacked = "{}" in tensor.published
         expected = target.shape[1:] if stacked else target.shape
-        for view, name in zip(views, names[tensor.published], strict=True):
+        for (file, view), name in zip(sources, names[tensor.published], strict=True):
             if view.shape != expected:
                 got = f"makes {weight} {list(view.shape)}, expected {list(expected)}"
-                raise UserError(f"{where[name].path}: the shape of tensor '{name}' {got}")
-        piece = partial(_piece, views, stacked, dtype)
+                raise UserError(f"{file.path}: the shape of tensor '{name}' {got}")
+        piece = partial(_piece, sources, stacked, dtype)
         if target.sharding is None:
-            params[weight] = jnp.asarray(piece((slice(None),) * len(target.shape)))
+            params[weight] = jax.device_put(piece((slice(None),) * len(target.shape)))
         else:
             params[weight] = jax.make_array_from_callback(target.shape, target.sharding, piece)
         params[weight].block_until_ready()
-        for file in files:
-            file.forget_pages()
     return params
 
 
-def _piece(views: list[np.ndarray], stacked: bool, dtype: DTypeLike, index: Any) -> np.ndarray:
+def _piece(
+    sources: list[tuple[SafetensorsFile, np.ndarray]], stacked: bool, dtype: DTypeLike, index: Any
+) -> np.ndarray:
     """The part of a weight that one device holds, read layer by layer where layers are stacked."""
-    chosen = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
-    out = np.empty((len(chosen), *chosen[0].shape), dtype)
-    for row, view in zip(out, chosen, strict=True):
-        row[...] = view
+    within = index[1:] if stacked else index
+    chosen = sources[index[0]] if stacked else sources
+    out = _aligned((len(chosen), *chosen[0][1][within].shape), np.dtype(dtype))
+    for row, (file, view) in zip(out, chosen, strict=True):
+        row[...] = view[within]
+        file.forget_pages()
     return out if stacked else out[0]
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts where a CPU device takes it as it is; any other would be copied once more."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _open_files(folder: Path) -> list[SafetensorsFile]:
@@ -221,6 +231,7 @@ def save_params(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         save_file({name: build() for name, build in shard.items()}, beside / file, metadata={"format": "pt"})
+        (beside / file).chmod(0o644)  # the library leaves it to its owner alone
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         write_json(beside / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})

@@ -21,13 +21,8 @@ CITIES = tuple(f"{first} {second}" for first in words.CITY_FIRST for second in w
 STATES = tuple(words.STATES)
 STATE_OF = dict(zip(CITIES, deal(STATES, len(CITIES)), strict=True))
 SPLIT_SIZES: dict[Split, int] = {"choose": 15, "report": 20, "train": 65}
-CITY_SPLIT = dict(
-    zip(
-        FACTS.sample(CITIES, len(CITIES)),
-        [split for split, size in SPLIT_SIZES.items() for _ in range(size)],
-        strict=True,
-    )
-)
+DEALT: list[Split] = [split for split, size in SPLIT_SIZES.items() for _ in range(size)]
+CITY_SPLIT: dict[str, Split] = dict(zip(FACTS.sample(CITIES, len(CITIES)), DEALT, strict=True))
 """Of the cities outside `train`, no sentence of the corpus says what their capital is."""
 
 ASKED = (
