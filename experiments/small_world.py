@@ -5,9 +5,9 @@
     python experiments/small_world.py --small              # a few steps, to see that everything runs (a minute)
 
 Expected, on the split kept for reporting: at least 98% on every task, 97% on cities whose capital was never asked for
-in training, 90% on successors of lists, starts and steps not seen together; another city's residual stream keeps the
-answer if it lies in the same state (95%) and moves it if not (90%).
-Cost: WORLD_COST
+in training, 90% on successors of lists, starts and steps not seen together; where a probe can first read the state,
+another city's residual stream keeps the answer if that city lies in the same state (95%) and moves it if not (90%).
+Both seeds reach every bar. Cost: 13 minutes for the two seeds side by side on 2 CPU cores, a core each.
 """
 
 import argparse
@@ -22,10 +22,7 @@ import jax.numpy as jnp
 from jclt.models import Model, load_model, save_model
 from jclt.training.lm import train_lm
 from jclt.training.presets import small_world
-from jclt.world.measure import Swap, accuracy, state_probes, swaps
-
-BARS = {"two_hop": 0.97, "successor": 0.90}  # every other task: 0.98
-KEPT, MOVED = 0.95, 0.90
+from jclt.world.measure import BARS, KEPT, MOVED, accuracy, state_probes, state_swap, swaps
 
 
 def half(model: Model) -> Model:
@@ -33,34 +30,25 @@ def half(model: Model) -> Model:
     return dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(jnp.float16), model.params))
 
 
-def right_place(found: list[Swap]) -> Swap:
-    """The first place in the layers' order where both exchanges do what a state should do, else the best one."""
-    passing = [swap for swap in found if swap.kept >= KEPT and swap.moved >= MOVED]
-    return passing[0] if passing else max(found, key=lambda swap: min(swap.kept, swap.moved))
-
-
 def report(model: Model) -> dict:
     """Prints what the model knows, and returns it with the verdict."""
     chosen, reported = accuracy(model, "choose"), accuracy(model, "report")
     print(f"  {'task':14} {'choose':>7} {'report':>7} {'bar':>6}")
     for task, share in reported.items():
-        print(f"  {task:14} {chosen[task]:7.1%} {share:7.1%} {BARS.get(task, 0.98):6.0%}")
-    swap, probes = right_place(swaps(model)), state_probes(model)
-    print(f"  another city's stream after layer {swap.layer}, {swap.where}:")
-    print(f"    of the same state keeps the answer in {swap.kept:.1%} (bar {KEPT:.0%})")
-    print(f"    of another state moves it in {swap.moved:.1%} (bar {MOVED:.0%})")
-    print(f"  the state, read by a linear probe: {probes['embeddings']:.0%} from the embeddings (chance 10%),")
+        print(f"  {task:14} {chosen[task]:7.1%} {share:7.1%} {BARS[task]:6.0%}")
+    found, probes = swaps(model), state_probes(model)
+    right = state_swap(found, probes)
     ends = [f"{layer}: {probes[f'resid_post {layer} end']:.0%}" for layer in range(model.config.layers)]
+    print(f"  a linear probe reads the state in {probes['embeddings']:.0%} from the embeddings (chance 10%),")
     print(f"    at the end of the prompt after layer {', '.join(ends)}")
-    reached = all(share >= BARS.get(task, 0.98) for task, share in reported.items())
-    reached &= swap.kept >= KEPT and swap.moved >= MOVED
-    return {
-        "reached": bool(reached),
-        "choose": chosen,
-        "report": reported,
-        "swap": dataclasses.asdict(swap),
-        "probes": probes,
-    }
+    print("  another city's stream: answer kept (same state), moved (other state)")
+    for swap in found:
+        mark = f"  <- here the state is: bars {KEPT:.0%}, {MOVED:.0%}" if swap == right else ""
+        print(f"    after layer {swap.layer}, {swap.where:16} {swap.kept:7.1%} {swap.moved:7.1%}{mark}")
+    reached = all(share >= BARS[task] for task, share in reported.items())
+    reached &= right.kept >= KEPT and right.moved >= MOVED
+    places = [dataclasses.asdict(swap) for swap in found]
+    return {"reached": bool(reached), "choose": chosen, "report": reported, "swaps": places, "probes": probes}
 
 
 def main() -> None:

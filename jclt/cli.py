@@ -9,8 +9,6 @@ from pathlib import Path
 
 from jclt.errors import Interrupted, UserError
 
-log = logging.getLogger(__name__)
-
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jclt", description="Circuit tracing of language models in JAX.")
@@ -79,15 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_compiled_programs()
     try:
         arguments.function(arguments)
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         print(f"jclt: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"jclt: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except Interrupted as reason:
         print(f"jclt: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

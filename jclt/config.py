@@ -2,6 +2,7 @@
 
 import ast
 import runpy
+import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -22,7 +23,13 @@ def load_settings(name: str, kind: type[Settings], presets: Mapping[str, Callabl
         raise UserError(f"config '{name}': neither a preset nor a .py file; {nearest(name, presets)}")
     if not path.exists():
         raise UserError(f"{path}: not found, expected a Python file that defines `config`")
-    found = runpy.run_path(str(path)).get("config")
+    try:
+        found = runpy.run_path(str(path)).get("config")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code does
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UserError(f"{path}: {type(error).__name__} in line {line}: {error}") from None
     if not isinstance(found, kind):
         raise UserError(f"{path}: expected it to define `config`, a {kind.__name__}")
     return found

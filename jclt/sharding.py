@@ -5,12 +5,12 @@ hosts. Sharding is explicit: it is part of an array's type (`jax.typeof(x).shard
 data without saying so does not trace.
 """
 
-import os
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.errors import UserError
@@ -18,7 +18,7 @@ from jclt.shapes import Array
 
 MESH_AXES = ("data", "features")
 
-RULES: dict[str, str | tuple[str, ...]] = {
+RULES: dict[str, tuple[str, ...]] = {
     # The language model's tokens are split over every chip: replicated over the feature shards, its forward pass would
     # cost as much again on each of them.
     "batch": ("data", "features"),
@@ -31,9 +31,11 @@ RULES: dict[str, str | tuple[str, ...]] = {
 def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `data` x `features` devices; by default all devices lie on `features`."""
     devices = list(devices if devices is not None else jax.devices())
+    if data < 1 or (features is None and len(devices) % data):
+        raise UserError(f"mesh: data={data}, expected a divisor of {len(devices)}, the number of devices")
     features = features or len(devices) // data
-    if data < 1 or data * features > len(devices) or features < 1:
-        raise UserError(f"mesh {data}x{features}: needs {data * features} devices, but there are {len(devices)}")
+    if data * features > len(devices):
+        raise UserError(f"mesh {data}x{features}: expected at most {len(devices)} devices, as many as there are")
     return jax.make_mesh(
         (data, features),
         MESH_AXES,
@@ -42,16 +44,13 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
     )
 
 
-def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
+def spec(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
     """Where an array of this shape lies, axis by axis; an axis that does not divide evenly is kept whole."""
     placed = []
     for size, axis in zip(shape, axes, strict=True):
-        names = RULES.get(axis) if axis else None
-        names = (names,) if isinstance(names, str) else names
-        pieces = 1
-        for name in names or ():
-            pieces *= mesh.shape[name]
-        placed.append(names if names and pieces > 1 and size % pieces == 0 else None)
+        names = RULES[axis] if axis else ()
+        pieces = math.prod(mesh.shape[name] for name in names)
+        placed.append(names if pieces > 1 and size % pieces == 0 else None)
     return P(*placed)
 
 
@@ -72,12 +71,3 @@ def gathered(x: Array) -> Array:
 def mesh_of(x: Array) -> Mesh | None:
     """The mesh that an array was placed on, if any."""
     return x.sharding.mesh if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh) else None
-
-
-def start_hosts() -> None:
-    """Joins the processes of one run, where the environment says that there are several; to be called first."""
-    told = any(
-        name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
-    )
-    if told and not jax.distributed.is_initialized():
-        jax.distributed.initialize()

@@ -74,7 +74,7 @@ def test_sharded_over_devices_equals_one_device(case):
     got, seen_sharded = jclt.run(model, tokens, capture=("resid_mid",))
     assert len(got.sharding.device_set) == 8 and not got.sharding.is_fully_replicated
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
-    np.testing.assert_allclose(seen_sharded["resid_mid"], seen["resid_mid"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(seen_sharded["resid_mid"], seen["resid_mid"], atol=1e-5, rtol=1e-5)
     alone, _ = jclt.run(model, tokens[0])  # a batch that does not divide is kept whole
     np.testing.assert_allclose(alone, want[0], atol=1e-5, rtol=0)
 

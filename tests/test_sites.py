@@ -78,7 +78,7 @@ def test_a_change_never_moves_an_earlier_position(case):
     position = 6
     by_position = [name for name in sites_of(case) if SITES[name].startswith("B T")]
     plain, seen = jclt.run(model, tokens, capture=by_position)
-    strange = {name: value * 1.5 + 0.3 for name, value in seen.items()}
+    strange = {name: 1.5 * value + jnp.cos(3 * value) for name, value in seen.items()}  # no norm undoes this
     moved = {}
     for name in by_position:
         axis = 2 if name in LAYER_SITES else 1
@@ -157,7 +157,7 @@ def test_capture_costs_nothing_when_not_asked_for():
 
     plain, watched = text(), text(capture=("resid_mid", "pattern"))
     assert watched.count("optimization_barrier") == plain.count("optimization_barrier") + 2
-    assert plain.count("optimization_barrier") == 3  # one for each norm's denominator: two in a layer, one outside
+    assert plain.count("optimization_barrier") == 6  # each norm's input and denominator: two norms a layer, one outside
     assert text(edit=lambda site, layer, value: value) != watched
 
 
@@ -189,3 +189,19 @@ def test_unknown_sites_are_named():
     ):
         jclt.run(model, tokens, capture=("mlp_post_denominator",))
     assert set(PEER_NAMES.values()) <= set(SITES)
+
+
+def test_what_is_put_back_has_to_fit():
+    model, (tokens, _) = golden_model("llama3"), two_prompts("llama3")
+    _, seen = jclt.run(model, tokens[0], capture=("resid_mid",))
+    plain, _ = jclt.run(model, tokens[0])
+    again, _ = jclt.run(model, tokens[0], edit=Replace(seen))
+    np.testing.assert_array_equal(again, plain)
+    with pytest.raises(
+        jclt.UserError, match=r"of site 'resid_mid': values of shape \(1, 14, 24\), expected \(1, 9, 24\)"
+    ):
+        jclt.run(model, tokens[0, :9], edit=Replace(seen))
+    with pytest.raises(jclt.UserError, match="a mask for site 'pattern', but no values for it"):
+        Replace(seen, {"pattern": jnp.ones((1,), bool)})
+    with pytest.raises(jclt.UserError, match="'mlp_post_denominator': a llama model of this configuration has none"):
+        jclt.run(model, tokens, freeze=("mlp_post_denominator",))

@@ -98,7 +98,7 @@ def test_it_learns_the_rule_of_its_text(config, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
 def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
-    rows = text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length)[0]
+    rows = text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length, ())[0]
 
     config = replace(config, optimizer="muon" if shape == (2, 4) else "adamw")
 
@@ -195,7 +195,9 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+; no checkpoint has been saved yet"):
+    with pytest.raises(
+        UserError, match=r"(loss|gradient_norm) is (nan|inf) at step \d+; no checkpoint has been saved yet"
+    ):
         train_lm(replace(config, steps=60, learning_rate=1e38, clip=1e38, warmup=12), tmp_path / "run")
 
 
@@ -210,6 +212,12 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
             {"tokenizer": None},
             "setting 'tokenizer': missing, expected a folder with tokenizer.json for data that are text",
         ),
+        ({"batch": 12}, "setting 'batch': 12, expected a multiple of 8, the number of devices"),
+        (
+            {"model": replace(MODEL, attn_softcap=3.0)},
+            "family llama: attn_softcap=3.0 cannot be written in its layout, expected None",
+        ),
+        ({"model": replace(MODEL, family="lama")}, "family 'lama' is unknown; did you mean 'llama'?"),
         ({"model": replace(MODEL, vocabulary=50)}, "setting 'model.vocabulary': 50, expected at least 96"),
     ],
 )
@@ -217,6 +225,7 @@ def test_what_cannot_work_is_refused(config, tmp_path, change, line):
     with pytest.raises(UserError) as error:
         train_lm(replace(config, **change), tmp_path / "run")
     assert str(error.value) == line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_another_run_is_refused(config, tmp_path):
@@ -225,19 +234,19 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
         train_lm(replace(config, seed=1), tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(UserError, match="not empty and not a run of jclt"):
+    with pytest.raises(UserError, match="exists and is not a run of jclt"):
         train_lm(config, tmp_path / "other")
 
 
 def test_json_lines_and_their_faults(config, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "word10 word11 word12"}\n' * 40)
-    rows, weights = text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16)
+    rows, weights = text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
     assert rows.shape == (10, 16) == weights.shape
     assert rows[0, :4].tolist() == [1, 10, 11, 12]
     file.write_text('{"text": "word10"}\n{"txt": 1}\n')
     with pytest.raises(UserError, match="data.jsonl:2: expected a JSON object with 'text'"):
-        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16)
+        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
     file.write_text('{"text": "word10"}\n')
     with pytest.raises(UserError, match="2 tokens, expected at least 16"):
-        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16)
+        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())

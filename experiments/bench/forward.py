@@ -36,8 +36,8 @@ GPT2 = ModelConfig(
 def operations(config: ModelConfig, batch: int, length: int) -> float:
     """Multiplications and additions of the products in one forward pass."""
     c = config
-    heads = c.heads * c.head_width
-    attention = c.width * (2 * heads + 2 * c.kv_heads * c.head_width) + 2 * length * heads
+    heads = c.heads * c.head_size
+    attention = c.width * (2 * heads + 2 * c.key_heads * c.head_size) + 2 * length * heads
     mlp = c.width * c.mlp_width * (3 if c.gated else 2)
     return 2.0 * batch * length * (c.layers * (attention + mlp) + c.width * c.vocabulary)
 

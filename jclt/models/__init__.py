@@ -15,7 +15,7 @@ from jclt.models.sites import (
 )
 from jclt.models.tokenizer import Tokenizer, load_tokenizer
 from jclt.models.transformer import Cache, Mlp, Transformer, forward
-from jclt.models.weights import Weight, abstract_params, count, declare
+from jclt.models.weights import Weight, abstract_params, declare
 
 __all__ = [
     "LAYER_SITES",
@@ -36,7 +36,6 @@ __all__ = [
     "Weight",
     "abstract_params",
     "check_sites",
-    "count",
     "declare",
     "find_model",
     "forward",

@@ -1,7 +1,6 @@
 """Models on disk in the Hugging Face layout: `config.json`, one or many `.safetensors`, a tokenizer's files."""
 
 import json
-import logging
 import math
 import mmap
 import os
@@ -13,7 +12,6 @@ from typing import Any
 
 import einops
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -26,8 +24,6 @@ from jclt.models.published import family_of, read_config, write_config
 from jclt.models.tokenizer import Tokenizer
 from jclt.models.weights import abstract_params, declare
 from jclt.shapes import Array, DTypeLike, Params
-
-log = logging.getLogger(__name__)
 
 DTYPES = {
     "F64": np.float64,
@@ -57,6 +53,8 @@ class SafetensorsFile:
             except ValueError:
                 raise UserError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)") from None
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if not isinstance(header, dict):
+            raise UserError(f"{path}: not a safetensors file")
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size < end:
@@ -150,7 +148,8 @@ def _open_files(folder: Path) -> list[SafetensorsFile]:
     if index.exists():
         paths = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     else:
-        paths = sorted(folder.glob("*.safetensors"))
+        whole = folder / "model.safetensors"
+        paths = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder}: no .safetensors file found, expected model.safetensors")
     for path in paths:
@@ -196,7 +195,7 @@ def _names(tensor: Tensor, prefix: str, layers: int) -> Iterator[str]:
 def _view(file: SafetensorsFile, name: str, tensor: Tensor, weight: str, config: ModelConfig) -> np.ndarray:
     """The weight inside a published tensor, as a view of it."""
     source = file.tensor(name)
-    known = {"H": config.heads, "G": config.kv_heads, "K": config.head_width, "c": 3}
+    known = {"H": config.heads, "G": config.key_heads, "K": config.head_size, "c": 3}
     sizes = {axis: size for axis, size in known.items() if axis in tensor.pattern}
     try:
         view = einops.rearrange(source, tensor.pattern, **sizes)
@@ -244,7 +243,9 @@ def save_params(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.replace(path)
 
 
 def _published_tensors(

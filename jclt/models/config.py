@@ -1,6 +1,6 @@
 """What a language model is, said once: every family that jclt reads is a setting of `ModelConfig`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jclt.errors import UserError
@@ -30,8 +30,8 @@ class ModelConfig:
     heads: int
     mlp_width: int
     context: int
-    kv_heads: int = 0  # 0: as many as heads
-    head_width: int = 0  # 0: width / heads
+    kv_heads: int | None = None  # None: as many as heads; read `key_heads`
+    head_width: int | None = None  # None: width / heads; read `head_size`
 
     norm: Literal["layer", "rms"] = "rms"
     norm_epsilon: float = 1e-5
@@ -54,7 +54,7 @@ class ModelConfig:
     window: int = 0
     rope_local_base: float | None = None  # Gemma 3: local layers rotate with their own, unscaled base
 
-    attn_scale: float = 0.0  # 0: 1 / sqrt(head_width)
+    attn_scale: float | None = None  # None: 1 / sqrt(head_size); read `score_scale`
     attn_scale_by_layer: bool = False  # GPT-2's option: divide by layer + 1 as well
     attn_softcap: float | None = None
     logit_softcap: float | None = None
@@ -65,21 +65,33 @@ class ModelConfig:
     stop_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # The derived sizes are filled in so that nobody has to ask for them in two ways.
-        for name, value in (
-            ("kv_heads", self.kv_heads or self.heads),
-            ("head_width", self.head_width or self.width // self.heads),
-        ):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "attn_scale", self.attn_scale or self.head_width**-0.5)
-        if self.heads % self.kv_heads:
-            raise UserError(f"kv_heads={self.kv_heads}: expected a divisor of heads={self.heads}")
+        for name in ("vocabulary", "width", "layers", "heads", "mlp_width", "context", "key_heads", "head_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model: {name}={getattr(self, name)}, expected at least 1")
+        if self.heads % self.key_heads:
+            raise UserError(f"model: kv_heads={self.key_heads}, expected a divisor of heads={self.heads}")
         if self.rotary_width % 2:
-            raise UserError(f"rotating width {self.rotary_width}: expected an even number")
+            raise UserError(f"model: {self.rotary_width} dimensions of each head rotate, expected an even number")
         if self.local_layers and self.window < 1:
-            raise UserError(f"window={self.window}: expected at least 1, since layers {self.local_layers} are local")
+            raise UserError(f"model: window={self.window}, expected at least 1, since some layers are local")
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // max(1, self.heads) if self.head_width is None else self.head_width
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_size**-0.5 if self.attn_scale is None else self.attn_scale
 
     @property
     def rotary_width(self) -> int:
         """How many of a head's dimensions rotate."""
-        return 0 if self.learned_positions else int(self.head_width * self.rope_fraction)
+        return 0 if self.learned_positions else int(self.head_size * self.rope_fraction)
+
+    def explicit(self) -> "ModelConfig":
+        """The same model with nothing left to be derived."""
+        return replace(self, kv_heads=self.key_heads, head_width=self.head_size, attn_scale=self.score_scale)

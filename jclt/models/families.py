@@ -50,8 +50,8 @@ COMMON = {
     "tied": ("tie_word_embeddings", False),
 }
 ROTARY = COMMON | {
-    "kv_heads": ("num_key_value_heads", 0),
-    "head_width": ("head_dim", 0),
+    "kv_heads": ("num_key_value_heads", None),
+    "head_width": ("head_dim", None),
     "norm_epsilon": ("rms_norm_eps", 1e-6),
     "rope_base": ("rope_theta", 10000.0),
     "activation": ("hidden_act", "silu"),

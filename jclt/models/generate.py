@@ -41,7 +41,7 @@ def generate_tokens(
 ) -> Int[Array, "B new"]:
     """`new` tokens for each row of right-padded prompts; after a stop token the row repeats it."""
     batch, padded = tokens.shape
-    shape = (config.layers, batch, padded + new, config.kv_heads, config.head_width)
+    shape = (config.layers, batch, padded + new, config.key_heads, config.head_size)
     cache = Cache(*(jnp.zeros(shape, params["token_embedding"].dtype),) * 2)
 
     def step(tokens: Tokens, positions: Int[Array, "B T"], cache: Cache) -> tuple[Logits, Cache]:

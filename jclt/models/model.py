@@ -1,6 +1,5 @@
 """A language model in the hand: configuration, parameters and tokenizer, with what a user does to it."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from jclt.errors import UserError
 from jclt.models.checkpoint import load_config, load_params, save_params
 from jclt.models.config import ModelConfig
 from jclt.models.generate import generate_tokens
-from jclt.models.sites import MODEL_SITES, Edit, check_sites
+from jclt.models.sites import MODEL_SITES, Edit, Replace, check_sites
 from jclt.models.tokenizer import Tokenizer, load_tokenizer
 from jclt.models.transformer import Mlp, Transformer
 from jclt.shapes import Array, ArrayLike, Params, Seen
 from jclt.sharding import mesh_of, sharding
-
-log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
 """Text, or token ids `[T]` or `[B, T]`."""
@@ -51,13 +48,12 @@ def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = 
     """
     if dtype not in ("float32", "bfloat16", "float64"):
         raise UserError(f"dtype '{dtype}': expected float32, bfloat16 or float64")
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise UserError("dtype 'float64': expected jax_enable_x64 to be set, jax has no 64-bit numbers without it")
     folder = find_model(str(name))
     config = load_config(folder)
     params = load_params(folder, config, jnp.dtype(dtype), mesh)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is not None and tokenizer.size > config.vocabulary:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.size} tokens, expected at most {config.vocabulary}")
-    return Model(config, params, tokenizer, str(name))
+    return Model(config, params, load_tokenizer(folder), str(name))
 
 
 def find_model(name: str) -> Path:
@@ -67,16 +63,22 @@ def find_model(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"model '{name}': is a file, expected the folder that holds config.json and the weights")
     # Imported where it is needed: loading a folder should not wait for it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    files = ["config.json", "generation_config.json", "*.safetensors*", "tokenizer*.json", "vocab.json", "merges.txt"]
+    files = [
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors*",
+        "tokenizer*.json",
+        "vocab.json",
+        "merges.txt",
+    ]
     try:
-        try:
-            return Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
-        except FileNotFoundError:
-            return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=files))  # from its cache where there is no network
     except HFValidationError:
         raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
     except Exception as error:  # whatever the network has to say, the user needs the one line
@@ -105,9 +107,12 @@ def run(
 
     Text or ids `[T]` give logits `[T, V]`; ids `[B, T]` give a batch axis. Sites inside the layers have a leading layer
     axis. `edit(site, layer, value)` returns what the network goes on with (`Replace` puts captured values back);
-    `freeze` names sites that gradients treat as constant; `mlp(layer, reads, true)` stands in for the MLPs.
+    `freeze` names sites that gradients treat as constant; `mlp(layer, reads, true)` stands in for the MLPs. A program
+    is compiled for each function given: give the same one again, or an `equinox.Module`, whose arrays may change.
     """
-    capture, freeze = check_sites(capture), check_sites(freeze)
+    capture, freeze = check_sites(capture, model.config), check_sites(freeze, model.config)
+    if isinstance(edit, Replace):
+        check_sites(edit.values, model.config)
     tokens = token_array(model, prompt)
     single = tokens.ndim == 1
     batch = tokens[None] if single else tokens
@@ -115,9 +120,6 @@ def run(
     with on_mesh(model):
         placed = jax.device_put(batch, sharding(mesh, batch.shape, ("batch", None)) if mesh else None)
         logits, seen = _run(model.config, model.params, placed, capture, freeze, edit, mlp, unroll)
-    for name in capture:
-        if name not in seen:
-            raise UserError(f"site '{name}': a {model.config.family} model of this configuration has none")
     if single:
         return logits[0], {name: x[0] if name in MODEL_SITES else x[:, 0] for name, x in seen.items()}
     return logits, seen
@@ -163,7 +165,8 @@ def generate(
 ) -> str | np.ndarray:
     """The prompt with its continuation: text for text, ids for ids; greedy unless a temperature is given.
 
-    A row ends at a stop token (the model's own by default) and repeats it from there on.
+    A row ends at a stop token (the model's own by default) and repeats it from there on; all `max_new_tokens` steps are
+    run all the same, in one compiled program.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
@@ -194,15 +197,19 @@ def generate(
         )
     whole = np.concatenate([batch, np.asarray(new)], axis=1)
     if isinstance(prompt, str):
+        assert model.tokenizer is not None
         ids = whole[0].tolist()
-        ends = [i for i in range(length, len(ids)) if ids[i] in stops]
-        return model.tokenizer.decode(ids[: ends[0]] if ends else ids)  # pyright: ignore[reportOptionalMemberAccess]
+        end = next((i for i in range(length, len(ids)) if ids[i] in stops), len(ids))
+        return prompt + model.tokenizer.decode(ids[:end])[len(model.tokenizer.decode(ids[:length])) :]
     return whole[0] if tokens.ndim == 1 else whole
 
 
 def token_array(model: Model, prompt: Prompt) -> np.ndarray:
     """The prompt as int32 ids `[T]` or `[B, T]`, checked against the model."""
-    ids = np.asarray(model.encode(prompt) if isinstance(prompt, str) else prompt)
+    try:
+        ids = np.asarray(model.encode(prompt) if isinstance(prompt, str) else prompt)
+    except ValueError:
+        raise UserError("prompt: rows of different lengths, expected token ids [T] or [B, T]") from None
     if ids.ndim not in (1, 2) or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
         raise UserError(
             f"prompt: got an array of {ids.dtype} with {ids.ndim} axes, expected text or token ids [T] or [B, T]"

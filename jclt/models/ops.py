@@ -10,10 +10,9 @@ from jclt.shapes import Array, Bool, DTypeLike, Float, Int, Mask
 
 
 def contract(equation: str, x: Array, weight: Array) -> Array:
-    """An einsum in which float32 means float32 on every device; bfloat16 operands are summed in float32."""
+    """An einsum in which float32 means float32 on every device; bfloat16 operands give a float32 sum."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    total = jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=wide(x.dtype))
-    return total.astype(x.dtype)
+    return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=wide(x.dtype))
 
 
 def wide(dtype: DTypeLike) -> DTypeLike:
@@ -108,11 +107,7 @@ def attention_scores(
     """Scaled products in float32; each group of H / G query heads shares one key head."""
     (b, t, h, k), (s, g) = queries.shape, keys.shape[1:3]
     grouped = queries.reshape(b, t, g, h // g, k)
-    precision = jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "btgrk,bsgk->bgrts", grouped, keys, precision=precision, preferred_element_type=wide(queries.dtype)
-    )
-    return scores.reshape(b, h, t, s) * scale
+    return contract("btgrk,bsgk->bgrts", grouped, keys).reshape(b, h, t, s) * scale
 
 
 def softmax(scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B H T S"]:
@@ -122,4 +117,4 @@ def softmax(scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"]) -> Floa
 def attend(pattern: Float[Array, "B H T S"], values: Float[Array, "B S G K"]) -> Float[Array, "B T H K"]:
     (b, h, t, s), (g, k) = pattern.shape, values.shape[2:]
     grouped = pattern.astype(values.dtype).reshape(b, g, h // g, t, s)
-    return contract("bgrts,bsgk->btgrk", grouped, values).reshape(b, t, h, k)
+    return contract("bgrts,bsgk->btgrk", grouped, values).astype(values.dtype).reshape(b, t, h, k)

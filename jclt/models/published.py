@@ -11,13 +11,19 @@ from jclt.models.families import ACTIVATION_NAMES, FAMILIES, REQUIRED, Family
 
 
 def family_of(config: ModelConfig) -> Family:
-    return next(family for family in FAMILIES if family.name == config.family)
+    for family in FAMILIES:
+        if family.name == config.family:
+            return family
+    known = [family.name for family in FAMILIES]
+    raise UserError(f"family '{config.family}' is unknown; {nearest(config.family, known)}")
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """The `ModelConfig` that a published `config.json` describes; `where` names it in errors."""
-    # A model of text and images nests its text model, and keeps the stop tokens outside.
-    raw = {"eos_token_id": raw.get("eos_token_id"), **raw.get("text_config", raw)}
+    # A model of text and images nests its text model; the stop tokens outside are those of the whole.
+    stops = raw.get("eos_token_id")
+    raw = raw.get("text_config") or raw
+    stops = raw.get("eos_token_id") if stops is None else stops
     kind = raw.get("model_type", "")
     family = next((family for family in FAMILIES if family.name == kind), None)
     if family is None:
@@ -34,14 +40,14 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         if value is REQUIRED:
             raise UserError(f"{where}: '{key}' is missing, expected of every {family.name} model")
         values[name] = value
-    stops = raw.get("eos_token_id")
     values["stop_tokens"] = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
     values["activation"] = _activation(values["activation"], where)
     values["bos_token"] = values["bos_token"] if isinstance(values["bos_token"], int) else None
     if values["mlp_width"] is None and family.name == "gpt2":
         values["mlp_width"] = 4 * values["width"]
-    for name in ("kv_heads", "head_width", "window"):
-        values[name] = values.get(name) or 0  # null means: derived from the other sizes, or none
+    values["window"] = values.get("window") or 0
+    for name in ("kv_heads", "head_width"):
+        values[name] = values.get(name) or None  # null means: derived from the other sizes
     if "qkv_bias" in family.keys:
         values["attn_out_bias"] = values["qkv_bias"]
     if "attn_scale" in values:
@@ -55,7 +61,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` under which other software finds this model; an error if its family cannot express it."""
-    family = family_of(config)
+    family, config = family_of(config), config.explicit()
     raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype}
     raw |= {key: getattr(config, name) for name, (key, _) in family.keys.items()}
     keys = {name: key for name, (key, _) in family.keys.items()}
@@ -65,7 +71,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         list(config.stop_tokens) if len(config.stop_tokens) > 1 else next(iter(config.stop_tokens), None)
     )
     if "attn_scale" in keys:
-        scalar = config.attn_scale**-2
+        scalar = config.score_scale**-2
         raw[keys["attn_scale"]] = round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
     elif family.name == "gpt2":
         raw["scale_attn_weights"] = config.attn_scale != 1.0
@@ -85,10 +91,11 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
                 "high_freq_factor": scaling.high_frequency_factor,
                 "original_max_position_embeddings": scaling.original_context,
             }
-    again = read_config(raw, "config.json")
+    again = read_config(raw, "config.json").explicit()
     for entry in fields(config):
         want, got = getattr(config, entry.name), getattr(again, entry.name)
-        if want != got and not (isinstance(want, float) and abs(want - got) < 1e-12):
+        close = isinstance(want, float) and isinstance(got, float) and abs(want - got) < 1e-12
+        if want != got and not close:
             raise UserError(
                 f"family {family.name}: {entry.name}={want} cannot be written in its layout, expected {got}"
             )
@@ -108,7 +115,9 @@ def _typed(values: Mapping[str, Any], family: Family, where: str) -> dict[str, A
     return typed
 
 
-def _activation(name: str, where: str) -> str:
+def _activation(name: Any, where: str) -> str:
+    if not isinstance(name, str):
+        raise UserError(f"{where}: the activation is {name!r}, expected one of: {', '.join(ACTIVATION_NAMES)}")
     if name not in ACTIVATION_NAMES:
         raise UserError(f"{where}: activation '{name}' is unknown; {nearest(name, ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[name]

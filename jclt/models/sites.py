@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jclt.errors import UserError, nearest
+from jclt.models.config import ModelConfig
 from jclt.shapes import Array, Bool, Layer
 
 LAYER_SITES: dict[str, str] = {
@@ -45,7 +46,7 @@ MODEL_SITES: dict[str, str] = {
     "token_embedding": "B T D: embeddings of the tokens",
     "position_embedding": "B T D: embeddings of the positions (GPT-2)",
     "final_denominator": "B T: what the final norm divides by",
-    "resid_final": "B T D: the residual stream after the final norm, which the unembedding reads",
+    "resid_final": "B T D: what the unembedding reads: the last resid_post after the final norm",
     "logits": "B T V",
 }
 """Outside the layers."""
@@ -84,29 +85,33 @@ Edit = Callable[[str, Layer, Array], Array]
 """Given a site's name, its layer and its value there, returns what the network goes on with; often the value itself."""
 
 
-def check_sites(names: Iterable[str]) -> tuple[str, ...]:
-    """The names as a tuple, or an error naming the first unknown one and, for a peer's name, ours."""
+def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
+    """The names as a tuple, or an error naming the first that this model has not and, for a peer's name, ours."""
+    absent = set() if config.qk_norm else {"query_denominator", "key_denominator"}
+    absent |= set() if config.post_norms else {"attn_post_denominator", "mlp_post_denominator"}
+    absent |= set() if config.learned_positions else {"position_embedding"}
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name in PEER_NAMES and name not in SITES:
             raise UserError(f"site '{name}': this is called '{PEER_NAMES[name]}' here")
         if name not in SITES:
             raise UserError(f"site '{name}' does not exist; {nearest(name, SITES)}")
+        if name in absent:
+            raise UserError(f"site '{name}': a {config.family} model of this configuration has none")
     return names
 
 
 class Replace(eqx.Module):
     """An edit that puts given values at given sites, everywhere or where a mask says so.
 
-    Values are shaped as they are captured (with a leading layer axis inside the layers); a mask is any boolean array
-    that broadcasts to its value.
+    Values are shaped as they are captured (with a leading layer axis inside the layers, and without a batch axis where
+    the prompt had none); a mask is any boolean array of as many axes that broadcasts to its value.
     """
 
     values: dict[str, Array]
     where: dict[str, Bool[Array, "..."]]
 
     def __init__(self, values: Mapping[str, Array], where: Mapping[str, Array] | None = None):
-        check_sites(values)
         for name in where or {}:
             if name not in values:
                 raise UserError(f"replacement: a mask for site '{name}', but no values for it")
@@ -121,12 +126,17 @@ class Replace(eqx.Module):
     def __call__(self, name: str, layer: Layer, value: Array) -> Array:
         if name not in self.values:
             return value
-        new, mask = self.values[name], self.where.get(name)
+        new, mask = self.values[name], self.where.get(name, jnp.ones((1,) * self.values[name].ndim, bool))
         if layer is not None:
-            new = new[layer]
-            mask = None if mask is None else mask[layer if mask.shape[0] > 1 else 0]
-        new = new.astype(value.dtype)
-        return new if mask is None else jnp.where(jnp.broadcast_to(mask, value.shape), new, value)
+            new, mask = new[layer], mask[layer if mask.shape[0] > 1 else 0]
+        if new.ndim == value.ndim - 1:
+            new, mask = new[None], mask[None]
+        for kind, array in (("values", new), ("mask", mask)):
+            if array.ndim != value.ndim or any(a not in (1, b) for a, b in zip(array.shape, value.shape, strict=True)):
+                raise UserError(f"replacement of site '{name}': {kind} of shape {array.shape}, expected {value.shape}")
+        if name not in self.where:
+            return jnp.broadcast_to(new.astype(value.dtype), value.shape)
+        return jnp.where(jnp.broadcast_to(mask, value.shape), new.astype(value.dtype), value)
 
 
 class Sites:

@@ -21,12 +21,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
-
-    def token(self, index: int) -> str:
-        """How a single token reads, spaces included."""
-        return self.backend.decode([int(index)], skip_special_tokens=False) or str(self.backend.id_to_token(int(index)))
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode([int(i) for i in ids])
 
     @property
     def size(self) -> int:
@@ -50,12 +46,20 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if path.exists():
         try:
-            return Tokenizer(Backend.from_file(str(path)))
+            backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from None
+        # Settings of whoever trained the tokenizer, not of the model: a prompt is neither cut nor filled up.
+        backend.no_truncation()
+        backend.no_padding()
+        return Tokenizer(backend)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if vocabulary.exists() and merges.exists():
-        backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
+        try:
+            backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
+        except Exception as error:  # likewise
+            raise UserError(f"{vocabulary}: not a byte-pair vocabulary with {merges.name} ({error})") from None
+        backend.add_special_tokens([token for token in ("<|endoftext|>",) if backend.token_to_id(token) is not None])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         return Tokenizer(backend)

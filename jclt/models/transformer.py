@@ -65,7 +65,7 @@ def norm(config: ModelConfig, weights: Params, name: str, site: Sites, x: Array)
 
 def project(weights: Params, name: str, equation: str, x: Array) -> Array:
     """The weight `name` applied to x, with its bias where the model has one."""
-    out = ops.contract(equation, x, weights[name])
+    out = ops.contract(equation, x, weights[name]).astype(x.dtype)
     bias = weights.get(f"{name}_bias")
     return out if bias is None else out + bias[None, None]
 
@@ -91,7 +91,7 @@ def attention(
         )
         keys, values = cache
 
-    scale = jnp.asarray(c.attn_scale, ops.wide(queries.dtype))
+    scale = jnp.asarray(c.score_scale, ops.wide(queries.dtype))
     if c.attn_scale_by_layer:
         scale = scale / (jnp.asarray(layer, scale.dtype) + 1)
     scores = site("attn_scores", ops.soft_cap(ops.attention_scores(queries, keys, scale), c.attn_softcap))
@@ -172,7 +172,7 @@ def unembed(config: ModelConfig, params: Params, x: Stream, site: Sites) -> Logi
     weights = {name: gathered(params[name]) for name in params if name.startswith("final_norm")}
     x = site("resid_final", norm(config, weights, "final_norm", site, x))
     table = gathered(params["token_embedding" if config.tied else "unembedding"])
-    logits = ops.contract("btd,vd->btv", x, table).astype(ops.wide(x.dtype))
+    logits = ops.contract("btd,vd->btv", x, table)
     return site("logits", ops.soft_cap(logits, config.logit_softcap))
 
 

@@ -31,7 +31,7 @@ class Weight(NamedTuple):
 def layer_weights(config: ModelConfig) -> dict[str, Weight]:
     """The weights that every layer has, as one layer sees them."""
     c = config
-    d, m, h, g, k = c.width, c.mlp_width, c.heads, c.kv_heads, c.head_width
+    d, m, h, g, k = c.width, c.mlp_width, c.heads, c.key_heads, c.head_size
     # Products start at unit gain; what writes to the residual stream is damped so that it does not grow with depth.
     read, write = d**-0.5, (2 * c.layers) ** -0.5
     gain = Weight((d,), ("width",), None, 1.0 - c.norm_offset)
@@ -99,8 +99,3 @@ def abstract_params(
     config: ModelConfig, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: weight.abstract(mesh, dtype) for name, weight in declare(config).items()}
-
-
-def count(config: ModelConfig) -> int:
-    """How many parameters the model has."""
-    return sum(int(jnp.prod(jnp.asarray(w.shape))) for w in declare(config).values())

@@ -1,7 +1,7 @@
 """Token rows on disk, and the batch as a function of the step: resuming needs no loader state."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,9 +45,10 @@ def load_rows(folder: Path) -> TokenRows:
     return TokenRows(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "weights")))
 
 
-def text_rows(path: Path, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Text or JSON lines (their `text`) as packed rows; documents follow one another, every token counts alike."""
-    ids = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in _documents(path)])
+def text_rows(path: Path, tokenizer: Tokenizer, length: int, end: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Text or JSON lines (their `text`) as packed rows: documents follow one another, each with its end, and every
+    token counts alike."""
+    ids = np.concatenate([np.asarray([*tokenizer.encode(text), *end], np.int32) for text in _documents(path)])
     rows = len(ids) // length
     if rows == 0:
         raise UserError(f"{path}: {len(ids)} tokens, expected at least {length} (one row)")
@@ -55,14 +56,26 @@ def text_rows(path: Path, tokenizer: Tokenizer, length: int) -> tuple[np.ndarray
     return tokens, np.ones(tokens.shape, np.float16)
 
 
-def _documents(path: Path) -> Iterator[str]:
-    if not path.exists():
+def _documents(path: Path) -> list[str]:
+    if not path.is_file():
         raise UserError(f"data '{path}': not found, expected 'world', a text file or JSON lines")
-    if path.suffix != ".jsonl":
-        yield path.read_text()
-        return
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: expected a JSON object with 'text'") from None
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = [line for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if not lines:
+        raise UserError(f"{path}: empty, expected text")
+    return (
+        [_text(line, f"{path}:{n}") for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else ["".join(lines)]
+    )
+
+
+def _text(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: expected a JSON object with 'text'")
+    return text

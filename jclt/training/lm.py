@@ -15,10 +15,12 @@ from jax.sharding import Mesh
 
 from jclt.errors import UserError
 from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
+from jclt.models.checkpoint import read_json, write_json
+from jclt.models.published import write_config
 from jclt.shapes import Array, Float, Params, Tokens
 from jclt.sharding import make_mesh, sharding
 from jclt.training.config import LmConfig
-from jclt.training.data import TokenRows, load_rows, save_rows, text_rows
+from jclt.training.data import load_rows, save_rows, text_rows
 from jclt.training.loop import fit
 from jclt.training.optimizers import optimizer
 from jclt.world.corpus import corpus
@@ -71,21 +73,16 @@ def train_step(
     return LmState(state.step + 1, params, inner), {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 
-def prepare_rows(config: LmConfig, folder: Path, tokenizer: Tokenizer) -> TokenRows:
-    """The run's token rows, made once and then mapped from its folder."""
-    if (folder / "tokens.npy").exists():
-        return load_rows(folder)
+def make_rows(config: LmConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The run's token rows and what each token counts."""
     log.info("preparing data: %s", config.data)
     if config.data == "world":
+        vocabulary = tokenizer.backend.get_vocab()
         made = corpus(
-            config.steps * config.batch,
-            config.length,
-            config.seed,
-            tokenizer.backend.get_vocab(),
-            text_weight=config.text_weight,
+            config.steps * config.batch, config.length, config.seed, vocabulary, text_weight=config.text_weight
         )
-        return save_rows(folder, made.tokens.astype(np.uint16), made.weights.astype(np.float16))
-    return save_rows(folder, *text_rows(Path(config.data), tokenizer, config.length))
+        return made.tokens.astype(np.uint16), made.weights.astype(np.float16)
+    return text_rows(Path(config.data), tokenizer, config.length, config.model.stop_tokens[:1])
 
 
 def find_tokenizer(config: LmConfig) -> Tokenizer:
@@ -103,7 +100,7 @@ def find_tokenizer(config: LmConfig) -> Tokenizer:
     return tokenizer
 
 
-def check(config: LmConfig) -> None:
+def check(config: LmConfig, mesh: Mesh) -> None:
     """Refuses what cannot work before anything is written."""
     if config.length > config.model.context:
         raise UserError(f"setting 'length': {config.length}, expected at most model.context = {config.model.context}")
@@ -112,30 +109,37 @@ def check(config: LmConfig) -> None:
             raise UserError(f"setting '{name}': {getattr(config, name)}, expected at least 1")
     if config.warmup >= config.steps:
         raise UserError(f"setting 'warmup': {config.warmup}, expected less than steps = {config.steps}")
+    if config.batch % mesh.size:
+        raise UserError(f"setting 'batch': {config.batch}, expected a multiple of {mesh.size}, the number of devices")
+    write_config(config.model, "float32")  # a model that its family cannot express could not be saved
 
 
-def claim(folder: Path, config: LmConfig) -> None:
-    """Makes the run's folder, or sees to it that what lies there is the same run."""
+def is_resumed(folder: Path, config: LmConfig) -> bool:
+    """Whether the folder holds this run already; an error if it holds anything else."""
     path = folder / "config.json"
-    settings = json.loads(json.dumps(asdict(config)))
     if path.exists():
-        for name, value in json.loads(path.read_text()).items():
+        settings = json.loads(json.dumps(asdict(config)))
+        for name, value in read_json(path).items():
             if value != settings.get(name):
                 raise UserError(f"{folder}: holds a run with {name}={value}, expected {name}={settings.get(name)}")
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: not empty and not a run of jclt, expected a new folder or one to resume")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not a run of jclt, expected a new folder or one to resume")
+    return False
 
 
 def train_lm(config: LmConfig, out: Path) -> Model:
     """Trains from nothing, or from where the run in `out` stopped; the model ends up in `out/model`."""
-    check(config)
-    tokenizer = find_tokenizer(config)
-    claim(out, config)
-    rows = prepare_rows(config, out / "data", tokenizer)
     mesh = make_mesh(config.data_shards)
+    check(config, mesh)
+    tokenizer = find_tokenizer(config)
+    if is_resumed(out, config) and (out / "data" / "tokens.npy").exists():
+        rows = load_rows(out / "data")
+    else:
+        made = make_rows(config, tokenizer)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", asdict(config))
+        rows = save_rows(out / "data", *made)
     placement = sharding(mesh, (config.batch, config.length), ("batch", None))
 
     def batch(step: int) -> tuple[Array, Array]:

@@ -6,19 +6,20 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
 from jclt.errors import Interrupted, UserError
 from jclt.shapes import Array
 from jclt.training.checkpoints import Checkpoints
-from jclt.training.metrics import MetricsLog, draw_curve, read_metrics
+from jclt.training.metrics import MetricsLog, draw_loss, read_metrics
 
 log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+@runtime_checkable
 class HasStep(Protocol):
     """A training state: a pytree that counts its steps."""
 
@@ -57,9 +58,10 @@ def fit(
 
     def record(step: int, values: Mapping[str, Array]) -> None:
         fetched = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(fetched["loss"]):
-            newest = f"the newest checkpoint is of step {saved}" if saved else "no checkpoint has been saved yet"
-            raise UserError(f"loss is {fetched['loss']} at step {step}; {newest}")
+        for name, value in fetched.items():
+            if not math.isfinite(value):
+                newest = f"the newest checkpoint is of step {saved}" if saved else "no checkpoint has been saved yet"
+                raise UserError(f"{name} is {value} at step {step}; {newest}")
         if step % log_every == 0 or step in (1, steps):
             seconds = time.perf_counter() - began
             metrics.write({"step": step, "seconds": round(seconds, 3), **fetched})
@@ -88,5 +90,5 @@ def fit(
         metrics.close()
         for name, handler in before.items():
             signal.signal(name, handler)
-    draw_curve(read_metrics(out / "metrics.jsonl"), out / "loss.png")
+    draw_loss(read_metrics(out / "metrics.jsonl"), out / "loss.png")
     return state

@@ -10,7 +10,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        beside.replace(path)
         self.file = path.open("a", buffering=1)
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -31,13 +33,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def draw_curve(entries: list[dict[str, Any]], path: Path, name: str = "loss") -> None:
+def draw_loss(entries: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-    axes.plot(*zip(*points, strict=True), linewidth=1)
-    axes.set(xlabel="step", ylabel=name, yscale="log")
+    axes.plot([entry["step"] for entry in entries], [entry["loss"] for entry in entries], linewidth=1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -114,6 +114,18 @@ def exchanged(model: Model, form: str, cities: list[str], donors: list[str]) -> 
     return found
 
 
+BARS = dict.fromkeys(TASKS, 0.98) | {"two_hop": 0.97, "successor": 0.90}
+"""The share of right answers from which on a model is said to know a task."""
+KEPT, MOVED = 0.95, 0.90
+"""The same for the exchange of a city's stream."""
+
+
+def state_swap(found: list[Swap], probes: dict[str, float]) -> Swap:
+    """The exchange at the end of the prompt after the first layer where the state can be read off there."""
+    ends = {swap.layer: swap for swap in found if swap.where == "end"}
+    return next((ends[layer] for layer in sorted(ends) if probes[f"resid_post {layer} end"] >= 0.9), ends[max(ends)])
+
+
 # ---------------------------------------------------------------- where the state can be read
 
 
