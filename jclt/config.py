@@ -5,7 +5,7 @@ import runpy
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -50,8 +50,8 @@ def _set(config: Any, path: list[str], value: str, whole: str) -> Any:
     if path[0] not in known:
         raise UserError(f"setting '{whole}': unknown; {nearest(path[0], known)}")
     if len(path) > 1:
-        inner = getattr(config, path[0])
-        if not is_dataclass(inner):
+        inner: Any = getattr(config, path[0])
+        if not hasattr(inner, "__dataclass_fields__"):
             raise UserError(f"setting '{whole}': '{path[0]}' has no settings of its own")
         return replace(config, **{path[0]: _set(inner, path[1:], value, whole)})
     expected = get_type_hints(type(config))[path[0]]
@@ -78,7 +78,7 @@ def fit_type(value: Any, expected: Any) -> Any:
     if origin is Literal:
         return value if value in options else MISFIT
     if origin is tuple:
-        items = value if isinstance(value, tuple | list) else (value,)
+        items: list[Any] = list(value) if isinstance(value, tuple | list) else [value]  # pyright: ignore[reportUnknownArgumentType]
         fitted = tuple(fit_type(item, options[0]) for item in items)
         return MISFIT if MISFIT in fitted else fitted
     if expected is float:

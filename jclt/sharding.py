@@ -4,6 +4,8 @@ Every array is placed by the names of its axes, so that the same program runs on
 hosts. Sharding is explicit: it is part of an array's type (`jax.typeof(x).sharding`), and a program that would move
 data without saying so does not trace.
 """
+# JAX's own types are partial, hence the exceptions.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of `data` x `features` devices; by default all devices lie on `features`."""
-    devices = list(devices if devices is not None else jax.devices())
+    devices = jax.devices() if devices is None else list(devices)
     if data < 1 or (features is None and len(devices) % data):
         raise UserError(f"mesh: data={data}, expected a divisor of {len(devices)}, the number of devices")
     features = features or len(devices) // data
@@ -46,7 +48,7 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
 
 def spec(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
     """Where an array of this shape lies, axis by axis; an axis that does not divide evenly is kept whole."""
-    placed = []
+    placed: list[tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
         names = RULES[axis] if axis else ()
         pieces = math.prod(mesh.shape[name] for name in names)

@@ -1,4 +1,6 @@
 """A language model in the hand: configuration, parameters and tokenizer, with what a user does to it."""
+# JAX's own types are partial, hence the exceptions.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -142,7 +144,7 @@ def _run(
     mlp: Mlp | None,
     unroll: bool,
 ) -> tuple[Array, Seen]:
-    options = {"capture": capture, "freeze": freeze, "edit": edit, "mlp": mlp, "unroll": unroll}
+    options: Any = {"capture": capture, "freeze": freeze, "edit": edit, "mlp": mlp, "unroll": unroll}
     outputs: Any = Transformer(config).apply({"params": params}, tokens, **options)
     return outputs[0], outputs[1]
 

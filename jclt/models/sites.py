@@ -4,6 +4,8 @@ A site is a value on its way through the network. The transformer hands every va
 name and goes on with what it gets back; where nothing was asked for, that is the value itself, and the compiled program
 is the one without sites.
 """
+# JAX's own types are partial, hence the exceptions.
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -87,9 +89,9 @@ Edit = Callable[[str, Layer, Array], Array]
 
 def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     """The names as a tuple, or an error naming the first that this model has not and, for a peer's name, ours."""
-    absent = set() if config.qk_norm else {"query_denominator", "key_denominator"}
-    absent |= set() if config.post_norms else {"attn_post_denominator", "mlp_post_denominator"}
-    absent |= set() if config.learned_positions else {"position_embedding"}
+    absent: list[str] = [] if config.qk_norm else ["query_denominator", "key_denominator"]
+    absent += [] if config.post_norms else ["attn_post_denominator", "mlp_post_denominator"]
+    absent += [] if config.learned_positions else ["position_embedding"]
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name in PEER_NAMES and name not in SITES:

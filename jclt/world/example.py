@@ -89,7 +89,7 @@ class Task:
     def pairs(self, split: Split, count: int, seed: int) -> list[Pair]:
         """Up to `count` pairs, whose clean prompts do not repeat."""
         random = Random(seed + 1)
-        pairs = []
+        pairs: list[Pair] = []
         for case in self._cases(split, count, seed):
             changed, concept = self.corrupt(random, case)
             pairs.append(Pair(self.example(case), self.example(changed), concept))

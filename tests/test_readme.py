@@ -1,0 +1,48 @@
+"""What the README shows runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jclt
+from jclt.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def as_a_user(tmp_path, monkeypatch):
+    """A scratch folder, and JAX as it is outside these tests."""
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_the_api_in_ten_lines(as_a_user):
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert names["text"] == "calc: 36+59=95"
+    assert set(names["seen"]) == {"mlp_in", "pattern"}
+    want, _ = jclt.run(names["model"], "calc: 36+23=")
+    np.testing.assert_allclose(names["swapped"], want, atol=1e-5)
+    for changed in ("headless", "silent"):
+        assert float(abs(names[changed] - names["logits"]).max()) > 0.1
+    again, _ = jclt.run(jclt.load_model("copy"), "calc: 36+59=")
+    np.testing.assert_allclose(again, names["logits"], atol=1e-5)
+
+
+def test_the_other_examples(as_a_user):
+    for block in BLOCKS[1:]:
+        exec(block, {})
+
+
+def test_the_transcript_is_what_the_command_prints(capsys):
+    main(["demo"])
+    printed = capsys.readouterr().out
+    shown = README.split("$ jclt demo\n")[1].split("```")[0]
+    without_digits = lambda text: re.sub(r"0\.\d\d\d|1\.000", "p", text)  # noqa: E731
+    assert without_digits(printed) == without_digits(shown)
