@@ -46,7 +46,6 @@ def override(config: Settings, settings: Sequence[str]) -> Settings:
 
 
 def _set(config: Any, path: list[str], value: str, whole: str) -> Any:
-    kind: type[Any] = type(config)
     known = {field.name for field in fields(config)}
     if path[0] not in known:
         raise UserError(f"setting '{whole}': unknown; {nearest(path[0], known)}")
@@ -55,7 +54,7 @@ def _set(config: Any, path: list[str], value: str, whole: str) -> Any:
         if not hasattr(inner, "__dataclass_fields__"):
             raise UserError(f"setting '{whole}': '{path[0]}' has no settings of its own")
         return replace(config, **{path[0]: _set(inner, path[1:], value, whole)})
-    expected = get_type_hints(kind)[path[0]]
+    expected = get_type_hints(config.__class__)[path[0]]
     try:
         parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError):
