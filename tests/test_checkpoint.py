@@ -1,6 +1,7 @@
 """Models on disk: what is written reads back, and what is wrong is said in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -229,6 +230,24 @@ def test_weights_lie_where_the_rules_say():
         assert model.params[name].sharding == target.sharding
         split = target.sharding.spec != jax.P(*(None,) * len(target.shape))
         assert split == ("width" in declare(model.config)[name].axes), name
+
+
+def test_a_hub_name_is_found_in_the_cache(tmp_path):
+    """Laid out as huggingface_hub keeps its files, read in a process that finds no network."""
+    cached = tmp_path / "hub" / "models--me--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    shutil.copytree(FOLDER / "llama3", cached / "snapshots" / "abc")
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    code = "import jclt; print(jclt.load_model('me/tiny').config.family); jclt.load_model('me/other')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout == "llama\n"
+    assert (
+        "jclt.errors.UserError: model 'me/other': no such folder, not in the local cache, and not reachable"
+        in done.stderr
+    )
 
 
 MEASURE = """
