@@ -54,6 +54,22 @@ def test_bfloat16_stays_near_float32(case):
     assert 1e-4 * spread < float(abs(rough - exact).mean()) < 0.1 * spread
 
 
+@pytest.mark.parametrize("case", ["gpt2", "gemma3"])
+def test_float64_is_float64_throughout(case):
+    """Nothing on the way is rounded to float32: the float32 pass differs from it by its own rounding only."""
+    rough, _ = jclt.run(golden_model(case), reference(case)["tokens"])
+    with jax.enable_x64():
+        exact = jclt.load_model(FOLDER / case, dtype="float64")
+        logits, seen = jclt.run(exact, reference(case)["tokens"], capture=("pattern", "mlp_neurons"))
+        assert {logits.dtype, *(value.dtype for value in seen.values())} == {np.dtype("float64")}
+        np.testing.assert_allclose(seen["pattern"].sum(-1), 1.0, atol=1e-14)
+        np.testing.assert_allclose(logits, rough, atol=1e-4, rtol=0)
+        tokens = jclt.generate(exact, reference(case)["tokens"][0], 4, stop_tokens=())
+    assert (
+        tokens.tolist() == jclt.generate(golden_model(case), reference(case)["tokens"][0], 4, stop_tokens=()).tolist()
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_unrolled_layers_equal_scanned_ones(case):
     model, tokens = golden_model(case), reference(case)["tokens"]

@@ -17,6 +17,7 @@ def sample(
 ) -> Int[Array, "B"]:
     """The likeliest token at temperature 0; otherwise a draw from the smallest set of tokens that holds `top_p`."""
     greedy = jnp.argmax(logits, axis=-1)
+    temperature, top_p = temperature.astype(logits.dtype), top_p.astype(logits.dtype)
     scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
     ordered = jnp.sort(scaled, axis=-1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
@@ -54,7 +55,7 @@ def generate_tokens(
         return chosen, stopped | jnp.isin(chosen, jnp.asarray(stop_tokens, tokens.dtype))
 
     # Positions after a row's prompt hold padding: nothing attends to them before decoding overwrites them.
-    logits, cache = step(tokens, jnp.zeros_like(tokens) + jnp.arange(padded)[None], cache)
+    logits, cache = step(tokens, jnp.zeros_like(tokens) + jnp.arange(padded, dtype=tokens.dtype)[None], cache)
     rows = jnp.arange(batch)
     last, stopped = choose(logits[rows, lengths - 1], jnp.zeros(batch, bool), tokens[:, 0], jnp.asarray(0))
 
@@ -64,5 +65,5 @@ def generate_tokens(
         chosen, stopped = choose(logits[:, 0], stopped, last, index + 1)
         return (chosen, stopped, cache), chosen
 
-    _, rest = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1))
+    _, rest = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1, dtype=tokens.dtype))
     return jnp.concatenate([last[:, None], rest.T], axis=1)
