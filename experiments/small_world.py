@@ -13,12 +13,14 @@ Both seeds reach every bar. Cost: 13 minutes for the two seeds side by side on 2
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from jclt.errors import Interrupted, UserError
 from jclt.models import Model, load_model, save_model
 from jclt.training.lm import train_lm
 from jclt.training.presets import small_world
@@ -74,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, Interrupted) as reason:
+        sys.exit(str(reason))
