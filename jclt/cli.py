@@ -35,7 +35,13 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("config", metavar="CONFIG", help="a preset (small-world) or a .py file that defines `config`")
     command.add_argument("--out", type=Path, default=None, help="the run's folder (default runs/NAME)")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="overrides a setting")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="overrides a setting, such as steps=500, learning_rate=1e-3 or model.layers=6; can be repeated",
+    )
     command.set_defaults(function=train_lm)
     return top
 
