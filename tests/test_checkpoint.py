@@ -98,7 +98,10 @@ def test_wrong_shape(broken):
     entry = header["model.layers.1.mlp.up_proj.weight"]
     entry["shape"] = entry["shape"][::-1]
     write(broken / "model.safetensors", header, data)
-    with pytest.raises(UserError, match=r"the shape of tensor 'model.layers.1.mlp.up_proj.weight' makes up \[36, 24\]"):
+    with pytest.raises(
+        UserError,
+        match=r"'model.layers.1.mlp.up_proj.weight' gives weight 'up' the shape \[36, 24\], expected \[24, 36\]",
+    ):
         jclt.load_model(broken)
 
 

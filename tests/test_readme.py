@@ -36,8 +36,11 @@ def test_the_api_in_ten_lines(as_a_user):
 
 
 def test_the_other_examples(as_a_user):
-    for block in BLOCKS[1:]:
-        exec(block, {})
+    world, training = {}, {}
+    exec(BLOCKS[1], world)
+    assert world["example"].answers and {"city", "state", "answer"} <= {c.name for c in world["example"].concepts}
+    exec(BLOCKS[2], training)
+    assert training["config"].model == training["model"] and training["config"].steps == 20_000
 
 
 def test_the_transcript_is_what_the_command_prints(capsys):

@@ -73,15 +73,15 @@ def test_replacing_a_layer_cut_gives_the_other_prompts_logits(case):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_change_never_moves_an_earlier_position(case):
-    """Every site with a position axis is changed at one position; all before it must keep every bit."""
+    """Every site is changed at one position; all before it must keep every bit."""
     model, (tokens, _) = golden_model(case), two_prompts(case)
     position = 6
-    by_position = [name for name in sites_of(case) if SITES[name].startswith("B T")]
-    plain, seen = jclt.run(model, tokens, capture=by_position)
+    sites = sites_of(case)
+    plain, seen = jclt.run(model, tokens, capture=sites)
     strange = {name: 1.5 * value + jnp.cos(3 * value) for name, value in seen.items()}  # no norm undoes this
     moved = {}
-    for name in by_position:
-        axis = 2 if name in LAYER_SITES else 1
+    for name in sites:
+        axis = SITES[name].split(":")[0].split().index("T") + (name in LAYER_SITES)
         here = jnp.arange(seen[name].shape[axis]) == position
         here = here.reshape([-1 if i == axis else 1 for i in range(seen[name].ndim)])
         changed, after = jclt.run(model, tokens, ("resid_post",), edit=Replace(strange, masks(seen, name, here)))

@@ -111,8 +111,8 @@ def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh 
         expected = target.shape[1:] if stacked else target.shape
         for (file, view), name in zip(sources, names[tensor.published], strict=True):
             if view.shape != expected:
-                got = f"makes {weight} {list(view.shape)}, expected {list(expected)}"
-                raise UserError(f"{file.path}: the shape of tensor '{name}' {got}")
+                shapes = f"{list(view.shape)}, expected {list(expected)}"
+                raise UserError(f"{file.path}: tensor '{name}' gives weight '{weight}' the shape {shapes}")
         piece = partial(_piece, sources, stacked, dtype)
         if target.sharding is None:
             params[weight] = jax.device_put(piece((slice(None),) * len(target.shape)))
