@@ -62,7 +62,7 @@ def main() -> None:
     verdicts = {}
     for seed in options.seeds:
         config = dataclasses.replace(small_world(), seed=seed)
-        config = dataclasses.replace(config, steps=100) if options.small else config
+        config = dataclasses.replace(config, steps=100, warmup=10) if options.small else config
         folder, start = options.out / f"seed{seed}", time.perf_counter()
         trained = train_lm(config, folder)
         minutes = (time.perf_counter() - start) / 60
