@@ -1,5 +1,6 @@
 """The model that ships knows its world: the bars of experiments/small_world.py, on what is kept for reporting."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import jclt
 from jclt.models import Model, find_model
 from jclt.world.measure import BARS, KEPT, MOVED, accuracy, state_probes, state_swap, swaps
 from jclt.world.tasks import TASKS
+from jclt.world.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +21,15 @@ def test_it_is_small_and_has_a_few_layers(shipped):
     size = sum(path.stat().st_size for path in Path(find_model("demo")).rglob("*"))
     assert size < 8e6
     assert 4 <= shipped.config.layers <= 6
+
+
+def test_its_folder_is_what_saving_it_writes(shipped, tmp_path):
+    jclt.save_model(shipped, tmp_path / "again")
+    folder = Path(find_model("demo"))
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "again").iterdir()}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((folder / name).read_text()) == json.loads((tmp_path / "again" / name).read_text())
+    assert shipped.tokenizer.backend.get_vocab() == build_tokenizer().get_vocab()
 
 
 def test_every_task_is_known(shipped):

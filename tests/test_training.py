@@ -250,3 +250,16 @@ def test_json_lines_and_their_faults(config, tmp_path):
     file.write_text('{"text": "word10"}\n')
     with pytest.raises(UserError, match="2 tokens, expected at least 16"):
         text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
+
+
+def test_text_keeps_its_blank_lines_and_json_lines_their_numbers(tmp_path):
+    from jclt.training.data import _documents
+
+    plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_text("one\n\ntwo\n")
+    assert _documents(plain) == ["one\n\ntwo\n"]
+    lines.write_text('{"text": "one"}\n\n{"text": "t\u2028wo"}\n', encoding="utf-8")
+    assert _documents(lines) == ["one", "t\u2028wo"]
+    lines.write_text('{"text": "one"}\n\n{}\n')
+    with pytest.raises(UserError, match="a.jsonl:3: expected a JSON object with 'text'"):
+        _documents(lines)

@@ -60,15 +60,15 @@ def _documents(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"data '{path}': not found, expected 'world', a text file or JSON lines")
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if not lines:
+    if not text.strip():
         raise UserError(f"{path}: empty, expected text")
-    return (
-        [_text(line, f"{path}:{n}") for n, line in enumerate(lines, 1)] if path.suffix == ".jsonl" else ["".join(lines)]
-    )
+    if path.suffix != ".jsonl":
+        return [text]
+    # Not splitlines, which also splits at signs that JSON allows within a string.
+    return [_text(line, f"{path}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _text(line: str, where: str) -> str:
