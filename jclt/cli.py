@@ -7,12 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
+from jclt import __version__
 from jclt.errors import Interrupted, UserError
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="jclt", description="Circuit tracing of language models in JAX.")
-    top.add_argument("--version", action="version", version=_version())
+    top.add_argument("--version", action="version", version=f"jclt {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -100,19 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _keep_compiled_programs() -> None:
     """What was compiled once is read from a cache the next time."""
-    import jax
-
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update(
         "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(home) / "jclt")
     )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _version() -> str:
-    from jclt import __version__
-
-    return f"jclt {__version__}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from golden_cases import CASES, FOLDER, golden_model, reference
 
 import jclt
 
-STORIES = Path(__file__).parents[1] / ".." / "shared"
+SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,7 +96,7 @@ def test_sharded_over_devices_equals_one_device(case):
 
 
 def test_stories_agree_with_their_source():
-    folder, golden = STORIES / "models" / "stories260K", STORIES / "golden" / "stories260K"
+    folder, golden = SHARED / "models" / "stories260K", SHARED / "golden" / "stories260K"
     if not folder.exists():
         pytest.skip("stories260K is not at hand")
     model, want = jclt.load_model(folder), np.load(golden / "reference.npz")

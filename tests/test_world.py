@@ -8,9 +8,9 @@ import pytest
 
 from jclt.world import facts, numbers, words
 from jclt.world.corpus import corpus, text
-from jclt.world.example import Concept, Example, pieces
+from jclt.world.example import BOS, UNKNOWN, Concept, Example, pieces
 from jclt.world.tasks import TASKS
-from jclt.world.tokenizer import BOS, UNKNOWN, build_tokenizer
+from jclt.world.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 VOCABULARY = TOKENIZER.get_vocab()

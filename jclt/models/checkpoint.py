@@ -176,9 +176,9 @@ def _published_names(
     tied_copy = {
         name for tensor in family.tensors for name in _names(tensor, prefix, 0) if "unembedding" in tensor.weights
     }
+    placed = used | tied_copy
     for name in where:
-        ours = name.startswith(prefix) or name in tied_copy
-        if ours and name not in used | tied_copy and not name.endswith(family.ignored or ("\0",)):
+        if name.startswith(prefix) and name not in placed and not name.endswith(family.ignored):
             raise UserError(f"{folder}: tensor '{name}' has no place in a {family.name} model of this configuration")
     return names
 

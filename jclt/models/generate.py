@@ -16,14 +16,17 @@ def sample(
     logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, "B"]:
     """The likeliest token at temperature 0; otherwise a draw from the smallest set of tokens that holds `top_p`."""
-    greedy = jnp.argmax(logits, axis=-1)
-    temperature, top_p = temperature.astype(logits.dtype), top_p.astype(logits.dtype)
-    scaled = logits / jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    drawn = jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf), axis=-1)
-    return jnp.where(temperature > 0, drawn, greedy)
+
+    def drawn() -> Int[Array, "B"]:
+        scaled = logits / temperature.astype(logits.dtype)
+        ordered = jnp.sort(scaled, axis=-1, descending=True)
+        shares = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares
+        least = jnp.min(jnp.where(before < top_p.astype(logits.dtype), ordered, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf), axis=-1)
+
+    # A branch, not a choice between two results: greedy decoding should not sort the vocabulary at every step.
+    return jax.lax.cond(temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1))
 
 
 @eqx.filter_jit

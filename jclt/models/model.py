@@ -36,6 +36,11 @@ class Model:
     tokenizer: Tokenizer | None
     name: str
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh that the weights lie on, if any."""
+        return mesh_of(self.params["token_embedding"])
+
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise UserError(f"model {self.name}: has no tokenizer (tokenizer.json), expected token ids instead of text")
@@ -118,9 +123,9 @@ def run(
     tokens = token_array(model, prompt)
     single = tokens.ndim == 1
     batch = tokens[None] if single else tokens
-    mesh = mesh_of(model.params["token_embedding"])
     with on_mesh(model):
-        placed = jax.device_put(batch, sharding(mesh, batch.shape, ("batch", None)) if mesh else None)
+        placement = sharding(model.mesh, batch.shape, ("batch", None)) if model.mesh else None
+        placed = jax.device_put(batch, placement)
         logits, seen = _run(model.config, model.params, placed, capture, freeze, edit, mlp, unroll)
     if single:
         return logits[0], {name: x[0] if name in MODEL_SITES else x[:, 0] for name, x in seen.items()}
@@ -129,8 +134,7 @@ def run(
 
 def on_mesh(model: Model) -> AbstractContextManager[Any]:
     """Within it, programs run on the mesh that the model's weights lie on."""
-    mesh = mesh_of(model.params["token_embedding"])
-    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+    return nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
 
 
 @eqx.filter_jit

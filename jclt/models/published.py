@@ -11,11 +11,14 @@ from jclt.models.families import ACTIVATION_NAMES, FAMILIES, REQUIRED, Family
 
 
 def family_of(config: ModelConfig) -> Family:
-    for family in FAMILIES:
-        if family.name == config.family:
-            return family
-    known = [family.name for family in FAMILIES]
-    raise UserError(f"family '{config.family}' is unknown; {nearest(config.family, known)}")
+    return _family(config.family, f"family '{config.family}'")
+
+
+def _family(name: str, called: str) -> Family:
+    known = {family.name: family for family in FAMILIES}
+    if name not in known:
+        raise UserError(f"{called} is unknown; {nearest(name, known)}")
+    return known[name]
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
@@ -25,12 +28,7 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     raw = raw.get("text_config") or raw
     stops = raw.get("eos_token_id") if stops is None else stops
     kind = raw.get("model_type", "")
-    family = next((family for family in FAMILIES if family.name == kind), None)
-    if family is None:
-        known = [family.name for family in FAMILIES]
-        raise UserError(
-            f"{where}: architecture '{kind or raw.get('architectures')}' is unknown; {nearest(kind, known)}"
-        )
+    family = _family(kind, f"{where}: architecture '{kind or raw.get('architectures')}'")
     if raw.get("use_bidirectional_attention"):
         raise UserError(f"{where}: use_bidirectional_attention is set, expected a causal language model")
 

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 from jclt.models import ModelConfig
 from jclt.training.config import LmConfig
-from jclt.world.tokenizer import BOS, EOS, build_tokenizer
+from jclt.world.example import BOS, EOS
+from jclt.world.tokenizer import vocabulary
 
 
 def small_world() -> LmConfig:
     """The language model that ships with jclt."""
-    tokens = build_tokenizer().get_vocab()
+    tokens = vocabulary()
     model = ModelConfig(
         family="gpt_neox",
         vocabulary=len(tokens),

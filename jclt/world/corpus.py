@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jclt.world.example import Line, pieces
+from jclt.world.example import BOS, Line, pieces
 from jclt.world.facts import hop, translation
 from jclt.world.numbers import digits, elsewhere, mixed_run, part_of_sum, place_of_item
 from jclt.world.syntax import filler
@@ -72,7 +72,7 @@ def corpus(rows: int, length: int, seed: int, vocabulary: Mapping[str, int], tex
     random = Random(seed)
     tokens = np.full((rows, length), vocabulary["\n"], np.int32)
     weights = np.zeros((rows, length), np.float32)
-    tokens[:, 0] = vocabulary["<bos>"]
+    tokens[:, 0] = vocabulary[BOS]
     for row, lines in enumerate(packed(random, length - 1, rows)):
         at = 1
         for line in lines:

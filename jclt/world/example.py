@@ -18,6 +18,9 @@ PIECE = (
 """A token's text: a word, number or sign with the space before it. Python and the tokenizer read it alike."""
 
 
+BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
+
+
 class Line(NamedTuple):
     """One line of the corpus: the answer, of which each token counts, between a prompt and what follows."""
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.models import Model, Replace, run
-from jclt.world import words
 from jclt.world.example import Example, Split, after
-from jclt.world.facts import ASKED, CITIES, CITY_SPLIT, STATE_OF, STATES
+from jclt.world.facts import ASKED, CITIES, CITY_SPLIT, STATE_OF, STATES, value_of
 from jclt.world.tasks import TASKS
 
 BATCH = 256
@@ -102,7 +101,7 @@ def exchanged(model: Model, form: str, cities: list[str], donors: list[str]) -> 
     tokens, at, end = padded(model, prompts)[0], after(prompts[0], cities[0]), len(model.encode(prompts[0])) - 1
     places = {"city": slice(at - 1, at + 1), "from the city on": slice(at, end + 1), "end": slice(end, end + 1)}
     vocabulary = vocabulary_of(model)
-    capitals = np.array([vocabulary[f" {words.STATES[STATE_OF[city]][0]}"] for city in donors])
+    capitals = np.array([vocabulary[f" {value_of(STATE_OF[city], 'capital')}"] for city in donors])
     _, seen = run(model, padded(model, given)[0], capture=("resid_post",))
     found = {}
     for layer in range(model.config.layers):

@@ -1,16 +1,16 @@
 """A tokenizer of whole words that is an ordinary `tokenizer.json`."""
 
+from functools import cache
 from random import Random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from jclt.world import words
 from jclt.world.corpus import draw_line
-from jclt.world.example import PIECE, pieces
-
-BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
+from jclt.world.example import BOS, EOS, PIECE, UNKNOWN, pieces
 
 
+@cache
 def vocabulary(lines: int = 60_000) -> dict[str, int]:
     """Every token of the world. Rules with many words are listed; the few other words show up in any large sample."""
     random = Random(0)
