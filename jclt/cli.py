@@ -46,6 +46,105 @@ def parser() -> argparse.ArgumentParser:
         help="overrides a setting, such as steps=500, learning_rate=1e-3 or model.layers=6; can be repeated",
     )
     command.set_defaults(function=train_lm)
+
+    command = commands.add_parser(
+        "train",
+        help="train a sparse coder on a language model",
+        description="Trains a cross-layer transcoder, a per-layer transcoder or an SAE on any model that jclt loads, "
+        "on all devices at hand. The run's folder gets metrics.jsonl, curves.png, checkpoints, and at the end coder/, "
+        "which load_coder and circuit-tracer read. The same command on the same folder resumes exactly where it "
+        "stopped.",
+        epilog="example: jclt train tiny --out runs/tiny --set steps=300 --set coder.features=256",
+    )
+    command.add_argument("config", metavar="CONFIG", help="a preset (tiny) or a .py file that defines `config`")
+    command.add_argument("--out", type=Path, default=None, help="the run's folder (default runs/NAME)")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="overrides a setting, such as steps=500, model=gpt2 or coder.features=4096; can be repeated",
+    )
+    command.set_defaults(function=train)
+
+    command = commands.add_parser(
+        "eval",
+        help="measure a coder",
+        description="Measures a coder on data it was not trained on: reconstruction, sparsity and dead features by "
+        "layer; the replacement model, in which every MLP is replaced at every position, beside the model and beside "
+        "one whose MLPs say only their mean; on the small world also how often the answers to each task stay.",
+        epilog="example: jclt eval runs/tiny/coder",
+    )
+    command.add_argument("coder", metavar="CODER", help="demo, or a folder in any layout that load_coder reads")
+    command.add_argument("--model", default="demo", help="the model it was trained on (default demo)")
+    command.add_argument("--data", default="world", help="world (default), a folder of tokens, or a text file")
+    command.add_argument("--rows", type=int, default=128, help="token rows to measure on (default 128)")
+    command.add_argument("--length", type=int, default=64, help="tokens a row (default 64)")
+    command.add_argument("--seed", type=int, default=1, help="draws other rows (default 1; training takes 0)")
+    command.add_argument("--json", type=Path, help="also write the figures to this file")
+    command.set_defaults(function=evaluate)
+
+    command = commands.add_parser(
+        "inspect",
+        help="see what a run's folder holds",
+        description="Prints a run's settings, its last metrics, what its newest checkpoint holds, and a digest of the "
+        "parameters, equal for two runs only where every bit is; draws the curves as curves.png in the folder.",
+        epilog="example: jclt inspect runs/tiny",
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="the folder of `jclt train` or `jclt train-lm`")
+    command.set_defaults(function=inspect)
+
+    command = commands.add_parser(
+        "tokenize",
+        help="turn text into token arrays for training",
+        description="Tokenises text once, for any number of runs: text files (each one document; one of more than "
+        "16 MiB is tokenised in pieces cut at line breaks), JSON lines (the field `text`) and Parquet (the column "
+        "`text`), packed as .gz, .bz2, .xz or .zst or not. The folder gets tokens-00000.npy ..., in which documents "
+        "follow one another, each with its end token, the tokenizer, and at last manifest.json. The tokens do not "
+        "depend on the number of workers. The same command on the same folder goes on after the last whole shard.",
+        epilog="example: jclt tokenize 'stories/*.jsonl.gz' more.parquet --tokenizer runs/world/model --out tokens; "
+        "then: jclt train-lm config.py --set data=tokens",
+    )
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder, a glob, or a URL such as gs://")
+    command.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="holds tokenizer.json")
+    command.add_argument("--out", required=True, metavar="DIR", help="the folder or URL to write to")
+    command.add_argument("--field", default="text", metavar="NAME", help="of JSON lines and Parquet (default text)")
+    command.add_argument(
+        "--end",
+        metavar="TOKEN",
+        help="what ends a document, as text or number (default: eos_token of the tokenizer's tokenizer_config.json)",
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="threads that tokenise (default: one per core)")
+    command.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=1 << 26,
+        metavar="N",
+        help="a file ends with the first document that brings it to this many tokens (default 67108864)",
+    )
+    command.set_defaults(function=tokenize)
+
+    command = commands.add_parser(
+        "convert",
+        help="write a sparse coder in another layout",
+        description="Reads a coder in any layout and writes it in another. jclt keeps all of a coder, and "
+        "circuit-tracer loads its folders too; the other layouts hold what their own tools read, and what one of them "
+        "cannot say is refused in one line. With --model, the coder is first seen to fit that model.",
+        epilog="example: jclt convert gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6 layer_12 --to jclt",
+    )
+    command.add_argument("source", metavar="SOURCE", help="the folder of a coder, or demo")
+    command.add_argument("dest", type=Path, metavar="DEST", help="the new folder")
+    command.add_argument(
+        "--to",
+        required=True,
+        metavar="LAYOUT",
+        help="jclt, circuit-tracer, gemma-scope, gemma-scope-2 or saelens",
+    )
+    command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    command.add_argument("--model", metavar="NAME", help="the model that it must fit: demo, a folder or a hub name")
+    command.add_argument("--reads", metavar="SITE", help="where it reads, if its files do not say (such as mlp_in)")
+    command.add_argument("--writes", metavar="SITE", help="where it writes, likewise (such as mlp_out)")
+    command.set_defaults(function=convert)
     return top
 
 
@@ -68,14 +167,81 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def train_lm(arguments: argparse.Namespace) -> None:
     from jclt.config import load_settings, override
+    from jclt.sharding import join_hosts
     from jclt.training.config import LmConfig
     from jclt.training.lm import train_lm
     from jclt.training.presets import LM_PRESETS
 
+    join_hosts()
     config = override(load_settings(arguments.config, LmConfig, LM_PRESETS), arguments.set)
     out = arguments.out or Path("runs") / Path(arguments.config).stem
     train_lm(config, out)
     print(f"done: model in {out / 'model'}, curve in {out / 'loss.png'}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from jclt.config import load_settings, override
+    from jclt.sharding import join_hosts
+    from jclt.training.coder import train_coder
+    from jclt.training.config import TrainConfig
+    from jclt.training.presets import CODER_PRESETS
+
+    join_hosts()
+    config = override(load_settings(arguments.config, TrainConfig, CODER_PRESETS), arguments.set)
+    out = arguments.out or Path("runs") / Path(arguments.config).stem
+    train_coder(config, out)
+    print(f"done: coder in {out / 'coder'}, curves in {out / 'curves.png'}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from jclt.coders import load_coder
+    from jclt.models import load_model
+    from jclt.models.checkpoint import write_json
+    from jclt.training.evaluate import evaluate
+
+    model = load_model(arguments.model)
+    coder = load_coder(arguments.coder, model=model, check=False)
+    text, figures = evaluate(model, coder, arguments.data, arguments.rows, arguments.length, arguments.seed)
+    print(text)
+    if arguments.json:
+        write_json(arguments.json, figures)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from jclt.training.inspect import inspect_run
+
+    print(inspect_run(arguments.run))
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    from jclt.training.tokenize import tokenize
+
+    made = tokenize(
+        arguments.inputs,
+        arguments.tokenizer,
+        arguments.out,
+        workers=arguments.workers,
+        shard_tokens=arguments.shard_tokens,
+        end=arguments.end,
+        field=arguments.field,
+    )
+    shards = f"{len(made['shards'])} shards in {arguments.out}"
+    print(f"done: {made['tokens']} tokens of {made['documents']} documents, {shards}")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from jclt.coders import load_coder, save_coder
+    from jclt.models import load_model
+
+    model = load_model(arguments.model) if arguments.model else None
+    sites = {"reads": arguments.reads, "writes": arguments.writes}
+    coder = load_coder(arguments.source, model=model, dtype=arguments.dtype, **sites)
+    save_coder(coder, arguments.dest, arguments.to, arguments.dtype)
+    config = coder.config
+    print(
+        f"done: {config.kind} of {len(config.covered)} layers with {config.features} {config.rule} features each, "
+        f"{config.reads} to {config.writes}, in {arguments.dest}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

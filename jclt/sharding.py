@@ -8,11 +8,13 @@ data without saying so does not trace.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.errors import UserError
@@ -27,7 +29,29 @@ RULES: dict[str, tuple[str, ...]] = {
     # Each of the language model's weights has one width axis; it is stored in as many pieces as there are chips and
     # gathered a layer at a time where it is used.
     "width": ("data", "features"),
+    # A coder's features, and all that belongs to one, lie in as many pieces as the mesh has feature shards; its tokens
+    # are split over `data` alone, since every feature reads every token.
+    "features": ("features",),
+    "tokens": ("data",),
 }
+
+
+def join_hosts() -> None:
+    """Joins the other hosts of this run, where there are any, before the first array is made.
+
+    TPU pods, Slurm, Open MPI and Kubernetes are recognised; elsewhere JCLT_COORDINATOR (host:port of the first
+    process), JCLT_PROCESSES (how many) and JCLT_PROCESS (which this is, from 0) say it.
+    """
+    names = ("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS")
+    given = [os.environ[name] for name in names if name in os.environ]
+    if not given:
+        # What JAX says where it recognises no cluster is a ValueError: the run is this one process.
+        with suppress(ValueError):
+            jax.distributed.initialize()
+    elif len(given) < len(names) or not (given[1].isdigit() and given[2].isdigit()):
+        raise UserError(f"{', '.join(names)}: expected all three, host:port and two whole numbers")
+    else:
+        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
 
 
 def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -46,7 +70,7 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
     )
 
 
-def spec(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
+def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
     """Where an array of this shape lies, axis by axis; an axis that does not divide evenly is kept whole."""
     placed: list[tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
@@ -60,6 +84,19 @@ def sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> Na
     return NamedSharding(mesh, spec(mesh, shape, axes))
 
 
+def einsum_spec(equation: str, *operands: Array) -> P | None:
+    """Where the result of an einsum lies when each of its axes stays where its operand has it; None on no mesh.
+
+    An axis that is summed over may lie in pieces: the sum over the pieces is then the one collective.
+    """
+    inputs, output = equation.split("->")
+    where: dict[str, Any] = {}
+    for letters, x in zip(inputs.split(","), operands, strict=True):
+        parts = jax.typeof(x).sharding.spec
+        where |= {letter: part for letter, part in zip(letters, parts, strict=True) if part is not None}
+    return P(*(where.get(letter) for letter in output)) if where else None
+
+
 def is_split(x: Array) -> bool:
     """Whether the array's type says that it lies in pieces on several devices."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)
@@ -68,6 +105,12 @@ def is_split(x: Array) -> bool:
 def gathered(x: Array) -> Array:
     """The whole array on every device: what a stored piece of a weight becomes where it is used."""
     return jax.reshard(x, P(*(None,) * x.ndim)) if is_split(x) else x
+
+
+def placed(x: Array, axes: Sequence[str | None]) -> Array:
+    """The array moved to where its axes belong on the mesh that is set; itself where none is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.reshard(x, spec(mesh, x.shape, axes))
 
 
 def mesh_of(x: Array) -> Mesh | None:

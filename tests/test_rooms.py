@@ -6,7 +6,7 @@ from pathlib import Path
 import jclt
 
 PACKAGE = Path(jclt.__file__).parent
-ROOMS = ["shapes", "errors", "config", "sharding", "models", "world", "training", "cli"]
+ROOMS = ["shapes", "errors", "config", "sharding", "models", "world", "coders", "evaluation", "training", "cli"]
 
 
 def room_of(module: str) -> str:

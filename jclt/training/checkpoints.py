@@ -17,17 +17,29 @@ class Checkpoints:
         self.checkpointer = ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=newest)
 
     def save(self, step: int, state: Any) -> None:
-        self.checkpointer.save_async(step, {"state": state}, force=True, overwrite=True)
+        self.checkpointer.save_async(step, {"state": leaves(state)}, force=True, overwrite=True)
 
     def restore(self, like: State) -> State | None:
         """The newest state that can be read, placed as `like` is; None where there is none."""
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves(like))
         for checkpoint in sorted(self.checkpointer.checkpoints, key=lambda c: c.step, reverse=True):
             try:
-                return self.checkpointer.load(checkpoint.step, {"state": target})["state"]
+                found = self.checkpointer.load(checkpoint.step, {"state": target})["state"]
+                return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in target])
             except Exception as error:  # a damaged checkpoint can fail in any layer below
                 log.warning("checkpoint of step %d cannot be read, passing over it (%s)", checkpoint.step, error)
         return None
 
     def close(self) -> None:
         self.checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def leaves(state: Any) -> dict[str, Any]:
+    """A state's arrays by their path: what lies on disk says what it is, whatever classes the state is made of."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}

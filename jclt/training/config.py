@@ -1,14 +1,15 @@
-"""The settings of a training run."""
+"""The settings of training runs."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from jclt.coders import CoderConfig
 from jclt.models import ModelConfig
 
 
 @dataclass(frozen=True)
 class LmConfig:
-    """Everything that decides what a run computes."""
+    """A language model's training."""
 
     model: ModelConfig
     data: str = "world"  # "world" (generated), a text file, or JSON lines with `text`
@@ -33,3 +34,69 @@ class LmConfig:
     remat: bool = False
     save_every: int = 500
     log_every: int = 10
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A coder's training. Each default names where it comes from; sources as in the README's list of papers."""
+
+    coder: CoderConfig
+    model: str = "demo"  # what `load_model` takes
+    data: str = "world"  # "world" (generated), a folder that `jclt tokenize` made, or a text file
+    steps: int = 1000
+    batch: int = 32  # rows a step
+    length: int = 64  # tokens a row
+    seed: int = 0
+
+    # The loss: squared error plus these terms.
+    sparsity: Literal["tanh", "l1", "l0", "kl", "none"] = "tanh"  # Circuit Tracing 2025
+    sparsity_weight: float = 1.0  # no published value carries over: it depends on width and features
+    sparsity_ramp: float = 1.0  # share of the run over which it grows from 0: all of it (Circuit Tracing 2025)
+    tanh_scale: float = 4.0  # Anthropic's update of January 2025
+    target_l0: float = 24.0  # of the l0 penalty, over all layers
+    target_density: float = 0.01  # of the kl penalty
+    preactivation: Literal["threshold", "zero", "none"] = "threshold"  # January 2025; "zero": crosslayer-transcoder
+    preactivation_weight: float = 3e-6  # January 2025
+    auxiliary_weight: float = 0.0  # of the auxiliary TopK loss; Gao et al. 2024 take 1/32 with TopK
+    auxiliary_k: int = 512  # dead features that try to write what is missing (Gao et al. 2024)
+    dead_density: float = 1e-5  # below this average density a feature is called dead
+    density_decay: float = 0.99  # of that average, a step ("Circuits Research Landscape" advises an average)
+    end_to_end_steps: int = 0  # the last steps, which add KL(model || replacement model)
+    end_to_end_weight: float = 1.0
+
+    # The gate.
+    threshold: float = 0.03  # initial (Circuit Tracing 2025)
+    running_decay: float = 0.99  # of BatchTopK's threshold, a step
+
+    # Where it starts.
+    normalize: Literal["scale", "standardize", "none"] = "scale"  # unit mean square by layer (Gemma Scope 2)
+    initial: Literal["clt", "january", "transposed"] = "clt"  # Circuit Tracing; January 2025; Gemma Scope 2
+    initial_rate: float = 10_000.0  # each feature first fires on this many tokens over the number of features
+    initial_density: float = 0.05  # but on no larger share of tokens than this, for coders with few features
+
+    # How it moves.
+    optimizer: Literal["adam", "adamw", "adafactor", "lion", "rmsprop", "sgd"] = "adam"
+    learning_rate: float = 4e-4  # CLT-Forge on GPT-2
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: int = 100
+    decay: float = 0.2  # the share of the run, at its end, over which the rate falls to 0 (January 2025)
+    beta1: float = 0.0  # January 2025, Gemma Scope 2
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # January 2025
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second needs float32
+
+    # How it is computed.
+    compute: Literal["float32", "bfloat16"] = "float32"  # products; sums and master weights are float32 in both
+    micro_batches: int = 1
+    remat: bool = False  # encode again in the backward pass instead of keeping pre-activations
+    data_shards: int = 1  # all other devices lie on the features axis
+    shuffle: int = 1  # batches over which tokens are mixed in a buffer on the device; 1: none
+    store: str | None = None  # where activations are kept for several epochs over the same ones
+    store_rows: int = 4096  # rows kept there
+
+    save_every: int = 500
+    log_every: int = 10
+    evaluate_every: int = 0  # steps between evaluations of the replacement model; 0: at the end only
+    skips: int = 20  # steps in a row with a loss that is not finite, after which the run stops

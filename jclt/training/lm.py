@@ -1,6 +1,5 @@
 """Training a language model: its settings, its loss, its step, and the run from the first step to the saved model."""
 
-import json
 import logging
 from dataclasses import asdict
 from functools import partial
@@ -15,14 +14,16 @@ from jax.sharding import Mesh
 
 from jclt.errors import UserError
 from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
-from jclt.models.checkpoint import read_json, write_json
 from jclt.models.published import write_config
 from jclt.shapes import Array, Float, Params, Tokens
 from jclt.sharding import make_mesh, sharding
+from jclt.training.checkpoints import Checkpoints
 from jclt.training.config import LmConfig
-from jclt.training.data import load_rows, save_rows, text_rows
+from jclt.training.data import batch_rows, holds_tokens, local_tokens, place
 from jclt.training.loop import fit
-from jclt.training.optimizers import optimizer
+from jclt.training.metrics import Log, draw_curves, read_metrics
+from jclt.training.optimizers import lm_optimizer
+from jclt.training.runs import find_rows
 from jclt.world.corpus import corpus
 from jclt.world.tokenizer import build_tokenizer
 
@@ -45,7 +46,7 @@ def init_state(config: LmConfig, mesh: Mesh) -> LmState:
         return {name: weight.init(k, jnp.float32) for k, (name, weight) in zip(keys, weights.items(), strict=True)}
 
     made = jax.jit(params, out_shardings=placed)(jax.random.key(config.seed))
-    return LmState(jnp.zeros((), jnp.int32), made, jax.jit(optimizer(config).init)(made))
+    return LmState(jnp.zeros((), jnp.int32), made, jax.jit(lm_optimizer(config).init)(made))
 
 
 def next_token_loss(
@@ -66,34 +67,31 @@ def train_step(
     )
     # What comes out lies as what went in; in between the compiler decides, since Muon multiplies whole matrices.
     placed = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.params, state.optimizer))
-    update: Any = jax.sharding.auto_axes(optimizer(config).update, out_sharding=placed)
+    update: Any = jax.sharding.auto_axes(lm_optimizer(config).update, out_sharding=placed)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix types
         updates, inner = update(gradient, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
     return LmState(state.step + 1, params, inner), {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 
-def make_rows(config: LmConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The run's token rows and what each token counts."""
+def world_rows(config: LmConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The small world's token rows and what each token counts, enough for one epoch."""
     log.info("preparing data: %s", config.data)
-    if config.data == "world":
-        vocabulary = tokenizer.backend.get_vocab()
-        made = corpus(
-            config.steps * config.batch, config.length, config.seed, vocabulary, text_weight=config.text_weight
-        )
-        return made.tokens.astype(np.uint16), made.weights.astype(np.float16)
-    return text_rows(Path(config.data), tokenizer, config.length, config.model.stop_tokens[:1])
+    vocabulary = tokenizer.backend.get_vocab()
+    made = corpus(config.steps * config.batch, config.length, config.seed, vocabulary, text_weight=config.text_weight)
+    return made.tokens.astype(np.uint16), made.weights.astype(np.float16)
 
 
 def find_tokenizer(config: LmConfig) -> Tokenizer:
     if config.data == "world":
         tokenizer = Tokenizer(build_tokenizer())
-    elif config.tokenizer is None:
+    elif config.tokenizer is None and not holds_tokens(config.data):
         raise UserError("setting 'tokenizer': missing, expected a folder with tokenizer.json for data that are text")
     else:
-        found = load_tokenizer(Path(config.tokenizer))
+        folder = Path(config.tokenizer) if config.tokenizer else local_tokens(config.data)  # which brings its own
+        found = load_tokenizer(folder)
         if found is None:
-            raise UserError(f"tokenizer '{config.tokenizer}': no tokenizer.json there")
+            raise UserError(f"tokenizer '{folder}': no tokenizer.json there")
         tokenizer = found
     if tokenizer.size > config.model.vocabulary:
         raise UserError(f"setting 'model.vocabulary': {config.model.vocabulary}, expected at least {tokenizer.size}")
@@ -114,50 +112,36 @@ def check(config: LmConfig, mesh: Mesh) -> None:
     write_config(config.model, "float32")  # a model that its family cannot express could not be saved
 
 
-def is_resumed(folder: Path, config: LmConfig) -> bool:
-    """Whether the folder holds this run already; an error if it holds anything else."""
-    path = folder / "config.json"
-    if path.exists():
-        settings = json.loads(json.dumps(asdict(config)))
-        for name, value in read_json(path).items():
-            if value != settings.get(name):
-                raise UserError(f"{folder}: holds a run with {name}={value}, expected {name}={settings.get(name)}")
-        return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not a run of jclt, expected a new folder or one to resume")
-    return False
-
-
 def train_lm(config: LmConfig, out: Path) -> Model:
     """Trains from nothing, or from where the run in `out` stopped; the model ends up in `out/model`."""
     mesh = make_mesh(config.data_shards)
     check(config, mesh)
     tokenizer = find_tokenizer(config)
-    if is_resumed(out, config) and (out / "data" / "tokens.npy").exists():
-        rows = load_rows(out / "data")
-    else:
-        made = make_rows(config, tokenizer)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", asdict(config))
-        rows = save_rows(out / "data", *made)
+    vocabulary, end = config.model.vocabulary, config.model.stop_tokens[:1]
+    rows = find_rows(out, config, vocabulary, tokenizer, end, partial(world_rows, config, tokenizer))
     placement = sharding(mesh, (config.batch, config.length), ("batch", None))
 
     def batch(step: int) -> tuple[Array, Array]:
-        index = rows.indices(config.seed, step, config.batch)
-        tokens, weights = rows.tokens[index].astype(np.int32), rows.weights[index].astype(np.float32)
-        return jax.device_put((tokens, weights), placement)
+        return place(rows.read, batch_rows(len(rows), config.seed, step, config.batch), placement)
 
-    with jax.set_mesh(mesh):
-        state = fit(
-            init_state(config, mesh),
-            lambda state, data: train_step(config, state, *data),
-            batch,
-            config.steps,
-            out,
-            log_every=config.log_every,
-            save_every=config.save_every,
-            describe=lambda values: f"loss {values['loss']:.3f}",
-        )
+    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints") as checkpoints:
+        state = init_state(config, mesh)
+        state = checkpoints.restore(state) or state
+        if int(state.step):
+            log.info("resuming at step %d", int(state.step))
+        with Log(out, int(state.step), asdict(config)) as metrics:
+            state = fit(
+                state,
+                lambda _, state, data: train_step(config, state, *data),
+                batch,
+                config.steps,
+                checkpoints,
+                metrics,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                describe=lambda values: f"loss {values['loss']:.3f}",
+            )
+    draw_curves(read_metrics(out / "metrics.jsonl"), ("loss",), out / "loss.png")
     model = Model(config.model, state.params, tokenizer, str(out / "model"))
     if not (out / "model").exists():
         save_model(model, out / "model")

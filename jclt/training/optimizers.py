@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from jclt.models import Weight, declare
-from jclt.training.config import LmConfig
+from jclt.training.config import LmConfig, TrainConfig
 
 
-def optimizer(config: LmConfig) -> optax.GradientTransformation:
+def lm_optimizer(config: LmConfig) -> optax.GradientTransformation:
     rate = optax.schedules.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * config.final_rate
     )
@@ -38,3 +39,36 @@ def _matrix_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
         return None
     axes = tuple(range(1, len(weight.shape)))
     return optax.contrib.MuonDimensionNumbers(axes[: weight.inputs], axes[weight.inputs :])
+
+
+def coder_rate(config: TrainConfig) -> optax.Schedule:
+    """Warm-up, then constant, then the decay over the last share of the run."""
+    rate, end = config.learning_rate, config.steps
+    rise = optax.schedules.linear_schedule(0.0, rate, config.warmup)
+    if config.schedule == "constant":
+        return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate)], [config.warmup])
+    if config.schedule == "cosine":
+        fall = optax.schedules.cosine_decay_schedule(rate, max(1, end - config.warmup))
+        return optax.schedules.join_schedules([rise, fall], [config.warmup])
+    start = max(config.warmup, round(end * (1 - config.decay)))
+    fall = optax.schedules.linear_schedule(rate, 0.0, max(1, end - start))
+    return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate), fall], [config.warmup, start])
+
+
+def coder_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    rate, b1, b2, epsilon, moment = (
+        coder_rate(config),
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        jnp.dtype(config.moment_dtype),
+    )
+    rules = {
+        "adam": lambda: optax.adam(rate, b1, b2, epsilon, mu_dtype=moment),
+        "adamw": lambda: optax.adamw(rate, b1, b2, epsilon, mu_dtype=moment, weight_decay=config.weight_decay),
+        "adafactor": lambda: optax.adafactor(rate, momentum=b1 or None, dtype_momentum=moment),
+        "lion": lambda: optax.lion(rate, b1, b2, mu_dtype=moment, weight_decay=config.weight_decay),
+        "rmsprop": lambda: optax.rmsprop(rate, b2, epsilon, momentum=b1 or None),
+        "sgd": lambda: optax.sgd(rate, momentum=b1 or None, accumulator_dtype=moment),
+    }
+    return optax.chain(optax.clip_by_global_norm(config.clip), rules[config.optimizer]())

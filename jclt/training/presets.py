@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from jclt.coders import CoderConfig
 from jclt.models import ModelConfig
-from jclt.training.config import LmConfig
+from jclt.training.config import LmConfig, TrainConfig
 from jclt.world.example import BOS, EOS
 from jclt.world.tokenizer import vocabulary
 
@@ -32,3 +33,18 @@ def small_world() -> LmConfig:
 
 
 LM_PRESETS: dict[str, Callable[[], LmConfig]] = {"small-world": small_world}
+
+
+def tiny() -> TrainConfig:
+    """A newcomer's first coder: a small cross-layer transcoder of the shipped model, in two minutes on 2 cores."""
+    return TrainConfig(
+        CoderConfig(features=512, activation="batchtopk", k=24),
+        steps=600,
+        batch=16,
+        sparsity="none",
+        learning_rate=2e-3,
+        save_every=200,
+    )
+
+
+CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny}

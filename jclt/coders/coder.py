@@ -1,0 +1,150 @@
+"""Sparse coders: one definition for cross-layer transcoders, per-layer transcoders and SAEs.
+
+They differ in one number, a layer's reach: a feature of a cross-layer transcoder writes to its own layer and to all
+later ones, one of a per-layer transcoder or an SAE to its own alone. Whatever presents the same methods is a coder too,
+such as the model's own neurons (`neurons.py`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jclt.coders.activations import jump_relu, top_k
+from jclt.coders.config import CoderConfig
+from jclt.coders.products import decode, letters, product
+from jclt.shapes import Array, DTypeLike, Float
+from jclt.sharding import sharding
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """Features that read a layer's input and write to this layer and later ones. Layers are counted among the covered
+    ones, `config.layers`."""
+
+    config: CoderConfig
+
+    def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+        """Activations of one layer's features, from what it reads."""
+        ...
+
+    def write(
+        self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
+    ) -> Float[Array, "*N D"]:
+        """What all features up to this layer write to it, with its bias and skip, which reads the layer's own x."""
+        ...
+
+    def rows(self, layer: int) -> Float[Array, "F R D"]:
+        """What one layer's features write to each layer of their reach, for an activation of one."""
+        ...
+
+
+class CoderLayer(eqx.Module):
+    """The features that read one layer; R is their reach."""
+
+    encoder: Float[Array, "F D"]
+    encoder_bias: Float[Array, "F"]
+    threshold: Float[Array, "F"] | None  # under JumpReLU
+    decoder: Float[Array, "F R D"] | None  # none where it is the encoder (tied)
+    decoder_bias: Float[Array, "D"]  # of what is written to this layer
+    skip: Float[Array, "D D"] | None  # [output, input]
+
+    @property
+    def rows(self) -> Float[Array, "F R D"]:
+        return self.encoder[:, None] if self.decoder is None else self.decoder
+
+    @property
+    def norms(self) -> Float[Array, "F"]:
+        """The length of each feature's decoder, all its target layers together."""
+        return jnp.sqrt(jnp.sum(jnp.square(self.rows.astype(jnp.float32)), axis=(1, 2)) + 1e-12)
+
+
+class SparseCoder(eqx.Module):
+    layers: tuple[CoderLayer, ...]
+    config: CoderConfig = eqx.field(static=True)
+
+    def preactivation(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+        """In at least float32."""
+        own = self.layers[layer]
+        h = product(f"{letters(x)}d,fd->{letters(x)}f", x, own.encoder)
+        return h + own.encoder_bias.astype(h.dtype)[(None,) * (x.ndim - 1)]
+
+    def activate(self, layer: int, h: Float[Array, "*N F"]) -> Float[Array, "*N F"]:
+        """The rule at inference."""
+        if self.config.activation == "relu":
+            return jax.nn.relu(h)
+        if self.config.activation == "topk":
+            assert self.config.k is not None
+            return top_k(h, self.config.k)
+        threshold = self.layers[layer].threshold
+        assert threshold is not None
+        threshold = threshold.astype(h.dtype)[(None,) * (h.ndim - 1)]
+        return jump_relu(h, threshold, self.config.bandwidth, self.config.through)
+
+    def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+        return self.activate(layer, self.preactivation(layer, x))
+
+    def write(
+        self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
+    ) -> Float[Array, "*N D"]:
+        own, n = self.layers[layer], letters(x)
+        out = own.decoder_bias.astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
+        for source, a in enumerate(activations[: layer + 1]):
+            if layer - source < self.config.reach(source):
+                out = out + product(f"{n}f,fd->{n}d", a, self.layers[source].rows[:, layer - source])
+        return out if own.skip is None else out + product(f"{n}d,ed->{n}e", x, own.skip).astype(out.dtype)
+
+    def rows(self, layer: int) -> Float[Array, "F R D"]:
+        return self.layers[layer].rows
+
+    def decode(
+        self, activations: Sequence[Float[Array, "N F"]], x: Sequence[Float[Array, "N D"]]
+    ) -> Float[Array, "N L D"]:
+        """What is written to every layer: `write` for all at once, as training computes it."""
+        out = decode(tuple(activations), tuple(layer.rows for layer in self.layers))
+        out = out + jnp.stack([layer.decoder_bias for layer in self.layers])[None].astype(out.dtype)
+        skips = [product("nd,ed->ne", x[i], own.skip) for i, own in enumerate(self.layers) if own.skip is not None]
+        return out + jnp.stack(skips, axis=1).astype(out.dtype) if skips else out
+
+
+AXES: dict[str, tuple[str | None, ...]] = {
+    "encoder": ("features", None),
+    "encoder_bias": ("features",),
+    "threshold": ("features",),
+    "decoder": ("features", None, None),
+    "decoder_bias": (None,),
+    "skip": (None, None),
+}
+"""The named axes of each weight, which `sharding.RULES` places."""
+
+
+def declare(config: CoderConfig, leaf: Callable[[str, tuple[int, ...]], Any]) -> SparseCoder:
+    """A coder whose weights are `leaf(name, shape)`: shapes, placements and initial values all come from here."""
+    f, d = config.features, config.size
+
+    def layer(index: int) -> CoderLayer:
+        return CoderLayer(
+            encoder=leaf("encoder", (f, d)),
+            encoder_bias=leaf("encoder_bias", (f,)),
+            threshold=leaf("threshold", (f,)) if config.activation == "jumprelu" else None,
+            decoder=None if config.tied else leaf("decoder", (f, config.reach(index), d)),
+            decoder_bias=leaf("decoder_bias", (d,)),
+            skip=leaf("skip", (d, d)) if config.skip else None,
+        )
+
+    return SparseCoder(tuple(layer(index) for index in range(len(config.covered))), config)
+
+
+def abstract_coder(config: CoderConfig, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> SparseCoder:
+    """The shapes, types and placements of a coder's weights."""
+
+    shapes = jax.eval_shape(lambda: declare(config, lambda _, shape: jnp.zeros(shape, dtype)))
+
+    def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        placed = sharding(mesh, x.shape, AXES[path[-1].name]) if mesh else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)

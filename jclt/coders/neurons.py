@@ -1,0 +1,55 @@
+"""The neuron basis: a model's own MLP neurons as the features of a coder that makes no error."""
+
+from collections.abc import Sequence
+
+import equinox as eqx
+
+from jclt.coders.config import CoderConfig
+from jclt.coders.products import letters
+from jclt.models import Model
+from jclt.models.config import ModelConfig
+from jclt.models.ops import ACTIVATIONS, contract
+from jclt.shapes import Array, Float, Params
+
+NAMES = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+
+
+class Neurons(eqx.Module):
+    """Every neuron reads the MLP's input and writes one direction, its row of the down projection."""
+
+    params: Params  # stacked over layers, as the model has them
+    model: ModelConfig = eqx.field(static=True)
+    config: CoderConfig = eqx.field(static=True)
+
+    def _project(self, name: str, layer: int, x: Array) -> Array:
+        n = letters(x)
+        out = contract(f"{n}d,dm->{n}m", x, self.params[name][layer]).astype(x.dtype)
+        bias = self.params.get(f"{name}_bias")
+        return out if bias is None else out + bias[layer][(None,) * (x.ndim - 1)]
+
+    def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+        act, up = ACTIVATIONS[self.model.activation], self._project("up", layer, x)
+        return act(self._project("gate", layer, x)) * up if self.model.gated else act(up)
+
+    def write(
+        self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
+    ) -> Float[Array, "*N D"]:
+        n = letters(x)
+        out = contract(f"{n}m,md->{n}d", activations[layer], self.params["down"][layer]).astype(x.dtype)
+        bias = self.params.get("down_bias")
+        return out if bias is None else out + bias[layer][(None,) * (x.ndim - 1)]
+
+    def rows(self, layer: int) -> Float[Array, "F R D"]:
+        return self.params["down"][layer][:, None]
+
+
+def neurons(model: Model) -> Neurons:
+    """The neurons of a model as a coder: `mlp_in` to `mlp_raw_out`."""
+    config = CoderConfig(
+        kind="neurons",
+        features=model.config.mlp_width,
+        activation="relu",
+        reads="mlp_in",
+        writes="mlp_raw_out",
+    ).fitted(model.config, model.name)
+    return Neurons({name: model.params[name] for name in NAMES if name in model.params}, model.config, config)

@@ -1,0 +1,53 @@
+"""Token rows in batches of one shape."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jclt.errors import UserError
+from jclt.models import Model, token_array
+from jclt.shapes import Array, ArrayLike
+from jclt.sharding import sharding
+
+BATCH = 32
+"""Rows that go through the model at once, where nothing else is said."""
+
+
+def batches(model: Model, rows: ArrayLike, mask: ArrayLike | None, size: int) -> Iterator[tuple[Array, Array]]:
+    """Tokens `[B, T]` and which of them to measure, placed on the model's mesh.
+
+    Every batch has the same shape, so that one program serves all: the last is filled up with rows that the mask
+    leaves out.
+    """
+    tokens, kept = checked(model, rows, mask)
+    mesh = model.mesh
+    pieces = 1 if mesh is None else mesh.size
+    size = -(-min(size, len(tokens)) // pieces) * pieces
+    for start in range(0, len(tokens), size):
+        batch = (_filled(tokens[start : start + size], size), _filled(kept[start : start + size], size))
+        where = sharding(mesh, batch[0].shape, ("batch", None)) if mesh else None
+        yield jax.device_put(batch[0], where), jax.device_put(batch[1], where)
+
+
+def checked(model: Model, rows: ArrayLike, mask: ArrayLike | None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and their mask as arrays of one shape, or one line on what is wrong."""
+    tokens = token_array(model, rows)
+    if tokens.ndim != 2:
+        raise UserError(f"token rows: got {tokens.ndim} axis, expected rows of token ids [N, T]")
+    kept = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+    if kept.shape != tokens.shape:
+        raise UserError(f"mask: shape {kept.shape}, expected {tokens.shape}, that of the token rows")
+    if not kept.any():
+        raise UserError("mask: leaves no token out of all rows, expected at least one")
+    return tokens, kept
+
+
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays in double precision, in which sums over many batches lose nothing."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)

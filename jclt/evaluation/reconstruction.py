@@ -1,0 +1,176 @@
+"""How well a coder reconstructs what it stands in for, how sparsely, and with how many of its features.
+
+| figure | definition, over the tokens measured |
+|---|---|
+| normalised MSE | sum of squared error / sum of squared distance of the target from its mean |
+| explained variance | 1 - the same ratio with the error's mean taken off too: a constant offset is forgiven |
+| L0 | mean number of active features of a token |
+| density | share of the tokens at which a feature is active |
+| dead | share of the features that are active nowhere |
+
+In all layers together, both sums of a ratio run over layers as well, and L0 is the sum of theirs.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from jclt.coders import Coder
+from jclt.evaluation.batches import BATCH, batches, on_host
+from jclt.models import Model, ModelConfig, forward
+from jclt.models.model import on_mesh
+from jclt.shapes import Array, ArrayLike, Bool, Float, Params, Tokens
+from jclt.sharding import gathered, placed
+
+EDGES = np.array([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+"""Firing densities by decade; what is at 0 is counted apart."""
+
+
+class Moments(NamedTuple):
+    """Of vectors at one or more layers: how many, their mean, and the sum of their squared distances from it."""
+
+    number: Array | np.ndarray  # []
+    mean: Array | np.ndarray  # [L, D]
+    spread: Array | np.ndarray  # [L]
+
+
+def moments(x: Float[Array, "L B T D"], mask: Bool[Array, "B T"]) -> Moments:
+    weight = mask.astype(jnp.float32)
+    count = jnp.sum(weight)
+    x = x.astype(jnp.float32)
+    mean = jnp.sum(x * weight[None, :, :, None], axis=(1, 2)) / jnp.maximum(count, 1.0)
+    away = jnp.square(x - mean[:, None, None]) * weight[None, :, :, None]
+    return Moments(count, mean, jnp.sum(away, axis=(1, 2, 3)))
+
+
+def joined(a: Moments, b: Moments) -> Moments:
+    """The moments of both sets together, without the loss of digits of a difference of large sums."""
+    count = a.number + b.number
+    share, between = b.number / np.maximum(count, 1), b.mean - a.mean
+    spread = a.spread + b.spread + a.number * share * np.sum(between**2, axis=-1)
+    return Moments(count, a.mean + share * between, spread)
+
+
+class Sums(NamedTuple):
+    """What one batch says, and all that is kept of it."""
+
+    target: Moments
+    error: Moments
+    active: Array | np.ndarray  # [L, F], tokens at which a feature is active
+    activation: Array | np.ndarray  # [L, F], summed over tokens
+
+
+def summed(config: ModelConfig, params: Params, coder: Coder, tokens: Tokens, mask: Bool[Array, "B T"]) -> Sums:
+    """One pass of the model, whose own values the coder is given at every layer."""
+    own = coder.config
+    _, seen, _ = forward(config, params, tokens, capture=(own.reads, own.writes))
+    mask = placed(mask, ("tokens", None))
+    reads, targets = (placed(seen[site], (None, "tokens", None, None)) for site in (own.reads, own.writes))
+    activations: list[Array] = []
+    errors: list[Array] = []
+    for index, layer in enumerate(own.covered):
+        activations.append(coder.encode(index, reads[layer]))
+        written = coder.write(index, activations, reads[layer])
+        errors.append(written.astype(jnp.float32) - targets[layer].astype(jnp.float32))
+    weight = mask.astype(jnp.float32)[:, :, None]
+    return Sums(
+        moments(jnp.stack([targets[layer] for layer in own.covered]), mask),
+        moments(jnp.stack(errors), mask),
+        gathered(jnp.stack([jnp.sum((a != 0).astype(jnp.float32) * weight, axis=(0, 1)) for a in activations])),
+        gathered(jnp.stack([jnp.sum(a.astype(jnp.float32) * weight, axis=(0, 1)) for a in activations])),
+    )
+
+
+_summed = eqx.filter_jit(summed)
+
+
+def combined(a: Sums, b: Sums) -> Sums:
+    """What two batches say together."""
+    return Sums(joined(a.target, b.target), joined(a.error, b.error), a.active + b.active, a.activation + b.activation)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The sums that every figure follows from, by covered layer."""
+
+    layers: tuple[int, ...]
+    tokens: int
+    error: np.ndarray  # [L], sum of squared error
+    centred_error: np.ndarray  # [L], with the error's mean taken off
+    spread: np.ndarray  # [L], sum of squared distance of the target from its mean
+    density: np.ndarray  # [L, F]
+    mean_activation: np.ndarray  # [L, F], over all tokens
+
+    @property
+    def nmse(self) -> np.ndarray:
+        return self.error / self.spread
+
+    @property
+    def explained_variance(self) -> np.ndarray:
+        return 1 - self.centred_error / self.spread
+
+    @property
+    def l0(self) -> np.ndarray:
+        return self.density.sum(axis=1)
+
+    @property
+    def dead(self) -> np.ndarray:
+        return np.mean(self.density == 0, axis=1)
+
+    @property
+    def histogram(self) -> np.ndarray:
+        """`[L, 7]`: how many features are dead, and how many have a density up to each of `EDGES` after the first."""
+        bins = np.searchsorted(EDGES, self.density)  # a density that is an edge counts to the decade below it
+        return np.stack([np.bincount(row, minlength=len(EDGES)) for row in bins])
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "nmse": float(self.error.sum() / self.spread.sum()),
+            "explained_variance": float(1 - self.centred_error.sum() / self.spread.sum()),
+            "l0": float(self.l0.sum()),
+            "dead": float(self.dead.mean()),
+            **{f"nmse_{layer}": float(x) for layer, x in zip(self.layers, self.nmse, strict=True)},
+            **{f"l0_{layer}": float(x) for layer, x in zip(self.layers, self.l0, strict=True)},
+            **{f"dead_{layer}": float(x) for layer, x in zip(self.layers, self.dead, strict=True)},
+        }
+
+    def table(self) -> str:
+        s = self.summary()
+        total = ("all", s["nmse"], s["explained_variance"], s["l0"], s["dead"], self.histogram.sum(axis=0))
+        columns = zip(
+            map(str, self.layers), self.nmse, self.explained_variance, self.l0, self.dead, self.histogram, strict=True
+        )
+        names = ["0", *(f"<={edge:g}" for edge in EDGES[1:])]
+        lines = [f"layer      NMSE  explained      L0    dead  features of density {'  '.join(names)}"]
+        for layer, nmse, explained, l0, dead, histogram in [*columns, total]:
+            counts = " ".join(f"{count}" for count in histogram)
+            lines.append(f"{layer:5}  {nmse:8.2g}  {explained:9.4f}  {l0:6.1f}  {dead:6.1%}  {counts}")
+        return "\n".join(lines)
+
+
+def evaluate_reconstruction(
+    model: Model, coder: Coder, rows: ArrayLike, *, mask: ArrayLike | None = None, batch: int = BATCH
+) -> Reconstruction:
+    """Streams over token rows `[N, T]`, of which a mask of the same shape may leave some out, such as padding."""
+    with on_mesh(model):
+        sums = reduce(
+            combined,
+            (
+                on_host(_summed(model.config, model.params, coder, tokens, kept))
+                for tokens, kept in batches(model, rows, mask, batch)
+            ),
+        )
+    count = float(sums.target.number)
+    return Reconstruction(
+        layers=coder.config.covered,
+        tokens=round(count),
+        error=np.asarray(sums.error.spread + count * np.sum(np.asarray(sums.error.mean) ** 2, axis=-1)),
+        centred_error=np.asarray(sums.error.spread),
+        spread=np.asarray(sums.target.spread),
+        density=np.asarray(sums.active) / count,
+        mean_activation=np.asarray(sums.activation) / count,
+    )

@@ -1,0 +1,126 @@
+"""What a coder keeps of a model of the small world: how often the replacement model gives the model's own answer.
+
+Two answers agree when they are the same token or both right: where several answers are right, the model is not bound to
+one of them either.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jclt.coders import Coder
+from jclt.evaluation.batches import batches
+from jclt.evaluation.replacement import mean_writes, said
+from jclt.models import Model
+from jclt.models.model import on_mesh
+from jclt.shapes import Float
+from jclt.world.example import Example, Split
+from jclt.world.measure import padded, vocabulary_of
+from jclt.world.tasks import TASKS
+
+BATCH = 64
+LENGTHS = 16
+"""Prompts and their number are padded to multiples of these, so that a few programs serve all tasks."""
+
+
+@dataclass(frozen=True)
+class TaskAgreement:
+    """Shares of `count` examples."""
+
+    count: int
+    agreement: float  # of the replacement model with the model
+    ablated_agreement: float  # of the mean-ablated control with the model
+    accuracy: float  # of the replacement model
+    model_accuracy: float
+
+
+@dataclass(frozen=True)
+class WorldAgreement:
+    tasks: dict[str, TaskAgreement]
+
+    @property
+    def overall(self) -> TaskAgreement:
+        """Over all examples."""
+        found, counts = list(self.tasks.values()), [task.count for task in self.tasks.values()]
+
+        def mean(name: str) -> float:
+            return float(np.average([getattr(task, name) for task in found], weights=counts))
+
+        names = ("agreement", "ablated_agreement", "accuracy", "model_accuracy")
+        return TaskAgreement(sum(counts), **{name: mean(name) for name in names})
+
+    def weakest(self) -> str:
+        """The task of least agreement."""
+        return min(self.tasks, key=lambda name: self.tasks[name].agreement)
+
+    def summary(self) -> dict[str, float]:
+        overall, weakest = self.overall, self.tasks[self.weakest()]
+        return {
+            "agreement": overall.agreement,
+            "mean_task_agreement": float(np.mean([task.agreement for task in self.tasks.values()])),
+            "weakest_agreement": weakest.agreement,
+            "ablated_agreement": overall.ablated_agreement,
+            "accuracy": overall.accuracy,
+            "model_accuracy": overall.model_accuracy,
+            **{f"agreement_{name}": task.agreement for name, task in self.tasks.items()},
+        }
+
+    def table(self) -> str:
+        lines = [f"{'task':14}{'agreement':>10}{'ablated':>10}{'right':>10}{'model':>10}  of"]
+        for name, task in (self.tasks | {"all": self.overall}).items():
+            shares = (task.agreement, task.ablated_agreement, task.accuracy, task.model_accuracy)
+            lines.append(f"{name:14}" + "".join(f"{share:10.1%}" for share in shares) + f"  {task.count}")
+        return "\n".join(lines)
+
+
+def world_agreement(
+    model: Model, coder: Coder, count: int = 400, seed: int = 0, *, split: Split = "report"
+) -> WorldAgreement:
+    """On up to `count` held-out examples of every task; the control writes the means over the prompts of all tasks."""
+    examples = {name: task.examples(split, count, seed) for name, task in TASKS.items()}
+    means = mean_prompt_writes(model, coder, [e.prompt for found in examples.values() for e in found])
+    return WorldAgreement({name: task_agreement(model, coder, means, found) for name, found in examples.items()})
+
+
+def mean_prompt_writes(model: Model, coder: Coder, prompts: Sequence[str]) -> Float[np.ndarray, "L D"]:
+    tokens, ends = padded(model, prompts)
+    return mean_writes(model, coder.config, tokens, mask=np.arange(tokens.shape[1])[None] <= ends[:, None], batch=BATCH)
+
+
+def task_agreement(
+    model: Model, coder: Coder, means: Float[np.ndarray, "L D"], examples: Sequence[Example]
+) -> TaskAgreement:
+    vocabulary = vocabulary_of(model)
+    own, replaced, ablated = last_words(model, coder, means, [e.prompt for e in examples])
+    right = [{vocabulary[answer] for answer in e.answers} for e in examples]
+    return TaskAgreement(
+        count=len(examples),
+        agreement=agreement(own, replaced, right),
+        ablated_agreement=agreement(own, ablated, right),
+        accuracy=accuracy(replaced, right),
+        model_accuracy=accuracy(own, right),
+    )
+
+
+def agreement(own: np.ndarray, other: np.ndarray, right: Sequence[set[int]]) -> float:
+    return float(np.mean([a == b or {a, b} <= valid for a, b, valid in zip(own, other, right, strict=True)]))
+
+
+def accuracy(words: np.ndarray, right: Sequence[set[int]]) -> float:
+    return float(np.mean([word in valid for word, valid in zip(words, right, strict=True)]))
+
+
+def last_words(
+    model: Model, coder: Coder, means: Float[np.ndarray, "L D"], prompts: Sequence[str]
+) -> tuple[np.ndarray, ...]:
+    """The most probable token `[N]` after each prompt: the model's, the replacement's, the control's."""
+    tokens, ends = padded(model, prompts)
+    tokens = np.pad(tokens, ((0, -len(tokens) % BATCH), (0, -tokens.shape[1] % LENGTHS)))
+    with on_mesh(model):
+        found = [
+            np.asarray(said(model.config, model.params, coder, means, rows))
+            for rows, _ in batches(model, tokens, None, BATCH)
+        ]
+    words = np.concatenate(found, axis=1)
+    return tuple(words[:, np.arange(len(ends)), ends])

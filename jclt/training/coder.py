@@ -1,0 +1,194 @@
+"""Training a sparse coder, from the first token to the saved coder; `jclt train` calls `train_coder`."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
+
+from jclt.coders import SparseCoder, save_coder
+from jclt.errors import UserError
+from jclt.evaluation import evaluate_replacement
+from jclt.models import Model, ModelConfig, load_model
+from jclt.sharding import make_mesh
+from jclt.training.checkpoints import Checkpoints
+from jclt.training.config import TrainConfig
+from jclt.training.data import TokenRows
+from jclt.training.harvest import Harvest, Scaling, as_tokens, fold, measure_scaling
+from jclt.training.initial import calibrated_bias, first_density, initial_weights
+from jclt.training.loop import fit
+from jclt.training.metrics import Log, draw_curves, read_metrics
+from jclt.training.optimizers import coder_optimizer
+from jclt.training.rules import at_inference, with_thresholds
+from jclt.training.runs import find_rows
+from jclt.training.shuffle import filled
+from jclt.training.source import activations, stored_source, token_source
+from jclt.training.speed import machine_rate, step_operations
+from jclt.training.step import CoderState, train_step
+from jclt.world.corpus import corpus
+
+log = logging.getLogger(__name__)
+
+SCALING_BATCHES = 8
+HELD_OUT = 32
+"""Rows, the last of the data, that the evaluations read and training never sees."""
+WORLD_ROWS = 32_768
+"""Rows of the small world that are generated at most; beyond that they come again in another order."""
+
+
+def fitted(config: TrainConfig, model: Model, mesh: Mesh) -> TrainConfig:
+    """The configuration with what follows from the model filled in, or one line on what cannot work."""
+    config = replace(config, coder=config.coder.fitted(model.config, config.model))
+    for name in ("steps", "batch", "length", "save_every", "log_every", "data_shards", "micro_batches", "shuffle"):
+        if getattr(config, name) < 1:
+            raise UserError(f"setting '{name}': {getattr(config, name)}, expected at least 1")
+    if config.coder.kind == "neurons":
+        raise UserError("setting 'coder.kind': neurons are the model's own, expected clt, transcoder or sae")
+    if config.length > model.config.context:
+        raise UserError(f"setting 'length': {config.length}, expected at most {model.config.context}, the model's")
+    for name in ("micro_batches", "shuffle"):
+        if config.length % getattr(config, name):
+            raise UserError(f"setting '{name}': {getattr(config, name)}, expected a divisor of length={config.length}")
+    if config.warmup >= config.steps:
+        raise UserError(f"setting 'warmup': {config.warmup}, expected less than steps={config.steps}")
+    if config.sparsity == "l0" and config.coder.activation != "jumprelu":
+        raise UserError("setting 'sparsity': l0 counts gates, expected coder.activation=jumprelu")
+    if config.end_to_end_steps and (config.store or config.shuffle > 1):
+        raise UserError("setting 'end_to_end_steps': needs whole rows, expected store=none and shuffle=1")
+    if config.coder.features % mesh.shape["features"]:
+        shards = mesh.shape["features"]
+        raise UserError(f"setting 'coder.features': {config.coder.features}, expected a multiple of {shards} shards")
+    if config.batch % mesh.size:
+        raise UserError(f"setting 'batch': {config.batch}, expected a multiple of {mesh.size}, the number of devices")
+    return config
+
+
+def init_state(config: TrainConfig, mesh: Mesh, harvested: Callable[[int], Harvest]) -> CoderState:
+    """Fresh weights, with scales and encoder biases measured on the first batches."""
+    c = config.coder
+    scaling = measure_scaling(harvested, SCALING_BATCHES, config.normalize, (len(c.covered), c.size))
+    weights = initial_weights(config, mesh)
+
+    @jax.jit
+    def calibrated(coder: SparseCoder, scaling: Scaling, found: Harvest) -> SparseCoder:
+        x = as_tokens(found.reads, scaling.read_mean, scaling.read_scale, jnp.float32)
+        zero = jnp.zeros(())
+        thresholds = [zero if own.threshold is None else own.threshold for own in with_thresholds(coder).layers]
+        biases = [
+            calibrated_bias(coder.preactivation(layer, x[layer]), thresholds[layer], first_density(config))
+            for layer in range(len(coder.layers))
+        ]
+        return eqx.tree_at(lambda t: [own.encoder_bias for own in t.layers], coder, biases)
+
+    coder = calibrated(weights, scaling, harvested(0))
+    return CoderState(
+        step=jnp.zeros((), jnp.int32),
+        coder=coder,
+        optimizer=jax.jit(coder_optimizer(config).init)(coder),
+        scaling=scaling,
+        density=tuple(jnp.full_like(own.encoder_bias, first_density(config)) for own in coder.layers),
+        running=jnp.zeros(()),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+@partial(jax.jit, static_argnames="config")
+def finished(config: TrainConfig, state: CoderState) -> SparseCoder:
+    """The coder as others use it: on raw activations, by its rule at inference."""
+    with jax.default_matmul_precision("highest"):
+        return fold(at_inference(state.coder, state.running), state.scaling)
+
+
+def train_coder(config: TrainConfig, out: Path) -> SparseCoder:
+    """Trains from nothing, or from where the run in `out` stopped; the coder ends up in `out/coder`."""
+    mesh = make_mesh(config.data_shards)
+    model = load_model(config.model, dtype=config.compute, mesh=mesh)
+    config = fitted(config, model, mesh)
+    rows = run_rows(config, model, out)
+    count = len(rows) - HELD_OUT
+    if count < config.batch:
+        raise UserError(f"data '{config.data}': {len(rows)} rows, expected at least {config.batch + HELD_OUT}")
+    held_out = rows.read(np.arange(count, len(rows)))[0]
+    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints") as checkpoints:
+        source = (stored_source if config.store else token_source)(config, model, rows, count)
+        harvested = jax.jit(partial(activations, config, model.config))
+
+        def read(number: int) -> Harvest:
+            return harvested(model.params, source(number))
+
+        state = init_state(config, mesh, read)
+        state = checkpoints.restore(state) or state
+        if start := int(state.step):
+            log.info("resuming at step %d", start)
+        buffer = filled(read, start, config.shuffle, config.seed) if config.shuffle > 1 else None
+
+        def advance(step: int, state: CoderState, batch: Any) -> tuple[CoderState, dict[str, Any]]:
+            nonlocal buffer
+            ends = step >= config.steps - config.end_to_end_steps
+            state, buffer, values = train_step(config, model.config, ends, state, buffer, model.params, batch)
+            return state, values
+
+        def measure(state: CoderState) -> dict[str, Any]:
+            replaced = evaluate_replacement(model, finished(config, state), held_out)
+            return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
+
+        with Log(out, start, asdict(config)) as metrics:
+            state = fit(
+                state,
+                advance,
+                lambda step: source(step + config.shuffle - 1),  # what the buffer takes in is ahead of the step
+                config.steps,
+                checkpoints,
+                metrics,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                describe=describe,
+                measure=measure,
+                measure_every=config.evaluate_every or config.steps,
+                speed=speed(config, model.config),
+                skips=config.skips,
+            )
+        coder = finished(config, state)
+        if jax.process_count() > 1:
+            coder = jax.tree.map(partial(process_allgather, tiled=True), coder)
+    if jax.process_index() == 0:
+        if not (out / "coder").exists():
+            save_coder(coder, out / "coder")
+        draw_curves(read_metrics(out / "metrics.jsonl"), ("loss", "nmse", "l0", "dead"), out / "curves.png")
+    return coder
+
+
+def run_rows(config: TrainConfig, model: Model, out: Path) -> TokenRows:
+    def world() -> tuple[np.ndarray, np.ndarray]:
+        assert model.tokenizer is not None
+        count = min(config.steps * config.batch, WORLD_ROWS) + HELD_OUT
+        made = corpus(count, config.length, config.seed, model.tokenizer.backend.get_vocab())
+        return made.tokens.astype(np.uint16), made.weights.astype(np.float16)
+
+    if config.data == "world" and model.tokenizer is None:
+        raise UserError(f"model {model.name}: has no tokenizer, expected another setting 'data' than the small world")
+    return find_rows(out, config, model.config.vocabulary, model.tokenizer, model.config.stop_tokens[:1], world)
+
+
+def speed(config: TrainConfig, model: ModelConfig) -> Callable[[float], dict[str, Any]]:
+    """From steps a second to what is reported of them; the yardstick is measured once, now."""
+    tokens, operations, rate = (
+        config.batch * config.length,
+        step_operations(config, model),
+        machine_rate(config.compute),
+    )
+    return lambda steps: {"tokens_per_second": steps * tokens, "matmul_fraction": steps * operations / rate}
+
+
+def describe(values: dict[str, Any]) -> str:
+    skipped = f" skipped {values['skipped']}" if values["skipped"] else ""
+    return f"nmse {values['nmse']:.4f} L0 {values['l0']:.1f} dead {values['dead']:.0%}{skipped}"

@@ -1,0 +1,160 @@
+"""Documents of text files, JSON lines and Parquet, streamed from any place that fsspec opens."""
+
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import fsspec
+from fsspec.core import OpenFile
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
+
+from jclt.errors import UserError
+
+BLOCK = 1 << 24  # bytes read at once; a longer text is given in pieces of about this size
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PACKED = (".gz", ".bz2", ".xz", ".lzma", ".zip", ".zst", ".lz4", ".snappy")
+
+
+class Piece(NamedTuple):
+    """A document, or the part of a long text between two of its line breaks."""
+
+    text: str
+    begins: bool  # the document begins here
+    ends: bool
+    read: int  # bytes of the input read so far, for a progress bar
+
+
+@dataclass(frozen=True)
+class Input:
+    system: fsspec.AbstractFileSystem
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path if isinstance(self.system, LocalFileSystem) else str(self.system.unstrip_protocol(self.path))
+
+    @property
+    def size(self) -> int:
+        return int(self.system.size(self.path) or 0)
+
+    @property
+    def suffix(self) -> str:
+        """What the name ends in once its compression is taken off."""
+        path = PurePosixPath(self.path)
+        return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path on it."""
+    try:
+        return fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"'{url}': cannot be opened ({error})") from None
+
+
+def find_inputs(patterns: Sequence[str]) -> list[Input]:
+    """The files that the paths, folders, globs and URLs stand for, those of one pattern in the order of their names."""
+    found: list[Input] = []
+    for pattern in patterns:
+        system, path = file_system(pattern)
+        if system.isfile(path):
+            paths = [path]
+        elif system.isdir(path):
+            paths = [p for p in system.find(path) if Input(system, p).suffix in (".txt", ".parquet", *JSON_LINES)]
+        else:
+            paths = [p for p in system.glob(path) if system.isfile(p)] if fsspec.core.has_magic(path) else []
+        if not paths:
+            raise UserError(f"input '{pattern}': nothing found, expected a file, a glob, or a folder with text in it")
+        found += [Input(system, str(p)) for p in sorted(paths)]
+    return found
+
+
+def pieces(source: Input, field: str = "text") -> Iterator[Piece]:
+    """The documents of one file, one after another; of a text file that is one, however long."""
+    compression = infer_compression(source.path)
+    if compression is None and PurePosixPath(source.path).suffix.lower() in PACKED:
+        raise UserError(f"{source.name}: fsspec finds no package installed that unpacks this (.zst needs zstandard)")
+    opened = OpenFile(source.system, source.path, "rb", compression)
+    try:
+        with opened as raw:
+            stream: Any = raw if compression is None else io.BufferedReader(raw)  # zstandard's has no lines of its own
+            if source.suffix == ".parquet":
+                yield from _parquet(stream, source, field)
+            elif source.suffix in JSON_LINES:
+                yield from _json_lines(stream, opened, source.name, field)
+            else:
+                yield from _text(stream, opened, source.name)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{source.name}: cannot be read ({error})") from None
+
+
+def _text(stream: Any, opened: OpenFile, name: str) -> Iterator[Piece]:
+    waiting: Piece | None = None
+    for text, read in _blocks(stream, opened, name):
+        if waiting is not None:
+            yield waiting
+        waiting = Piece(text, begins=waiting is None, ends=False, read=read)
+    if waiting is not None:
+        yield waiting._replace(ends=True)
+
+
+def _json_lines(stream: Any, opened: OpenFile, name: str, field: str) -> Iterator[Piece]:
+    number = 0
+    for block, read in _blocks(stream, opened, name):
+        # Not splitlines, which also splits at signs that JSON allows within a string.
+        for line in block.removesuffix("\n").split("\n"):
+            number += 1
+            if line.strip():
+                yield Piece(_field(line, field, f"{name}:{number}"), begins=True, ends=True, read=read)
+
+
+def _field(line: str, field: str, where: str) -> str:
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: expected a JSON object with '{field}'")
+    # JSON can write half a surrogate pair, which is no text: it is read as other decoders read it.
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _blocks(stream: Any, opened: OpenFile, name: str) -> Iterator[tuple[str, int]]:
+    """Whole lines of about `BLOCK` bytes together, and how much of the file as it lies has been read."""
+    done = 0
+    while block := stream.read(BLOCK):
+        block += stream.readline()
+        try:
+            text = block.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: not UTF-8 text (byte {done + error.start})") from None
+        yield text, opened.fobjects[0].tell()
+        done += len(block)
+
+
+def _parquet(stream: Any, source: Input, field: str) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{source.name}: Parquet needs pyarrow, expected `pip install 'jclt[parquet]'`") from None
+    row = 0
+    try:
+        file: Any = ParquetFile(stream)
+        if field not in file.schema_arrow.names:
+            raise UserError(
+                f"{source.name}: no column '{field}', expected one of: {', '.join(file.schema_arrow.names)}"
+            )
+        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    raise UserError(f"{source.name}: row {row} has no text in '{field}'")
+                yield Piece(text, begins=True, ends=True, read=source.size * row // file.metadata.num_rows)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{source.name}: not a Parquet file that pyarrow reads ({error})") from None

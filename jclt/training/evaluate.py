@@ -1,0 +1,51 @@
+"""Everything that is measured of a coder, on data of the user's choice; `jclt eval` prints it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jclt.coders import Coder
+from jclt.errors import UserError
+from jclt.evaluation import evaluate_reconstruction, evaluate_replacement, state_exchange, world_agreement
+from jclt.models import Model
+from jclt.training.data import batch_rows, holds_tokens, load_tokens, text_rows
+from jclt.world.corpus import corpus
+
+
+def evaluate(
+    model: Model, coder: Coder, data: str = "world", rows: int = 128, length: int = 64, seed: int = 1, tasks: int = 200
+) -> tuple[str, dict[str, Any]]:
+    """Tables to print, and their figures by name. On the small world also what the coder keeps of its tasks."""
+    if length > model.config.context:
+        raise UserError(f"length {length}: expected at most {model.config.context}, the model's context")
+    tokens = evaluation_rows(model, data, rows, length, seed)
+    parts: dict[str, Any] = {
+        "reconstruction": evaluate_reconstruction(model, coder, tokens),
+        "replacement": evaluate_replacement(model, coder, tokens),
+    }
+    if data == "world":
+        parts["tasks"] = world_agreement(model, coder, tasks)
+    text = "\n\n".join(f"{name}, {tokens.size} tokens\n{part.table()}" for name, part in parts.items())
+    figures = {name: part.summary() for name, part in parts.items()}
+    if data == "world" and coder.config.kind in ("clt", "transcoder"):
+        exchange = state_exchange(model, coder)
+        figures["exchange"] = exchange.summary()
+        text += f"\n\nexchange of one state's features for another's: {exchange.moved:.1%} of the answers follow"
+        text += f", {exchange.control:.1%} with as many others"
+    return text, figures
+
+
+def evaluation_rows(model: Model, data: str, rows: int, length: int, seed: int) -> np.ndarray:
+    """Token rows drawn by a seed."""
+    if data == "world":
+        if model.tokenizer is None:
+            raise UserError(f"model {model.name}: has no tokenizer, expected another --data than the small world")
+        return corpus(rows, length, seed, model.tokenizer.backend.get_vocab()).tokens
+    if holds_tokens(data):
+        found = load_tokens(data, length, model.config.vocabulary, model.tokenizer)
+        return found.read(batch_rows(len(found), seed, 0, min(rows, len(found))))[0]
+    if model.tokenizer is None:
+        raise UserError(f"model {model.name}: has no tokenizer, expected --data made by `jclt tokenize`")
+    found = text_rows(Path(data), model.tokenizer, length, model.config.stop_tokens[:1])[0]
+    return found[batch_rows(len(found), seed, 0, min(rows, len(found)))]

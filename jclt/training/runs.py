@@ -1,0 +1,71 @@
+"""A run's folder: the settings it was begun with, and the token rows it reads."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+
+from jclt.errors import UserError
+from jclt.models import Tokenizer
+from jclt.models.checkpoint import read_json, write_json
+from jclt.training.config import LmConfig, TrainConfig
+from jclt.training.data import TokenRows, holds_tokens, load_rows, load_tokens, save_rows, text_rows
+
+
+def is_begun(folder: Path, config: LmConfig | TrainConfig) -> bool:
+    """Whether the folder holds this run already; an error if it holds anything else."""
+    path = folder / "config.json"
+    if path.exists():
+        settings = json.loads(json.dumps(asdict(config)))
+        for name, value in read_json(path).items():
+            if value != settings.get(name):
+                raise UserError(f"{folder}: holds a run with {name}={value}, expected {name}={settings.get(name)}")
+        return True
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not a run of jclt, expected a new folder or one to resume")
+    return False
+
+
+def find_rows(
+    folder: Path,
+    config: LmConfig | TrainConfig,
+    vocabulary: int,
+    tokenizer: Tokenizer | None,
+    end: Sequence[int],
+    world: Callable[[], tuple[np.ndarray, np.ndarray]],
+) -> TokenRows:
+    """The run's token rows: those it began with, those of a folder of tokens, or rows made now and kept in its folder.
+
+    `world` generates the small world's. Of several hosts the first makes them, the others read.
+    """
+    if is_begun(folder, config) and (folder / "data" / "tokens.npy").exists():
+        return load_rows(folder / "data")
+    if holds_tokens(config.data):
+        rows, seen = load_tokens(config.data, config.length, vocabulary, tokenizer), folder / "data.json"
+        if seen.exists() and read_json(seen) != {"digest": rows.digest}:
+            raise UserError(f"data '{config.data}': other tokens than those that the run in {folder} began with")
+        if jax.process_index() == 0:
+            _begin(folder, config)
+            write_json(seen, {"digest": rows.digest})
+        return rows
+    if jax.process_index() == 0:
+        if config.data == "world":
+            made = world()
+        elif tokenizer is None:
+            raise UserError(f"data '{config.data}': text, expected tokens (`jclt tokenize`): there is no tokenizer")
+        else:
+            made = text_rows(Path(config.data), tokenizer, config.length, end)
+        _begin(folder, config)
+        save_rows(folder / "data", *made)
+    if jax.process_count() > 1:
+        sync_global_devices("the run's rows are there")
+    return load_rows(folder / "data")
+
+
+def _begin(folder: Path, config: LmConfig | TrainConfig) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", asdict(config))

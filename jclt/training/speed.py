@@ -1,0 +1,50 @@
+"""How fast a step is against what this machine can multiply."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jclt.coders import CoderConfig
+from jclt.models import ModelConfig
+from jclt.training.config import TrainConfig
+
+
+def coder_operations(coder: CoderConfig, tokens: int) -> float:
+    """Multiplications and additions of a dense step: for a layer the encoder forward and its gradient, and three
+    products for each layer that it writes to. For a CLT that is B d F L (3 L + 7)."""
+    products = sum(2 + 3 * coder.reach(layer) for layer in range(len(coder.covered)))
+    skips = 2 * len(coder.covered) * coder.size if coder.skip else 0
+    return 2.0 * tokens * coder.size * (coder.features * products + skips)
+
+
+def forward_operations(model: ModelConfig, batch: int, length: int) -> float:
+    """Of a language model's products in one forward pass, without the unembedding."""
+    heads = model.heads * model.head_size
+    attention = model.width * (2 * heads + 2 * model.key_heads * model.head_size) + 2 * length * heads
+    mlp = model.width * model.mlp_width * (3 if model.gated else 2)
+    return 2.0 * batch * length * model.layers * (attention + mlp)
+
+
+def step_operations(config: TrainConfig, model: ModelConfig) -> float:
+    harvested = 0.0 if config.store else forward_operations(model, config.batch, config.length)
+    return harvested + coder_operations(config.coder, config.batch * config.length)
+
+
+def matmul_rate(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
+    """Operations a second of one large product on one device, the yardstick of every other figure."""
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision="highest" if dtype == "float32" else None))
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
+    jax.block_until_ready(multiply(left, right))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(left, right))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def machine_rate(dtype: str) -> float:
+    """Of all devices together; virtual ones on a CPU share its cores."""
+    return matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else jax.device_count())

@@ -1,0 +1,249 @@
+"""The train step: tokens in, activations harvested from the frozen model, the coder trained; one compiled program.
+
+Where things lie: the language model's tokens are split over every chip; its activations then move once, so that each
+feature shard has all tokens of its data shard. From there on nothing with a feature axis ever leaves its chip. What
+travels is the sum of the partial reconstructions, once a micro-batch, and some scalars.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jclt.coders import SparseCoder, replacing
+from jclt.coders.activations import gate, top_k
+from jclt.coders.products import decode
+from jclt.models import ModelConfig, forward
+from jclt.shapes import Array, Float, Params, Tokens
+from jclt.training import losses
+from jclt.training.config import TrainConfig
+from jclt.training.harvest import Harvest, Scaling, as_tokens, fold
+from jclt.training.optimizers import coder_optimizer
+from jclt.training.rules import activate, at_inference, with_thresholds
+from jclt.training.shuffle import mixed
+from jclt.training.source import activations
+
+
+class CoderState(NamedTuple):
+    """Everything that a resumed run goes on from."""
+
+    step: Array
+    coder: SparseCoder  # on scaled activations; under JumpReLU `threshold` holds the threshold's logarithm
+    optimizer: Any
+    scaling: Scaling
+    density: tuple[Float[Array, "F"], ...]  # running share of tokens on which each feature fires
+    running: Float[Array, ""]  # BatchTopK's running threshold
+    skipped: Array  # steps whose loss was not finite
+    skipped_in_row: Array
+
+
+class Batch(NamedTuple):
+    """A micro-batch in the coder's terms: scaled, flat over tokens."""
+
+    x: tuple[Float[Array, "N D"], ...]
+    y: Float[Array, "N L D"]
+
+
+class Features(NamedTuple):
+    """What encoding a micro-batch gives."""
+
+    a: tuple[Float[Array, "N F"], ...]  # in the type that products are computed in
+    penalty: Float[Array, ""]
+    spare: tuple[Float[Array, "N F"], ...]  # what dead features would write under the auxiliary loss; else empty
+    fired: tuple[Float[Array, "F"], ...]  # share of tokens
+    least: Float[Array, ""]  # BatchTopK's threshold on this micro-batch
+
+
+def encode(
+    config: TrainConfig, coder: SparseCoder, x: tuple[Array, ...], density: tuple[Array, ...], ramp: Array
+) -> Features:
+    """Activations and every penalty on them, each feature shard by itself."""
+    layers = coder.layers
+    h = tuple(coder.preactivation(layer, own) for layer, own in enumerate(x))
+    a, least = activate(coder, h)
+    fired = tuple(jnp.mean(own > 0, axis=0, dtype=jnp.float32) for own in a)
+    norms = [own.norms for own in layers]
+    thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in layers]
+    each = list(zip(h, a, norms, thresholds, strict=True))
+
+    penalty = jnp.zeros(())
+    if config.sparsity == "tanh":
+        penalty += sum(losses.tanh_penalty(a_, norm, config.tanh_scale) for _, a_, norm, _ in each)
+    elif config.sparsity == "l1":
+        penalty += sum(losses.l1_penalty(a_, norm) for _, a_, norm, _ in each)
+    elif config.sparsity == "kl":
+        penalty += sum(losses.kl_penalty(a_, config.target_density) for _, a_, _, _ in each)
+    elif config.sparsity == "l0":
+        c = config.coder
+        gates: list[Any] = [gate(h_, t[None], c.bandwidth, c.through) for h_, t in zip(h, thresholds, strict=True)]
+        penalty += losses.l0_penalty(jnp.stack([jnp.sum(g) for g in gates]).sum() / x[0].shape[0], config.target_l0)
+    penalty *= config.sparsity_weight * ramp
+    if config.preactivation == "zero":
+        penalty += config.preactivation_weight * sum(losses.below_zero_penalty(h_) for h_, _, _, _ in each)
+    elif config.preactivation == "threshold":
+        penalty += config.preactivation_weight * sum(
+            losses.below_threshold_penalty(h_, threshold, norm) for h_, _, norm, threshold in each
+        )
+
+    spare = ()
+    if config.auxiliary_weight:
+        k = min(config.auxiliary_k, config.coder.features)
+        dead = tuple(losses.dead_values(h_, seen < config.dead_density) for h_, seen in zip(h, density, strict=True))
+        spare = tuple(top_k(own, k) for own in dead)
+    low = x[0].dtype
+    return Features(tuple(own.astype(low) for own in a), penalty, tuple(own.astype(low) for own in spare), fired, least)
+
+
+def objective(
+    config: TrainConfig, share: float, trained: SparseCoder, batch: Batch, density: tuple[Array, ...], ramp: Array
+) -> tuple[Array, dict[str, Any]]:
+    """The loss of a micro-batch, of which the squared error counts `share`, and what there is to report."""
+    coder = with_thresholds(trained)
+    encoder = jax.checkpoint(encode, static_argnums=0) if config.remat else encode
+    with jax.named_scope("encode"):
+        found = encoder(config, coder, batch.x, density, ramp)
+    with jax.named_scope("decode"):
+        written = coder.decode(found.a, batch.x)
+    error = losses.squared_error(written, batch.y)
+    loss = share * jnp.sum(error) + found.penalty
+    if config.auxiliary_weight:
+        with jax.named_scope("auxiliary"):
+            missing = jax.lax.stop_gradient(batch.y - written)
+            spare = decode(found.spare, tuple(own.rows for own in coder.layers))
+            loss += config.auxiliary_weight * jnp.sum(losses.squared_error(spare, missing))
+    spread = jnp.mean(jnp.sum(jnp.square(batch.y - jnp.mean(batch.y, axis=0, keepdims=True)), axis=2), axis=0)
+    drift = jnp.sum(jnp.square(jnp.mean(written - batch.y, axis=0)), axis=1)  # a constant error explains as well
+    report = {"loss": loss, "error": error, "penalty": found.penalty, "spread": spread, "drift": drift}
+    return loss, jax.lax.stop_gradient(report | {"fired": found.fired, "least": found.least})
+
+
+def micro_batches(config: TrainConfig, scaling: Scaling, found: Harvest) -> Callable[[Array | int], Batch]:
+    """The i-th micro-batch as a function of i: a stretch of every row's positions, so that no chip is left out."""
+    length = found.reads.shape[2] // config.micro_batches
+
+    def batch(i: Array | int) -> Batch:
+        cut = [jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=2) for x in (found.reads, found.writes)]
+        dtype = jnp.dtype(config.compute)
+        with jax.named_scope("reshard"):
+            x = as_tokens(cut[0], scaling.read_mean, scaling.read_scale, dtype)
+            y = as_tokens(cut[1], scaling.write_mean, scaling.write_scale, dtype)
+        return Batch(tuple(x[layer] for layer in range(x.shape[0])), jnp.moveaxis(y, 0, 1).astype(jnp.float32))
+
+    return batch
+
+
+def gradients(config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array) -> tuple[Any, Any]:
+    """Gradient and report, averaged over micro-batches."""
+    batch = micro_batches(config, state.scaling, found)
+    differentiate = jax.grad(partial(objective, config, share), has_aux=True)
+
+    def one(i: Array | int) -> tuple[Any, Any]:
+        return differentiate(state.coder, batch(i), state.density, ramp)
+
+    if config.micro_batches == 1:
+        return one(0)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), jax.eval_shape(one, 0))
+    total, _ = jax.lax.scan(
+        lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None), zero, jnp.arange(config.micro_batches)
+    )
+    return jax.tree.map(lambda x: x / config.micro_batches, total)
+
+
+def end_to_end(
+    config: TrainConfig, model: ModelConfig, params: Params, trained: SparseCoder, state: CoderState, tokens: Tokens
+) -> Float[Array, ""]:
+    """KL(model || replacement model) over all positions, every covered site replaced by the coder as at inference."""
+    coder = fold(at_inference(trained, state.running), state.scaling)
+    right, _, _ = forward(model, params, tokens)
+    replaced, _, _ = forward(model, params, tokens, edit=replacing(coder), unroll=True)
+    return losses.kl_divergence(jax.lax.stop_gradient(right), replaced)
+
+
+def update(config: TrainConfig, state: CoderState, gradient: Any, report: dict[str, Any]) -> CoderState:
+    """The next state; where the loss or the gradient is not finite the old one, with the step counted as skipped."""
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix types
+        norm = optax.tree.norm(gradient)
+        fine = jnp.isfinite(report["loss"]) & jnp.isfinite(norm)
+        params: Any = state.coder
+        moved, inner = coder_optimizer(config).update(gradient, state.optimizer, params)
+        coder = optax.apply_updates(params, moved)
+    keep = config.density_decay
+    density = tuple(keep * old + (1 - keep) * new for old, new in zip(state.density, report["fired"], strict=True))
+    first = state.running == 0
+    decay = jnp.where(first, 0.0, config.running_decay)
+    running = decay * state.running + (1 - decay) * report["least"]
+    old = (state.coder, state.optimizer, state.density, state.running)
+    kept = jax.tree.map(partial(jnp.where, fine), (coder, inner, density, running), old)
+    bad = (~fine).astype(jnp.int32)
+    return CoderState(
+        state.step + 1,
+        kept[0],
+        kept[1],
+        state.scaling,
+        kept[2],
+        kept[3],
+        state.skipped + bad,
+        bad * (state.skipped_in_row + 1),
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "model", "ends"), donate_argnames=("state", "buffer"))
+def train_step(
+    config: TrainConfig,
+    model: ModelConfig,
+    ends: bool,
+    state: CoderState,
+    buffer: Harvest | None,
+    params: Params,
+    batch: Tokens | Harvest,
+) -> tuple[CoderState, Harvest | None, dict[str, Any]]:
+    """One step on tokens, or on activations that were harvested before; `ends` adds the end-to-end term."""
+    with jax.named_scope("harvest"):
+        found = activations(config, model, params, batch)
+    if buffer is not None:
+        with jax.named_scope("shuffle"):
+            buffer, found = mixed(buffer, found, state.step + config.shuffle - 1, config.seed)
+    ramp = jnp.minimum(1.0, (state.step + 1) / max(1, round(config.sparsity_ramp * config.steps))).astype(jnp.float32)
+    share = 1 / (1 + config.end_to_end_weight) if ends else 1.0
+    gradient, report = gradients(config, share, state, found, ramp)
+    if ends:
+        assert not isinstance(batch, Harvest)
+        with jax.named_scope("end_to_end"):
+            differentiate = jax.value_and_grad(partial(end_to_end, config, model, params))
+            kl, more = differentiate(state.coder, state, batch)
+        balance = config.end_to_end_weight * share * jnp.sum(report["error"]) / jnp.maximum(kl, 1e-9)
+        gradient = jax.tree.map(lambda a, b: a + balance * b, gradient, more)
+        report |= {"kl": kl}
+    with jax.named_scope("update"):
+        new = update(config, state, gradient, report)
+    return new, buffer, metrics(config, new, report, optax.tree.norm(gradient), ramp)
+
+
+def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm: Array, ramp: Array) -> dict[str, Any]:
+    """What a step reports: numbers for all layers together, and lists with one for each.
+
+    Normalised error is ||y - y'||^2 over the spread of y about its mean on these tokens; explained variance forgives
+    the part of the error that is constant.
+    """
+    l0 = jnp.stack([jnp.sum(fired) for fired in report["fired"]])
+    nmse = report["error"] / report["spread"]
+    dead = jnp.stack([jnp.mean(seen < config.dead_density, dtype=jnp.float32) for seen in state.density])
+    return {
+        "loss": report["loss"],
+        "nmse": jnp.mean(nmse),
+        "explained": jnp.mean(1 - (report["error"] - report["drift"]) / report["spread"]),
+        "l0": jnp.sum(l0),
+        "dead": jnp.mean(dead),
+        "penalty": report["penalty"],
+        "gradient_norm": norm,
+        "ramp": ramp,
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+        **({"kl": report["kl"]} if "kl" in report else {}),
+        "layers_nmse": nmse,
+        "layers_l0": l0,
+        "layers_dead": dead,
+    }

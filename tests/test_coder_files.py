@@ -1,0 +1,641 @@
+"""Coders on disk: what is written reads back to the bit, what others wrote reads right, what is wrong gets one line."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import golden_model
+from safetensors.numpy import load_file, save_file
+
+import jclt
+from jclt.cli import main
+from jclt.coders import CoderConfig, SparseCoder, abstract_coder, check_fit, measure_fit, neurons
+from jclt.errors import UserError
+
+PEERS = Path(__file__).parents[2] / "shared" / "golden"
+needs_peers = pytest.mark.skipif(not PEERS.exists(), reason="needs the reference results in ../shared/golden")
+RNG = np.random.default_rng(0)
+
+CLT = CoderConfig("clt", 16, layers=(0, 1, 2), width=6, model="a/model", bandwidth=0.5, through="threshold")
+PLT = replace(CLT, kind="transcoder")
+SAE = replace(PLT, kind="sae", reads="resid_post", writes="resid_post")
+RULES = {"jumprelu": {}, "relu": {"activation": "relu"}, "topk": {"activation": "topk", "k": 5}}
+
+
+def random_coder(config: CoderConfig, dtype="float32", seed=0) -> SparseCoder:
+    """Weights that the type holds without loss."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        values = rng.standard_normal(leaf.shape) / leaf.shape[-1] ** 0.5
+        return jnp.asarray(np.abs(values) if path[-1].name == "threshold" else values, dtype).astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
+
+
+def assert_same(got: SparseCoder, want: SparseCoder):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+
+
+def outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Activations and reconstructions of every layer."""
+    inputs = [jnp.asarray(own) for own in x]
+    activations = [coder.encode(layer, own) for layer, own in enumerate(inputs)]
+    written = [coder.write(layer, activations, own) for layer, own in enumerate(inputs)]
+    return [np.asarray(a) for a in activations], [np.asarray(y) for y in written]
+
+
+# There and back.
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype"), [*((rule, "float32") for rule in RULES), ("jumprelu", "bfloat16"), ("topk", "float16")]
+)
+@pytest.mark.parametrize(
+    "base",
+    [CLT, replace(CLT, skip=True), PLT, replace(PLT, skip=True, layers=(1, 4)), SAE, replace(SAE, tied=True)],
+    ids=["clt", "clt skip", "transcoder", "transcoder skip of some layers", "sae", "tied sae"],
+)
+def test_our_own_folder_keeps_everything(base, rule, dtype, tmp_path):
+    coder = random_coder(replace(base, **RULES[rule]), dtype)
+    jclt.save_coder(coder, tmp_path / "saved", dtype=dtype)
+    again = jclt.load_coder(tmp_path / "saved")
+    assert again.config == coder.config
+    assert_same(again, coder)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    stored = jclt.load_coder(tmp_path / "saved", dtype=dtype)
+    assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {dtype}
+    assert sum(x.nbytes for x in jax.tree.leaves(coder)) * jnp.dtype(dtype).itemsize // 4 <= sum(
+        path.stat().st_size for path in (tmp_path / "saved").iterdir()
+    )
+
+
+HF = {"reads": "mlp_in", "writes": "mlp_out"}
+SCOPE = {"reads": "mlp_normalized", "writes": "mlp_out"}
+ELSEWHERE = [
+    ("circuit-tracer", CLT),
+    ("circuit-tracer", replace(CLT, **RULES["relu"])),
+    ("circuit-tracer", replace(PLT, skip=True)),
+    ("circuit-tracer", replace(SAE, **RULES["topk"])),
+    ("gemma-scope", replace(PLT, **SCOPE, layers=(3, 12))),
+    ("gemma-scope-2", replace(PLT, **HF, skip=True, layers=(3, 12))),
+    ("gemma-scope-2", replace(CLT, **HF, skip=True)),
+    ("gemma-scope-2", SAE),
+    ("saelens", SAE),
+    ("saelens", replace(SAE, **RULES["relu"], layers=(7,))),
+    ("saelens", replace(SAE, **RULES["topk"])),
+    ("saelens", replace(PLT, skip=True, layers=(0, 5))),
+    ("saelens", replace(PLT, **RULES["relu"], reads="resid_mid")),
+    ("saelens", replace(PLT, **RULES["relu"], skip=True)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("layout", "config"), ELSEWHERE)
+def test_other_layouts_there_and_back(layout, config, dtype, tmp_path):
+    config = replace(config, bandwidth=1.0, through="all", model="" if layout == "gemma-scope" else "a/model")
+    coder = random_coder(config, dtype)
+    jclt.save_coder(coder, tmp_path / "saved", layout, dtype)
+    again = jclt.load_coder(tmp_path / "saved")
+    assert again.config == config
+    assert_same(again, coder)
+
+
+def test_a_tied_sae_is_written_with_its_decoder_where_none_are_known(tmp_path):
+    coder = random_coder(replace(SAE, tied=True))
+    x = RNG.standard_normal((3, 5, 6), np.float32)
+    for layout in ("circuit-tracer", "saelens", "gemma-scope-2"):
+        jclt.save_coder(coder, tmp_path / layout, layout)
+        for got, want in zip(outputs(jclt.load_coder(tmp_path / layout), x), outputs(coder, x), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+NOT_SAYABLE = [
+    ("circuit-tracer", replace(CLT, skip=True), "has no place for a cross-layer transcoder's skip"),
+    ("circuit-tracer", replace(PLT, layers=(0, 2)), r"expected all layers from 0 on, got layers=\(0, 2\)"),
+    ("circuit-tracer", replace(CLT, reads="attn_in"), "has no name for the site 'attn_in', expected one of: "),
+    ("gemma-scope", replace(PLT, **SCOPE, **RULES["relu"]), "has no rule 'relu', expected one of: jumprelu"),
+    ("gemma-scope", CLT, "holds no cross-layer transcoders, expected layout jclt or circuit-tracer"),
+    ("gemma-scope", PLT, "cannot say reads='mlp_in', it would be read as 'mlp_normalized'"),
+    ("gemma-scope", SAE, "cannot say kind='sae', it would be read as 'transcoder'"),
+    ("gemma-scope", replace(PLT, **SCOPE, skip=True), "has no place for a skip, expected layout gemma-scope-2"),
+    ("gemma-scope-2", replace(PLT, reads="resid_mid"), "has no name for the site 'resid_mid'"),
+    ("gemma-scope-2", replace(CLT, **HF, layers=(1, 2)), "expected all layers from 0 on"),
+    ("saelens", CLT, "holds no cross-layer transcoders"),
+    ("saelens", replace(PLT, **RULES["topk"]), "has no topk transcoder, expected layout jclt"),
+    ("saelens", replace(SAE, skip=True), "has no jumprelu sae with a skip, expected layout jclt"),
+    ("saelens", replace(SAE, reads="attn_in", writes="attn_in"), "has no name for the site 'attn_in'"),
+]
+
+
+@pytest.mark.parametrize(("layout", "config", "line"), NOT_SAYABLE)
+def test_what_a_layout_cannot_say_is_refused_and_nothing_stays(layout, config, line, tmp_path):
+    with pytest.raises(UserError, match=f"^layout {layout}: {line}"):
+        jclt.save_coder(random_coder(config), tmp_path / "saved", layout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved_at_all(tmp_path):
+    coder = random_coder(PLT)
+
+    def refused(*arguments, coder=coder) -> str:
+        with pytest.raises(UserError) as error:
+            jclt.save_coder(coder, tmp_path / "saved", *arguments)
+        assert not (tmp_path / "saved").exists()
+        return str(error.value)
+
+    assert refused("saelen") == "layout 'saelen' is unknown; did you mean 'saelens'?"
+    assert refused("jclt", "int8") == "dtype 'int8': expected one of: float32, bfloat16, float16 in layout jclt"
+    assert "expected one of: float32, float16 in layout gemma-scope" in refused("gemma-scope", "bfloat16")
+    training = random_coder(replace(PLT, activation="batchtopk", k=3))
+    assert refused(coder=training).startswith("activation 'batchtopk': a rule of training")
+    negative = jax.tree.map(lambda x: -x, coder)
+    assert "a threshold is below 0" in refused("gemma-scope-2", coder=negative)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    with pytest.raises(UserError, match="full: exists already, expected a new folder"):
+        jclt.save_coder(coder, tmp_path / "full")
+
+
+# Files that others wrote, made here by numpy alone.
+
+
+def arrays(features=10, width=4, layers=3, reach=None) -> dict[str, np.ndarray]:
+    """In our axes."""
+    return {
+        "encoder": RNG.standard_normal((layers, features, width), np.float32),
+        "encoder_bias": RNG.standard_normal((layers, features), np.float32),
+        "threshold": RNG.random((layers, features), np.float32),
+        "decoder": RNG.standard_normal((layers, features, reach or 1, width), np.float32),
+        "decoder_bias": RNG.standard_normal((layers, width), np.float32),
+        "skip": RNG.standard_normal((layers, width, width), np.float32),
+    }
+
+
+def assert_weights(coder: SparseCoder, want: dict[str, np.ndarray], clt=False):
+    for layer, own in enumerate(coder.layers):
+        for name, values in want.items():
+            expected = values[layer, :, layer:] if clt and name == "decoder" else values[layer]
+            np.testing.assert_array_equal(getattr(own, name), expected, err_msg=f"{name} {layer}")
+        for name in {"threshold", "skip"} - set(want):
+            assert getattr(own, name) is None
+
+
+def write_circuit_tracer_clt(folder: Path, w: dict, rule="jumprelu") -> None:
+    folder.mkdir()
+    for i in range(len(w["encoder"])):
+        tensors = {
+            f"W_enc_{i}": w["encoder"][i],
+            f"b_enc_{i}": w["encoder_bias"][i],
+            f"b_dec_{i}": w["decoder_bias"][i],
+        }
+        tensors |= {f"threshold_{i}": w["threshold"][i]} if rule == "jumprelu" else {}
+        save_file(tensors, folder / f"W_enc_{i}.safetensors")
+        save_file({f"W_dec_{i}": np.ascontiguousarray(w["decoder"][i, :, i:])}, folder / f"W_dec_{i}.safetensors")
+    (folder / "config.yaml").write_text(
+        "model_kind: cross_layer_transcoder\nmodel_name: google/gemma-2-2b  # the base model\n"
+        "feature_input_hook: hook_resid_mid\nfeature_output_hook: 'hook_mlp_out'\nscan: 'a'\n"
+    )
+
+
+def write_circuit_tracer_set(folder: Path, w: dict, names="layer_{}.safetensors", rule="jumprelu") -> None:
+    folder.mkdir()
+    for i in range(len(w["encoder"])):
+        tensors = {"W_enc": w["encoder"][i], "b_enc": w["encoder_bias"][i], "b_dec": w["decoder_bias"][i]}
+        tensors |= {"W_dec": w["decoder"][i, :, 0].copy(), "W_skip": w["skip"][i]}
+        tensors |= {"activation_function.threshold": w["threshold"][i]} if rule == "jumprelu" else {}
+        save_file(tensors, folder / names.format(i))
+    (folder / "config.yaml").write_text(
+        "model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
+    )
+
+
+@pytest.mark.parametrize("rule", ["relu", "jumprelu"])
+def test_a_circuit_tracer_clt(rule, tmp_path):
+    w = arrays(reach=3)
+    write_circuit_tracer_clt(tmp_path / "clt", w, rule)
+    coder = jclt.load_coder(tmp_path / "clt")
+    want = CoderConfig("clt", 10, rule, reads="resid_mid", writes="mlp_out", layers=(0, 1, 2), width=4)
+    assert coder.config == replace(want, model="google/gemma-2-2b")
+    del w["skip"]
+    assert_weights(coder, w if rule == "jumprelu" else {k: v for k, v in w.items() if k != "threshold"}, clt=True)
+
+
+def test_circuit_tracer_transcoders(tmp_path):
+    w = arrays()
+    write_circuit_tracer_set(tmp_path / "set", w)
+    coder = jclt.load_coder(tmp_path / "set")
+    want = CoderConfig("transcoder", 10, reads="mlp_in", writes="mlp_raw_out", skip=True, layers=(0, 1, 2), width=4)
+    assert coder.config == want
+    assert_weights(coder, w)
+    write_circuit_tracer_set(tmp_path / "listed", w, "of_{}.safetensors")
+    with (tmp_path / "listed" / "config.yaml").open("a") as file:
+        file.write("transcoders:\n" + "".join(f"- of_{i}.safetensors\n" for i in range(3)))
+    assert_same(jclt.load_coder(tmp_path / "listed"), coder)
+    write_circuit_tracer_set(tmp_path / "topk", w, rule="topk")
+    with (tmp_path / "topk" / "config.yaml").open("a") as file:
+        file.write("activation: topk\nk: 4\n")
+    topk = jclt.load_coder(tmp_path / "topk").config
+    assert topk == replace(want, activation="topk", k=4)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_gemma_scope(save, tmp_path):
+    w = arrays()
+    del w["skip"]
+    w["encoder"][1] = np.asfortranarray(w["encoder"][1])
+    for i, number in enumerate((0, 5, 12)):
+        folder = tmp_path / f"layer_{number}" / "width_16k" / "average_l0_6"
+        folder.mkdir(parents=True)
+        params = {"W_enc": w["encoder"][i].T, "W_dec": w["decoder"][i, :, 0], "b_enc": w["encoder_bias"][i]}
+        save(folder / "params.npz", **params, b_dec=w["decoder_bias"][i], threshold=w["threshold"][i])
+    coder = jclt.load_coder(tmp_path)
+    assert coder.config.covered == (0, 5, 12)
+    assert (coder.config.kind, coder.config.reads, coder.config.writes) == ("transcoder", "mlp_normalized", "mlp_out")
+    assert_weights(coder, w)
+    one = jclt.load_coder(tmp_path / "layer_5" / "width_16k", reads="resid_post", writes="hook_resid_post")
+    assert (one.config.kind, one.config.covered, one.config.reads) == ("sae", (5,), "resid_post")
+    assert_weights(one, {name: values[1:2] for name, values in w.items()})
+
+
+def gemma_scope_2_tensors(w: dict, i: int) -> dict[str, np.ndarray]:
+    tensors = {"w_enc": w["encoder"][i].T.copy(), "b_enc": w["encoder_bias"][i], "b_dec": w["decoder_bias"][i]}
+    return tensors | {"threshold": w["threshold"][i], "affine_skip_connection": w["skip"][i].T.copy()}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_gemma_scope_2_transcoders(affine, tmp_path):
+    w = arrays()
+    for i, number in enumerate((1, 2, 10)):
+        folder = tmp_path / f"layer_{number}_width_16k_l0_small{'_affine' * affine}"
+        folder.mkdir()
+        tensors = gemma_scope_2_tensors(w, i) | {"w_dec": w["decoder"][i, :, 0].copy()}
+        if not affine:
+            del tensors["affine_skip_connection"]
+        save_file(tensors, folder / "params.safetensors")
+        hooks = {"in": "pre_feedforward_layernorm.output", "out": "post_feedforward_layernorm.output"}
+        said = {f"hf_hook_point_{end}": f"model.layers.{number}.{name}" for end, name in hooks.items()}
+        said |= {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "affine_connection": affine}
+        (folder / "config.json").write_text(json.dumps(said))
+    coder = jclt.load_coder(tmp_path)
+    want = CoderConfig("transcoder", 10, reads="mlp_in", writes="mlp_out", skip=affine, layers=(1, 2, 10), width=4)
+    assert coder.config == replace(want, model="gemma-v3-1b-pt")
+    assert_weights(coder, w if affine else {name: values for name, values in w.items() if name != "skip"})
+
+
+def test_a_gemma_scope_2_clt(tmp_path):
+    w = arrays(reach=3)  # rows for layers before the feature's own are there, and count for nothing
+    for i in range(3):
+        tensors = gemma_scope_2_tensors(w, i) | {"w_dec": w["decoder"][i]}
+        save_file(tensors, tmp_path / f"params_layer_{i}.safetensors")
+    coder = jclt.load_coder(tmp_path)
+    want = CoderConfig("clt", 10, reads="mlp_in", writes="mlp_out", skip=True, layers=(0, 1, 2), width=4)
+    assert coder.config == want
+    assert_weights(coder, w, clt=True)
+
+
+def write_saelens(folder: Path, w: dict, cfg: dict, tensors=("W_enc", "W_dec", "b_enc", "b_dec")) -> None:
+    folder.mkdir(parents=True)
+    every = {"W_enc": w["encoder"][0].T.copy(), "W_dec": w["decoder"][0, :, 0].copy(), "b_enc": w["encoder_bias"][0]}
+    every |= {"b_dec": w["decoder_bias"][0], "threshold": w["threshold"][0], "W_skip": w["skip"][0]}
+    save_file({name: every[name] for name in tensors}, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"d_in": 4, "d_sae": 10} | cfg))
+
+
+SITE = {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre"}
+BETWEEN = {"hook_name": "blocks.3.ln2.hook_normalized", "hook_name_out": "blocks.3.hook_mlp_out"}
+
+
+def test_saelens_transcoders(tmp_path):
+    w = arrays()
+    cfg = {"architecture": "jumprelu_skip_transcoder", "d_out": 4, "apply_b_dec_to_input": False, "metadata": BETWEEN}
+    write_saelens(tmp_path / "a", w, cfg, ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_skip"))
+    coder = jclt.load_coder(tmp_path / "a")
+    want = CoderConfig("transcoder", 10, reads="mlp_normalized", writes="mlp_out", skip=True, layers=(3,), width=4)
+    assert coder.config == want
+    assert_weights(coder, w)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "more"),
+    [
+        ({"architecture": "standard", "apply_b_dec_to_input": True, "metadata": SITE}, {}),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, **SITE}, {}),
+        ({"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True, "metadata": SITE}, {}),
+        (
+            {"architecture": "standard", "normalize_activations": "expected_average_only_in", "metadata": SITE},
+            {"scaling_factor": 1.7},
+        ),
+        ({"architecture": "jumprelu", "apply_b_dec_to_input": True, "metadata": SITE}, {}),
+    ],
+)
+def test_what_saelens_does_at_run_time_is_folded_into_the_weights(cfg, more, tmp_path):
+    w = arrays(layers=1)
+    w["threshold"] -= 0.5  # some below 0, where theirs still is a ReLU
+    w["decoder"][0, 3] = 0  # a feature that writes nothing
+    jump = cfg.get("architecture") == "jumprelu"
+    write_saelens(tmp_path / "sae", w, cfg, ("W_enc", "W_dec", "b_enc", "b_dec", *(["threshold"] if jump else [])))
+    if more:
+        (tmp_path / "sae" / "activation_scaler.json").write_text(json.dumps(more))
+    coder = jclt.load_coder(tmp_path / "sae")
+    assert (coder.config.kind, coder.config.covered, coder.config.reads) == ("sae", (8,), "resid_pre")
+
+    x = RNG.standard_normal((20, 4)).astype(np.float32)
+    scale, norms = more.get("scaling_factor", 1.0), np.ones(10)
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        norms = np.linalg.norm(w["decoder"][0, :, 0], axis=1)
+    h = ((x * scale - w["decoder_bias"][0]) @ w["encoder"][0].T + w["encoder_bias"][0]) * norms
+    a = np.maximum(h, 0) * (h > w["threshold"][0] if jump else 1)
+    if coder.config.k:
+        a = a * (a >= np.sort(a, axis=1)[:, -3:][:, :1])
+    y = ((a / np.maximum(norms, 1e-8)) @ w["decoder"][0, :, 0] + w["decoder_bias"][0]) / scale
+    (got_a,), (got_y,) = outputs(coder, x[None])
+    np.testing.assert_allclose(got_a, a, atol=2e-6)
+    np.testing.assert_allclose(got_y, y, atol=5e-6)
+
+
+# Beside circuit-tracer's own figures.
+
+
+@needs_peers
+@pytest.mark.parametrize("case", ["gpt2", "llama", "gemma2"])
+def test_activations_are_those_of_circuit_tracer(case, tmp_path):
+    model, graph = jclt.load_model(PEERS / case), np.load(PEERS / case / "graph.npz")
+    coder = jclt.load_coder(PEERS / case / "clt", model=model, check=False)
+    jclt.save_coder(coder, tmp_path / "again")
+    assert_same(jclt.load_coder(tmp_path / "again"), coder)
+    config = coder.config
+    _, seen = jclt.run(model, graph["tokens"], capture=(config.reads,))
+    values = np.stack(outputs(coder, np.asarray(seen[config.reads]))[0])
+    values[:, 0] = 0
+    assert np.argwhere(values).tolist() == graph["active_features"].tolist()
+    # Of the largest value: in llama, where it is 39, either side is 4e-5 from what float64 gives.
+    want = graph["activation_values"]
+    np.testing.assert_allclose(values[values != 0], want, rtol=0, atol=1e-6 * want.max())
+
+
+# On a mesh.
+
+
+@pytest.mark.parametrize("layout", ["jclt", "gemma-scope-2", "saelens"])
+def test_loading_onto_a_mesh(layout, tmp_path):
+    mesh = jclt.make_mesh(data=2, features=4)
+    config = replace(CLT if layout == "jclt" else PLT, skip=True, **HF)
+    coder = random_coder(config)
+    jclt.save_coder(coder, tmp_path / "saved", layout)
+    placed = jclt.load_coder(tmp_path / "saved", mesh=mesh)
+    for got, target in zip(jax.tree.leaves(placed), jax.tree.leaves(abstract_coder(config, mesh)), strict=True):
+        assert got.sharding == target.sharding
+    assert {shard.data.shape[0] for shard in placed.layers[0].decoder.addressable_shards} == {4}
+    for got, want in zip(jax.tree.leaves(placed), jax.tree.leaves(coder), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+# With the model at hand.
+
+
+def exact_coder(model: jclt.Model) -> SparseCoder:
+    """The demo model's neurons, which are ReLUs, as a transcoder."""
+    p, config = model.params, CoderConfig("transcoder", model.config.mlp_width, "relu", writes="mlp_raw_out")
+    coder = random_coder(config.fitted(model.config, "demo"))
+    own = [
+        replace(layer, encoder=p["up"][i].T, encoder_bias=p["up_bias"][i], decoder=p["down"][i][:, None])
+        for i, layer in enumerate(coder.layers)
+    ]
+    own = [replace(layer, decoder_bias=p["down_bias"][i]) for i, layer in enumerate(own)]
+    return SparseCoder(tuple(own), coder.config)
+
+
+def test_a_coder_must_fit_its_model(tmp_path):
+    model = jclt.load_model("demo")
+    check_fit(neurons(model), model, "neurons")
+    assert measure_fit(neurons(model), model).error.max() < 1e-8
+    jclt.save_coder(exact_coder(model), tmp_path / "exact")
+    coder = jclt.load_coder(tmp_path / "exact", model=model)
+    assert measure_fit(coder, model).error.max() < 1e-8
+    assert jclt.load_coder(tmp_path / "exact", model=model, mesh=jclt.make_mesh()).config == coder.config
+
+    other = random_coder(coder.config)
+    jclt.save_coder(other, tmp_path / "other")
+    with pytest.raises(UserError, match="other' does not fit model 'demo': on a short text it misses .* features act"):
+        jclt.load_coder(tmp_path / "other", model=model)
+    assert_same(jclt.load_coder(tmp_path / "other", model=model, check=False), other)
+    silent = jax.tree.map(lambda x: x * 0, other)
+    jclt.save_coder(silent, tmp_path / "silent")
+    with pytest.raises(UserError, match="with 0 of 512 features active"):
+        jclt.load_coder(tmp_path / "silent", model=model)
+
+
+def test_a_model_without_a_tokenizer_is_probed_by_random_tokens():
+    model = replace(golden_model("gpt2"), tokenizer=None)
+    assert measure_fit(neurons(model), model).error.max() < 1e-8
+
+
+def test_what_does_not_fit_a_model_by_its_shape(tmp_path):
+    model = jclt.load_model("demo")
+
+    def refused(**changes) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        jclt.save_coder(random_coder(replace(PLT, **({"width": 128} | changes))), folder)
+        with pytest.raises(UserError) as error:
+            jclt.load_coder(folder, model=model)
+        return str(error.value).removeprefix(f"{folder}: ")
+
+    assert refused(width=64) == "setting 'coder.width': 64, expected 128, the model's"
+    assert "setting 'coder.layers': (2, 4), expected layers from 0 to 3, in order" in refused(layers=(2, 4))
+    assert "a gpt_neox model of this configuration has none" in refused(reads="mlp_post_denominator")
+
+
+# What is wrong.
+
+
+def resave(path: Path, change) -> None:
+    npz = path.suffix == ".npz"
+    tensors = {name: np.array(value) for name, value in (np.load(path) if npz else load_file(path)).items()}
+    np.savez(path, **change(tensors)) if npz else save_file(change(tensors), path)
+
+
+def edit_json(path: Path, **changes) -> None:
+    raw = json.loads(path.read_text())
+    coder = raw.get("coder", {})
+    for name, value in changes.items():
+        (coder if name in coder or name == "wdth" else raw)[name] = value
+    path.write_text(json.dumps(raw))
+
+
+def without(name: str):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def turned(name: str):
+    return lambda tensors: tensors | {name: np.ascontiguousarray(tensors[name].T)}
+
+
+def of_type(name: str, dtype):
+    return lambda tensors: tensors | {name: tensors[name].astype(dtype)}
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def break_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F99"'))
+
+
+FAULTS = [
+    ("jclt", lambda f: resave(f / "W_enc_1.safetensors", turned("W_enc_1")), "'W_enc_1' gives the encoder the shape"),
+    ("jclt", lambda f: resave(f / "W_enc_1.safetensors", without("b_enc_1")), "tensor 'b_enc_1' is missing, expected"),
+    ("jclt", lambda f: resave(f / "W_enc_2.safetensors", without("threshold_2")), "tensor 'threshold_2' is missing"),
+    (
+        "jclt",
+        lambda f: resave(f / "W_enc_1.safetensors", of_type("W_enc_1", np.int32)),
+        "is of type int32, expected fl",
+    ),
+    ("jclt", lambda f: edit_json(f / "config.json", activation="relu", rule="relu"), "'threshold_0' has no place in"),
+    ("jclt", lambda f: (f / "W_enc_2.safetensors").unlink(), "W_enc_2.safetensors: not found, expected beside"),
+    ("jclt", lambda f: cut(f / "W_dec_1.safetensors", -1), "W_dec_1.safetensors: cut off"),
+    ("jclt", lambda f: cut(f / "W_dec_1.safetensors", 9), "W_dec_1.safetensors: not a safetensors file, or cut off"),
+    ("jclt", lambda f: break_header(f / "W_dec_1.safetensors"), "of type F99 and shape .* is damaged"),
+    ("jclt", lambda f: edit_json(f / "config.json", version=2), "config.json: version 2, expected 1"),
+    ("jclt", lambda f: edit_json(f / "config.json", rule="relu"), "rule 'relu' under activation 'jumprelu'"),
+    ("jclt", lambda f: edit_json(f / "config.json", k=3), "coder.k': 3, expected none under activation 'jumprelu'"),
+    ("jclt", lambda f: edit_json(f / "config.json", width="wide"), "'coder.width' is 'wide', expected a whole number"),
+    ("jclt", lambda f: edit_json(f / "config.json", width=None), "'coder.width' is None, expected a whole number"),
+    ("jclt", lambda f: edit_json(f / "config.json", wdth=3), "'coder.wdth' is unknown; did you mean 'width'?"),
+    ("jclt", lambda f: edit_json(f / "config.json", layers=[1, 0, 2]), "expected layers in order"),
+    ("jclt", lambda f: edit_json(f / "config.json", coder=3), "config.json: 'coder' is missing"),
+    ("jclt", lambda f: edit_json(f / "config.json", features=99), r"the shape \[16, 6\], expected \[99, 6\]"),
+    ("jclt", lambda f: edit_json(f / "config.json", kind="transcoder"), "layer_0.safetensors: not found"),
+    ("jclt", lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    ("circuit-tracer", lambda f: (f / "W_dec_2.safetensors").unlink(), "W_dec_2.safetensors: not found"),
+    ("circuit-tracer", lambda f: (f / "W_enc_0.safetensors").unlink(), "W_enc_0.safetensors: not found"),
+    ("circuit-tracer", lambda f: (f / "config.yaml").unlink(), "no file in it says which sites the coder reads and"),
+    ("circuit-tracer", lambda f: (f / "config.yaml").write_text("a: b: c"), "config.yaml: not valid YAML"),
+    ("circuit-tracer", lambda f: (f / "config.yaml").write_text("words"), "config.yaml: expected `name: value` lines"),
+    (
+        "circuit-tracer",
+        lambda f: edit_json(f / "config.yaml", model_kind="transcoder_set"),
+        "model_kind 'transcoder_set', but the files are a cross_layer_transcoder's",
+    ),
+    ("circuit-tracer", lambda f: edit_json(f / "config.yaml", activation="topk"), "coder.k': None, expected a number"),
+    (
+        "circuit-tracer",
+        lambda f: edit_json(f / "config.yaml", feature_input_hook="hook_resid_mdi"),
+        "site 'hook_resid_mdi' is unknown; did you mean 'hook_resid_mid'?",
+    ),
+    ("circuit-tracer set", lambda f: (f / "layer_1.safetensors").unlink(), "layer_1.safetensors: not found"),
+    (
+        "circuit-tracer set",
+        lambda f: edit_json(f / "config.yaml", transcoders=["hf://a/b/layer_0.safetensors"]),
+        "lists 'hf://a/b/layer_0.safetensors', expected files on this machine",
+    ),
+    ("gemma-scope", lambda f: cut(f / "layer_1" / "params.npz", -40), "params.npz: not a .npz file, or cut off"),
+    (
+        "gemma-scope",
+        lambda f: (f / "layer_1" / "params.npz").rename(f / "params.npz"),
+        "params.npz: nothing in its path says which layer it is of",
+    ),
+    (
+        "gemma-scope",
+        lambda f: shutil.copytree(f / "layer_1", f / "more" / "layer_1"),
+        "params.npz: a second coder of layer 1 beside",
+    ),
+    (
+        "gemma-scope",
+        lambda f: resave(f / "layer_1" / "params.npz", lambda tensors: tensors | {"b_enc": np.array([None])}),
+        "params.npz: array 'b_enc' is damaged",
+    ),
+    (
+        "gemma-scope-2",
+        lambda f: edit_json(f / "layer_1" / "config.json", hf_hook_point_in="model.layers.1.lm_head"),
+        "site 'model.layers.1.lm_head' is unknown; expected one of: ",
+    ),
+    (
+        "gemma-scope-2",
+        lambda f: edit_json(f / "layer_1" / "config.json", hf_hook_point_in="model.layers.2.mlp.input"),
+        "'model.layers.2.mlp.input' is in layer 2, expected layer 1",
+    ),
+    (
+        "gemma-scope-2",
+        lambda f: edit_json(f / "layer_2" / "config.json", architecture="gated"),
+        "architecture 'gated', expected 'jump_relu'",
+    ),
+    (
+        "gemma-scope-2",
+        lambda f: edit_json(f / "layer_2" / "config.json", hf_hook_point_in="model.layers.2.output"),
+        "reads is 'resid_post', expected 'mlp_in' as in",
+    ),
+    (
+        "saelens",
+        lambda f: edit_json(f / "layer_0" / "cfg.json", architecture="gated"),
+        "architecture 'gated' is unknown; expected one of: jumprelu, ",
+    ),
+    (
+        "saelens",
+        lambda f: edit_json(f / "layer_0" / "cfg.json", normalize_activations="layer_norm"),
+        "normalize_activations is 'layer_norm', expected none or expected_average_only_in",
+    ),
+    (
+        "saelens",
+        lambda f: edit_json(f / "layer_0" / "cfg.json", normalize_activations="expected_average_only_in"),
+        "expected a scaling_factor in activation_scaler.json beside it",
+    ),
+    ("saelens", lambda f: edit_json(f / "layer_0" / "cfg.json", d_out=9), "d_out is 9, expected 6"),
+    ("saelens", lambda f: edit_json(f / "layer_0" / "cfg.json", d_sae=9), "d_sae=9, d_in=6, expected 16 and 6"),
+    ("saelens", lambda f: edit_json(f / "layer_0" / "cfg.json", architecture="topk"), "k is None, expected a whole"),
+    ("saelens", lambda f: (f / "layer_1" / "sae_weights.safetensors").unlink(), "sae_weights.safetensors: not found"),
+    ("saelens", lambda f: edit_json(f / "layer_0" / "cfg.json", metadata={}), "site 'None' is unknown"),
+]
+SPOILED = {
+    "jclt": CLT,
+    "circuit-tracer": replace(CLT, reads="resid_mid"),
+    "circuit-tracer set": PLT,
+    "gemma-scope": replace(PLT, **SCOPE),
+    "gemma-scope-2": PLT,
+    "saelens": PLT,
+}
+
+
+@pytest.mark.parametrize(("layout", "spoil", "line"), FAULTS)
+def test_what_is_wrong_gets_one_line(layout, spoil, line, tmp_path):
+    jclt.save_coder(random_coder(SPOILED[layout]), tmp_path / "saved", layout.removesuffix(" set"))
+    spoil(tmp_path / "saved")
+    with pytest.raises(UserError, match=line) as error:
+        jclt.load_coder(tmp_path / "saved")
+    assert "\n" not in str(error.value) and str(tmp_path / "saved") in str(error.value)
+
+
+def test_folders_that_hold_no_coder(tmp_path):
+    with pytest.raises(UserError, match="nowhere': no such folder, expected 'demo' or the folder that holds the coder"):
+        jclt.load_coder(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file': is a file, expected"):
+        jclt.load_coder(tmp_path / "file")
+    with pytest.raises(UserError, match="no coder's files found, expected one of the layouts jclt, circuit-tracer, "):
+        jclt.load_coder(tmp_path)
+    with pytest.raises(UserError, match="dtype 'float8': expected one of: float32, bfloat16, float16"):
+        jclt.load_coder(tmp_path, dtype="float8")
+
+
+def test_convert(tmp_path, capsys):
+    coder = random_coder(replace(PLT, **SCOPE, layers=(0, 1)), "float16")
+    jclt.save_coder(coder, tmp_path / "scope", "gemma-scope")
+    assert main(["convert", str(tmp_path / "scope"), str(tmp_path / "ours"), "--to", "jclt", "--dtype", "float16"]) == 0
+    assert capsys.readouterr().out == (
+        "done: transcoder of 2 layers with 16 jumprelu features each, mlp_normalized to mlp_out, "
+        f"in {tmp_path / 'ours'}\n"
+    )
+    assert_same(jclt.load_coder(tmp_path / "ours"), jclt.load_coder(tmp_path / "scope"))
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "x"), "--to", "jclt", "--model", "demo"]) == 2
+    assert "setting 'coder.width': 6, expected 128, the model's" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "example: jclt convert" in capsys.readouterr().out

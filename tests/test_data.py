@@ -1,0 +1,245 @@
+"""Rows, their order, where they come to lie, and batches made ahead of time."""
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from golden_cases import FOLDER
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+
+from jclt.errors import UserError
+from jclt.models import ModelConfig, Tokenizer, load_tokenizer
+from jclt.sharding import make_mesh, sharding
+from jclt.training.config import LmConfig
+from jclt.training.data import TokenRows, batch_rows, load_tokens, place, shuffled
+from jclt.training.lm import find_tokenizer
+from jclt.training.prefetch import mapped_ahead, prefetched
+from jclt.training.runs import find_rows
+from jclt.training.store import create_store
+from jclt.training.tokenize import tokenize
+
+TOKENIZER = FOLDER / "llama3"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Seven documents in four shards of at least 100 tokens."""
+    here = tmp_path_factory.mktemp("tokens")
+    rng = np.random.default_rng(0)
+    for n in range(7):
+        (here / f"{n}.txt").write_text(" ".join(f"word{i}" for i in rng.integers(10, 90, 60)))
+    tokenize([str(here / "*.txt")], TOKENIZER, str(here / "out"), shard_tokens=100)
+    return here / "out"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 16, 17, 1000, 4097, 100_000])
+def test_every_epoch_visits_every_row_once(count):
+    found = shuffled(np.arange(count), count, (0, 0))
+    assert np.array_equal(np.sort(found), np.arange(count))
+    assert np.array_equal(shuffled(np.arange(count)[::-1], count, (0, 0)), found[::-1])
+    if count > 10:
+        assert (shuffled(np.arange(count), count, (0, 1)) != found).mean() > 0.8
+        assert (shuffled(np.arange(count), count, (1, 0)) != found).mean() > 0.8
+
+
+def test_the_order_looks_shuffled():
+    count, keys = 12, 6000
+    seen = np.stack([shuffled(np.arange(count), count, (7, key)) for key in range(keys)])
+    # Every number at every place, and every pair of neighbours, as often as chance has it: chi-squared over its degrees
+    # of freedom is near 1.
+    singles = np.stack([np.bincount(seen[:, at], minlength=count) for at in range(count)])
+    pairs = np.bincount((seen[:, :-1] * count + seen[:, 1:]).ravel(), minlength=count**2).reshape(count, count)
+    pairs = pairs[~np.eye(count, dtype=bool)]
+    for counts in (singles, pairs):
+        expected = counts.mean()
+        assert ((counts - expected) ** 2 / expected).mean() < 1.3
+    large = shuffled(np.arange(100_000), 100_000, (0, 0)).astype(float)
+    assert abs(np.corrcoef(large[:-1], large[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.02
+    halves = np.bincount((large[:1000] // 10_000).astype(int), minlength=10)
+    assert halves.min() > 60 and halves.max() < 140
+
+
+def test_billions_of_rows_cost_what_few_do():
+    count = 3_000_000_000_000
+    rows = TokenRows(np.broadcast_to(np.uint16(1), (count, 4)), np.broadcast_to(np.float16(1), (count, 4)))
+    began = time.perf_counter()
+    drawn = np.concatenate([batch_rows(len(rows), 0, step, 1024) for step in (0, 1, count // 1024 - 1)])
+    assert time.perf_counter() - began < 0.5
+    assert len(set(drawn.tolist())) == 3 * 1024 and 0 <= drawn.min() and drawn.max() < count
+    assert abs(drawn.mean() / count - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("length", [7, 16, 100])
+def test_rows_of_any_length_are_those_of_the_shards(folder, length):
+    rows = load_tokens(folder, length, 96, load_tokenizer(TOKENIZER))
+    want = []
+    for path in sorted(folder.glob("tokens-*.npy")):
+        shard = np.load(path)
+        want += [shard[at : at + length] for at in range(0, len(shard) - length + 1, length)]
+    assert len(rows) == len(want) and rows.tokens.shape == (len(want), length)
+    index = np.random.default_rng(0).permutation(len(want))
+    tokens, weights = rows.read(index)
+    np.testing.assert_array_equal(tokens, np.stack(want)[index])
+    assert tokens.dtype == np.int32 and weights.shape == tokens.shape and (weights == 1).all()
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "header":
+        path.write_bytes(b"?" + path.read_bytes()[1:])
+    else:
+        np.save(path, np.load(path).astype(how))
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("missing", "missing, expected a shard of 124 tokens"),
+        ("short", "damaged ("),
+        ("empty", "damaged ("),
+        ("header", "damaged ("),
+        ("int64", "holds int64 of shape (124,), expected 124 tokens of uint16"),
+    ],
+)
+def test_a_damaged_shard_gets_one_line(folder, tmp_path, how, line):
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / "tokens-00001.npy"
+    damage(path, how)
+    with pytest.raises(UserError) as error:
+        load_tokens(tmp_path / "out", 16, 96)
+    assert str(error.value).startswith(f"{path}: {line}") and "\n" not in str(error.value)
+
+
+def test_tokens_that_do_not_fit_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="96 token ids, expected at most 50"):
+        load_tokens(folder, 16, 50)
+    with pytest.raises(UserError, match=f"tokenised with {TOKENIZER}, expected the model's own tokenizer"):
+        load_tokens(folder, 16, 96, Tokenizer(Backend(WordLevel({"a": 0}))))
+    with pytest.raises(UserError, match=r"no shard has more than 124 tokens, expected 125 \(one row\)"):
+        load_tokens(folder, 125, 96)
+    with pytest.raises(UserError, match="no manifest.json, expected a folder made by `jclt tokenize`"):
+        load_tokens(tmp_path, 16, 96)
+    for content, line in [("{}", "not what `jclt tokenize` writes"), ('{"format": 9}', "format 9, expected format 1")]:
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=line):
+            load_tokens(tmp_path, 16, 96)
+
+
+def test_rows_come_to_lie_where_they_belong_and_are_read_once():
+    mesh = make_mesh(2, 4)
+    rows = TokenRows(np.arange(400, dtype=np.uint16).reshape(50, 8), np.linspace(0, 1, 400).reshape(50, 8))
+    index = batch_rows(len(rows), 0, 3, 16)
+    asked: list[np.ndarray] = []
+
+    def read(which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(which)
+        return rows.read(which)
+
+    for axes, parts in [(("batch", None), 8), (("tokens", None), 2), ((None, None), 1)]:
+        asked.clear()
+        placed = sharding(mesh, (16, 8), axes)
+        tokens, weights = place(read, index, placed)
+        want = jax.device_put(rows.read(index), placed)
+        assert tokens.sharding == weights.sharding == placed and tokens.dtype == np.int32
+        for got, expected in zip((tokens, weights), want, strict=True):
+            np.testing.assert_array_equal(got, expected)
+            for mine, theirs in zip(got.addressable_shards, expected.addressable_shards, strict=True):
+                np.testing.assert_array_equal(mine.data, theirs.data)
+        assert np.array_equal(np.concatenate(asked), index) and len(asked) == parts + 1
+
+
+def test_activations_of_a_store_are_placed_the_same_way(tmp_path):
+    store = create_store(tmp_path / "store", {}, 8, (2, 3, 4), "bfloat16")
+    values = np.arange(192, dtype=np.float32).reshape(8, 2, 3, 4)
+    store.write(0, values, -values)
+    index, mesh = np.array([5, 1, 7, 2]), make_mesh(2, 4)
+    inputs, targets = place(store.read, index, NamedSharding(mesh, P("data", None, None, "features")))
+    np.testing.assert_array_equal(np.asarray(inputs, np.float32), values[index])
+    np.testing.assert_array_equal(np.asarray(targets, np.float32), -values[index])
+    assert {shard.data.shape for shard in inputs.addressable_shards} == {(2, 2, 3, 1)}
+
+
+def test_batches_come_in_order_and_a_few_ahead():
+    made: list[int] = []
+
+    def batch(step: int) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        made.append(step)
+        return step * step
+
+    with prefetched(batch, 3, 40, depth=2) as batches:
+        for step, got in enumerate(batches, 3):
+            assert got == step * step and len(made) <= step - 3 + 3
+    assert made == list(range(3, 40))
+    with prefetched(batch, 3, 3) as batches:
+        assert list(batches) == []
+
+
+def test_what_goes_wrong_in_a_batch_is_raised_where_it_is_used():
+    def batch(step: int) -> int:
+        if step == 4:
+            raise UserError("shard 4: missing")
+        return step
+
+    seen, threads = [], threading.active_count()
+    with pytest.raises(UserError, match="shard 4: missing"), prefetched(batch, 0, 9) as batches:
+        for got in batches:
+            seen.append(got)
+    assert seen == [0, 1, 2, 3] and threading.active_count() == threads
+
+
+def test_stopping_early_leaves_no_thread():
+    made: list[int] = []
+
+    def batch(step: int) -> int:
+        made.append(step)
+        time.sleep(0.01)
+        return step
+
+    began, threads = time.perf_counter(), threading.active_count()
+    with pytest.raises(KeyError), prefetched(batch, 0, 10_000, depth=5) as batches:
+        next(batches)
+        raise KeyError
+    assert time.perf_counter() - began < 1 and len(made) <= 6 and threading.active_count() == threads
+
+
+def test_several_workers_keep_the_order():
+    def slow(n: int) -> int:
+        time.sleep(0.002 * (n % 3))
+        return n
+
+    with mapped_ahead(slow, range(50), workers=4, depth=8) as results:
+        assert list(results) == list(range(50))
+
+
+def test_a_run_takes_its_rows_and_its_tokenizer_from_the_folder(folder, tmp_path):
+    config = LmConfig(ModelConfig("llama", 96, 16, 2, 2, 32, 32), data=str(tmp_path / "data"), length=16)
+    shutil.copytree(folder, config.data)
+    tokenizer = find_tokenizer(config)
+    assert tokenizer.encode("word10") == [1, 10]
+
+    def rows() -> TokenRows:
+        return find_rows(tmp_path / "run", config, 96, tokenizer, (2,), lambda: pytest.fail("no world is asked for"))
+
+    assert rows().digest == rows().digest == load_tokens(folder, 16, 96).digest
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "data.json"]
+    shutil.rmtree(config.data)
+    tokenize([str(folder.parent / "[0-5].txt")], TOKENIZER, config.data)
+    with pytest.raises(UserError, match="other tokens than those that the run in .* began with"):
+        rows()
+    with pytest.raises(UserError, match="setting 'model.vocabulary': 50, expected at least 96"):
+        find_tokenizer(replace(config, model=replace(config.model, vocabulary=50)))

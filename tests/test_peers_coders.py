@@ -1,0 +1,116 @@
+"""What save_coder writes is the same coder in circuit-tracer and SAELens, and what circuit-tracer saves is one here."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_coder_files import CLT, PLT, RULES, SAE, outputs, random_coder
+
+import jclt
+
+torch = pytest.importorskip("torch", reason="needs circuit-tracer")
+hub = pytest.importorskip("circuit_tracer.utils.hf_utils", reason="needs circuit-tracer")
+clts = pytest.importorskip("circuit_tracer.transcoder.cross_layer_transcoder", reason="needs circuit-tracer")
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+CPU = torch.device("cpu")
+X = np.random.default_rng(1).standard_normal((3, 7, 6), np.float32)
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=1e-5)
+
+
+def theirs(folder, lazy):
+    """The coder as circuit-tracer's own loader reads its settings and files, but for the hub."""
+    settings = hub.yaml.safe_load((folder / "config.yaml").read_text())
+    options = {key: settings[key] for key in ("feature_input_hook", "feature_output_hook", "scan")}
+    options |= {"dtype": torch.float32, "device": CPU, "lazy_encoder": lazy, "lazy_decoder": lazy}
+    if settings["model_kind"] == "cross_layer_transcoder":
+        return clts.load_clt(str(folder), **options)
+    layers = {i: str(path) for i, path in enumerate(sorted(folder.glob("layer_*.safetensors")))}
+    return hub.load_transcoders(
+        settings | {"transcoders": list(layers.values()), "repo_id": ""}, CPU, torch.float32, lazy, lazy
+    )
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("layout", ["jclt", "circuit-tracer"])
+@pytest.mark.parametrize(
+    "config",
+    [CLT, replace(CLT, **RULES["relu"]), PLT, replace(PLT, skip=True), replace(PLT, **RULES["relu"])],
+    ids=["clt", "clt relu", "transcoder", "transcoder skip", "transcoder relu"],
+)
+def test_circuit_tracer_loads_what_is_saved(config, layout, lazy, tmp_path):
+    coder = random_coder(config)
+    jclt.save_coder(coder, tmp_path / "saved", layout)
+    peer = theirs(tmp_path / "saved", lazy)
+    assert (peer.feature_input_hook, peer.feature_output_hook) == ("mlp.hook_in", "hook_mlp_out")
+    activations, written = outputs(coder, X)
+    with torch.no_grad():
+        x = torch.tensor(X)
+        features = torch.stack([peer.encode_layer(x[i], i) for i in range(3)])
+        assert_close(features, np.stack(activations))
+        assert_close(peer.decode(features, x), np.stack(written))
+    assert 0 < (np.stack(activations) != 0).mean() < 1
+
+
+def test_the_skip_of_a_clt_survives_beside_what_circuit_tracer_loads(tmp_path):
+    coder = random_coder(replace(CLT, skip=True))
+    jclt.save_coder(coder, tmp_path / "saved")
+    peer = theirs(tmp_path / "saved", False)
+    with torch.no_grad():
+        features = torch.stack([peer.encode_layer(torch.tensor(X[i]), i) for i in range(3)])
+        assert_close(features, np.stack(outputs(coder, X)[0]))
+
+
+@pytest.mark.parametrize("rule", ["relu", "jump_relu"])
+def test_what_circuit_tracer_saves_is_read(rule, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    peer = clts.CrossLayerTranscoder(3, 16, 6, rule, lazy_decoder=False, device=CPU, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.4)
+        features = peer.encode(torch.tensor(X))
+        reconstruction = peer.decode(features)
+    peer.to_safetensors(str(tmp_path / "theirs"))
+    coder = jclt.load_coder(tmp_path / "theirs", reads="hook_resid_mid", writes="hook_mlp_out")
+    assert coder.config.rule == rule.replace("_", "") and coder.config.reads == "resid_mid"
+    activations, written = outputs(coder, X)
+    assert_close(np.stack(activations), features)
+    assert_close(np.stack(written), reconstruction)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SAE, replace(SAE, **RULES["relu"]), replace(SAE, **RULES["topk"]), replace(PLT, skip=True), PLT],
+    ids=["jumprelu", "standard", "topk", "jumprelu_skip_transcoder", "jumprelu_transcoder"],
+)
+def test_saelens_loads_what_is_saved(config, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens", reason="needs sae-lens")
+    coder = random_coder(config)
+    jclt.save_coder(coder, tmp_path / "saved", "saelens")
+    activations, written = outputs(coder, X)
+    for i in range(3):
+        peer = sae_lens.SAE.load_from_disk(tmp_path / "saved" / f"layer_{i}", device="cpu")
+        with torch.no_grad():
+            assert_close(peer.encode(torch.tensor(X[i])), activations[i])
+            assert_close(peer(torch.tensor(X[i])), written[i])
+
+
+def test_what_saelens_saves_is_read(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens", reason="needs sae-lens")
+    settings = {"d_in": 6, "d_sae": 16, "apply_b_dec_to_input": True}
+    metadata = sae_lens.saes.sae.SAEMetadata(model_name="gpt2", hook_name="blocks.2.hook_resid_post")
+    peer = sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(**settings, metadata=metadata))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.4)
+        features, reconstruction = peer.encode(torch.tensor(X[0])), peer(torch.tensor(X[0]))
+    peer.save_model(tmp_path / "theirs")
+    coder = jclt.load_coder(tmp_path / "theirs")
+    assert (coder.config.covered, coder.config.reads, coder.config.kind) == ((2,), "resid_post", "sae")
+    activations, written = outputs(coder, X[:1])
+    assert_close(activations[0], features)
+    assert_close(written[0], reconstruction)
