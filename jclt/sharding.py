@@ -22,6 +22,9 @@ from jclt.shapes import Array
 
 MESH_AXES = ("data", "features")
 
+AnyMesh = Mesh | AbstractMesh
+"""Of devices, or of the shape of devices that need not be at hand."""
+
 RULES: dict[str, tuple[str, ...]] = {
     # The language model's tokens are split over every chip: replicated over the feature shards, its forward pass would
     # cost as much again on each of them.
@@ -70,7 +73,7 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
     )
 
 
-def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
+def spec(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
     """Where an array of this shape lies, axis by axis; an axis that does not divide evenly is kept whole."""
     placed: list[tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
@@ -80,7 +83,7 @@ def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | N
     return P(*placed)
 
 
-def sharding(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+def sharding(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, spec(mesh, shape, axes))
 
 
@@ -92,7 +95,7 @@ def einsum_spec(equation: str, *operands: Array) -> P | None:
     inputs, output = equation.split("->")
     where: dict[str, Any] = {}
     for letters, x in zip(inputs.split(","), operands, strict=True):
-        parts = jax.typeof(x).sharding.spec
+        parts = jax.typeof(x).sharding.spec.partitions
         where |= {letter: part for letter, part in zip(letters, parts, strict=True) if part is not None}
     return P(*(where.get(letter) for letter in output)) if where else None
 
@@ -111,6 +114,22 @@ def placed(x: Array, axes: Sequence[str | None]) -> Array:
     """The array moved to where its axes belong on the mesh that is set; itself where none is."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.reshard(x, spec(mesh, x.shape, axes))
+
+
+def reduced_later(x: Array) -> Array:
+    """A weight whose gradients stay, by its type, pieces of a sum over the data shards until they are moved.
+
+    So those of many micro-batches are added up where they are made, and travel once.
+    """
+    where = jax.typeof(x).sharding
+    axes = frozenset(name for name in RULES["tokens"] if where.mesh.shape.get(name, 1) > 1)
+    return jax.reshard(x, P(*where.spec, reduced=axes)) if axes else x
+
+
+def as_placed(x: Array, like: Array) -> Array:
+    """The array moved to where another one of its shape lies; what was left as pieces of a sum is added up."""
+    where = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == where else jax.reshard(x, where.spec)
 
 
 def mesh_of(x: Array) -> Mesh | None:

@@ -92,7 +92,7 @@ def test_figures_follow_from_the_sums():
     np.testing.assert_allclose(found.explained_variance, [0.75, 0.9])
     np.testing.assert_array_equal(found.histogram, [[1, 0, 0, 0, 0, 1, 1], [2, 0, 0, 0, 0, 0, 1]])
     summary = found.summary()
-    assert summary["nmse"] == pytest.approx(4 / 32) and summary["explained_variance"] == pytest.approx(1 - 3.5 / 32)
+    assert summary["nmse"] == pytest.approx(0.3) and summary["explained_variance"] == pytest.approx(0.825)
     assert summary["l0"] == pytest.approx(1.3) and summary["dead"] == pytest.approx(0.5)
     assert summary["nmse_3"] == pytest.approx(0.1) and summary["dead_1"] == pytest.approx(1 / 3)
     assert len(found.table().splitlines()) == 4

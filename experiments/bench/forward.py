@@ -12,6 +12,7 @@ import numpy as np
 from machine import Case, arguments, best, matmul_rate, report
 
 from jclt.models import ModelConfig, declare, forward
+from jclt.training.speed import forward_operations
 
 BATCH, LENGTH = 8, 128
 GPT2 = ModelConfig(
@@ -35,11 +36,7 @@ GPT2 = ModelConfig(
 
 def operations(config: ModelConfig, batch: int, length: int) -> float:
     """Multiplications and additions of the products in one forward pass."""
-    c = config
-    heads = c.heads * c.head_size
-    attention = c.width * (2 * heads + 2 * c.key_heads * c.head_size) + 2 * length * heads
-    mlp = c.width * c.mlp_width * (3 if c.gated else 2)
-    return 2.0 * batch * length * (c.layers * (attention + mlp) + c.width * c.vocabulary)
+    return forward_operations(config, batch, length) + 2.0 * batch * length * config.width * config.vocabulary
 
 
 def peer_seconds(tokens: np.ndarray, repeats: int) -> float | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+
+from jclt.training.speed import matmul_rate as measured_rate
 
 
 class Case(NamedTuple):
@@ -20,11 +21,15 @@ class Case(NamedTuple):
     ratio: float | None = None  # the other's time over ours
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", type=Path, help="write the cases to this file")
+    options.add_argument("--repeats", type=int, default=7, help="runs of each case, of which the fastest counts")
+    return options
+
+
 def arguments(doc: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the cases to this file")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each case, of which the fastest counts")
-    return parser.parse_args()
+    return parser(doc).parse_args()
 
 
 def best(run: Callable[[], Any], repeats: int) -> float:
@@ -40,10 +45,7 @@ def best(run: Callable[[], Any], repeats: int) -> float:
 
 def matmul_rate(repeats: int, dtype: str = "float32", size: int | None = None) -> float:
     """Operations a second of one large product, the yardstick of every other figure."""
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
-    multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision="highest" if dtype == "float32" else None))
-    return 2 * size**3 / best(lambda: multiply(left, right), max(repeats, 5))
+    return measured_rate(dtype, size, max(repeats, 5))
 
 
 def report(cases: list[Case], rate: float, file: Path | None) -> None:

@@ -20,12 +20,17 @@ Through = Literal["threshold", "all"]
 
 def window(h: Array, threshold: Array, bandwidth: float) -> Array:
     """The rectangular kernel's density: 1/bandwidth within half a bandwidth of the threshold, else 0."""
+    h, threshold = _wide(h), _wide(threshold)
     return jnp.where(jnp.abs(h - threshold) < bandwidth / 2, 1 / bandwidth, 0.0).astype(h.dtype)
 
 
 def is_open(h: Array, threshold: Array) -> Bool[Array, "..."]:
     """The gate, strict and compared in at least float32: bfloat16 is coarse against thresholds of 0.03."""
-    return h.astype(wide(h.dtype)) > threshold.astype(wide(threshold.dtype))
+    return _wide(h) > _wide(threshold)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(wide(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -42,9 +47,9 @@ def _jump_relu_forward(h: Array, threshold: Array, bandwidth: float, through: Th
 
 def _jump_relu_backward(bandwidth: float, through: Through, kept: Any, gradient: Array) -> tuple[Array, Array]:
     h, threshold = kept
-    jump = gradient * threshold * window(h, threshold, bandwidth)  # the value jumps by the threshold
+    jump = _wide(gradient) * _wide(threshold) * window(h, threshold, bandwidth)  # the value jumps by the threshold
     to_h = jnp.where(is_open(h, threshold), gradient, jnp.zeros_like(gradient))
-    return to_h + jump if through == "all" else to_h, _like(-jump, threshold)
+    return to_h + jump.astype(h.dtype) if through == "all" else to_h, _like(-jump, threshold)
 
 
 jump_relu.defvjp(_jump_relu_forward, _jump_relu_backward)
@@ -64,8 +69,8 @@ def _gate_forward(h: Array, threshold: Array, bandwidth: float, through: Through
 
 def _gate_backward(bandwidth: float, through: Through, kept: Any, gradient: Array) -> tuple[Array, Array]:
     h, threshold = kept
-    jump = gradient * window(h, threshold, bandwidth)
-    return jump if through == "all" else jnp.zeros_like(jump), _like(-jump, threshold)
+    jump = _wide(gradient) * window(h, threshold, bandwidth)
+    return jump.astype(h.dtype) if through == "all" else jnp.zeros_like(h), _like(-jump, threshold)
 
 
 gate.defvjp(_gate_forward, _gate_backward)
@@ -74,7 +79,7 @@ gate.defvjp(_gate_forward, _gate_backward)
 def _like(gradient: Array, parameter: Array) -> Array:
     """The gradient summed over the axes that the parameter was broadcast along."""
     axes = tuple(i for i, size in enumerate(parameter.shape) if size == 1 and gradient.shape[i] != 1)
-    return gradient.sum(axes, keepdims=True)
+    return gradient.sum(axes, keepdims=True).astype(parameter.dtype)
 
 
 def kth_largest(scores: tuple[Array, ...], k: int, axes: tuple[int, ...]) -> Array:
@@ -96,6 +101,7 @@ def kth_largest(scores: tuple[Array, ...], k: int, axes: tuple[int, ...]) -> Arr
         return jnp.where(sum(count(value, own) for own in scores) >= k, middle, low)
 
     found = jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), halve, low)
+    found = jnp.where(found < 1 << 23, 0, found)  # below the smallest normal number processors compare as with 0
     return jax.lax.stop_gradient(jax.lax.bitcast_convert_type(found, jnp.float32))
 
 

@@ -11,13 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jclt.coders.activations import jump_relu, top_k
 from jclt.coders.config import CoderConfig
 from jclt.coders.products import decode, letters, product
 from jclt.shapes import Array, DTypeLike, Float
-from jclt.sharding import sharding
+from jclt.sharding import AnyMesh, sharding
 
 
 @runtime_checkable
@@ -138,7 +137,7 @@ def declare(config: CoderConfig, leaf: Callable[[str, tuple[int, ...]], Any]) ->
     return SparseCoder(tuple(layer(index) for index in range(len(config.covered))), config)
 
 
-def abstract_coder(config: CoderConfig, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> SparseCoder:
+def abstract_coder(config: CoderConfig, mesh: AnyMesh | None = None, dtype: DTypeLike = jnp.float32) -> SparseCoder:
     """The shapes, types and placements of a coder's weights."""
 
     shapes = jax.eval_shape(lambda: declare(config, lambda _, shape: jnp.zeros(shape, dtype)))

@@ -9,17 +9,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jclt.models.ops import wide
 from jclt.shapes import Array, Float
 from jclt.sharding import einsum_spec
 
 
-def einsum(equation: str, x: Array, y: Array) -> Array:
+def einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
     """Both operands in the type of the narrower one, the sum in at least float32; what is summed over pieces of a
-    mesh axis is added up across it."""
+    mesh axis is added up across it.
+
+    Where the result is the gradient of a weight whose type says that its gradients are added up later (`reduced`), it
+    is left as pieces of a sum (`unreduced`).
+    """
     dtype = min((x.dtype, y.dtype), key=lambda dtype: jnp.finfo(dtype).bits)
     where = einsum_spec(equation, x, y)
+    if weight is not None and where is not None:
+        where = P(*where, unreduced=jax.typeof(weight).sharding.spec.reduced)
 
     def multiply(x: Array, y: Array) -> Array:
         return jnp.einsum(
@@ -63,28 +70,28 @@ def _product_backward(equation: str, kept: Any, gradient: Array) -> tuple[Array,
     out = equation.split("->")[1]
     gradient = gradient.astype(x.dtype)
     to_x = einsum(f"{out},{right}->{left}", gradient, weight).astype(x.dtype)
-    return to_x, einsum(f"{left},{out}->{right}", x, gradient).astype(weight.dtype)
+    return to_x, einsum(f"{left},{out}->{right}", x, gradient, weight).astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
-JOINED_BELOW = 2048
-"""Features of a layer on one device, below which the sums over sources are contracted as one product.
+JOINED_BELOW = 1024
+"""Features of a layer on one of several devices, below which the sums over sources are contracted as one product.
 
 A product for each source reads and writes the sums of all layers once per source, which pays while it is long
 enough. Joined over sources each target is written once, by one long product; the price is a copy of the decoders in
-that order. On a TPU v5e's own schedule the joined form is faster up to about 2,000 features, on CPUs the other one.
+that order. By a TPU v5e compiler's schedule both take about as long at 1,024 features a chip.
 """
 
 
 @jax.custom_vjp
-def decode(activations: tuple[Float[Array, "N F"], ...], decoders: tuple[Float[Array, "F R D"], ...]) -> Array:
+def decode(activations: tuple[Float[Array, "N F"], ...], decoders: tuple[Float[Array, "F _ D"], ...]) -> Array:
     """What all features write: `[N, L, D]`, the sum over source layers s of activations[s] times decoders[s], whose
     R-th row writes to layer s + R."""
+    features = activations[0].shape[-1]
     on_device = jax.typeof(activations[0]).sharding.shard_shape(activations[0].shape)[-1]
-    return (
-        _decode_joined(activations, decoders) if on_device < JOINED_BELOW else _decode_by_source(activations, decoders)
-    )
+    joined = on_device < min(features, JOINED_BELOW)
+    return _decode_joined(activations, decoders) if joined else _decode_by_source(activations, decoders)
 
 
 def _decode_by_source(activations: tuple[Array, ...], decoders: tuple[Array, ...]) -> Array:
@@ -122,7 +129,7 @@ def _decode_backward(kept: Any, gradient: Array) -> tuple[tuple[Array, ...], tup
         written = gradient[:, source : source + decoder.shape[1]].astype(a.dtype)
         with jax.named_scope(f"from_{source}"):
             to_activations.append(einsum("nrd,frd->nf", written, decoder.astype(a.dtype)).astype(a.dtype))
-            to_decoders.append(einsum("nf,nrd->frd", a, written).astype(decoder.dtype))
+            to_decoders.append(einsum("nf,nrd->frd", a, written, decoder).astype(decoder.dtype))
     return tuple(to_activations), tuple(to_decoders)
 
 

@@ -190,8 +190,14 @@ def published(arrays: Mapping[str, ArrayLike], names: Names, number: int = 0) ->
     return tensors
 
 
+def within(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """In this type, held to its range: the threshold of a feature that writes next to nothing exceeds float16's."""
+    largest = float(jnp.finfo(dtype).max)
+    return (array if largest >= float(jnp.finfo(array.dtype).max) else np.clip(array, -largest, largest)).astype(dtype)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike) -> None:
-    arrays: dict[str, Any] = {name: np.ascontiguousarray(array.astype(dtype)) for name, array in tensors.items()}
+    arrays: dict[str, Any] = {name: np.ascontiguousarray(within(array, dtype)) for name, array in tensors.items()}
     if path.suffix == ".npz":
         np.savez(path, **arrays)
     else:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jclt.coders import Coder
 from jclt.evaluation.batches import batches
-from jclt.evaluation.features import answers_with, features_on
+from jclt.evaluation.features import answers_with, effects_on, features_on
 from jclt.models import Model
 from jclt.models.model import on_mesh
 from jclt.world.example import Split, after, last
@@ -55,21 +55,31 @@ def state_means(activations: np.ndarray, known: Sequence[int]) -> np.ndarray:
     return np.stack([activations[:, own].mean(axis=1) for own in cities])
 
 
-def lengths(coder: Coder, layers: tuple[int, ...]) -> np.ndarray:
-    """`[l, F]`: of each feature's decoder, all rows together that write to one of the layers."""
-    rows = [np.asarray(coder.rows(source)) for source in layers]
-    written = [
-        own[:, [target - source for target in layers if 0 <= target - source < own.shape[1]]]
-        for source, own in zip(layers, rows, strict=True)
-    ]
-    return np.stack([np.sqrt(np.sum(own**2, axis=(1, 2))) for own in written])
+def telling(
+    model: Model, coder: Coder, layers: tuple[int, ...], forms: Sequence[Form], known: Sequence[int]
+) -> np.ndarray:
+    """What the difference that a state makes to each feature does for the logit of its capital: `[states, l, F]`.
+
+    To first order, in the true model, on the known cities.
+    """
+    kept = np.isin(np.arange(len(CITIES)), known)
+    total = []
+    for form in forms:
+        with on_mesh(model):
+            (rows, _), *_ = batches(model, form.tokens, None, len(form.tokens))
+            within = np.pad(kept, (0, len(rows) - len(kept)))
+            arguments = (model.config, model.params, coder, layers, rows, within, form.end, capitals_of(model))
+            effects = np.asarray(effects_on(*arguments))
+        means = state_means(form.activations, known)
+        others = (np.sum(means, axis=0) - means) / (len(STATES) - 1)
+        total.append(((means - others) * effects)[:, :, form.positions].sum(axis=2))
+    return np.sum(total, axis=0)
 
 
-def telling(forms: Sequence[Form], known: Sequence[int], norms: np.ndarray) -> np.ndarray:
-    """How much more is written by each feature for a state than for the others on average: `[states, l, F]`."""
-    means = sum(state_means(f.activations[:, :, f.positions].sum(axis=2), known) for f in forms)
-    others = (np.sum(means, axis=0) - means) / (len(STATES) - 1)
-    return (means - others) * norms
+def capitals_of(model: Model) -> np.ndarray:
+    """The token of each state's capital."""
+    vocabulary = vocabulary_of(model)
+    return np.array([vocabulary[f" {value_of(state, 'capital')}"] for state in STATES])
 
 
 def largest(scores: np.ndarray, size: int) -> np.ndarray:
@@ -106,12 +116,12 @@ def state_exchange(
 ) -> StateExchange:
     """Exchanges the states of all cities of the split for each of the nine others, in every form of the question.
 
-    A state has at most `size` features of the given covered layers: those that write most more for it than for others.
+    A state has at most `size` features of the given covered layers: those through which it does most for its capital.
     """
     tested = [i for i, city in enumerate(CITIES) if CITY_SPLIT[city] == split]
     known = [i for i, city in enumerate(CITIES) if CITY_SPLIT[city] not in (split, "report")]
     forms = ask(model, coder, layers, where)
-    scores = telling(forms, known, lengths(coder, layers))
+    scores = telling(model, coder, layers, forms, known)
     chosen = largest(scores, size)
     active = np.any([f.activations[:, known][:, :, f.positions].any(axis=(1, 2)) for f in forms], axis=0)
     drawn = largest(np.random.default_rng(seed).random(scores.shape) * active, size)
@@ -141,8 +151,7 @@ def exchanged(
     sets: np.ndarray,
 ) -> tuple[float, float]:
     """How often the answer is the other state's capital, and how often still the own one's."""
-    vocabulary = vocabulary_of(model)
-    capitals = np.array([vocabulary[f" {value_of(state, 'capital')}"] for state in STATES])
+    capitals = capitals_of(model)
     states = np.array([STATES.index(STATE_OF[city]) for city in CITIES])
     pairs = [(city, state) for city in tested for state in range(len(STATES)) if state != states[city]]
     cities, others = np.array(pairs).T

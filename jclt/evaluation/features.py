@@ -1,6 +1,9 @@
 """Features read off the true model, and set to other values in it."""
 
+from functools import partial
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from jclt.coders import Coder
@@ -75,3 +78,29 @@ def answers_with(
     """The most probable next tokens under `with_features`."""
     logits = with_features(config, params, coder, layers, tokens, jnp.asarray(values), jnp.asarray(where))
     return placed(jnp.argmax(logits, axis=-1), (None, None))
+
+
+@eqx.filter_jit
+def effects_on(
+    config: ModelConfig,
+    params: Params,
+    coder: Coder,
+    layers: tuple[int, ...],
+    tokens: Tokens,
+    kept: Bool[ArrayLike, "B"],
+    end: int,
+    words: Int[ArrayLike, "W"],
+) -> Float[Array, "W l T F"]:
+    """How much each word's logit at `end` rises above the words' mean for one more of a feature: a gradient, averaged
+    over the rows that are kept."""
+    activations = features_on(config, params, coder, layers, tokens)
+    everywhere, words = jnp.ones_like(activations, bool), jnp.asarray(words)
+    weight = jnp.asarray(kept, jnp.float32) / jnp.sum(jnp.asarray(kept, jnp.float32))
+
+    def raised(more: Float[Array, "l T F"], own: Array) -> Float[Array, ""]:
+        logits = with_features(config, params, coder, layers, tokens, activations + more[:, None], everywhere)
+        among = placed(logits[:, end], (None, None))[:, words].astype(jnp.float32)
+        return jnp.sum(weight * (among @ own - jnp.mean(among, axis=1)))
+
+    nothing = jnp.zeros_like(activations[:, 0])
+    return jax.lax.map(partial(jax.grad(raised), nothing), jnp.eye(words.shape[0], dtype=jnp.float32))

@@ -8,7 +8,7 @@
 | density | share of the tokens at which a feature is active |
 | dead | share of the features that are active nowhere |
 
-In all layers together, both sums of a ratio run over layers as well, and L0 is the sum of theirs.
+Of all layers together the ratios are the layers' mean (as in Circuit Tracing, 2025), and L0 is the sum of theirs.
 """
 
 from dataclasses import dataclass
@@ -129,8 +129,8 @@ class Reconstruction:
 
     def summary(self) -> dict[str, float]:
         return {
-            "nmse": float(self.error.sum() / self.spread.sum()),
-            "explained_variance": float(1 - self.centred_error.sum() / self.spread.sum()),
+            "nmse": float(self.nmse.mean()),
+            "explained_variance": float(self.explained_variance.mean()),
             "l0": float(self.l0.sum()),
             "dead": float(self.dead.mean()),
             **{f"nmse_{layer}": float(x) for layer, x in zip(self.layers, self.nmse, strict=True)},

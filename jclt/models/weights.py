@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jclt.models.config import ModelConfig
 from jclt.shapes import Array, DTypeLike
-from jclt.sharding import sharding
+from jclt.sharding import AnyMesh, sharding
 
 
 class Weight(NamedTuple):
@@ -23,7 +22,7 @@ class Weight(NamedTuple):
             return jnp.full(self.shape, self.constant, dtype)
         return (self.scale * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
 
-    def abstract(self, mesh: Mesh | None, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    def abstract(self, mesh: AnyMesh | None, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         placed = sharding(mesh, self.shape, self.axes) if mesh is not None else None
         return jax.ShapeDtypeStruct(self.shape, dtype, sharding=placed)
 
@@ -96,6 +95,6 @@ def declare(config: ModelConfig) -> dict[str, Weight]:
 
 
 def abstract_params(
-    config: ModelConfig, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+    config: ModelConfig, mesh: AnyMesh | None = None, dtype: DTypeLike = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: weight.abstract(mesh, dtype) for name, weight in declare(config).items()}

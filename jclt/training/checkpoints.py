@@ -21,11 +21,12 @@ class Checkpoints:
 
     def restore(self, like: State) -> State | None:
         """The newest state that can be read, placed as `like` is; None where there is none."""
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves(like))
+        wanted = leaves(like)
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
         for checkpoint in sorted(self.checkpointer.checkpoints, key=lambda c: c.step, reverse=True):
             try:
                 found = self.checkpointer.load(checkpoint.step, {"state": target})["state"]
-                return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in target])
+                return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
             except Exception as error:  # a damaged checkpoint can fail in any layer below
                 log.warning("checkpoint of step %d cannot be read, passing over it (%s)", checkpoint.step, error)
         return None

@@ -26,13 +26,12 @@ from jclt.training.harvest import Harvest, Scaling, as_tokens, fold, measure_sca
 from jclt.training.initial import calibrated_bias, first_density, initial_weights
 from jclt.training.loop import fit
 from jclt.training.metrics import Log, draw_curves, read_metrics
-from jclt.training.optimizers import coder_optimizer
 from jclt.training.rules import at_inference, with_thresholds
 from jclt.training.runs import find_rows
 from jclt.training.shuffle import filled
 from jclt.training.source import activations, stored_source, token_source
 from jclt.training.speed import machine_rate, step_operations
-from jclt.training.step import CoderState, train_step
+from jclt.training.step import CoderState, fresh_state, train_step
 from jclt.world.corpus import corpus
 
 log = logging.getLogger(__name__)
@@ -88,17 +87,7 @@ def init_state(config: TrainConfig, mesh: Mesh, harvested: Callable[[int], Harve
         ]
         return eqx.tree_at(lambda t: [own.encoder_bias for own in t.layers], coder, biases)
 
-    coder = calibrated(weights, scaling, harvested(0))
-    return CoderState(
-        step=jnp.zeros((), jnp.int32),
-        coder=coder,
-        optimizer=jax.jit(coder_optimizer(config).init)(coder),
-        scaling=scaling,
-        density=tuple(jnp.full_like(own.encoder_bias, first_density(config)) for own in coder.layers),
-        running=jnp.zeros(()),
-        skipped=jnp.zeros((), jnp.int32),
-        skipped_in_row=jnp.zeros((), jnp.int32),
-    )
+    return fresh_state(config, calibrated(weights, scaling, harvested(0)), scaling)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -108,9 +97,12 @@ def finished(config: TrainConfig, state: CoderState) -> SparseCoder:
         return fold(at_inference(state.coder, state.running), state.scaling)
 
 
-def train_coder(config: TrainConfig, out: Path) -> SparseCoder:
-    """Trains from nothing, or from where the run in `out` stopped; the coder ends up in `out/coder`."""
-    mesh = make_mesh(config.data_shards)
+def train_coder(config: TrainConfig, out: Path, mesh: Mesh | None = None) -> SparseCoder:
+    """Trains from nothing, or from where the run in `out` stopped; the coder ends up in `out/coder`.
+
+    Without a mesh given, all devices are used, `config.data_shards` of them on its data axis.
+    """
+    mesh = mesh or make_mesh(config.data_shards)
     model = load_model(config.model, dtype=config.compute, mesh=mesh)
     config = fitted(config, model, mesh)
     rows = run_rows(config, model, out)

@@ -17,8 +17,8 @@ class Harvest(eqx.Module):
     """Values at the sites that a coder reads and writes. The rows lie where the language model's tokens do: split over
     every chip."""
 
-    reads: Float[Array, "L B T D"]
-    writes: Float[Array, "L B T D"]
+    reads: Float[Array, "*R L B T D"]
+    writes: Float[Array, "*R L B T D"]
 
 
 class Scaling(eqx.Module):
@@ -71,7 +71,7 @@ def measure_scaling(
     means = [jnp.stack(column).mean(axis=0) for column in zip(*sums, strict=True)]
     for mean, square in zip(means[::2], means[1::2], strict=True):
         if normalize == "standardize":
-            deviation = jnp.sqrt(square - jnp.square(mean))
+            deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0))  # below it only by rounding
             # A dimension that hardly varies is left small instead of being blown up.
             parts += [mean, jnp.maximum(deviation, 1e-3 * deviation.max(axis=1, keepdims=True))]
         else:

@@ -56,7 +56,12 @@ def calibrated_bias(h: Float[Array, "N F"], threshold: Array, density: float) ->
     """The encoder bias with which each feature exceeds its threshold on this share of the tokens."""
     count = max(1, round(density * h.shape[0]))
     lifted = h - h.min()  # the search is among non-negative numbers
-    return threshold - (kth_largest((lifted,), count, (0,))[0] + h.min())
+    last_in = kth_largest((lifted,), count, (0,))
+    # Halfway to the next token below, so that no rounding decides about one that lies just on the threshold; equal
+    # tokens, such as the first of every row, stand at the same place but for rounding.
+    below = lifted < last_in - 1e-4 * lifted.max()
+    first_out = jnp.max(jnp.where(below, lifted, jnp.zeros_like(lifted)), axis=0)
+    return threshold - (0.5 * (last_in[0] + first_out) + h.min())
 
 
 def first_density(config: TrainConfig) -> float:

@@ -66,8 +66,8 @@ def fit(
         bad = bad + 1 if broken else 0
         if bad > skips:
             if skips:  # each of these steps was skipped: the state is the one from before them
-                checkpoints.save(step, state)
-            newest = step if skips else saved
+                checkpoints.save(int(state.step), state)
+            newest = int(state.step) if skips else saved
             kept = f"the newest checkpoint is of step {newest}" if newest else "no checkpoint has been saved yet"
             times = f", for the {bad}th step in a row" if skips else ""
             raise UserError(f"{broken[0]} is {fetched[broken[0]]} at step {step}{times}; {kept}")

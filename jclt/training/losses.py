@@ -12,7 +12,7 @@ from jclt.shapes import Array, Bool, Float
 
 def squared_error(written: Float[Array, "N L D"], target: Float[Array, "N L D"]) -> Float[Array, "L"]:
     """||y - y'||^2 of each layer (Circuit Tracing, 2025: the loss is their sum)."""
-    return jnp.sum(jnp.square(written - target), axis=(0, 2)) / written.shape[0]
+    return jnp.sum(jnp.mean(jnp.square(written - target), axis=0), axis=1)
 
 
 def tanh_penalty(a: Float[Array, "N F"], norms: Float[Array, "F"], scale: float) -> Float[Array, ""]:
@@ -61,7 +61,8 @@ def kl_divergence(model: Float[Array, "*N V"], other: Float[Array, "*N V"]) -> F
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
-def with_end_to_end(error: Float[Array, ""], kl: Float[Array, ""], weight: float) -> Float[Array, ""]:
-    """(MSE + b a KL) / (1 + b), where a = MSE / KL, a constant, makes both terms equally large (Gemma Scope 2)."""
-    balance = jax.lax.stop_gradient(error / jnp.maximum(kl, 1e-9))
-    return (error + weight * balance * kl) / (1 + weight)
+def end_to_end_weights(error: Float[Array, ""], kl: Float[Array, ""], weight: float) -> tuple[float, Float[Array, ""]]:
+    """What MSE and KL count in (MSE + b a KL) / (1 + b), where a = MSE / KL, a constant, makes both equally large
+    (Gemma Scope 2)."""
+    share = 1 / (1 + weight)
+    return share, jax.lax.stop_gradient(weight * share * error / jnp.maximum(kl, 1e-9))

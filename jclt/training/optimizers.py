@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -56,19 +57,22 @@ def coder_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def coder_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    rate, b1, b2, epsilon, moment = (
-        coder_rate(config),
-        config.beta1,
-        config.beta2,
-        config.epsilon,
-        jnp.dtype(config.moment_dtype),
-    )
+    c, rate, moment = config, coder_rate(config), jnp.dtype(config.moment_dtype)
+    b1, b2, epsilon = c.beta1, c.beta2, c.epsilon
+
+    def decay(update: Any) -> Any:
+        """Of matrices alone: a bias or a threshold's logarithm has no reason to be near 0."""
+        return jax.tree.map(lambda x: x.ndim > 1, update)
+
     rules = {
         "adam": lambda: optax.adam(rate, b1, b2, epsilon, mu_dtype=moment),
-        "adamw": lambda: optax.adamw(rate, b1, b2, epsilon, mu_dtype=moment, weight_decay=config.weight_decay),
+        "adamw": lambda: optax.adamw(rate, b1, b2, epsilon, mu_dtype=moment, weight_decay=c.weight_decay, mask=decay),
         "adafactor": lambda: optax.adafactor(rate, momentum=b1 or None, dtype_momentum=moment),
-        "lion": lambda: optax.lion(rate, b1, b2, mu_dtype=moment, weight_decay=config.weight_decay),
-        "rmsprop": lambda: optax.rmsprop(rate, b2, epsilon, momentum=b1 or None),
+        "lion": lambda: optax.lion(rate, b1, b2, mu_dtype=moment, weight_decay=c.weight_decay, mask=decay),
+        "rmsprop": lambda: optax.chain(
+            optax.rmsprop(rate, b2, epsilon, bias_correction=True),  # without it the first steps are far too long
+            *([optax.trace(b1, accumulator_dtype=moment)] if b1 else []),
+        ),
         "sgd": lambda: optax.sgd(rate, momentum=b1 or None, accumulator_dtype=moment),
     }
     return optax.chain(optax.clip_by_global_norm(config.clip), rules[config.optimizer]())

@@ -1,6 +1,7 @@
 """Named runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from jclt.coders import CoderConfig
 from jclt.models import ModelConfig
@@ -35,16 +36,30 @@ def small_world() -> LmConfig:
 LM_PRESETS: dict[str, Callable[[], LmConfig]] = {"small-world": small_world}
 
 
-def tiny() -> TrainConfig:
-    """A newcomer's first coder: a small cross-layer transcoder of the shipped model, in two minutes on 2 cores."""
+def small_world_coder() -> TrainConfig:
+    """The cross-layer transcoder that ships with jclt."""
     return TrainConfig(
-        CoderConfig(features=512, activation="batchtopk", k=24),
-        steps=600,
+        CoderConfig(features=512, activation="batchtopk", k=23),
+        steps=1500,
         batch=16,
         sparsity="none",
-        learning_rate=2e-3,
-        save_every=200,
+        preactivation_weight=3e-4,
+        initial="transposed",  # a fifth of the dead features, and the largest gain in speed, of all settings tried
+        learning_rate=4e-3,
+        beta1=0.9,
+        beta2=0.99,
+        decay=0.5,
+        warmup=50,
+        end_to_end_steps=400,
+        end_to_end_weight=0.3,
     )
 
 
-CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny}
+def tiny() -> TrainConfig:
+    """A newcomer's first coder: the shipped one's recipe with fewer features and steps, a minute on 2 cores."""
+    whole = small_world_coder()
+    coder = replace(whole.coder, features=256, k=24)
+    return replace(whole, coder=coder, steps=400, end_to_end_steps=0, save_every=200)
+
+
+CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny, "small-world": small_world_coder}

@@ -19,7 +19,7 @@ def with_thresholds(coder: SparseCoder) -> SparseCoder:
 
 
 def activate(
-    coder: SparseCoder, h: tuple[Float[Array, "N F"], ...]
+    coder: SparseCoder, h: tuple[Float[Array, "N F"], ...], norms: tuple[Float[Array, "F"], ...]
 ) -> tuple[tuple[Float[Array, "N F"], ...], Float[Array, ""]]:
     """All layers' activations from their pre-activations, and BatchTopK's threshold on this batch (else 0)."""
     if coder.config.activation != "batchtopk":
@@ -27,7 +27,7 @@ def activate(
     assert coder.config.k is not None
     a = tuple(jax.nn.relu(own) for own in h)
     # What a feature weighs is its activation times the length of all that it writes (ByteDance's joint TopK).
-    scores = tuple(jax.lax.stop_gradient(own * layer.norms[None]) for own, layer in zip(a, coder.layers, strict=True))
+    scores = tuple(jax.lax.stop_gradient(own * norm[None]) for own, norm in zip(a, norms, strict=True))
     least = batch_threshold(scores, coder.config.k)
     kept = tuple(jnp.where((s >= least) & (s > 0), own, jnp.zeros_like(own)) for own, s in zip(a, scores, strict=True))
     return kept, least

@@ -18,9 +18,11 @@ from jclt.coders.activations import gate, top_k
 from jclt.coders.products import decode
 from jclt.models import ModelConfig, forward
 from jclt.shapes import Array, Float, Params, Tokens
+from jclt.sharding import as_placed, reduced_later
 from jclt.training import losses
 from jclt.training.config import TrainConfig
 from jclt.training.harvest import Harvest, Scaling, as_tokens, fold
+from jclt.training.initial import first_density
 from jclt.training.optimizers import coder_optimizer
 from jclt.training.rules import activate, at_inference, with_thresholds
 from jclt.training.shuffle import mixed
@@ -40,6 +42,27 @@ class CoderState(NamedTuple):
     skipped_in_row: Array
 
 
+def fresh_state(config: TrainConfig, coder: SparseCoder, scaling: Scaling) -> CoderState:
+    """A run's first state, from its initial weights."""
+    return CoderState(
+        step=jnp.zeros((), jnp.int32),
+        coder=coder,
+        optimizer=jax.jit(coder_optimizer(config).init)(coder),
+        scaling=scaling,
+        density=tuple(jnp.full_like(own.encoder_bias, first_density(config)) for own in coder.layers),
+        running=jnp.zeros(()),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+class Weights(NamedTuple):
+    """What micro-batches are computed with, made of the trained weights once a step."""
+
+    coder: SparseCoder  # `threshold` holds the threshold itself
+    norms: tuple[Float[Array, "F"], ...]  # a pass over all decoders
+
+
 class Batch(NamedTuple):
     """A micro-batch in the coder's terms: scaled, flat over tokens."""
 
@@ -57,16 +80,19 @@ class Features(NamedTuple):
     least: Float[Array, ""]  # BatchTopK's threshold on this micro-batch
 
 
+def prepare(trained: SparseCoder) -> Weights:
+    return Weights(with_thresholds(trained), tuple(layer.norms for layer in trained.layers))
+
+
 def encode(
-    config: TrainConfig, coder: SparseCoder, x: tuple[Array, ...], density: tuple[Array, ...], ramp: Array
+    config: TrainConfig, weights: Weights, x: tuple[Array, ...], density: tuple[Array, ...], ramp: Array
 ) -> Features:
     """Activations and every penalty on them, each feature shard by itself."""
-    layers = coder.layers
+    coder, norms = weights
     h = tuple(coder.preactivation(layer, own) for layer, own in enumerate(x))
-    a, least = activate(coder, h)
+    a, least = activate(coder, h, norms)
     fired = tuple(jnp.mean(own > 0, axis=0, dtype=jnp.float32) for own in a)
-    norms = [own.norms for own in layers]
-    thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in layers]
+    thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in coder.layers]
     each = list(zip(h, a, norms, thresholds, strict=True))
 
     penalty = jnp.zeros(())
@@ -98,23 +124,23 @@ def encode(
 
 
 def objective(
-    config: TrainConfig, share: float, trained: SparseCoder, batch: Batch, density: tuple[Array, ...], ramp: Array
+    config: TrainConfig, share: float, weights: Weights, batch: Batch, density: tuple[Array, ...], ramp: Array
 ) -> tuple[Array, dict[str, Any]]:
     """The loss of a micro-batch, of which the squared error counts `share`, and what there is to report."""
-    coder = with_thresholds(trained)
     encoder = jax.checkpoint(encode, static_argnums=0) if config.remat else encode
     with jax.named_scope("encode"):
-        found = encoder(config, coder, batch.x, density, ramp)
+        found = encoder(config, weights, batch.x, density, ramp)
     with jax.named_scope("decode"):
-        written = coder.decode(found.a, batch.x)
+        written = weights.coder.decode(found.a, batch.x)
     error = losses.squared_error(written, batch.y)
     loss = share * jnp.sum(error) + found.penalty
     if config.auxiliary_weight:
         with jax.named_scope("auxiliary"):
             missing = jax.lax.stop_gradient(batch.y - written)
-            spare = decode(found.spare, tuple(own.rows for own in coder.layers))
+            spare = decode(found.spare, tuple(own.rows for own in weights.coder.layers))
             loss += config.auxiliary_weight * jnp.sum(losses.squared_error(spare, missing))
-    spread = jnp.mean(jnp.sum(jnp.square(batch.y - jnp.mean(batch.y, axis=0, keepdims=True)), axis=2), axis=0)
+    # Means over tokens of the same arrays as the error's, so that one pass makes all of them.
+    spread = jnp.sum(jnp.mean(jnp.square(batch.y), axis=0) - jnp.square(jnp.mean(batch.y, axis=0)), axis=1)
     drift = jnp.sum(jnp.square(jnp.mean(written - batch.y, axis=0)), axis=1)  # a constant error explains as well
     report = {"loss": loss, "error": error, "penalty": found.penalty, "spread": spread, "drift": drift}
     return loss, jax.lax.stop_gradient(report | {"fired": found.fired, "least": found.least})
@@ -136,20 +162,26 @@ def micro_batches(config: TrainConfig, scaling: Scaling, found: Harvest) -> Call
 
 
 def gradients(config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array) -> tuple[Any, Any]:
-    """Gradient and report, averaged over micro-batches."""
+    """Gradient and report, averaged over micro-batches. Gradients of matrices travel over `data` once, at the end."""
     batch = micro_batches(config, state.scaling, found)
+    weights, to_trained = jax.vjp(prepare, state.coder)
     differentiate = jax.grad(partial(objective, config, share), has_aux=True)
+    once = jax.tree.map(lambda x: reduced_later(x) if x.ndim > 1 else x, weights)
 
     def one(i: Array | int) -> tuple[Any, Any]:
-        return differentiate(state.coder, batch(i), state.density, ramp)
+        return differentiate(once, batch(i), state.density, ramp)
 
     if config.micro_batches == 1:
-        return one(0)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), jax.eval_shape(one, 0))
-    total, _ = jax.lax.scan(
-        lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None), zero, jnp.arange(config.micro_batches)
-    )
-    return jax.tree.map(lambda x: x / config.micro_batches, total)
+        total = one(0)
+    else:
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), jax.eval_shape(one, 0))
+        total, _ = jax.lax.scan(
+            lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None), zero, jnp.arange(config.micro_batches)
+        )
+    with jax.named_scope("reduce"):
+        total = jax.tree.map(as_placed, total[0], weights), total[1]
+    gradient, report = jax.tree.map(lambda x: x / config.micro_batches, total)
+    return to_trained(gradient)[0], report
 
 
 def end_to_end(
@@ -214,8 +246,8 @@ def train_step(
         with jax.named_scope("end_to_end"):
             differentiate = jax.value_and_grad(partial(end_to_end, config, model, params))
             kl, more = differentiate(state.coder, state, batch)
-        balance = config.end_to_end_weight * share * jnp.sum(report["error"]) / jnp.maximum(kl, 1e-9)
-        gradient = jax.tree.map(lambda a, b: a + balance * b, gradient, more)
+        of_kl = losses.end_to_end_weights(jnp.sum(report["error"]), kl, config.end_to_end_weight)[1]
+        gradient = jax.tree.map(lambda a, b: a + of_kl * b, gradient, more)
         report |= {"kl": kl}
     with jax.named_scope("update"):
         new = update(config, state, gradient, report)

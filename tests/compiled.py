@@ -1,0 +1,96 @@
+"""What a compiled program sends between devices, read from its text."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from jclt.coders import abstract_coder
+from jclt.training.config import TrainConfig
+
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+LINE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (?P<result>.+?) (?P<kind>{KINDS})(?:-start)?\((?P<rest>.*)$", re.MULTILINE)
+ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """One collective: the arrays that it gives each device, and where in the traced program it comes from."""
+
+    kind: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape
+    source: str
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [shape for _, shape in self.arrays]
+
+    @property
+    def largest(self) -> int:
+        """Elements of its largest array."""
+        return max(map(math.prod, self.shapes))
+
+    def has_axis(self, size: int) -> bool:
+        return any(size in shape for shape in self.shapes)
+
+    def __str__(self) -> str:
+        arrays = " ".join(f"{dtype}{list(shape)}" for dtype, shape in self.arrays)
+        return f"{self.kind} {arrays} from {self.source}"
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of them, each once: one that runs beside other work stands in the text once for each piece of that work."""
+    found = {}
+    for number, line in enumerate(LINE.finditer(text)):
+        arrays = ARRAY.findall(re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", line["result"]))
+        sized = tuple((dtype, tuple(map(int, sizes.split(",") if sizes else ()))) for dtype, sizes in arrays)
+        channel = re.search(r"channel_id=(\d+)", line["rest"])
+        source = re.search(r'op_name="([^"]*)"', line["rest"])
+        one = Collective(line["kind"], sized, source[1] if source else "")
+        found.setdefault(channel[1] if channel else -number, one)
+    return list(found.values())
+
+
+def check_step(text: str, config: TrainConfig, data: int, features: int) -> list[Collective]:
+    """Asserts what the step sends on a mesh of data x features devices, and returns the coder's part of it.
+
+    The sizes in the configuration must differ from one another, so that a shape says what its axes are.
+    """
+    c = config.coder
+    layers, width, own = len(c.covered), c.size, c.features // features
+    tokens = config.batch * config.length // data // config.micro_batches
+    everything = collectives(text)
+    coder = [one for one in everything if "/harvest/" not in one.source]
+    sums = [one for one in coder if one.kind == "all-reduce"]
+    report = "\n".join(map(str, coder))
+
+    assert {one.kind for one in everything} == {"all-reduce", "all-gather"}, report
+    assert {one.kind for one in everything if one not in coder} == {"all-gather"}, "the frozen model's weights alone"
+
+    # Inputs and targets move once a micro-batch, and nothing else is gathered.
+    moved = (layers, config.batch // data, config.length // config.micro_batches, width)
+    assert [shape for one in coder if one.kind == "all-gather" for shape in one.shapes] == [moved] * 2, report
+
+    # The partial reconstructions are added up once a micro-batch, all layers together.
+    partial_sums = [one for one in sums if one.has_axis(tokens)]
+    assert len(partial_sums) == 1, report
+    summed = sum(math.prod(shape) for shape in partial_sums[0].shapes if tokens in shape)
+    assert summed == tokens * layers * width, report
+
+    # No array of all features travels, and on feature shards alone none of a shard's own either. Between data shards
+    # the gradients of its matrices do, once a step; in the loop over micro-batches only vectors.
+    assert not any(one.has_axis(c.features) for one in everything), report
+    of_features = [one for one in coder if one.has_axis(own)]
+    assert data > 1 or not of_features, report
+    matrices = [one for one in of_features if any(own in shape and len(shape) > 1 for shape in one.shapes)]
+    if data > 1:
+        assert not any("/while/" in one.source for one in matrices), report
+        weights = [x for layer in abstract_coder(c).layers for x in (layer.encoder, layer.decoder)]
+        shapes = [shape for one in matrices for shape in one.shapes if own in shape and len(shape) > 1]
+        travelled = Counter(map(math.prod, shapes))
+        assert travelled == Counter(x.size // features for x in weights if x is not None), report
+
+    # The rest is small, and there is little of it.
+    rest = [one for one in sums if one not in partial_sums and one not in of_features]
+    assert all(one.largest <= layers * width for one in rest), report
+    assert len(partial_sums) + len(rest) <= 6 and len(of_features) <= 4, report
+    return coder

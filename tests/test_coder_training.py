@@ -1,0 +1,216 @@
+"""A coder's run from its settings to the saved coder: the same on every mesh, and whatever interrupts it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jclt
+from jclt.cli import main
+from jclt.coders import CoderConfig, load_coder
+from jclt.errors import UserError
+from jclt.sharding import make_mesh
+from jclt.training.coder import train_coder
+from jclt.training.config import TrainConfig
+from jclt.training.inspect import inspect_run
+from jclt.training.metrics import read_metrics
+
+CONFIG = TrainConfig(
+    CoderConfig(features=64, layers=(0, 2)),
+    steps=50,
+    batch=8,
+    length=16,
+    warmup=5,
+    learning_rate=1e-3,
+    sparsity_weight=0.1,
+    save_every=50,
+    log_every=1,
+)
+SOURCE = """
+from dataclasses import replace
+from jclt.coders import CoderConfig
+from jclt.training.config import TrainConfig
+config = {config!r}
+"""
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry])
+
+
+def digest(folder: Path) -> str:
+    return inspect_run(folder).rsplit(" ", 1)[-1]
+
+
+def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess.Popen[str]:
+    """`jclt train` in a process of its own, on one virtual device unless the environment says otherwise."""
+    file = folder.with_suffix(".py")
+    file.write_text(SOURCE.format(config=config))
+    own = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
+    arguments = [sys.executable, "-m", "jclt.cli", "train", str(file), "--out", str(folder)]
+    return subprocess.Popen(arguments, env=own, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until a checkpoint of that step is complete."""
+    for _ in range(1200):
+        if (folder / "checkpoints" / str(step) / "commit_success.txt").exists():
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1]}")
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint of step {step} in time")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train_coder(CONFIG, folder, make_mesh(devices=jax.devices()[:1]))
+    return folder
+
+
+@pytest.mark.parametrize(("data", "features"), [(8, 1), (1, 8), (2, 4)])
+def test_losses_are_the_same_on_every_mesh(alone, tmp_path, data, features):
+    train_coder(replace(CONFIG, data_shards=data), tmp_path / "run", make_mesh(data, features))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
+
+
+def test_losses_are_the_same_on_two_processes(alone, tmp_path):
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    both = [
+        command(
+            tmp_path / "run",
+            replace(CONFIG, data_shards=2),
+            JAX_NUM_CPU_DEVICES="2",
+            JCLT_COORDINATOR=f"localhost:{port}",
+            JCLT_PROCESSES="2",
+            JCLT_PROCESS=str(process),
+        )
+        for process in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
+    whole = load_coder(tmp_path / "run" / "coder")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(load_coder(alone / "coder")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(alone):
+    entries = [entry for entry in read_metrics(alone / "metrics.jsonl") if "nmse" in entry]
+    assert entries[-1]["nmse"] < 0.8 * entries[0]["nmse"]
+    assert len(entries[-1]["layers_l0"]) == 2 and entries[-1]["tokens_per_second"] > 0
+    coder = load_coder(alone / "coder", model=jclt.load_model("demo"), check=False)
+    assert coder.config.activation == "jumprelu" and coder.config.covered == (0, 2)
+    assert (alone / "curves.png").exists()
+
+
+SHUFFLED = replace(
+    CONFIG, steps=40, save_every=10, shuffle=4, coder=CoderConfig(features=32, activation="batchtopk", k=8)
+)
+
+
+def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
+    straight = command(tmp_path / "straight", SHUFFLED)
+    killed = command(tmp_path / "killed", SHUFFLED)
+    wait_for(tmp_path / "killed", 10, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    # Half of the newest checkpoint is lost as well: the run goes on from the one before, or from the start.
+    newest = max((tmp_path / "killed" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    for file in (newest / "state" / "d").glob("*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    resumed = command(tmp_path / "killed", SHUFFLED)
+    _, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and f"checkpoint of step {newest.name} cannot be read" in errors
+    _, errors = straight.communicate(timeout=300)
+    assert straight.returncode == 0, errors
+    assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
+    assert losses(tmp_path / "killed").tolist() == losses(tmp_path / "straight").tolist()
+
+
+def test_a_signal_saves_and_ends_well(tmp_path):
+    config = replace(SHUFFLED, steps=4000, save_every=4000)
+    process = command(tmp_path / "run", config)
+    for _ in range(600):
+        if (tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run").size > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "saved; the same command goes on" in errors
+    assert "checkpoints of steps" in inspect_run(tmp_path / "run")
+
+
+def test_stored_activations_train_as_harvested_ones_do(alone, tmp_path):
+    config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
+    train_coder(config, tmp_path / "run", make_mesh(2, 4))
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(alone)[0], rel=0.3)  # other rows, the same model
+    assert losses(tmp_path / "run")[-1] < 0.8 * losses(tmp_path / "run")[0]
+    train_coder(replace(config, seed=1), tmp_path / "again", make_mesh(1, 8))  # reads what is there already
+    with pytest.raises(UserError, match="was made with reads=mlp_in, expected reads=mlp_normalized"):
+        other = replace(config.coder, reads="mlp_normalized")
+        train_coder(replace(config, coder=other), tmp_path / "other", make_mesh(1, 8))
+
+
+def test_the_end_to_end_phase_lowers_the_divergence(tmp_path):
+    config = replace(CONFIG, steps=60, end_to_end_steps=40, end_to_end_weight=4.0, learning_rate=3e-3)
+    train_coder(config, tmp_path / "run", make_mesh(2, 2))
+    found = [entry["kl"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "kl" in entry]
+    assert len(found) == 40 and np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+
+
+WRONG = {
+    "coder.featurs=3": "setting 'coder.featurs': unknown; did you mean 'features'?",
+    "steps=many": "setting 'steps': got many, expected a whole number",
+    "coder.k=3": "setting 'coder.k': 3, expected none under activation 'jumprelu'",
+    "coder.activation=topk": "setting 'coder.k': None, expected a number of active features under activation 'topk'",
+    "coder.layers=(0, 9)": "setting 'coder.layers': (0, 9), expected layers from 0 to 3, in order",
+    "coder.reads=mlp_inn": "site 'mlp_inn' does not exist; did you mean 'mlp_in'?",
+    "coder.features=65": "setting 'coder.features': 65, expected a multiple of 8 shards",
+    "coder.tied=true": "setting 'coder.tied': expected false, a clt writes elsewhere than it reads",
+    "micro_batches=3": "setting 'micro_batches': 3, expected a divisor of length=16",
+    "length=640": "setting 'length': 640, expected at most 64, the model's",
+    "batch=7": "setting 'batch': 7, expected a multiple of 8, the number of devices",
+    "warmup=50": "setting 'warmup': 50, expected less than steps=50",
+    "model=nowhere/at-all": "model 'nowhere/at-all': no such folder",
+    "data=nowhere.txt": "data 'nowhere.txt': not found",
+    "optimizer=adm": "setting 'optimizer': got adm, expected one of: adam",
+}
+
+
+@pytest.mark.parametrize("setting", WRONG)
+def test_what_cannot_work_is_said_in_one_line_before_anything_is_written(setting, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "run.py").write_text(SOURCE.format(config=CONFIG))
+    assert main(["train", str(tmp_path / "run.py"), "--out", str(tmp_path / "out"), "--set", setting]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"jclt: {WRONG[setting]}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_and_inspect_print_what_they_find(alone, tmp_path, capsys):
+    assert (
+        main(["eval", str(alone / "coder"), "--rows", "8", "--length", "32", "--json", str(tmp_path / "e.json")]) == 0
+    )
+    text = capsys.readouterr().out
+    assert "replacement" in text and "two_hop" in text
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert 0 < figures["reconstruction"]["nmse"] < 2
+    assert main(["inspect", str(alone)]) == 0
+    text = capsys.readouterr().out
+    assert "step 50 of 50" in text and "coder.layers.1.decoder" in text and "sha256" in text
+    assert main(["inspect", str(tmp_path)]) == 2

@@ -1,0 +1,426 @@
+"""Coders compute what their formulas say: activations, their gradients, products, reaches, and a model's neurons."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import golden_model, reference
+
+import jclt
+from jclt.coders import CoderConfig, SparseCoder, abstract_coder, neurons, replacing
+from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
+from jclt.coders.products import _decode_by_source, _decode_joined, decode, product
+from jclt.errors import UserError
+from jclt.sharding import make_mesh, sharding
+from jclt.training.rules import activate
+
+CLT = CoderConfig("clt", 10, layers=(0, 1, 2), width=6)
+PLT = replace(CLT, kind="transcoder")
+SAE = replace(PLT, kind="sae", reads="resid_post", writes="resid_post")
+
+
+def random_coder(config: CoderConfig, dtype=np.float32, seed: int = 0) -> SparseCoder:
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        values = rng.standard_normal(leaf.shape)
+        return jnp.asarray(np.abs(values) if path[-1].name == "threshold" else values, dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# Activations.
+
+H = jnp.asarray([[-1.0, 0.0, 0.2, 0.25, 0.3], [0.5, 0.75, 0.74, 0.26, 9.0]])
+T = jnp.asarray([[0.1, 0.1, 0.2, 0.5, 0.25]])
+
+
+def test_jump_relu_is_strict_and_relu_keeps_what_is_positive():
+    want = [[0, 0, 0, 0, 0.3], [0.5, 0.75, 0.74, 0, 9.0]]
+    np.testing.assert_array_equal(jump_relu(H, T, 1.0, "all"), np.float32(want))
+    np.testing.assert_array_equal(gate(H, T, 1.0, "all"), np.float32(want) > 0)
+    at = jnp.asarray([[0.5, np.nextafter(np.float32(0.5), np.float32(1))]])
+    np.testing.assert_array_equal(jump_relu(at, jnp.full((1, 2), 0.5), 1.0, "all"), [[0, at[0, 1]]])
+    relu = random_coder(replace(CLT, activation="relu", features=5))
+    np.testing.assert_array_equal(relu.activate(0, H), np.maximum(H, 0))
+
+
+def test_thresholds_are_compared_in_float32_under_bfloat16():
+    """Rounded to bfloat16 both of these thresholds would equal h, and neither gate would open or both shut alike."""
+    h = jnp.full((1, 2), 0.03, jnp.bfloat16)  # 0.0300293
+    thresholds = jnp.asarray([[0.03, 0.03005]], jnp.float32)
+    assert np.all(thresholds.astype(jnp.bfloat16) == h)
+    assert np.asarray(jump_relu(h, thresholds, 1.0, "all") > 0).tolist() == [[True, False]]
+    assert np.asarray(gate(h, thresholds, 1.0, "all")).tolist() == [[1.0, 0.0]]
+    to_h, to_t = jax.grad(lambda h, t: jump_relu(h, t, 1.0, "threshold").sum().astype(jnp.float32), (0, 1))(
+        h, thresholds
+    )
+    assert to_h.dtype == jnp.bfloat16 and np.asarray(to_h).tolist() == [[1.0, 0.0]]
+    np.testing.assert_allclose(to_t, -thresholds, rtol=1e-2)
+    # A coder's pre-activations are float32 even where its weights are bfloat16.
+    coder = random_coder(CLT, jnp.bfloat16)
+    assert coder.preactivation(0, jnp.ones((2, 6), jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_top_k_keeps_the_k_largest_positive_values_of_each_row():
+    h = normal(7, 12)
+    h[0] = -np.abs(h[0])
+    h[1] = np.where(np.arange(12) < 3, np.abs(h[1]), -1)
+    want = np.zeros_like(h)
+    for row in range(7):
+        for feature in sorted(range(12), key=lambda f: -h[row, f])[:4]:
+            want[row, feature] = max(h[row, feature], 0)
+    got = jax.jit(top_k, static_argnums=1)(jnp.asarray(h), 4)
+    np.testing.assert_array_equal(got, want)
+    assert (want[0] > 0).sum() == 0 < (want[1] > 0).sum() < 4 == (want[2] > 0).sum()
+    upstream = normal(7, 12, seed=1)
+    _, back = jax.vjp(lambda h: top_k(h, 4), jnp.asarray(h))
+    np.testing.assert_array_equal(back(jnp.asarray(upstream))[0], upstream * (want > 0))
+
+
+@pytest.mark.parametrize("through", ["threshold", "all"])
+@pytest.mark.parametrize("bandwidth", [0.1, 1.0])
+def test_gradients_of_jump_relu_and_gate_are_the_written_formula(bandwidth, through):
+    upstream, h, t = normal(2, 5), np.asarray(H), np.asarray(T)
+    window = (np.abs(h - t) < bandwidth / 2) / np.float32(bandwidth)
+    opened = h > t
+    assert window.any() and not window.all()
+    for function, to_h, jump in ((jump_relu, opened, t * window), (gate, 0 * h, window)):
+        _, back = jax.vjp(lambda h, t: function(h, t, bandwidth, through), H, T)  # noqa: B023
+        got_h, got_t = back(jnp.asarray(upstream))
+        want = upstream * (to_h + (jump if through == "all" else 0))
+        np.testing.assert_allclose(got_h, want, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(got_t, -(upstream * jump).sum(0, keepdims=True), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 0.4, 1.0])
+def test_gradients_are_those_of_the_expectation(bandwidth):
+    """Over standard normal h at a threshold of 1, where the density's curvature vanishes and even a wide window is
+    unbiased: E[jump_relu] has the derivative -t p(t) by the threshold, P(h > t) + t p(t) by a shift of h."""
+    from math import erfc, exp, pi, sqrt
+
+    h = jnp.asarray(normal(2_000_000, 1))
+    threshold = jnp.ones_like(h)  # one for each sample, so that each one's gradient is seen
+    density, above = exp(-0.5) / sqrt(2 * pi), erfc(sqrt(0.5)) / 2
+    wanted = {
+        (jump_relu, "threshold"): (above, -density),
+        (jump_relu, "all"): (above + density, -density),
+        (gate, "threshold"): (0.0, -density),
+        (gate, "all"): (density, -density),
+    }
+    for (function, through), want in wanted.items():
+
+        def total(h, t, function=function, through=through):
+            return function(h, t, bandwidth, through).sum()
+
+        for got, value in zip(jax.grad(total, (0, 1))(h, threshold), want, strict=True):
+            samples = np.asarray(got, np.float64)
+            deviation = samples.std() / sqrt(len(h))
+            assert abs(samples.mean() - value) <= 4 * deviation, (function, through, samples.mean(), value)
+            assert deviation < 0.01  # a wrong formula would be hundreds of these away
+
+
+def nth(values: np.ndarray, k: int) -> float:
+    return np.sort(np.reshape(values, -1))[::-1][k - 1]
+
+
+SCORES = np.maximum(normal(24, 16), 0)
+TIED = np.round(SCORES, 1)
+
+
+@pytest.mark.parametrize("scores", [SCORES, TIED, np.zeros_like(SCORES)], ids=["distinct", "ties", "zeros"])
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_kth_largest_is_that_of_a_sort(scores, k):
+    largest = jax.jit(kth_largest, static_argnums=(1, 2))
+    rows = largest((scores,), k, (1,))
+    np.testing.assert_array_equal(rows[:, 0], [nth(row, k) for row in scores])
+    columns = largest((scores,), k, (0,))
+    np.testing.assert_array_equal(columns[0], [nth(column, k) for column in scores.T])
+    several = (scores, scores[:, ::2] * np.float32(1.5), normal(24, 3) ** 2)
+    together = largest(several, 24 * k, (0, 1))
+    assert together.shape == (1, 1)
+    assert together[0, 0] == nth(np.concatenate([own.reshape(-1) for own in several]), 24 * k)
+
+
+def test_kth_largest_spans_every_size_of_number():
+    scores = np.float32([[2e-38, 0.0, 3e38, 1.0, np.nextafter(np.float32(1), np.float32(2)), 1e-20]])
+    for k in range(1, 7):
+        assert np.asarray(kth_largest((jnp.asarray(scores),), k, (1,))).item() == nth(scores, k)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+def test_kth_largest_on_a_mesh_is_the_same(shape):
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(own, sharding(mesh, own.shape, ("tokens", "features"))) for own in (SCORES, SCORES[:, ::-1])
+        ]
+        found = jax.jit(kth_largest, static_argnums=(1, 2))
+        assert found(tuple(placed), 100, (0, 1))[0, 0] == nth(np.concatenate([SCORES] * 2), 100)
+        np.testing.assert_array_equal(found((placed[0],), 5, (1,))[:, 0], [nth(row, 5) for row in SCORES])
+        np.testing.assert_array_equal(found((placed[0],), 5, (0,))[0], [nth(row, 5) for row in SCORES.T])
+
+
+def test_batch_top_k_keeps_exactly_k_a_token_over_all_layers_by_what_they_write():
+    coder = random_coder(replace(CLT, activation="batchtopk", k=4))
+    h = tuple(jnp.asarray(normal(50, 10, seed=layer)) + (layer - 1) for layer in range(3))
+    kept, least = jax.jit(activate)(coder, h, tuple(own.norms for own in coder.layers))
+    lengths = [np.sqrt(np.square(np.asarray(own.decoder)).sum((1, 2))) for own in coder.layers]
+    scores = np.stack([np.maximum(np.asarray(own), 0) * length for own, length in zip(h, lengths, strict=True)])
+    assert len(np.unique(scores[scores > 0])) == (scores > 0).sum() > 4 * 50
+    assert float(least) == pytest.approx(nth(scores, 4 * 50), rel=1e-6)
+    assert sum((np.asarray(own) > 0).sum() for own in kept) == 4 * 50
+    for own, a, score in zip(kept, h, scores, strict=True):
+        sure = np.abs(score / nth(scores, 200) - 1) > 1e-6
+        want = np.where(score >= nth(scores, 200), np.asarray(a), 0)
+        np.testing.assert_array_equal(np.asarray(own)[sure], want[sure])
+    assert int((scores >= float(batch_threshold(tuple(jnp.asarray(scores)), 4))).sum()) == 4 * 50
+
+
+# Products.
+
+
+def by_hand(coder: SparseCoder, activations: list[np.ndarray], x: list[np.ndarray]) -> np.ndarray:
+    """Every source's every target, in float64: `[N, L, D]`."""
+    layers = len(coder.layers)
+    activations, x = [np.float64(a) for a in activations], [np.float64(own) for own in x]
+    out = np.zeros((len(x[0]), layers, x[0].shape[1]))
+    for target, own in enumerate(coder.layers):
+        out[:, target] += np.asarray(own.decoder_bias)
+        if own.skip is not None:
+            out[:, target] += x[target] @ np.float64(own.skip).T
+        for source in range(target + 1):
+            rows = coder.layers[source].decoder
+            rows = np.float64(coder.layers[source].encoder)[:, None] if rows is None else np.float64(rows)
+            if coder.config.kind == "clt" or source == target:
+                out[:, target] += activations[source] @ rows[:, target - source]
+    return out
+
+
+KINDS = {
+    "clt": CLT,
+    "clt skip": replace(CLT, skip=True),
+    "transcoder skip": replace(PLT, skip=True),
+    "tied sae": replace(SAE, tied=True),
+    "of some layers": replace(CLT, layers=(1, 3)),
+}
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
+def test_decoding_is_the_double_loop_over_sources_and_targets(config):
+    coder = random_coder(config)
+    layers = len(config.covered)
+    x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(layers)]
+    a = [jnp.asarray(np.maximum(normal(5, 10, seed=9 + layer), 0)) for layer in range(layers)]
+    want = by_hand(coder, a, x)
+    np.testing.assert_allclose(jax.jit(SparseCoder.decode)(coder, a, x), want, atol=2e-5)
+    np.testing.assert_allclose([coder.write(t, a, x[t]) for t in range(layers)], want.swapaxes(0, 1), atol=2e-5)
+    batched = [own[None] for own in a]  # [B, T, F] goes the same way
+    np.testing.assert_allclose(coder.write(layers - 1, batched, x[-1][None])[0], want[:, -1], atol=2e-5)
+    bare = want - by_hand(coder, [0 * own for own in a], x)
+    rows = tuple(own.rows for own in coder.layers)
+    for form in (_decode_by_source, _decode_joined):
+        np.testing.assert_allclose(form(tuple(a), rows), bare, atol=2e-5)
+    assert [own.shape for own in rows] == [(10, config.reach(layer), 6) for layer in range(layers)]
+    reaches = [layers - layer if config.kind == "clt" else 1 for layer in range(layers)]
+    assert [config.reach(layer) for layer in range(layers)] == reaches
+
+
+def plain_decode(activations, decoders):
+    """jax's own einsums and gradients."""
+    out = []
+    for target in range(len(decoders)):
+        parts = [
+            jnp.einsum("nf,fd->nd", activations[s], decoders[s][:, target - s], precision="highest")
+            for s in range(target + 1)
+            if target - s < decoders[s].shape[1]
+        ]
+        out.append(sum(parts[1:], parts[0]))
+    return jnp.stack(out, axis=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-13)])
+@pytest.mark.parametrize("reach", [(3, 2, 1), (1, 1, 1)])
+def test_gradients_of_products_are_those_of_einsum(dtype, tolerance, reach):
+    with jax.enable_x64(dtype == "float64"):
+        a = tuple(jnp.asarray(normal(5, 10, seed=i), dtype) for i in range(3))
+        decoders = tuple(jnp.asarray(normal(10, r, 6, seed=i), dtype) for i, r in enumerate(reach))
+        upstream = jnp.asarray(normal(5, 3, 6, seed=7), dtype)
+        got, back = jax.vjp(decode, a, decoders)
+        want, expected = jax.vjp(plain_decode, a, decoders)
+        assert got.dtype == dtype
+        for mine, theirs in zip(
+            jax.tree.leaves((got, back(upstream))), jax.tree.leaves((want, expected(upstream))), strict=True
+        ):
+            np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=10 * tolerance)
+        x, weight = a[0], decoders[0][:, 0]
+        for equation, first in (("nf,fd->nd", x), ("btf,fd->btd", x.reshape(1, 5, 10))):
+            got, back = jax.vjp(partial(product, equation), first, weight)
+            want, expected = jax.vjp(partial(jnp.einsum, equation, precision="highest"), first, weight)
+            for mine, theirs in zip((got, *back(got)), (want, *expected(want)), strict=True):
+                np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=100 * tolerance)
+
+
+def test_bfloat16_products_are_summed_in_float32_and_so_are_their_weight_gradients():
+    """4,097 ones: summed in bfloat16 they stall at 256, and the sum rounded to it would be 4,096."""
+    count = 4097
+    ones, weight = jnp.ones((1, count), jnp.bfloat16), jnp.ones((count, 2), jnp.float32)
+    for result in (
+        product("nf,fd->nd", ones, weight),
+        _decode_by_source((ones,), (weight[:, None],))[:, 0],
+        _decode_joined((ones,), (weight[:, None],))[:, 0],
+    ):
+        assert result.dtype == jnp.float32 and np.asarray(result).tolist() == [[count, count]]
+    column = jnp.ones((count, 1), jnp.bfloat16)
+
+    def written(weight):
+        return product("nf,fd->nd", column, weight).sum()
+
+    def decoded(weight):
+        return decode((column,), (weight[:, None],)).sum()
+
+    for function in (written, decoded):
+        found = jax.grad(function)(jnp.full((1, 2), 0.3))
+        assert found.dtype == jnp.float32 and np.asarray(found).tolist() == [[count, count]]
+    # Operands are rounded to bfloat16 as they are on a chip; the sum is not.
+    rough = product("nf,fd->nd", jnp.ones((1, 3), jnp.bfloat16), jnp.full((3, 1), 0.1))
+    assert float(rough[0, 0]) == pytest.approx(3 * float(jnp.bfloat16(0.1)), rel=1e-6)
+
+
+# Coders.
+
+
+def test_encoding_is_the_rule_of_an_affine_map():
+    x = jnp.asarray(normal(4, 6))
+    for config in (CLT, replace(CLT, activation="relu"), replace(CLT, activation="topk", k=3)):
+        coder = random_coder(config)
+        own = coder.layers[1]
+        h = np.float64(x) @ np.float64(own.encoder).T + np.float64(own.encoder_bias)
+        least = 0.0 if own.threshold is None else np.float64(own.threshold)
+        if config.k is not None:
+            least = np.maximum(np.sort(h, axis=1)[:, -3:].min(1, keepdims=True) - 1e-6, 0)
+        want = np.where(h > least, h, 0)
+        np.testing.assert_allclose(coder.encode(1, x), want, atol=1e-5)
+        np.testing.assert_allclose(coder.encode(1, x[None])[0], want, atol=1e-5)
+        assert 0 < (want > 0).sum() < want.size
+
+
+def test_the_length_of_a_features_decoders_spans_all_its_targets():
+    coder = random_coder(CLT)
+    for own in coder.layers:
+        rows = np.asarray(own.decoder).reshape(10, -1)
+        np.testing.assert_allclose(own.norms, np.linalg.norm(rows, axis=1), rtol=1e-6)
+
+
+def test_a_coder_is_a_pytree_whose_settings_are_static():
+    coder, x = random_coder(CLT), jnp.asarray(normal(4, 6))
+    leaves = jax.tree.leaves(coder)
+    assert len(leaves) == 3 * 5 and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    traced = []
+
+    @jax.jit
+    def encode(coder, x):
+        traced.append(coder.config)
+        return coder.encode(0, x)
+
+    np.testing.assert_allclose(encode(coder, x), coder.encode(0, x), rtol=1e-6)
+    encode(jax.tree.map(lambda w: 2 * w, coder), x)
+    assert traced == [CLT]  # new weights, same program
+    other = SparseCoder(coder.layers, replace(CLT, bandwidth=0.5))
+    encode(other, x)
+    assert traced == [CLT, other.config]
+
+
+@pytest.mark.parametrize("case", ["llama3", "gpt2", "gemma2"])
+def test_neurons_write_what_the_models_mlps_do(case):
+    model, tokens = golden_model(case), reference(case)["tokens"]
+    coder = neurons(model)
+    assert coder.config.features == model.config.mlp_width
+    logits, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_neurons", "mlp_raw_out"))
+
+    @jax.jit
+    def written(x):
+        a = [coder.encode(layer, own) for layer, own in enumerate(x)]
+        return jnp.stack(a), jnp.stack([coder.write(layer, a, own) for layer, own in enumerate(x)])
+
+    a, y = written(seen["mlp_in"])
+    np.testing.assert_allclose(a, seen["mlp_neurons"], atol=1e-5)
+    np.testing.assert_allclose(y, seen["mlp_raw_out"], atol=1e-5)
+    for layer in range(model.config.layers):
+        rows = np.float64(coder.rows(layer))
+        assert rows.shape == (model.config.mlp_width, 1, model.config.width)
+        constant = y[layer] - np.float64(a[layer]) @ rows[:, 0]  # the bias alone
+        np.testing.assert_allclose(constant, np.broadcast_to(constant[:1, :1], constant.shape), atol=1e-5)
+    replaced, _ = jclt.run(model, tokens, edit=replacing(coder), unroll=True)
+    np.testing.assert_allclose(replaced, logits, atol=1e-5)
+
+
+def test_replacing_changes_the_covered_layers_alone():
+    """A coder of layers 0 and 2: its features write across the gap, where the model's own MLP goes on as it is."""
+    model, tokens = golden_model("llama3"), reference("llama3")["tokens"]
+    covered, width = (0, 2), model.config.width
+    coder = random_coder(CoderConfig("clt", 7, layers=covered, width=width))
+    _, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_out"), edit=replacing(coder), unroll=True)
+    x, got = (np.float64(seen[site]).reshape(model.config.layers, -1, width) for site in ("mlp_in", "mlp_out"))
+    a = []
+    for own, layer in zip(coder.layers, covered, strict=True):
+        h = x[layer] @ np.float64(own.encoder).T + np.float64(own.encoder_bias)
+        a.append(np.where(h > np.asarray(own.threshold), h, 0))
+    written = by_hand(coder, a, list(x[list(covered)]))
+    own = {name: np.float64(value[1]) for name, value in model.params.items() if value.ndim > 1}
+    up, opened = (x[1] @ own[name] + own[f"{name}_bias"] for name in ("up", "gate"))
+    mlp = (opened / (1 + np.exp(-opened)) * up) @ own["down"] + own["down_bias"]
+    for layer, want in enumerate((written[:, 0], mlp, written[:, 1])):
+        np.testing.assert_allclose(got[layer], want, atol=1e-4, rtol=1e-5)
+
+
+# Settings.
+
+MODEL = replace(golden_model("llama3").config, layers=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"features": 0}, "setting 'coder.features': 0, expected at least 1"),
+        ({"k": 3}, "setting 'coder.k': 3, expected none under activation 'jumprelu'"),
+        (
+            {"activation": "topk"},
+            "setting 'coder.k': None, expected a number of active features under activation 'topk'",
+        ),
+        ({"activation": "topk", "k": 11}, "setting 'coder.k': 11, expected 1 to 10"),
+        ({"activation": "batchtopk", "k": 41}, "setting 'coder.k': 41, expected 1 to 40"),
+        ({"activation": "batchtopk", "k": 0}, "setting 'coder.k': 0, expected 1 to 40"),
+        ({"tied": True}, "setting 'coder.tied': expected false, a clt writes elsewhere than it reads"),
+        (
+            {"kind": "sae"},
+            "setting 'coder.writes': 'mlp_out', expected 'mlp_in': an SAE writes where it reads",
+        ),
+        ({"layers": (1, 4)}, "setting 'coder.layers': (1, 4), expected layers from 0 to 3, in order"),
+        ({"layers": (3, 1)}, "setting 'coder.layers': (3, 1), expected layers from 0 to 3, in order"),
+        ({"layers": ()}, "setting 'coder.layers': (), expected layers from 0 to 3, in order"),
+        ({"layers": (-1, 2)}, "setting 'coder.layers': (-1, 2), expected layers from 0 to 3, in order"),
+        ({"layers": (2, 2)}, "setting 'coder.layers': (2, 2), expected layers from 0 to 3, in order"),
+        ({"width": 5}, f"setting 'coder.width': 5, expected {MODEL.width}, the model's"),
+        ({"reads": "hook_mlp_in"}, "site 'hook_mlp_in': this is called 'resid_mid' here"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(change, line):
+    with pytest.raises(UserError) as error:
+        replace(CoderConfig("clt", 10), **change).fitted(MODEL, "a/model")
+    assert str(error.value) == line
+
+
+def test_what_follows_from_the_model_is_filled_in():
+    fitted = CoderConfig("clt", 10).fitted(MODEL, "a/model")
+    assert (fitted.layers, fitted.width, fitted.model) == ((0, 1, 2, 3), MODEL.width, "a/model")
+    some = CoderConfig("clt", 10, activation="batchtopk", k=20, layers=(1, 3), model="mine").fitted(MODEL, "a/model")
+    assert (some.layers, some.model, some.rule) == ((1, 3), "mine", "jumprelu")
+    assert [some.reach(index) for index in range(2)] == [2, 1]

@@ -1,0 +1,187 @@
+"""What the train step promises of its compiled program: what travels between devices, what is kept, what is traced."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import Collective, check_step, collectives
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jclt.training.step as step_module
+from jclt.coders import CoderConfig
+from jclt.models import ModelConfig
+from jclt.sharding import MESH_AXES, make_mesh, sharding
+from jclt.training.abstract import lower_step, step_inputs
+from jclt.training.coder import init_state
+from jclt.training.config import TrainConfig
+from jclt.training.harvest import Harvest
+from jclt.training.rules import activate
+from jclt.training.step import encode, prepare, train_step
+
+# Sizes that meet in no other role, so that a shape says what its axes are.
+MODEL = ModelConfig("llama", 96, 16, 2, 2, 40, 32)
+FEATURES, BATCH, LENGTH, MICRO = 1024, 8, 12, 2
+LAYERS, WIDTH = MODEL.layers, MODEL.width
+
+
+def config(**settings) -> TrainConfig:
+    coder = {"features": FEATURES} | settings.pop("coder", {})
+    fitted = CoderConfig(**coder).fitted(MODEL, "tiny")
+    return TrainConfig(fitted, **{"batch": BATCH, "length": LENGTH, "micro_batches": MICRO} | settings)
+
+
+@pytest.fixture(scope="module", params=[(1, 8), (2, 4)], ids=["1x8", "2x4"])
+def program(request):
+    """The mesh's shape and the step compiled for it."""
+    return request.param, lower_step(config(), MODEL, make_mesh(*request.param)).compile()
+
+
+def test_the_step_sends_the_expected_few_things(program):
+    shape, compiled = program
+    check_step(compiled.as_text(), config(), *shape)
+
+
+def test_the_state_is_updated_in_place(program):
+    shape, compiled = program
+    state = jax.tree.leaves(step_inputs(config(), MODEL, make_mesh(*shape)).state)
+    kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
+    assert compiled.memory_analysis().alias_size_in_bytes == kept
+
+
+def encoded(settings: TrainConfig, with_penalties: bool) -> list[Collective]:
+    """The collectives of encoding one micro-batch on 8 feature shards."""
+    mesh = make_mesh(1, 8)
+    x = jax.ShapeDtypeStruct((48, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P()))
+
+    def run(state, x):
+        weights, xs = prepare(state.coder), (x,) * LAYERS
+        if with_penalties:
+            return encode(settings, weights, xs, state.density, jnp.ones(()))
+        h = tuple(weights.coder.preactivation(layer, own) for layer, own in enumerate(xs))
+        return activate(weights.coder, h, weights.norms)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(step_inputs(settings, MODEL, mesh).state, x).compile().as_text()
+    return collectives(text)
+
+
+@pytest.mark.parametrize("coder", [{}, {"activation": "relu"}, {"kind": "transcoder", "skip": True}])
+def test_encoding_has_no_collective(coder):
+    assert encoded(config(coder=coder), with_penalties=False) == []
+
+
+def test_penalties_add_scalars_alone():
+    found = encoded(config(), with_penalties=True)
+    assert {one.kind for one in found} == {"all-reduce"} and len(found) <= 2
+    assert all(one.largest == 1 for one in found)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_of_the_largest_activations_only_counts_travel(activation):
+    found = encoded(config(coder={"activation": activation, "k": 24}, sparsity="none"), with_penalties=False)
+    assert {one.kind for one in found} == {"all-reduce"} and len(found) <= LAYERS
+    assert all(one.largest <= 48 for one in found), found  # one number for each token
+
+
+def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):
+    mesh, settings = make_mesh(2, 4), config(seed=17)
+    traced, gradients = [], step_module.gradients
+    monkeypatch.setattr(step_module, "gradients", lambda *args: traced.append(1) or gradients(*args))
+    random = np.random.default_rng(0)
+    inputs = step_inputs(settings, MODEL, mesh)
+
+    def numbers(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(random.normal(size=x.shape).astype(x.dtype), x.sharding)
+
+    with jax.set_mesh(mesh):
+        where = sharding(mesh, (LAYERS, BATCH, LENGTH, WIDTH), (None, "batch", None, None))
+        values = jax.ShapeDtypeStruct((LAYERS, BATCH, LENGTH, WIDTH), jnp.float32, sharding=where)
+        found = Harvest(numbers(values), numbers(values))
+        state = init_state(settings, mesh, lambda _: found)
+        params = jax.tree.map(numbers, inputs.params)
+        for x, y in zip(jax.tree.leaves(inputs.state), jax.tree.leaves(state), strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        losses = []
+        for _ in range(3):
+            tokens = random.integers(0, MODEL.vocabulary, (BATCH, LENGTH)).astype(np.int32)
+            tokens = jax.device_put(tokens, inputs.tokens.sharding)
+            state, _, report = train_step(settings, MODEL, False, state, None, params, tokens)
+            losses.append(float(report["loss"]))
+    assert len(traced) == 1
+    assert np.isfinite(losses).all() and len(set(losses)) == 3
+
+
+GPT2 = ModelConfig(
+    "gpt2",
+    50257,
+    768,
+    12,
+    12,
+    3072,
+    1024,
+    norm="layer",
+    activation="gelu_tanh",
+    gated=False,
+    qkv_bias=True,
+    attn_out_bias=True,
+    mlp_bias=True,
+    learned_positions=True,
+    tied=True,
+)
+GEMMA2 = ModelConfig(
+    "gemma2",
+    256000,
+    2304,
+    26,
+    8,
+    9216,
+    8192,
+    kv_heads=4,
+    head_width=256,
+    norm_offset=1.0,
+    post_norms=True,
+    activation="gelu_tanh",
+    local_layers=tuple(range(0, 26, 2)),
+    window=4096,
+    attn_softcap=50.0,
+    logit_softcap=30.0,
+    scaled_embedding=True,
+    tied=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "features", "data", "shards"),
+    [(GPT2, 16_384, 1, 256), (GEMMA2, 98_304, 1, 256), (GEMMA2, 98_304, 4, 64), (GEMMA2, 98_304, 16, 64)],
+    ids=["gpt2-1x256", "gemma2-1x256", "gemma2-4x64", "gemma2-16x64"],
+)
+def test_the_step_type_checks_for_pods_that_are_not_here(model, features, data, shards):
+    mesh = AbstractMesh((data, shards), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
+    coder = CoderConfig(features=features).fitted(model, "large")
+    settings = TrainConfig(coder, batch=mesh.size, length=128, micro_batches=4, compute="bfloat16", remat=True)
+    inputs = step_inputs(settings, model, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        new, _, report = train_step.eval_shape(settings, model, False, inputs.state, None, inputs.params, inputs.tokens)
+    assert jax.tree.map(placement, new) == jax.tree.map(placement, inputs.state)
+    split = [layer.decoder.sharding.shard_shape(layer.decoder.shape)[0] for layer in new.coder.layers]
+    assert set(split) == {features // shards}
+    assert report["layers_nmse"].shape == (model.layers,)
+
+
+def placement(x: jax.ShapeDtypeStruct) -> tuple:
+    where = P() if x.sharding is None else x.sharding.spec
+    return x.shape, x.dtype, tuple(where.partitions) + (None,) * (x.ndim - len(where.partitions)), where.unreduced
+
+
+def test_an_end_to_end_step_type_checks_too():
+    """The replacement model runs with its tokens split over all chips, as the model does."""
+    mesh = AbstractMesh((2, 16), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
+    settings = replace(config(), batch=32, end_to_end_steps=10)
+    inputs = step_inputs(settings, MODEL, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        new, *_ = train_step.eval_shape(settings, MODEL, True, inputs.state, None, inputs.params, inputs.tokens)
+    assert jax.tree.map(placement, new) == jax.tree.map(placement, inputs.state)

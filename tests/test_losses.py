@@ -1,0 +1,582 @@
+"""What a coder's training is made of, each part against a closed form: losses, schedules, scales, starts, shuffling."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jclt.coders import CoderConfig, SparseCoder, abstract_coder
+from jclt.errors import UserError
+from jclt.models import ModelConfig
+from jclt.sharding import make_mesh
+from jclt.training import losses
+from jclt.training.checkpoints import Checkpoints
+from jclt.training.config import TrainConfig
+from jclt.training.harvest import Harvest, Scaling, fold, measure_scaling
+from jclt.training.initial import calibrated_bias, initial_weights
+from jclt.training.loop import fit
+from jclt.training.metrics import Log
+from jclt.training.optimizers import coder_optimizer, coder_rate
+from jclt.training.rules import activate, at_inference, with_thresholds
+from jclt.training.shuffle import filled, mixed
+from jclt.training.speed import coder_operations
+from jclt.training.step import CoderState, gradients, train_step
+
+MODEL = ModelConfig("llama", 8, 6, 2, 1, 8, 16)  # never run: the batches are activations
+PLAIN = TrainConfig(
+    CoderConfig("clt", 8, layers=(0, 1), width=6),
+    steps=10,
+    sparsity="none",
+    preactivation="none",
+    normalize="none",
+    warmup=0,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# Penalties, in float64: values by a formula in numpy, gradients by that formula's finite differences.
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+
+
+def bernoulli_divergence(a: np.ndarray, density: float) -> float:
+    p, q = density, np.tanh(a).mean(0)
+    return sum(p * np.log(p / own) + (1 - p) * np.log((1 - p) / (1 - own)) for own in q)
+
+
+N, F = (7, 3), (5, 9)
+SHAPES = list(zip(N, F, strict=True))
+CASES = {
+    "squared error": (
+        lambda y, target: losses.squared_error(y, target) @ jnp.asarray([1.0, 2.0]),
+        lambda y, target: sum((i + 1) * np.sum((y - target)[:, i] ** 2) for i in range(2)) / len(y),
+        lambda n, f: (normal(n, 2, f), normal(n, 2, f, seed=1)),
+    ),
+    "tanh": (
+        lambda a, norms: losses.tanh_penalty(a, norms, 4.0),
+        lambda a, norms: np.mean([sum(np.tanh(4 * x * w) for x, w in zip(row, norms, strict=True)) for row in a]),
+        lambda n, f: (np.abs(normal(n, f)), np.abs(normal(f, seed=1))),
+    ),
+    "l1": (
+        losses.l1_penalty,
+        lambda a, norms: (a @ norms).mean(),
+        lambda n, f: (np.abs(normal(n, f)), np.abs(normal(f, seed=1))),
+    ),
+    "l0": (
+        lambda active: losses.l0_penalty(active, 5.0),
+        lambda active: 2 / 5 * (active - 5) ** 2,
+        lambda n, f: (np.asarray(float(n + f)),),
+    ),
+    "kl": (
+        lambda a: losses.kl_penalty(a, 0.03),
+        lambda a: bernoulli_divergence(a, 0.03),
+        lambda n, f: (np.abs(normal(n, f)),),
+    ),
+    "below threshold": (
+        losses.below_threshold_penalty,
+        lambda h, t, norms: np.mean([sum(max(b - x, 0) * w for x, b, w in zip(r, t, norms, strict=True)) for r in h]),
+        lambda n, f: (normal(n, f), np.abs(normal(f, seed=1)), np.abs(normal(f, seed=2))),
+    ),
+    "below zero": (
+        losses.below_zero_penalty,
+        lambda h: -np.minimum(h, 0).sum() / len(h),
+        lambda n, f: (normal(n, f),),
+    ),
+    "kl of logits": (
+        losses.kl_divergence,
+        lambda p, q: np.mean(np.sum(softmax(p) * (np.log(softmax(p)) - np.log(softmax(q))), -1)),
+        lambda n, f: (normal(n, 2, f), normal(n, 2, f, seed=1)),
+    ),
+}
+
+
+def finite_differences(function, arguments: tuple[np.ndarray, ...], which: int) -> np.ndarray:
+    x, step, slopes = arguments[which], 1e-6, np.zeros_like(arguments[which])
+    for index in np.ndindex(x.shape):
+        around = []
+        for sign in (1, -1):
+            moved = x.copy()
+            moved[index] += sign * step
+            around.append(function(*arguments[:which], moved, *arguments[which + 1 :]))
+        slopes[index] = (around[0] - around[1]) / (2 * step)
+    return slopes
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_penalty_is_its_closed_form_and_so_is_its_gradient(name, shape):
+    ours, formula, make = CASES[name]
+    arguments = make(*shape)
+    with jax.enable_x64():
+        placed = tuple(jnp.asarray(x) for x in arguments)
+        value, slopes = jax.value_and_grad(ours, tuple(range(len(placed))))(*placed)
+        assert value.dtype == jnp.float64
+    assert float(value) == pytest.approx(formula(*arguments), rel=1e-12)
+    for which, got in enumerate(slopes):
+        np.testing.assert_allclose(got, finite_differences(formula, arguments, which), rtol=1e-6, atol=1e-8)
+        assert np.abs(got).max() > 1e-3
+
+
+def test_the_end_to_end_loss_weighs_both_terms_alike():
+    of_error, of_kl = losses.end_to_end_weights(jnp.asarray(3.0), jnp.asarray(0.2), 0.5)
+    assert of_error * 3.0 + float(of_kl) * 0.2 == pytest.approx((3.0 + 0.5 * 15 * 0.2) / 1.5)
+    # The balance 3 / 0.2 is a constant to the gradient.
+    by_kl = jax.grad(lambda kl: losses.end_to_end_weights(jnp.asarray(3.0), kl, 0.5)[1])(jnp.asarray(0.2))
+    assert float(by_kl) == 0
+
+
+# The step's objective.
+
+
+def random_coder(config: CoderConfig, seed: int = 0, dtype=np.float32) -> SparseCoder:
+    """Under JumpReLU with logarithms of thresholds, as it is while it is trained."""
+    rng = np.random.default_rng(seed)
+    fill = lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), dtype)  # noqa: E731
+    return jax.tree.map(fill, abstract_coder(config))
+
+
+def identity(config: CoderConfig) -> Scaling:
+    shape = (len(config.covered), config.size)
+    return Scaling(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(shape), jnp.ones(shape))
+
+
+def state_of(config: TrainConfig, coder: SparseCoder, step: int = 0, density=None) -> CoderState:
+    c = config.coder
+    return CoderState(
+        step=jnp.int32(step),
+        coder=coder,
+        optimizer=coder_optimizer(config).init(coder),
+        scaling=identity(c),
+        density=density or tuple(jnp.full(c.features, 0.1) for _ in c.covered),
+        running=jnp.zeros(()),
+        skipped=jnp.int32(0),
+        skipped_in_row=jnp.int32(0),
+    )
+
+
+def harvest_of(config: CoderConfig, seed: int = 0) -> Harvest:
+    shape = (len(config.covered), 4, 10, config.size)
+    return Harvest(*(jnp.asarray(normal(*shape, seed=2 * seed + i), jnp.float32) for i in range(2)))
+
+
+def flat(x: jax.Array) -> np.ndarray:
+    return np.float64(x).reshape(x.shape[0], -1, x.shape[-1])
+
+
+def gradient_of(config: TrainConfig, share: float, state: CoderState, found: Harvest) -> tuple[SparseCoder, dict]:
+    return jax.jit(gradients, static_argnums=(0, 1))(config, share, state, found, jnp.float32(1))
+
+
+@pytest.mark.parametrize("target", [1.0, 12.0])
+def test_the_l0_penalty_moves_thresholds_towards_its_target(target):
+    config = replace(PLAIN, sparsity="l0", target_l0=target, sparsity_weight=2.0)
+    state, found = state_of(config, random_coder(config.coder)), harvest_of(config.coder)
+    got, report = gradient_of(config, 0.0, state, found)
+    active = float(sum(jnp.sum(own) for own in report["fired"]))
+    assert 2 < active < 11
+    for own, slope, x in zip(state.coder.layers, got.layers, flat(found.reads), strict=True):
+        h, t = x @ np.float64(own.encoder).T + np.float64(own.encoder_bias), np.exp(np.float64(own.threshold))
+        share_near = (np.abs(h - t) < 0.5).mean(0)
+        want = -2.0 * 4 / target * (active - target) * share_near * t
+        np.testing.assert_allclose(slope.threshold, want, rtol=1e-4, atol=1e-6)
+        assert np.all(np.sign(slope.threshold)[share_near > 0] == np.sign(target - active))
+
+
+def test_the_auxiliary_loss_trains_dead_features_alone():
+    config = replace(PLAIN, auxiliary_weight=0.25, auxiliary_k=2, dead_density=1e-3)
+    dead = np.zeros((2, 8), bool)
+    dead[0, [1, 4, 6]] = dead[1, [0, 2, 7]] = True
+    density = tuple(jnp.asarray(np.where(own, 1e-4, 0.1), jnp.float32) for own in dead)
+    coder, found = random_coder(config.coder), harvest_of(config.coder)
+    none = tuple(jnp.full(8, 0.1) for _ in range(2))
+    without, _ = gradient_of(replace(config, auxiliary_weight=0.0), 1.0, state_of(config, coder), found)
+    alive, _ = gradient_of(config, 1.0, state_of(config, coder, density=none), found)
+    for a, b in zip(jax.tree.leaves(alive), jax.tree.leaves(without), strict=True):
+        np.testing.assert_array_equal(a, b)  # nothing is dead: nothing is added
+    both, _ = gradient_of(config, 1.0, state_of(config, coder, density=density), found)
+    more = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), both, without)
+
+    x, y = flat(found.reads), flat(found.writes).swapaxes(0, 1)
+    h = [own_x @ np.float64(c.encoder).T + np.float64(c.encoder_bias) for own_x, c in zip(x, coder.layers, strict=True)]
+    a = [np.where(own > np.exp(np.float64(c.threshold)), own, 0) for own, c in zip(h, coder.layers, strict=True)]
+    spare = [np.where(gone, np.maximum(own, 0), 0) for own, gone in zip(h, dead, strict=True)]
+    spare = [np.where(own >= np.sort(own, 1)[:, -2:].min(1, keepdims=True), own, 0) for own in spare]
+    wrote, tried = np.zeros_like(y), np.zeros_like(y)
+    for source, c in enumerate(coder.layers):
+        wrote[:, source:] += np.einsum("nf,frd->nrd", a[source], np.float64(c.decoder))
+        wrote[:, source] += np.float64(c.decoder_bias)
+        tried[:, source:] += np.einsum("nf,frd->nrd", spare[source], np.float64(c.decoder))
+    left = 2 * 0.25 / len(y) * (tried - (y - wrote))
+    for source, (c, slope) in enumerate(zip(coder.layers, more.layers, strict=True)):
+        np.testing.assert_allclose(slope.decoder, np.einsum("nf,nrd->frd", spare[source], left[:, source:]), atol=1e-5)
+        to_h = np.einsum("nrd,frd->nf", left[:, source:], np.float64(c.decoder)) * (spare[source] > 0)
+        np.testing.assert_allclose(slope.encoder, to_h.T @ x[source], atol=1e-5)
+        np.testing.assert_allclose(slope.encoder_bias, to_h.sum(0), atol=1e-5)
+        assert np.all(slope.threshold == 0) and np.all(slope.decoder_bias == 0)
+        moved = np.abs(slope.decoder).max((1, 2))
+        assert np.all(moved[~dead[source]] == 0) and np.all(moved[dead[source]] > 1e-4)
+
+
+@pytest.mark.parametrize(("ramp", "at_half"), [(1.0, 0.5), (0.5, 1.0)])
+def test_sparsity_grows_from_nothing_over_its_share_of_the_run(ramp, at_half):
+    config = replace(PLAIN, sparsity="tanh", sparsity_ramp=ramp)
+    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(config.coder))
+    seen = {}
+    for step in (0, 4, 9):
+        state = state_of(config, random_coder(config.coder), step)
+        seen[step] = train_step(config, MODEL, False, state, None, {}, batch)[2]
+    assert [float(seen[step]["ramp"]) for step in (0, 4, 9)] == pytest.approx([0.1 / ramp, at_half, 1.0])
+    assert float(seen[9]["penalty"]) > 0.1
+    for step in (0, 4):
+        full = float(seen[9]["penalty"])
+        assert float(seen[step]["penalty"]) == pytest.approx(float(seen[step]["ramp"]) * full, rel=1e-5)
+
+
+# Steps that are no numbers.
+
+
+def test_a_step_without_a_number_changes_nothing_but_its_count():
+    config = replace(PLAIN, sparsity="tanh", optimizer="adam", beta1=0.9, coder=replace(PLAIN.coder, skip=True))
+    good = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(config.coder))
+    bad = Harvest(good.reads.at[1, 0, 3, 2].set(jnp.nan), good.writes)
+
+    def step(state: CoderState, batch: Harvest) -> CoderState:
+        return train_step(config, MODEL, False, state, None, {}, batch)[0]
+
+    state = step(state_of(config, random_coder(config.coder)), good)
+    before = jax.device_get(state)
+    counts = []
+    for batch in (bad, bad, good, bad, Harvest(good.reads, good.writes.at[0, 0, 0, 0].set(jnp.inf))):
+        state = step(state, batch)
+        counts.append((int(state.step), int(state.skipped), int(state.skipped_in_row)))
+        after = jax.device_get(state)
+        kept = [(old, new) for old, new in zip(before[1:6], after[1:6], strict=True)]
+        same = [
+            np.array_equal(a, b)
+            for old, new in kept
+            for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+        ]
+        if batch is good:
+            assert not all(same) and all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+        else:
+            assert all(same)
+        before = after
+    assert counts == [(2, 1, 1), (3, 2, 2), (4, 2, 0), (5, 3, 1), (6, 4, 2)]
+
+
+# Rates and optimizers.
+
+
+@pytest.mark.parametrize(
+    ("change", "rates"),
+    [
+        ({}, {0: 0, 5: 0.5, 10: 1, 79: 1, 80: 1, 90: 0.5, 100: 0}),
+        ({"decay": 0.5}, {10: 1, 50: 1, 75: 0.5, 99: 0.02, 100: 0}),
+        ({"decay": 1.0}, {5: 0.5, 10: 1, 55: 0.5, 100: 0}),
+        ({"decay": 0.0}, {10: 1, 99: 1}),
+        ({"warmup": 0}, {0: 1, 80: 1, 100: 0}),
+        ({"schedule": "constant"}, {0: 0, 5: 0.5, 10: 1, 100: 1}),
+        ({"schedule": "cosine"}, {0: 0, 10: 1, 55: 0.5, 32.5: (1 + 0.5**0.5) / 2, 100: 0}),
+    ],
+)
+def test_the_learning_rate_turns_where_it_should(change, rates):
+    config = replace(PLAIN, **{"steps": 100, "warmup": 10, "learning_rate": 3.0} | change)
+    with jax.numpy_dtype_promotion("standard"):
+        got = [float(coder_rate(config)(step)) for step in rates]
+    np.testing.assert_allclose(got, 3 * np.array(list(rates.values())), atol=1e-6)
+
+
+OPTIMIZERS = ["adam", "adamw", "adafactor", "lion", "rmsprop", "sgd"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_every_optimizer_lowers_a_quadratic(name, beta1):
+    config = replace(PLAIN, optimizer=name, beta1=beta1, learning_rate=0.02, schedule="constant", weight_decay=0.0)
+    rule = coder_optimizer(config)
+    target = jnp.asarray(normal(6, 4), jnp.float32)
+    params = {"w": target + jnp.asarray(np.sign(normal(6, 4, seed=1)), jnp.float32)}
+    state, seen = rule.init(params), []
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(5):
+            seen.append(float(jnp.sum((params["w"] - target) ** 2)))
+            moved, state = rule.update({"w": 2 * (params["w"] - target)}, state, params)
+            params = optax.apply_updates(params, moved)
+    assert np.all(np.diff(seen) < -1e-4 * seen[0])
+    assert seen[0] == pytest.approx(24)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_is_kept_in_its_type(name, dtype):
+    config = replace(PLAIN, optimizer=name, beta1=0.9, moment_dtype=dtype)
+    params = {"w": jnp.ones((6, 4))}
+    rule = coder_optimizer(config)
+    state = rule.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        _, after = rule.update({"w": jnp.ones((6, 4))}, state, params)
+    for own in (state, after):
+        sizes = [x.dtype for x in jax.tree.leaves(own) if x.shape == (6, 4)]
+        assert sizes.count(jnp.dtype(dtype)) >= 1
+        assert dtype == "float32" or sizes.count(jnp.dtype("float32")) == len(sizes) - 1
+
+
+def test_gradients_are_clipped_to_their_length():
+    config = replace(PLAIN, optimizer="sgd", learning_rate=1.0, schedule="constant", clip=0.5)
+    rule, params = coder_optimizer(config), {"w": jnp.zeros((2,))}
+    for gradient, want in (([3.0, 4.0], [-0.3, -0.4]), ([0.1, 0.2], [-0.1, -0.2])):
+        moved, _ = rule.update({"w": jnp.asarray(gradient)}, rule.init(params), params)
+        np.testing.assert_allclose(moved["w"], want, rtol=1e-6)
+
+
+# Scales.
+
+
+def measured(normalize: str) -> tuple[Scaling, np.ndarray, np.ndarray]:
+    values = 3 * normal(4, 2, 2, 3, 5, 6) + normal(1, 2, 2, 1, 1, 6, seed=1)  # batch, site, layer, B, T, D
+    values[:, 0, 1, :, :, 2] = 3.3  # a dimension that never changes
+    found = [Harvest(*(jnp.asarray(x, jnp.float32) for x in batch)) for batch in values]
+    scaling = measure_scaling(lambda i: found[i], len(found), normalize, (2, 6))
+    reads, writes = np.moveaxis(values, 1, 0).swapaxes(1, 2).reshape(2, 2, -1, 6)
+    return scaling, reads, writes
+
+
+def test_scales_bring_each_layers_mean_square_to_one():
+    scaling, reads, writes = measured("scale")
+    for scale, mean, x in (
+        (scaling.read_scale, scaling.read_mean, reads),
+        (scaling.write_scale, scaling.write_mean, writes),
+    ):
+        want = np.sqrt((x**2).mean((1, 2)))[:, None] * np.ones((2, 6))
+        np.testing.assert_allclose(scale, want, rtol=1e-5)
+        assert np.all(np.asarray(mean) == 0)
+
+
+def test_standardising_brings_each_dimension_to_mean_zero_and_variance_one():
+    scaling, reads, writes = measured("standardize")
+    np.testing.assert_allclose(scaling.read_mean, reads.mean(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scaling.write_scale, writes.std(1), rtol=1e-4)
+    want = reads.std(1)
+    want[1, 2] = 1e-3 * want[1].max()  # the one that never changes is not blown up, nor a NaN
+    np.testing.assert_allclose(scaling.read_scale, want, rtol=1e-3)
+    none = measured("none")[0]
+    assert np.all(np.asarray(none.read_scale) == 1) and np.all(np.asarray(none.write_mean) == 0)
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        CoderConfig("clt", 8, layers=(0, 1, 3), width=6, skip=True),
+        CoderConfig("transcoder", 8, activation="topk", k=3, layers=(0, 1, 3), width=6, skip=True),
+        CoderConfig("sae", 8, layers=(0, 1), width=6, tied=True, reads="resid_post", writes="resid_post"),
+    ],
+    ids=["clt", "transcoder", "tied sae"],
+)
+def test_a_folded_coder_does_on_raw_activations_what_it_does_on_scaled_ones(config, means):
+    layers = len(config.covered)
+    with jax.enable_x64():
+        coder = with_thresholds(random_coder(config, dtype=np.float64))
+        parts = [np.exp(normal(layers, 6, seed=i)) if i % 2 else means * normal(layers, 6, seed=i) for i in range(4)]
+        read_mean, read_scale, write_mean, write_scale = parts
+        folded = fold(coder, Scaling(*(jnp.asarray(part) for part in parts)))
+        raw = 2 * normal(layers, 20, 6, seed=9) + read_mean[:, None]
+        scaled = (raw - read_mean[:, None]) / read_scale[:, None]
+        x = [[jnp.asarray(own) for own in values] for values in (raw, scaled)]
+        a = [[c.encode(i, own) for i, own in enumerate(v)] for c, v in zip((folded, coder), x, strict=True)]
+        for layer in range(layers):
+            np.testing.assert_allclose(a[0][layer], a[1][layer], atol=1e-12)
+            assert np.any(np.asarray(a[1][layer]) > 0)
+            want = np.asarray(coder.write(layer, a[1], x[1][layer])) * write_scale[layer] + write_mean[layer]
+            np.testing.assert_allclose(folded.write(layer, a[0], x[0][layer]), want, atol=1e-11)
+            if config.activation == "jumprelu":
+                np.testing.assert_array_equal(folded.layers[layer].threshold, coder.layers[layer].threshold)
+    assert folded.config == replace(config, tied=False)
+
+
+# Starts.
+
+
+def is_uniform(x: np.ndarray, bound: float) -> bool:
+    """Within the bound, and at every tenth of it as many as there should be, to four deviations."""
+    shares = np.array([(np.asarray(x) < bound * (t / 5 - 1)).mean() for t in range(1, 10)])
+    wanted = np.arange(1, 10) / 10
+    near = np.abs(shares - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / x.size)
+    return bool(np.abs(x).max() <= bound and near.all())
+
+
+@pytest.mark.parametrize("initial", ["clt", "january", "transposed"])
+def test_initial_weights_are_the_published_ones(initial):
+    features, width = 128, 24
+    coder = CoderConfig("clt", features, layers=(0, 1, 2), width=width)
+    config = replace(PLAIN, coder=coder, initial=initial, threshold=0.07)
+    weights = jax.device_get(initial_weights(config, make_mesh(1, 1)))
+    decoder_bound = 1 / width if initial == "january" else (3 * width) ** -0.5
+    for layer, own in enumerate(weights.layers):
+        assert own.decoder.shape == (features, 3 - layer, width) and is_uniform(own.decoder, decoder_bound)
+        assert np.all(own.encoder_bias == 0) and np.all(own.decoder_bias == 0)
+        np.testing.assert_allclose(np.exp(own.threshold), 0.07, rtol=1e-6)
+        rows = own.decoder[:, 0]
+        if initial == "clt":
+            assert is_uniform(own.encoder, features**-0.5)
+            assert abs(np.corrcoef(own.encoder.ravel(), rows.ravel())[0, 1]) < 0.1
+        elif initial == "january":
+            np.testing.assert_allclose(own.encoder, width / features * rows, rtol=1e-6)
+        else:
+            np.testing.assert_allclose(np.linalg.norm(own.encoder, axis=1), 1, rtol=1e-5)
+            np.testing.assert_allclose(np.sum(own.encoder * rows, 1), np.linalg.norm(rows, axis=1), rtol=1e-5)
+    first, second = (weights.layers[layer].encoder for layer in (0, 1))
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
+    other = initial_weights(replace(config, seed=1), make_mesh(1, 1))
+    assert not np.array_equal(other.layers[0].encoder, first)
+
+
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.5, 0.9])
+def test_calibrated_features_fire_on_just_the_asked_share_of_tokens(density):
+    """Also where pre-activations lie far from zero, and their differences are near their rounding."""
+    for spread, offset in ((1.0, 0.0), (5.0, -300.0), (1e-3, 7.0)):
+        h = np.float32(spread * normal(1000, 16) + offset)
+        bias = np.asarray(calibrated_bias(jnp.asarray(h), jnp.full((16,), 0.03), density))
+        assert bias.dtype == np.float32
+        fired = (h + bias > np.float32(0.03)).sum(0)
+        distinct = [len(np.unique(column)) for column in h.T]
+        slack = 0 if min(distinct) == 1000 else 1
+        assert np.all(np.abs(fired - round(density * 1000)) <= slack), fired
+
+
+# Rules at inference, and counts.
+
+
+def test_batch_top_k_is_a_jump_relu_at_inference():
+    config = CoderConfig("clt", 8, activation="batchtopk", k=3, layers=(0, 1), width=6)
+    coder = random_coder(config)
+    x = [jnp.asarray(normal(40, 6, seed=layer), jnp.float32) for layer in range(2)]
+    h = tuple(coder.preactivation(layer, own) for layer, own in enumerate(x))
+    kept, least = activate(coder, h, tuple(own.norms for own in coder.layers))
+    # The least of what is kept defines the threshold; a hair below it everything kept is above.
+    after = at_inference(coder, least * (1 - 1e-6))
+    assert after.config == replace(config, activation="jumprelu", k=None)
+    for layer in range(2):
+        np.testing.assert_array_equal(after.encode(layer, x[layer]), kept[layer])
+    assert sum(int((own > 0).sum()) for own in kept) == 3 * 40
+    # At the threshold itself nothing but that one value can differ: the gate is strict.
+    there = at_inference(coder, least)
+    differ = sum(int((there.encode(layer, x[layer]) != kept[layer]).sum()) for layer in range(2))
+    assert differ <= 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "features", "tokens"), [(1, 3, 5, 7), (4, 16, 32, 11), (12, 768, 4096, 2048)]
+)
+def test_a_cross_layer_transcoders_step_costs_so_many_operations(layers, width, features, tokens):
+    config = CoderConfig("clt", features, layers=tuple(range(layers)), width=width)
+    assert coder_operations(config, tokens) == tokens * width * features * layers * (3 * layers + 7)
+    # Encoder: forward and weights; each of the decoders: forward, activations and weights; 2 for each product.
+    counted = sum(2 * 2 + 3 * 2 * (layers - source) for source in range(layers)) * tokens * width * features
+    assert coder_operations(config, tokens) == counted
+    assert coder_operations(replace(config, kind="transcoder"), tokens) == tokens * width * features * layers * 10
+
+
+# Shuffling.
+
+AGES, POSITIONS = 3, 12
+
+
+def numbered(number: int) -> Harvest:
+    """Every token says of itself which batch, row and position it was, in both sites and in every layer."""
+    b, t = np.meshgrid(np.arange(2), np.arange(POSITIONS), indexing="ij")
+    tag = np.broadcast_to(np.stack([np.full_like(b, number), b, t], -1), (2, 2, POSITIONS, 3))
+    return Harvest(jnp.asarray(tag, jnp.float32), jnp.asarray(10.0 + tag, jnp.float32))
+
+
+def shuffled(start: int, steps: int) -> tuple[list[Harvest], list[Harvest]]:
+    """What each step gets, and the buffer after it."""
+    put = jax.jit(mixed, static_argnums=3)
+    buffer, got, buffers = filled(numbered, start, AGES, seed=5), [], []
+    for step in range(start, start + steps):
+        number = step + AGES - 1
+        buffer, found = put(buffer, numbered(number), jnp.int32(number), 5)
+        got.append(jax.device_get(found))
+        buffers.append(jax.device_get(buffer))
+    return got, buffers
+
+
+def test_shuffling_hands_out_every_token_once_from_several_batches():
+    steps = 8
+    got, _ = shuffled(0, steps)
+    counts: dict[tuple[int, ...], int] = {}
+    for step, found in enumerate(got):
+        assert found.reads.shape == (2, 2, POSITIONS, 3)
+        np.testing.assert_array_equal(found.writes, found.reads + 10)
+        np.testing.assert_array_equal(found.reads[0], found.reads[1])
+        tags = found.reads[0].reshape(-1, 3).astype(int)
+        batches, share = np.unique(tags[:, 0], return_counts=True)
+        assert batches.tolist() == [step, step + 1, step + 2] and len(set(share)) == 1
+        for tag in map(tuple, tags.tolist()):
+            counts[tag] = counts.get(tag, 0) + 1
+    assert set(counts.values()) == {1}
+    # Batches that came in after the first step and have left before the last one were seen whole.
+    for number in range(AGES - 1, steps):
+        assert sum(tag[0] == number for tag in counts) == 2 * POSITIONS
+    orders = [tuple(found.reads[0, 0, : POSITIONS // AGES, 2].astype(int)) for found in got]
+    assert len(set(orders)) == steps and tuple(range(POSITIONS // AGES)) not in orders
+
+
+@pytest.mark.parametrize("start", [1, 2, 5])
+def test_a_refilled_buffer_goes_on_bit_for_bit(start):
+    got, buffers = shuffled(0, 7)
+    again, refilled = shuffled(start, 7 - start)
+    for mine, theirs in zip((*again, *refilled), (*got[start:], *buffers[start:]), strict=True):
+        np.testing.assert_array_equal(mine.reads, theirs.reads)
+        np.testing.assert_array_equal(mine.writes, theirs.writes)
+
+
+# The loop, when steps are no numbers.
+
+
+class Counting(NamedTuple):
+    step: jax.Array
+    weight: jax.Array
+
+
+def test_the_loop_stops_after_so_many_bad_steps_in_a_row_and_keeps_the_state_from_before(tmp_path):
+    bad = {3, 4, 5, *range(8, 20)}  # three in a row pass, the fourth does not
+    reached = []
+
+    def advance(step: int, state: Counting, batch: int) -> tuple[Counting, dict[str, jax.Array]]:
+        assert step == batch == int(state.step)
+        reached.append(step)
+        weight = state.weight if step in bad else state.weight + 1.5
+        return Counting(state.step + 1, weight), {"loss": jnp.float32(np.nan if step in bad else 1.0)}
+
+    start = Counting(jnp.int32(0), jnp.zeros(()))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints, Log(tmp_path, 0) as metrics:
+        with pytest.raises(UserError) as error:
+            fit(
+                start,
+                advance,
+                lambda step: step,
+                steps=30,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                log_every=1,
+                save_every=100,
+                describe=str,
+                skips=3,
+            )
+    said = "loss is nan at step 12, for the 4th step in a row; the newest checkpoint is of step 12"
+    assert str(error.value) == said
+    assert max(reached) <= 12  # metrics come one step late
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        found = checkpoints.restore(start)
+    assert found is not None and float(found.weight) == 1.5 * 5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 11
