@@ -10,7 +10,7 @@ from jclt.coders import Coder
 from jclt.coders.products import einsum
 from jclt.models import ModelConfig, forward
 from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Layer, Logits, Params, Tokens
-from jclt.sharding import placed
+from jclt.sharding import as_placed, placed
 
 
 def read_features(
@@ -39,7 +39,10 @@ def with_features(
     so what features write to those is not added. Attention is free.
     """
     activations, writes = read_features(config, params, coder, layers, tokens)
-    changes = [jnp.where(where[i], values[i].astype(a.dtype) - a, jnp.zeros_like(a)) for i, a in enumerate(activations)]
+    changes = [
+        jnp.where(as_placed(where[i], a), as_placed(values[i], a).astype(a.dtype) - a, jnp.zeros_like(a))
+        for i, a in enumerate(activations)
+    ]
     held: dict[int, Array] = {}
     for i, target in enumerate(layers):
         out = writes[i]

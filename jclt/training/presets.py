@@ -44,7 +44,7 @@ def small_world_coder() -> TrainConfig:
         batch=16,
         sparsity="none",
         preactivation_weight=3e-4,
-        initial="transposed",  # a fifth of the dead features, and the largest gain in speed, of all settings tried
+        initial="transposed",  # leaves a third as many features dead as "clt" does, and learns faster
         learning_rate=4e-3,
         beta1=0.9,
         beta2=0.99,

@@ -254,6 +254,11 @@ def train_step(
     return new, buffer, metrics(config, new, report, optax.tree.norm(gradient), ramp)
 
 
+DECADES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Edges of the density histogram: shares of features that fire on fewer tokens than the first, on fewer than the
+second, and so on, by the running average."""
+
+
 def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm: Array, ramp: Array) -> dict[str, Any]:
     """What a step reports: numbers for all layers together, and lists with one for each.
 
@@ -262,11 +267,13 @@ def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm
     """
     l0 = jnp.stack([jnp.sum(fired) for fired in report["fired"]])
     nmse = report["error"] / report["spread"]
+    explained = 1 - (report["error"] - report["drift"]) / report["spread"]
+    below = [jnp.stack([jnp.mean(seen < edge, dtype=jnp.float32) for seen in state.density]).mean() for edge in DECADES]
     dead = jnp.stack([jnp.mean(seen < config.dead_density, dtype=jnp.float32) for seen in state.density])
     return {
         "loss": report["loss"],
         "nmse": jnp.mean(nmse),
-        "explained": jnp.mean(1 - (report["error"] - report["drift"]) / report["spread"]),
+        "explained": jnp.mean(explained),
         "l0": jnp.sum(l0),
         "dead": jnp.mean(dead),
         "penalty": report["penalty"],
@@ -276,6 +283,8 @@ def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm
         "skipped_in_row": state.skipped_in_row,
         **({"kl": report["kl"]} if "kl" in report else {}),
         "layers_nmse": nmse,
+        "layers_explained": explained,
         "layers_l0": l0,
         "layers_dead": dead,
+        "density_histogram": jnp.diff(jnp.stack(below), prepend=0.0, append=1.0),
     }
