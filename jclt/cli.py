@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         "stopped.",
         epilog="example: jclt train tiny --out runs/tiny --set steps=300 --set coder.features=256",
     )
-    command.add_argument("config", metavar="CONFIG", help="a preset (tiny) or a .py file that defines `config`")
+    command.add_argument(
+        "config", metavar="CONFIG", help="a preset (tiny, small-world) or a .py file that defines `config`"
+    )
     command.add_argument("--out", type=Path, default=None, help="the run's folder (default runs/NAME)")
     command.add_argument(
         "--set",

@@ -10,7 +10,6 @@ data without saying so does not trace.
 import math
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import jax
@@ -48,9 +47,13 @@ def join_hosts() -> None:
     names = ("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS")
     given = [os.environ[name] for name in names if name in os.environ]
     if not given:
-        # What JAX says where it recognises no cluster is a ValueError: the run is this one process.
-        with suppress(ValueError):
+        try:
             jax.distributed.initialize()
+        except ValueError:
+            pass  # no cluster is recognised: the run is this one process
+        except RuntimeError as error:
+            if "must be called before" not in str(error):  # a program that has computed already is alone as well
+                raise
     elif len(given) < len(names) or not (given[1].isdigit() and given[2].isdigit()):
         raise UserError(f"{', '.join(names)}: expected all three, host:port and two whole numbers")
     else:

@@ -573,7 +573,7 @@ def test_the_loop_stops_after_so_many_bad_steps_in_a_row_and_keeps_the_state_fro
                 describe=str,
                 skips=3,
             )
-    said = "loss is nan at step 12, for the 4th step in a row; the newest checkpoint is of step 12"
+    said = "loss is nan at step 12, for the 4th step in a row; the newest checkpoint is of step 13"
     assert str(error.value) == said
     assert max(reached) <= 12  # metrics come one step late
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:

@@ -7,8 +7,8 @@ At 12 layers x 768, 4,096 features a layer and 2,048 tokens, float32 on 2 CPU co
 measured matmul rate, counting the dense operations of the coder, B d F L (3 L + 7), and of the harvest; a harvest that
 costs at most 15% on top of the coder's own step; and at least 1.3 times the tokens a second of PyTorch, where torch and
 transformers are installed. The variable lets glibc ask for large pages: without it a step that works on 10 GB spends a
-tenth of its time on small ones. On an accelerator the step is in bfloat16. Cost: 7 minutes and 12 GB, 4 more minutes with
---growth.
+tenth of its time on small ones. On an accelerator the step is in bfloat16. Cost: 7 minutes and 12 GB, 4 more minutes
+with --growth.
 """
 
 import argparse
