@@ -42,8 +42,10 @@ def test_the_replacement_model_answers_as_the_model_does(model, coder):
     assert found.overall.ablated_agreement < 0.1
 
 
-def test_exchanging_a_states_features_moves_the_answer(model, coder):
-    """Of all layers but the last, whose features can write to nothing but the answer."""
-    found = state_exchange(model, coder, layers=(0, 1, 2), size=16)
+@pytest.mark.parametrize("relation", ["capital", "river"])
+def test_exchanging_a_states_features_moves_the_answer(model, coder, relation):
+    """Of all layers but the last. Chosen by what they do for the capital, they move the river too: they are the
+    state's."""
+    found = state_exchange(model, coder, layers=(0, 1, 2), size=16, relation=relation)
     assert found.moved >= 0.85 and found.control < 0.1
     assert all(len(features) <= 16 for features in found.features.values())

@@ -26,7 +26,7 @@ Where = Literal["end", "from the city on"]
 
 
 class Form(NamedTuple):
-    """One way to ask for every city's capital, and what the coder sees there."""
+    """One way to ask for something of every city's state, and what the coder sees there."""
 
     tokens: np.ndarray  # [cities, T], filled up behind: forms of one length share one program
     end: int  # where the answer is read off
@@ -34,8 +34,8 @@ class Form(NamedTuple):
     activations: np.ndarray  # [l, cities, T, F]
 
 
-def ask(model: Model, coder: Coder, layers: tuple[int, ...], where: Where) -> list[Form]:
-    prompts = [[form.format(city=city, relation="capital") for city in CITIES] for form in ASKED]
+def ask(model: Model, coder: Coder, layers: tuple[int, ...], where: Where, relation: str = "capital") -> list[Form]:
+    prompts = [[form.format(city=city, relation=relation) for city in CITIES] for form in ASKED]
     everything = padded(model, [prompt for asked in prompts for prompt in asked])[0]
     found = []
     for asked, tokens in zip(prompts, np.split(everything, len(ASKED)), strict=True):
@@ -68,7 +68,7 @@ def telling(
         with on_mesh(model):
             (rows, _), *_ = batches(model, form.tokens, None, len(form.tokens))
             within = np.pad(kept, (0, len(rows) - len(kept)))
-            arguments = (model.config, model.params, coder, layers, rows, within, form.end, capitals_of(model))
+            arguments = (model.config, model.params, coder, layers, rows, within, form.end, values_of(model))
             effects = np.asarray(effects_on(*arguments))
         means = state_means(form.activations, known)
         others = (np.sum(means, axis=0) - means) / (len(STATES) - 1)
@@ -76,10 +76,10 @@ def telling(
     return np.sum(total, axis=0)
 
 
-def capitals_of(model: Model) -> np.ndarray:
-    """The token of each state's capital."""
+def values_of(model: Model, relation: str = "capital") -> np.ndarray:
+    """The token of each state's capital, or of what else is asked for."""
     vocabulary = vocabulary_of(model)
-    return np.array([vocabulary[f" {value_of(state, 'capital')}"] for state in STATES])
+    return np.array([vocabulary[f" {value_of(state, relation)}"] for state in STATES])
 
 
 def largest(scores: np.ndarray, size: int) -> np.ndarray:
@@ -95,9 +95,9 @@ def largest(scores: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StateExchange:
-    moved: float  # how often the answer becomes the other state's capital
+    moved: float  # how often the answer becomes the other state's
     control: float  # the same with as many features drawn from all that are active there
-    unmoved: float  # how often the answer is the own state's capital before anything is exchanged
+    unmoved: float  # how often the answer is the own state's before anything is exchanged
     features: dict[str, tuple[tuple[int, int], ...]]  # of each state: the model's layer, feature
 
     def summary(self) -> dict[str, float]:
@@ -112,11 +112,13 @@ def state_exchange(
     size: int = 16,
     where: Where = "from the city on",
     split: Split = "report",
+    relation: str = "capital",
     seed: int = 0,
 ) -> StateExchange:
     """Exchanges the states of all cities of the split for each of the nine others, in every form of the question.
 
     A state has at most `size` features of the given covered layers: those through which it does most for its capital.
+    Asked for another relation, the same features show whether they carry the state or its capital alone.
     """
     tested = [i for i, city in enumerate(CITIES) if CITY_SPLIT[city] == split]
     known = [i for i, city in enumerate(CITIES) if CITY_SPLIT[city] not in (split, "report")]
@@ -126,8 +128,10 @@ def state_exchange(
     active = np.any([f.activations[:, known][:, :, f.positions].any(axis=(1, 2)) for f in forms], axis=0)
     drawn = largest(np.random.default_rng(seed).random(scores.shape) * active, size)
     nothing = np.zeros_like(chosen)
+    tests = forms if relation == "capital" else ask(model, coder, layers, where, relation)
+    values = values_of(model, relation)
     moved, control, unmoved = (
-        np.mean([exchanged(model, coder, layers, form, known, tested, sets) for form in forms], axis=0)
+        np.mean([exchanged(model, coder, layers, form, known, tested, sets, values) for form in tests], axis=0)
         for sets in (chosen, drawn, nothing)
     )
     return StateExchange(
@@ -149,9 +153,9 @@ def exchanged(
     known: Sequence[int],
     tested: Sequence[int],
     sets: np.ndarray,
+    values: np.ndarray,
 ) -> tuple[float, float]:
-    """How often the answer is the other state's capital, and how often still the own one's."""
-    capitals = capitals_of(model)
+    """How often the answer is the other state's value, and how often still the own one's."""
     states = np.array([STATES.index(STATE_OF[city]) for city in CITIES])
     pairs = [(city, state) for city in tested for state in range(len(STATES)) if state != states[city]]
     cities, others = np.array(pairs).T
@@ -164,4 +168,4 @@ def exchanged(
         arguments = (means[other].swapaxes(0, 1), touched.swapaxes(0, 1))
         words = np.asarray(answers_with(model.config, model.params, coder, layers, rows, *arguments))
     answers = words[: len(cities), form.end]
-    return float(np.mean(answers == capitals[others])), float(np.mean(answers == capitals[states[cities]]))
+    return float(np.mean(answers == values[others])), float(np.mean(answers == values[states[cities]]))

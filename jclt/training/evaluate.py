@@ -29,7 +29,8 @@ def evaluate(
     text = "\n\n".join(f"{name}, {tokens.size} tokens\n{part.table()}" for name, part in parts.items())
     figures = {name: part.summary() for name, part in parts.items()}
     if data == "world" and coder.config.kind in ("clt", "transcoder"):
-        exchange = state_exchange(model, coder)
+        # All layers but the last, after which nothing is left to look a state's capital up.
+        exchange = state_exchange(model, coder, layers=tuple(range(max(1, len(coder.config.covered) - 1))))
         figures["exchange"] = exchange.summary()
         text += f"\n\nexchange of one state's features for another's: {exchange.moved:.1%} of the answers follow"
         text += f", {exchange.control:.1%} with as many others"
