@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import pytest
 
 # Layers, features a layer, and the mesh. In the first the sums over source layers are contracted as one product, with
-# 512 features a chip; in the others, with 1,024 and 2,560, source by source.
+# 384 features a chip; in the others, with 1,024 and 2,560, source by source.
 CASES = {
-    "joined": (2, 8_192, 1, 16),
+    "joined": (2, 6_144, 1, 16),
     "by source": (4, 16_384, 1, 16),
     "by source on two data shards": (2, 20_480, 2, 8),
 }
