@@ -28,9 +28,9 @@ RULES: dict[str, tuple[str, ...]] = {
     # The language model's tokens are split over every chip: replicated over the feature shards, its forward pass would
     # cost as much again on each of them.
     "batch": ("data", "features"),
-    # Each of the language model's weights has one width axis; it is stored in as many pieces as there are chips and
-    # gathered a layer at a time where it is used.
-    "width": ("data", "features"),
+    # Each of the language model's weights is stored in as many pieces as there are chips, along one axis; they are
+    # gathered a layer at a time where they are used, which costs least along the first axis.
+    "stored": ("data", "features"),
     # A coder's features, and all that belongs to one, lie in as many pieces as the mesh has feature shards; its tokens
     # are split over `data` alone, since every feature reads every token.
     "features": ("features",),
@@ -77,12 +77,13 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
 
 
 def spec(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
-    """Where an array of this shape lies, axis by axis; an axis that does not divide evenly is kept whole."""
+    """Where an array of this shape lies, axis by axis. An axis that does not divide evenly is kept whole; of several of
+    one name the first that does is split."""
     placed: list[tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
         names = RULES[axis] if axis else ()
         pieces = math.prod(mesh.shape[name] for name in names)
-        placed.append(names if pieces > 1 and size % pieces == 0 else None)
+        placed.append(names if pieces > 1 and size % pieces == 0 and names not in placed else None)
     return P(*placed)
 
 
@@ -120,12 +121,14 @@ def placed(x: Array, axes: Sequence[str | None]) -> Array:
 
 
 def reduced_later(x: Array) -> Array:
-    """A weight whose gradients stay, by its type, pieces of a sum over the data shards until they are moved.
+    """A weight whose gradients stay, by its type, pieces of a sum over the devices that it is the same on until they
+    are moved.
 
     So those of many micro-batches are added up where they are made, and travel once.
     """
     where = jax.typeof(x).sharding
-    axes = frozenset(name for name in RULES["tokens"] if where.mesh.shape.get(name, 1) > 1)
+    taken = {name for part in where.spec for name in ((part,) if isinstance(part, str) else part or ())}
+    axes = frozenset(name for name in RULES["batch"] if where.mesh.shape.get(name, 1) > 1) - taken
     return jax.reshard(x, P(*where.spec, reduced=axes)) if axes else x
 
 

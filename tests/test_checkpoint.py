@@ -232,7 +232,7 @@ def test_weights_lie_where_the_rules_say():
     for name, target in abstract_params(model.config, mesh).items():
         assert model.params[name].sharding == target.sharding
         split = target.sharding.spec != jax.P(*(None,) * len(target.shape))
-        assert split == ("width" in declare(model.config)[name].axes), name
+        assert split == ("stored" in declare(model.config)[name].axes), name
 
 
 def test_a_hub_name_is_found_in_the_cache(tmp_path):

@@ -12,7 +12,7 @@ from golden_cases import golden_model, reference
 import jclt
 from jclt.coders import CoderConfig, SparseCoder, abstract_coder, neurons, replacing
 from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
-from jclt.coders.products import _decode_by_source, _decode_joined, decode, product
+from jclt.coders.products import _written, decode, product
 from jclt.errors import UserError
 from jclt.sharding import make_mesh, sharding
 from jclt.training.rules import activate
@@ -220,14 +220,15 @@ def test_decoding_is_the_double_loop_over_sources_and_targets(config):
     x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(layers)]
     a = [jnp.asarray(np.maximum(normal(5, 10, seed=9 + layer), 0)) for layer in range(layers)]
     want = by_hand(coder, a, x)
-    np.testing.assert_allclose(jax.jit(SparseCoder.decode)(coder, a, x), want, atol=2e-5)
+    np.testing.assert_allclose(jnp.stack(jax.jit(SparseCoder.decode)(coder, a, x), axis=1), want, atol=2e-5)
     np.testing.assert_allclose([coder.write(t, a, x[t]) for t in range(layers)], want.swapaxes(0, 1), atol=2e-5)
     batched = [own[None] for own in a]  # [B, T, F] goes the same way
     np.testing.assert_allclose(coder.write(layers - 1, batched, x[-1][None])[0], want[:, -1], atol=2e-5)
     bare = want - by_hand(coder, [0 * own for own in a], x)
     rows = tuple(own.rows for own in coder.layers)
-    for form in (_decode_by_source, _decode_joined):
-        np.testing.assert_allclose(form(tuple(a), rows), bare, atol=2e-5)
+    for joined in (False, True):
+        found = [_written(target, tuple(a), rows, joined) for target in range(layers)]
+        np.testing.assert_allclose(jnp.stack(found, axis=1), bare, atol=2e-5)
     assert [own.shape for own in rows] == [(10, config.reach(layer), 6) for layer in range(layers)]
     reaches = [layers - layer if config.kind == "clt" else 1 for layer in range(layers)]
     assert [config.reach(layer) for layer in range(layers)] == reaches
@@ -243,7 +244,7 @@ def plain_decode(activations, decoders):
             if target - s < decoders[s].shape[1]
         ]
         out.append(sum(parts[1:], parts[0]))
-    return jnp.stack(out, axis=1)
+    return tuple(out)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-13)])
@@ -252,10 +253,10 @@ def test_gradients_of_products_are_those_of_einsum(dtype, tolerance, reach):
     with jax.enable_x64(dtype == "float64"):
         a = tuple(jnp.asarray(normal(5, 10, seed=i), dtype) for i in range(3))
         decoders = tuple(jnp.asarray(normal(10, r, 6, seed=i), dtype) for i, r in enumerate(reach))
-        upstream = jnp.asarray(normal(5, 3, 6, seed=7), dtype)
+        upstream = tuple(jnp.asarray(normal(5, 6, seed=7 + i), dtype) for i in range(3))
         got, back = jax.vjp(decode, a, decoders)
         want, expected = jax.vjp(plain_decode, a, decoders)
-        assert got.dtype == dtype
+        assert all(own.dtype == dtype for own in got)
         for mine, theirs in zip(
             jax.tree.leaves((got, back(upstream))), jax.tree.leaves((want, expected(upstream))), strict=True
         ):
@@ -274,8 +275,8 @@ def test_bfloat16_products_are_summed_in_float32_and_so_are_their_weight_gradien
     ones, weight = jnp.ones((1, count), jnp.bfloat16), jnp.ones((count, 2), jnp.float32)
     for result in (
         product("nf,fd->nd", ones, weight),
-        _decode_by_source((ones,), (weight[:, None],))[:, 0],
-        _decode_joined((ones,), (weight[:, None],))[:, 0],
+        _written(0, (ones,), (weight[:, None],), joined=False),
+        _written(0, (ones,), (weight[:, None],), joined=True),
     ):
         assert result.dtype == jnp.float32 and np.asarray(result).tolist() == [[count, count]]
     column = jnp.ones((count, 1), jnp.bfloat16)
@@ -284,7 +285,7 @@ def test_bfloat16_products_are_summed_in_float32_and_so_are_their_weight_gradien
         return product("nf,fd->nd", column, weight).sum()
 
     def decoded(weight):
-        return decode((column,), (weight[:, None],)).sum()
+        return decode((column,), (weight[:, None],))[0].sum()
 
     for function in (written, decoded):
         found = jax.grad(function)(jnp.full((1, 2), 0.3))

@@ -16,7 +16,7 @@ from jclt.coders.activations import jump_relu, top_k
 from jclt.coders.config import CoderConfig
 from jclt.coders.products import decode, letters, product
 from jclt.shapes import Array, DTypeLike, Float
-from jclt.sharding import AnyMesh, sharding
+from jclt.sharding import AnyMesh, placed, sharding
 
 
 @runtime_checkable
@@ -122,12 +122,16 @@ class SparseCoder(eqx.Module):
 
     def decode(
         self, activations: Sequence[Float[Array, "N F"]], x: Sequence[Float[Array, "N D"]]
-    ) -> Float[Array, "N L D"]:
-        """What is written to every layer: `write` for all at once, as training computes it."""
-        out = decode(tuple(activations), tuple(layer.rows for layer in self.layers))
-        out = out + jnp.stack([layer.decoder_bias for layer in self.layers])[None].astype(out.dtype)
-        skips = [product("nd,ed->ne", x[i], own.skip) for i, own in enumerate(self.layers) if own.skip is not None]
-        return out + jnp.stack(skips, axis=1).astype(out.dtype) if skips else out
+    ) -> tuple[Float[Array, "N D"], ...]:
+        """What is written to every layer: `write` for all at once, as training computes it, split over all devices."""
+
+        def whole(own: CoderLayer, x: Array, written: Array) -> Array:
+            written = written + own.decoder_bias[None].astype(written.dtype)
+            if own.skip is None:
+                return written
+            return written + product("nd,ed->ne", placed(x, ("batch", None)), own.skip).astype(written.dtype)
+
+        return tuple(map(whole, self.layers, x, decode(tuple(activations), tuple(own.rows for own in self.layers))))
 
 
 AXES: dict[str, tuple[str | None, ...]] = {

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jclt.models.ops import wide
+from jclt.models.ops import held, wide
 from jclt.shapes import Array, Float
-from jclt.sharding import einsum_spec
+from jclt.sharding import einsum_spec, placed
 
 
 def einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
@@ -76,57 +76,57 @@ def _product_backward(equation: str, kept: Any, gradient: Array) -> tuple[Array,
 _product.defvjp(_product_forward, _product_backward)
 
 JOINED_BELOW = 1024
-"""Features of a layer on one of several devices, below which the sums over sources are contracted as one product.
+"""Features of a layer on one of several devices, below which the sum over sources is contracted as one product.
 
-A product for each source reads and writes the sums of all layers once per source, which pays while it is long
-enough. Joined over sources each target is written once, by one long product; the price is a copy of the decoders in
-that order. By a TPU v5e compiler's schedule both take about as long at 1,024 features a chip.
+A product for each source adds to a target's sums once per source, which pays while it is long enough. Joined over
+sources a target is written once, by one long product; the price is a copy of activations and decoders in that order.
+By a TPU v5e compiler's schedule both take about as long at 1,024 features a chip.
 """
 
 
 @jax.custom_vjp
-def decode(activations: tuple[Float[Array, "N F"], ...], decoders: tuple[Float[Array, "F _ D"], ...]) -> Array:
-    """What all features write: `[N, L, D]`, the sum over source layers s of activations[s] times decoders[s], whose
-    R-th row writes to layer s + R."""
+def decode(
+    activations: tuple[Float[Array, "N F"], ...], decoders: tuple[Float[Array, "F _ D"], ...]
+) -> tuple[Float[Array, "N D"], ...]:
+    """What all features write to each layer: the sum over source layers s of activations[s] times decoders[s], whose
+    R-th row writes to layer s + R.
+
+    Feature shards each hold a piece of every sum. Of the sums each device keeps the tokens that are its own, a share
+    of its data shard's: what is made of them need not be made on every device. Gradients come back in the type that
+    products are computed in. The last target comes first, as the backward pass asks for it first; while its pieces
+    are added up the next can be multiplied.
+    """
     features = activations[0].shape[-1]
     on_device = jax.typeof(activations[0]).sharding.shard_shape(activations[0].shape)[-1]
     joined = on_device < min(features, JOINED_BELOW)
-    return _decode_joined(activations, decoders) if joined else _decode_by_source(activations, decoders)
+    targets = [_written(target, activations, decoders, joined) for target in reversed(range(len(decoders)))]
+    return tuple(placed(own, ("batch", None)) for own in reversed(targets))
 
 
-def _decode_by_source(activations: tuple[Array, ...], decoders: tuple[Array, ...]) -> Array:
-    layers = len(decoders)
-    out = None
-    for source, (a, decoder) in enumerate(zip(activations, decoders, strict=True)):
-        with jax.named_scope(f"from_{source}"):
-            written = einsum("nf,frd->nrd", a, decoder.astype(a.dtype))
-        after = layers - source - written.shape[1]
-        written = jnp.pad(written, ((0, 0), (source, after), (0, 0))) if written.shape[1] < layers else written
-        out = written if out is None else out + written
-    assert out is not None
-    return out
+def _written(target: int, activations: tuple[Array, ...], decoders: tuple[Array, ...], joined: bool) -> Array:
+    """To one layer, by one product over all sources or by one for each."""
+    sources = [s for s, rows in enumerate(decoders[: target + 1]) if target - s < rows.shape[1]]
+    a = [activations[s] for s in sources]
+    with jax.named_scope(f"to_{target}"):
+        rows = [decoders[s][:, target - s].astype(a[0].dtype) for s in sources]
+        if joined:
+            return einsum("snf,sfd->nd", jnp.stack(a), jnp.stack(rows))
+        first, *others = (einsum("nf,fd->nd", *pair) for pair in zip(a, rows, strict=True))
+        return sum(others, first)
 
 
-def _decode_joined(activations: tuple[Array, ...], decoders: tuple[Array, ...]) -> Array:
-    targets = []
-    for target in range(len(decoders)):
-        sources = [s for s in range(target + 1) if target - s < decoders[s].shape[1]]
-        with jax.named_scope(f"to_{target}"):
-            joined = jnp.stack([activations[s] for s in sources])
-            rows = jnp.stack([decoders[s][:, target - s].astype(joined.dtype) for s in sources])
-            targets.append(einsum("snf,sfd->nd", joined, rows))
-    return jnp.stack(targets, axis=1)
-
-
-def _decode_forward(activations: tuple[Array, ...], decoders: tuple[Array, ...]) -> tuple[Array, Any]:
+def _decode_forward(activations: tuple[Array, ...], decoders: tuple[Array, ...]) -> tuple[Any, Any]:
     return decode(activations, decoders), (activations, decoders)
 
 
-def _decode_backward(kept: Any, gradient: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def _decode_backward(kept: Any, gradients: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     activations, decoders = kept
     to_activations, to_decoders = [], []
+    own = jnp.stack([x.astype(activations[0].dtype) for x in gradients], axis=1)
+    # Held, or the compiler would stack them anew for each source.
+    gradient = held(placed(own, ("tokens", None, None)))
     for source, (a, decoder) in enumerate(zip(activations, decoders, strict=True)):
-        written = gradient[:, source : source + decoder.shape[1]].astype(a.dtype)
+        written = gradient[:, source : source + decoder.shape[1]]
         with jax.named_scope(f"from_{source}"):
             to_activations.append(einsum("nrd,frd->nf", written, decoder.astype(a.dtype)).astype(a.dtype))
             to_decoders.append(einsum("nf,nrd->frd", a, written, decoder).astype(decoder.dtype))

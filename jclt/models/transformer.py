@@ -165,10 +165,13 @@ def of_kind(config: ModelConfig, layer: int | Array, global_and_local: tuple[Any
 
 
 def rows(table: Float[Array, "V D"], index: Int[Array, "B T"]) -> Stream:
-    """Rows of an embedding, split over devices as their indices are."""
-    if not is_split(index):
-        return gathered(table)[index]
-    return gathered(table).at[index].get(out_sharding=P(*jax.typeof(index).sharding.spec, None))
+    """Rows of an embedding, split over devices as their indices are. Where the table lies in pieces the rows travel, of
+    which there are few, and not the table: each device looks up its piece of all of them."""
+    if not is_split(index) and not is_split(table):
+        return table[index]
+    pieces = jax.typeof(table).sharding.spec[1]
+    found = table.at[gathered(index)].get(out_sharding=P(None, None, pieces))
+    return jax.reshard(found, P(*jax.typeof(index).sharding.spec, None))
 
 
 def embed(config: ModelConfig, params: Params, tokens: Tokens, positions: Int[Array, "B T"], site: Sites) -> Stream:

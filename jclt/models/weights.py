@@ -33,24 +33,24 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
     d, m, h, g, k = c.width, c.mlp_width, c.heads, c.key_heads, c.head_size
     # Products start at unit gain; what writes to the residual stream is damped so that it does not grow with depth.
     read, write = d**-0.5, (2 * c.layers) ** -0.5
-    gain = Weight((d,), ("width",), None, 1.0 - c.norm_offset)
+    gain = Weight((d,), ("stored",), None, 1.0 - c.norm_offset)
     head_gain = Weight((k,), (None,), None, 1.0 - c.norm_offset)
-    bias = Weight((d,), ("width",), None)
+    bias = Weight((d,), ("stored",), None)
     norms = ["attn_norm", *([] if c.post_norms is False else ["attn_post_norm", "mlp_post_norm"]), "mlp_norm"]
 
     weights = {f"{norm}_gain": gain for norm in norms}
     if c.norm == "layer":
         weights |= {f"{norm}_bias": bias for norm in norms}
     weights |= {
-        "query": Weight((d, h, k), ("width", None, None), read, inputs=1),
-        "key": Weight((d, g, k), ("width", None, None), read, inputs=1),
-        "value": Weight((d, g, k), ("width", None, None), read, inputs=1),
-        "attn_out": Weight((h, k, d), (None, None, "width"), (h * k) ** -0.5 * write, inputs=2),
-        "up": Weight((d, m), ("width", None), read, inputs=1),
-        "down": Weight((m, d), (None, "width"), m**-0.5 * write, inputs=1),
+        "query": Weight((d, h, k), ("stored", None, None), read, inputs=1),
+        "key": Weight((d, g, k), ("stored", None, None), read, inputs=1),
+        "value": Weight((d, g, k), ("stored", None, None), read, inputs=1),
+        "attn_out": Weight((h, k, d), ("stored",) * 3, (h * k) ** -0.5 * write, inputs=2),
+        "up": Weight((d, m), ("stored", None), read, inputs=1),
+        "down": Weight((m, d), ("stored",) * 2, m**-0.5 * write, inputs=1),
     }
     if c.gated:
-        weights["gate"] = Weight((d, m), ("width", None), read, inputs=1)
+        weights["gate"] = Weight((d, m), ("stored", None), read, inputs=1)
     if c.qk_norm:
         weights |= {"query_norm_gain": head_gain, "key_norm_gain": head_gain}
     if c.qkv_bias:
@@ -71,15 +71,15 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
 def model_weights(config: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers."""
     c = config
-    embedding = Weight((c.vocabulary, c.width), (None, "width"), 0.02)
+    embedding = Weight((c.vocabulary, c.width), (None, "stored"), 0.02)
     weights = {
         "token_embedding": embedding,
-        "final_norm_gain": Weight((c.width,), ("width",), None, 1.0 - c.norm_offset),
+        "final_norm_gain": Weight((c.width,), ("stored",), None, 1.0 - c.norm_offset),
     }
     if c.learned_positions:
-        weights["position_embedding"] = Weight((c.context, c.width), (None, "width"), 0.02)
+        weights["position_embedding"] = Weight((c.context, c.width), (None, "stored"), 0.02)
     if c.norm == "layer":
-        weights["final_norm_bias"] = Weight((c.width,), ("width",), None)
+        weights["final_norm_bias"] = Weight((c.width,), ("stored",), None)
     if not c.tied:
         weights["unembedding"] = embedding
     return weights

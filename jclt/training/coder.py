@@ -17,7 +17,7 @@ from jclt.coders import SparseCoder, save_coder
 from jclt.errors import UserError
 from jclt.evaluation import evaluate_replacement
 from jclt.models import Model, ModelConfig, load_model
-from jclt.sharding import make_mesh
+from jclt.sharding import make_mesh, placed
 from jclt.training.abstract import abstract_state
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.config import TrainConfig
@@ -68,6 +68,7 @@ def init_state(config: TrainConfig, mesh: Mesh, harvested: Callable[[int], Harve
     @jax.jit
     def calibrated(coder: SparseCoder, scaling: Scaling, found: Harvest) -> SparseCoder:
         x = as_tokens(found.reads, scaling.read_mean, scaling.read_scale, jnp.float32)
+        x = placed(x, (None, "tokens", None))
         zero = jnp.zeros(())
         thresholds = [zero if own.threshold is None else own.threshold for own in with_thresholds(coder).layers]
         biases = [

@@ -40,9 +40,8 @@ def harvest(model: ModelConfig, coder: CoderConfig, params: Params, tokens: Toke
 
 
 def as_tokens(x: Float[Array, "L B T D"], mean: Array, scale: Array, dtype: DTypeLike) -> Float[Array, "L N D"]:
-    """Scaled, and moved to where the coder's tokens lie: the one place where activations travel."""
+    """Scaled, and flat over tokens, each where its row lies."""
     x = ((x.astype(jnp.float32) - mean[:, None, None]) / scale[:, None, None]).astype(dtype)
-    x = placed(x, (None, "tokens", None, None))
     where = jax.typeof(x).sharding.spec
     layers, rows, length, width = x.shape
     return jax.lax.reshape(

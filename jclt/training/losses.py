@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jclt.shapes import Array, Bool, Float
 
 
-def squared_error(written: Float[Array, "N L D"], target: Float[Array, "N L D"]) -> Float[Array, "L"]:
-    """||y - y'||^2 of each layer (Circuit Tracing, 2025: the loss is their sum)."""
-    return jnp.sum(jnp.mean(jnp.square(written - target), axis=0), axis=1)
+def squared_error(written: Float[Array, "N D"], target: Float[Array, "N D"]) -> Float[Array, ""]:
+    """||y - y'||^2 of one layer (Circuit Tracing, 2025: the loss is the sum over layers)."""
+    return jnp.sum(jnp.square(written - target)) / target.shape[0]
 
 
 def tanh_penalty(a: Float[Array, "N F"], norms: Float[Array, "F"], scale: float) -> Float[Array, ""]:

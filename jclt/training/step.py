@@ -19,7 +19,7 @@ from jclt.coders.products import decode
 from jclt.evaluation.replacement import divergence
 from jclt.models import ModelConfig, forward
 from jclt.shapes import Array, Float, Params, Tokens
-from jclt.sharding import as_placed, reduced_later
+from jclt.sharding import as_placed, placed, reduced_later
 from jclt.training import losses
 from jclt.training.config import TrainConfig
 from jclt.training.harvest import Harvest, Scaling, as_tokens, fold
@@ -67,8 +67,8 @@ class Weights(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch in the coder's terms: scaled, flat over tokens."""
 
-    x: tuple[Float[Array, "N D"], ...]
-    y: Float[Array, "N L D"]
+    x: tuple[Float[Array, "N D"], ...]  # on every feature shard
+    y: tuple[Float[Array, "N D"], ...]  # split over all devices
 
 
 class Features(NamedTuple):
@@ -133,17 +133,15 @@ def objective(
         found = encoder(config, weights, batch.x, density, ramp)
     with jax.named_scope("decode"):
         written = weights.coder.decode(found.a, batch.x)
-    error = losses.squared_error(written, batch.y)
+    error = jnp.stack([losses.squared_error(y_, y) for y_, y in zip(written, batch.y, strict=True)])
     loss = share * jnp.sum(error) + found.penalty
     if config.auxiliary_weight:
         with jax.named_scope("auxiliary"):
-            missing = jax.lax.stop_gradient(batch.y - written)
             spare = decode(found.spare, tuple(own.rows for own in weights.coder.layers))
-            loss += config.auxiliary_weight * jnp.sum(losses.squared_error(spare, missing))
-    # Means over tokens of the same arrays as the error's, so that one pass makes all of them.
-    spread = jnp.sum(jnp.mean(jnp.square(batch.y), axis=0) - jnp.square(jnp.mean(batch.y, axis=0)), axis=1)
-    drift = jnp.sum(jnp.square(jnp.mean(written - batch.y, axis=0)), axis=1)  # a constant error explains as well
-    report = {"loss": loss, "error": error, "penalty": found.penalty, "spread": spread, "drift": drift}
+            missing = [jax.lax.stop_gradient(y - y_) for y_, y in zip(written, batch.y, strict=True)]
+            left = sum(losses.squared_error(s_, y) for s_, y in zip(spare, missing, strict=True))
+            loss += config.auxiliary_weight * left
+    report = {"loss": loss, "error": error, "penalty": found.penalty}
     return loss, jax.lax.stop_gradient(report | {"fired": found.fired, "least": found.least})
 
 
@@ -153,13 +151,21 @@ def micro_batches(config: TrainConfig, scaling: Scaling, found: Harvest) -> Call
 
     def batch(i: Array | int) -> Batch:
         cut = [jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=2) for x in (found.reads, found.writes)]
-        dtype = jnp.dtype(config.compute)
+        x = as_tokens(cut[0], scaling.read_mean, scaling.read_scale, jnp.dtype(config.compute))
+        y = as_tokens(cut[1], scaling.write_mean, scaling.write_scale, jnp.float32)
+        layers = range(len(x))
         with jax.named_scope("reshard"):
-            x = as_tokens(cut[0], scaling.read_mean, scaling.read_scale, dtype)
-            y = as_tokens(cut[1], scaling.write_mean, scaling.write_scale, dtype)
-        return Batch(tuple(x[layer] for layer in range(x.shape[0])), jnp.moveaxis(y, 0, 1).astype(jnp.float32))
+            # What features read goes to all of them; what they write is compared where its tokens are.
+            return Batch(tuple(placed(x[i], ("tokens", None)) for i in layers), tuple(y[i] for i in layers))
 
     return batch
+
+
+def variance(x: Float[Array, "L B T D"]) -> Float[Array, "L D"]:
+    """Over tokens, where they lie."""
+    wide = x.astype(jnp.float32)
+    centred = wide - placed(jnp.mean(wide, axis=(1, 2), keepdims=True), (None,) * 4)
+    return placed(jnp.mean(jnp.square(centred), axis=(1, 2)), (None, None))
 
 
 def gradients(config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array) -> tuple[Any, Any]:
@@ -182,7 +188,11 @@ def gradients(config: TrainConfig, share: float, state: CoderState, found: Harve
     with jax.named_scope("reduce"):
         total = jax.tree.map(as_placed, total[0], weights), total[1]
     gradient, report = jax.tree.map(lambda x: x / config.micro_batches, total)
-    return to_trained(gradient)[0], report
+    # The decoder biases' gradient is the mean error, times 2 and its share in the loss.
+    drift = [jnp.sum(jnp.square(own.decoder_bias / (2 * share))) for own in gradient.coder.layers]
+    with jax.named_scope("spread"):
+        spread = jnp.sum(variance(found.writes) / jnp.square(state.scaling.write_scale), axis=1)
+    return to_trained(gradient)[0], report | {"drift": jnp.stack(drift), "spread": spread}
 
 
 def end_to_end(
