@@ -150,6 +150,27 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(function=tokenize)
 
     command = commands.add_parser(
+        "plan",
+        help="what a run on a TPU pod will cost",
+        description="Compiles the run's own train step for a TPU slice that need not be at hand, with libtpu "
+        "(pip install 'jclt[tpu]'), and prints what the compiler says of it: memory by kind, operations, the time of a "
+        "step by its schedule beside what it can be no less than, traffic and how much of it work hides, tokens a "
+        "second, chip-hours, and what to change where it does not fit. An estimate, not a measurement. The program "
+        "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens.",
+        epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x4",
+    )
+    command.add_argument("config", metavar="CONFIG", help="a preset or a .py file that defines `config` and `pod`")
+    command.add_argument("--topology", metavar="NAME", help="such as v5e:16x16, v5p:4x4x8, v6e:8x8 (default: the file's)")
+    command.add_argument("--slices", type=int, metavar="N", help="that many of them, joined by a network")
+    command.add_argument("--sweep", action="store_true", help="other meshes, micro-batches and rematerialisation too")
+    command.add_argument(
+        "--prompt-length", type=int, default=64, metavar="T", help="of the attribution program (default 64; 0: none)"
+    )
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as in `jclt train`")
+    command.add_argument("--json", type=Path, help="also write the figures to this file")
+    command.set_defaults(function=plan)
+
+    command = commands.add_parser(
         "convert",
         help="write a sparse coder in another layout",
         description="Reads a coder in any layout and writes it in another. jclt keeps all of a coder, and "
@@ -249,6 +270,24 @@ def train(arguments: argparse.Namespace) -> None:
     config, out = _start_run(arguments, TrainConfig, CODER_PRESETS)
     train_coder(config, out)
     print(f"done: coder in {out / 'coder'}, curves in {out / 'curves.png'}")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from jclt.config import load_settings, override
+    from jclt.models.checkpoint import write_json
+    from jclt.pods import load_pod, plan_run, plan_sweep
+    from jclt.training.config import TrainConfig
+    from jclt.training.presets import CODER_PRESETS
+
+    config = override(load_settings(arguments.config, TrainConfig, CODER_PRESETS), arguments.set)
+    pod = load_pod(arguments.config, arguments.topology, arguments.slices)
+    if arguments.sweep:
+        text, figures = plan_sweep(config, pod)
+    else:
+        text, figures = plan_run(config, pod, arguments.prompt_length)
+    print(text)
+    if arguments.json:
+        write_json(arguments.json, figures)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

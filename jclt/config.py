@@ -18,21 +18,26 @@ def load_settings(name: str, kind: type[Settings], presets: Mapping[str, Callabl
     """A preset by its name, or the `config` that a Python file defines."""
     if name in presets:
         return presets[name]()
-    path = Path(name)
-    if path.suffix != ".py":
+    if not name.endswith(".py"):
         raise UserError(f"config '{name}': neither a preset nor a .py file; {nearest(name, presets)}")
+    found = read_file(name).get("config")
+    if not isinstance(found, kind):
+        raise UserError(f"{name}: expected it to define `config`, a {kind.__name__}")
+    return found
+
+
+def read_file(name: str) -> dict[str, Any]:
+    """What a configuration's file defines, by name."""
+    path = Path(name)
     if not path.exists():
         raise UserError(f"{path}: not found, expected a Python file that defines `config`")
     try:
-        found = runpy.run_path(str(path)).get("config")
+        return runpy.run_path(name)
     except UserError:
         raise
     except Exception as error:  # whatever the user's own code does
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UserError(f"{path}: {type(error).__name__} in line {line}: {error}") from None
-    if not isinstance(found, kind):
-        raise UserError(f"{path}: expected it to define `config`, a {kind.__name__}")
-    return found
 
 
 def override(config: Settings, settings: Sequence[str]) -> Settings:

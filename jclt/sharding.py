@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,13 +62,23 @@ def join_hosts() -> None:
 
 
 def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `features` devices; by default all devices lie on `features`."""
+    """A mesh of `data` x `features` devices; by default all devices lie on `features`.
+
+    Of several TPU slices each is a part of the data axis: what that axis carries is little, and the network between
+    slices is slow.
+    """
     devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data < 1 or (features is None and len(devices) % data):
         raise UserError(f"mesh: data={data}, expected a divisor of {len(devices)}, the number of devices")
     features = features or len(devices) // data
     if data * features > len(devices):
         raise UserError(f"mesh {data}x{features}: expected at most {len(devices)} devices, as many as there are")
+    if slices > 1:
+        if data % slices or data * features != len(devices):
+            raise UserError(f"mesh: data={data}, expected a multiple of {slices}, the number of slices")
+        shapes = (data // slices, features), (slices, 1)
+        return Mesh(create_hybrid_device_mesh(*shapes, devices), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
     return jax.make_mesh(
         (data, features),
         MESH_AXES,

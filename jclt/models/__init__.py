@@ -1,6 +1,7 @@
 """The language model: one configurable transformer, its named sites, checkpoints, tokenizer and generation."""
 
 from jclt.models.config import ModelConfig, RopeScaling
+from jclt.models.known import known_config
 from jclt.models.model import Model, find_model, generate, load_model, run, save_model, token_array
 from jclt.models.sites import (
     LAYER_SITES,
@@ -40,6 +41,7 @@ __all__ = [
     "find_model",
     "forward",
     "generate",
+    "known_config",
     "load_model",
     "load_tokenizer",
     "run",

@@ -63,8 +63,19 @@ def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = 
     return Model(config, params, load_tokenizer(folder), str(name))
 
 
-def find_model(name: str) -> Path:
-    """The folder that holds the model of this name."""
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""What is fetched of a model on the hub."""
+
+
+def find_model(name: str, files: Sequence[str] = FILES) -> Path:
+    """The folder that holds the model of this name, or these of its files."""
     if name == "demo":
         return Path(str(resources.files("jclt"))) / "world" / "model"
     folder = Path(name).expanduser()
@@ -76,16 +87,8 @@ def find_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    files = [
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors*",
-        "tokenizer*.json",
-        "vocab.json",
-        "merges.txt",
-    ]
     try:
-        return Path(snapshot_download(name, allow_patterns=files))  # from its cache where there is no network
+        return Path(snapshot_download(name, allow_patterns=list(files)))  # from its cache where there is no network
     except HFValidationError:
         raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
     except Exception as error:  # whatever the network has to say, the user needs the one line

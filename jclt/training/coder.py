@@ -40,10 +40,10 @@ WORLD_ROWS = 32_768
 """Rows of the small world that are generated at most; beyond that they come again in another order."""
 
 
-def fitted(config: TrainConfig, model: Model, mesh: Mesh) -> TrainConfig:
+def fitted(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> TrainConfig:
     """The configuration with what follows from the model filled in, or one line on what cannot work."""
-    config = replace(config, coder=config.coder.fitted(model.config, config.model))
-    check_settings(config, model.config.context, mesh)
+    config = replace(config, coder=config.coder.fitted(model, config.model))
+    check_settings(config, model.context, mesh)
     if config.coder.kind == "neurons":
         raise UserError("setting 'coder.kind': neurons are the model's own, expected clt, transcoder or sae")
     for name in ("micro_batches", "shuffle"):
@@ -94,7 +94,7 @@ def train_coder(config: TrainConfig, out: Path, mesh: Mesh | None = None) -> Spa
     """
     mesh = mesh or make_mesh(config.data_shards)
     model = load_model(config.model, dtype=config.compute, mesh=mesh)
-    config = fitted(config, model, mesh)
+    config = fitted(config, model.config, mesh)
     rows = run_rows(config, model, out)
     count = len(rows) - HELD_OUT
     if count < config.batch:

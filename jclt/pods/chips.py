@@ -1,0 +1,90 @@
+"""The chips that pods are made of, as their makers and the Scaling Book describe them, and what a slice's links carry."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jclt.errors import UserError, nearest
+
+
+class Chip(NamedTuple):
+    """Rates of one chip; sources: the Scaling Book's tables (link, hop, network), `jax.experimental.pallas.tpu`'s
+    description of each chip (operations, bandwidth), and the limit that the compiler names when it refuses a program
+    (memory)."""
+
+    operations: float  # bfloat16 multiplications and additions a second
+    clock: float  # cycles a second that the compiler's schedule is counted in: operations over what a cycle can do
+    memory: float  # bytes of HBM that a program may use
+    bandwidth: float  # bytes of HBM a second
+    link: float  # bytes a second along one axis of the torus, both directions together
+    ring: int  # an axis whose length is a multiple of this closes to a ring; others have half the bandwidth
+    host_network: float = 2.5e10  # bytes a second between slices, of the chips of one host together
+
+
+GIB = 2.0**30
+HOP = 1e-6
+"""Seconds that the first byte takes from chip to chip."""
+
+CHIPS = {
+    "v5e": Chip(1.97e14, 1.97e14 / 2**17, 15.75 * GIB, 8.2e11, 9e10, 16),
+    "v5p": Chip(4.59e14, 4.59e14 / 2**18, 95.74 * GIB, 2.46e12, 1.8e11, 4),
+    "v6e": Chip(9.2e14, 9.2e14 / 2**19, 31.25 * GIB, 1.64e12, 1.8e11, 16),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as v5e:16x16."""
+    name = topology.partition(":")[0]
+    if name not in CHIPS or ":" not in topology:
+        raise UserError(f"topology '{topology}': expected CHIP:AxB or CHIP:AxBxC with CHIP {nearest(name, CHIPS)}")
+    return CHIPS[name]
+
+
+class Network(NamedTuple):
+    """Where the devices of a mesh stand, in the mesh's order, which is how programs number them."""
+
+    chip: Chip
+    shape: tuple[int, ...]  # of one slice's torus
+    coordinates: tuple[tuple[int, ...], ...]
+    slices: tuple[int, ...]
+    hosts: tuple[int, ...]
+
+    def seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
+        """What a collective over this group must take: its bytes over the links that the group spans, and the hops.
+
+        `size` is of the largest array that takes part on one chip. Links carry an all-gather or a reduce-scatter
+        once, an all-reduce twice, a quarter of an all-to-all (the Scaling Book).
+        """
+        if len(group) < 2:
+            return 0.0
+        passes = {"all-reduce": 2.0, "all-to-all": 0.25}.get(kind, 1.0)
+        time, slices = 0.0, {self.slices[i] for i in group}
+        within = [i for i in group if self.slices[i] == self.slices[group[0]]]
+        spanned = [axis for axis in range(len(self.shape)) if len({self.coordinates[i][axis] for i in within}) > 1]
+        if spanned:
+            rings = [self.shape[axis] % self.chip.ring == 0 for axis in spanned]
+            rate = sum(self.chip.link * (1.0 if ring else 0.5) for ring in rings)
+            hops = sum(self.shape[axis] / (2 if ring else 1) for axis, ring in zip(spanned, rings, strict=True))
+            time += passes * (size * (1 - 1 / len(within)) / rate + hops * HOP)
+        if len(slices) > 1:
+            here = self.hosts[group[0]]
+            rate = self.chip.host_network / sum(host == here for host in self.hosts)
+            # Between slices each chip exchanges its own share of what is summed within one.
+            time += passes * size / len(within) * (1 - 1 / len(slices)) / rate
+        return time
+
+
+def network_of(topology: str, devices: Sequence[Any]) -> Network:
+    """Of devices in a mesh's order."""
+    shape = tuple(int(size) for size in topology.partition(":")[2].split("x"))
+    return Network(
+        chip_of(topology),
+        shape,
+        tuple(tuple(device.coords[: len(shape)]) for device in devices),
+        tuple(getattr(device, "slice_index", None) or 0 for device in devices),
+        tuple(device.process_index for device in devices),
+    )
+
+
+def chips_in(topology: str) -> int:
+    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))

@@ -1,0 +1,198 @@
+"""What a run will cost, from the very programs that it will run, compiled for TPUs that are not here.
+
+This module runs in a process of its own (`worker.py`): with libtpu loaded, JAX starts slowly.
+"""
+
+import re
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jclt.errors import UserError
+from jclt.models import ModelConfig
+from jclt.pods.chips import chip_of, network_of
+from jclt.pods.flags import flag_text
+from jclt.pods.graphs import plan_graphs
+from jclt.pods.pod import Pod
+from jclt.pods.program import Program
+from jclt.pods.timeline import Timeline, timeline
+from jclt.sharding import make_mesh
+from jclt.training.abstract import StepInputs, lower_step, step_inputs
+from jclt.training.coder import fitted
+from jclt.training.config import TrainConfig
+from jclt.training.speed import step_operations
+
+Report = dict[str, Any]
+
+
+def devices_of(pod: Pod) -> list[Any]:
+    slices = {"num_slices": pod.slices} if pod.slices > 1 else {}
+    try:
+        return list(get_topology_desc(pod.topology, platform="tpu", **slices).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"topology '{pod.topology}': {str(error).splitlines()[0]}") from None
+
+
+def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod) -> Report:
+    """The train step's memory, operations, time and traffic on one chip, and what follows for the run."""
+    chip, devices = chip_of(pod.topology), devices_of(pod)
+    mesh = make_mesh(config.data_shards, devices=devices)
+    config = fitted(config, model, mesh)
+    inputs = step_inputs(config, model, mesh)
+    began = time.perf_counter()
+    lowered = lower_step(config, model, mesh)
+    compiled, refused = compile_or_refusal(lowered)
+    tokens = config.batch * config.length
+    operations = step_operations(config, model) / len(devices)
+    report: Report = {
+        "topology": pod.topology,
+        "slices": pod.slices,
+        "chips": len(devices),
+        "mesh": dict(mesh.shape),
+        "parameters": sum(x.size for x in jax.tree.leaves(inputs.state.coder)),
+        "tokens_per_step": tokens,
+        "micro_batches": config.micro_batches,
+        "remat": config.remat,
+        "compile_seconds": time.perf_counter() - began,
+        "operations": operations,
+        "clock": chip.clock,
+    }
+    if compiled is None:
+        return report | {"fits": False, "memory": {"limit": chip.memory, **held(inputs)}, "refused": refused}
+    memory = memory_of(compiled, inputs, chip.memory)
+    line = timeline(Program(compiled.as_text()), network_of(pod.topology, list(mesh.devices.flat)))
+    floors = {
+        "products": operations / chip.operations,
+        "memory": line.moved / chip.bandwidth,
+        "links": line.sending,
+    }
+    seconds = line.seconds
+    return report | {
+        "fits": memory["headroom"] >= 0,
+        "memory": memory,
+        "seconds": seconds,
+        "work_seconds": line.work,
+        "exposed_seconds": line.exposed,
+        "floors": floors,
+        "moved": line.moved,
+        "utilisation": operations / chip.operations / seconds,
+        "tokens_per_second": tokens / seconds,
+        "chip_hours": config.steps * seconds * len(devices) / 3600,
+        "tokens": config.steps * tokens,
+        "stages": line.stages,
+        "traffic": traffic_of(line),
+        "hidden": 1 - line.exposed / line.sending if line.sending else 1.0,
+    }
+
+
+def compile_or_refusal(lowered: jax.stages.Lowered) -> tuple[Any, str]:
+    """The compiled program, or why the compiler refuses it: that it needs too much memory."""
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needs = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error))
+        return None, f"needs {needs[1]}, expected at most {needs[2]}" if needs else str(error).splitlines()[0]
+
+
+def held(inputs: StepInputs) -> dict[str, float]:
+    """Bytes a chip of what the step is given, by kind."""
+
+    def own(tree: Any) -> float:
+        return sum(
+            np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+            if hasattr(x, "sharding")
+        )
+
+    state = inputs.state
+    rest = (state.scaling, state.density, inputs.tokens)
+    return {
+        "parameters": own(state.coder),
+        "optimizer": own(state.optimizer),
+        "model": own(inputs.params),
+        "other": own(rest),
+    }
+
+
+def memory_of(compiled: Any, inputs: StepInputs, limit: float) -> dict[str, float]:
+    """Bytes a chip. What the program is given is padded to tiles; what it makes on the way is `temporaries`, of which
+    the gradients are as large as the parameters."""
+    used, given = compiled.memory_analysis(), held(inputs)
+    fresh = used.output_size_in_bytes - used.alias_size_in_bytes
+    total = used.argument_size_in_bytes + fresh + used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    return {
+        "limit": limit,
+        **given,
+        "padding": used.argument_size_in_bytes - sum(given.values()),
+        "gradients": given["parameters"],
+        "activations": used.temp_size_in_bytes - given["parameters"],
+        "program": used.generated_code_size_in_bytes + fresh,
+        "total": total,
+        "headroom": (limit - total) / limit,
+    }
+
+
+def traffic_of(line: Timeline) -> list[Report]:
+    """Collectives of one stage and kind together, the longest first."""
+    found: dict[tuple[str, str], Report] = {}
+    for own in line.traffic:
+        kind = own.what.split(" ")[0]
+        entry = found.setdefault(
+            (own.stage, kind),
+            {"stage": own.stage, "kind": kind, "largest": "", "size": 0, "times": 0, "bytes": 0.0}
+            | {"devices": own.devices, "seconds": 0.0, "exposed": 0.0},
+        )
+        if own.size > entry["size"]:
+            entry |= {"largest": own.what.removeprefix(f"{kind} "), "size": own.size}
+        entry["times"] += own.times
+        entry["bytes"] += own.size * own.times
+        entry["seconds"] += own.seconds
+        entry["exposed"] += own.exposed
+    return sorted(found.values(), key=lambda entry: -entry["seconds"])
+
+
+def calibrate(pod: Pod) -> Report:
+    """The same estimate of programs whose cost is known: estimated over known time of a large product, of a copy, and
+    of an all-reduce over the slice."""
+    chip, devices = chip_of(pod.topology), devices_of(replace(pod, slices=1))
+    mesh = jax.make_mesh((1, len(devices)), ("data", "features"), devices=devices)
+    network = network_of(pod.topology, list(mesh.devices.flat))
+    size, rows = 8192, 1 << 14
+
+    def estimated(function: Any, *shapes: tuple[tuple[int, int], Any, P]) -> float:
+        inputs = [jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, where)) for s, dtype, where in shapes]
+        with jax.set_mesh(mesh):
+            text = jax.jit(function).lower(*inputs).compile().as_text()
+        return timeline(Program(text), network).seconds
+
+    def added(x: jax.Array) -> jax.Array:
+        return jax.shard_map(lambda x: jax.lax.psum(x, "features"), in_specs=P("features"), out_specs=P())(x)
+
+    product = estimated(jnp.dot, *[((size, size), jnp.bfloat16, P())] * 2)
+    copy = estimated(lambda x: x + 1.0, ((rows, size), jnp.float32, P()))
+    sums = estimated(added, ((len(devices) * 1024, size), jnp.float32, P("features")))
+    whole = 1024 * size * 4
+    return {
+        "product": product / (2 * size**3 / chip.operations),
+        "copy": copy / (2 * rows * size * 4 / chip.bandwidth),
+        "all-reduce": sums / network.seconds("all-reduce", whole, range(len(devices))),
+    }
+
+
+def plan(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int) -> Report:
+    """The whole plan: the step, the same estimate of known programs, and the attribution program."""
+    report = plan_step(config, model, pod) | {"calibration": calibrate(pod)}
+    if prompt_length:
+        whole = replace(config, coder=config.coder.fitted(model, config.model))
+        report["graphs"] = plan_graphs(whole, model, pod.topology, devices_of(pod), prompt_length)
+    return report | {"flags": flag_text(), "jax": jax.__version__, "libtpu": version("libtpu")}

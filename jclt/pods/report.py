@@ -1,0 +1,132 @@
+"""A plan in words and tables."""
+
+from typing import Any
+
+from jclt.coders import CoderConfig
+from jclt.pods.chips import GIB
+from jclt.training.config import TrainConfig
+
+Report = dict[str, Any]
+KINDS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer",
+    "model": "language model",
+    "other": "other state",
+    "padding": "padding",
+    "gradients": "gradients",
+    "activations": "activations and other temporaries",
+    "program": "program and fresh outputs",
+}
+HEADROOM = 0.08
+"""Share of the memory that a configuration should leave free: what the compiler does not see, such as profiles."""
+
+
+def title(config: TrainConfig, report: Report) -> str:
+    c: CoderConfig = config.coder
+    mesh = "x".join(map(str, report["mesh"].values()))
+    slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
+    return (
+        f"{c.kind} of {config.model}, {c.features:,} features a layer, on {slices}{report['topology']} "
+        f"({report['chips']} chips, mesh {mesh}); {report['tokens_per_step']:,} tokens a step in "
+        f"{report['micro_batches']} micro-batches"
+    )
+
+
+def plan_text(config: TrainConfig, report: Report) -> str:
+    memory = report["memory"]
+    lines = [title(config, report), f"parameters        {report['parameters']:,}"]
+    if "refused" in report:
+        given = ", ".join(f"{KINDS[k]} {memory[k] / GIB:.2f}" for k in KINDS if k in memory)
+        lines += [f"memory            does not fit: {report['refused']}; of it {given} GiB"]
+        return "\n".join(lines + [f"to make it fit    {line}" for line in advice(config, report)])
+    parts = ", ".join(f"{name} {memory[kind] / GIB:.2f}" for kind, name in KINDS.items())
+    lines += [
+        f"memory            {memory['total'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB a chip, "
+        f"{memory['headroom']:.0%} free: {parts}",
+        f"operations        {report['operations']:.3g} a chip and step",
+        f"step              {milliseconds(report['seconds'])} by the compiler's schedule at "
+        f"{report['clock'] / 1e9:.2f} GHz: {milliseconds(report['work_seconds'])} of work, "
+        f"{milliseconds(report['exposed_seconds'])} of waiting for the links, which work hides {report['hidden']:.0%} of",
+        f"no less than      {milliseconds(report['floors']['products'])} (operations over peak), "
+        f"{milliseconds(report['floors']['memory'])} (bytes over HBM bandwidth), "
+        f"{milliseconds(report['floors']['links'])} (collectives over links)",
+        f"utilisation       {report['utilisation']:.0%} of peak, optimizer included",
+        f"speed             {report['tokens_per_second']:,.0f} tokens a second; {report['tokens']:.3g} tokens take "
+        f"{report['tokens'] / report['tokens_per_second'] / 3600:.3g} hours, {report['chip_hours']:,.3g} chip-hours",
+        "",
+        "work              " + ", ".join(f"{k} {share(v, report)}" for k, v in report["stages"].items() if v > 0),
+        f"{'traffic':<18}{'times':>6} {'GB':>8} {'ms':>8} {'waited':>8}  largest",
+    ]
+    for own in report["traffic"]:
+        if own["seconds"] >= 0.001 * report["seconds"]:
+            lines.append(
+                f"  {own['stage']:<16}{own['times']:>6} {own['bytes'] / 1e9:>8.2f} {own['seconds'] * 1e3:>8.2f} "
+                f"{own['exposed'] * 1e3:>8.2f}  {own['kind']} {own['largest']}"
+            )
+    off = report.get("calibration")
+    if "graphs" in report:
+        lines += ["", graphs_text(report["graphs"])]
+    lines += ["", "An estimate from the TPU compiler's schedule, not a measurement."]
+    if off:
+        lines[-1] += (
+            f" Of programs whose cost is known it gives {off['product']:.2f} times that of a large product at peak, "
+            f"{off['copy']:.2f} times that of a copy at full bandwidth, {off['all-reduce']:.2f} times that of an "
+            "all-reduce over the links (for collectives the compiler gives no cycles: their time is bytes over links)."
+        )
+    if memory["headroom"] < HEADROOM:
+        lines += [f"to leave {HEADROOM:.0%} free   {line}" for line in advice(config, report)]
+    return "\n".join(lines)
+
+
+def graphs_text(own: Report) -> str:
+    room = f"{own['total'] / GIB:.2f} of {own['limit'] / GIB:.2f} GiB a chip"
+    if own["total"] == own["given"]:
+        return f"attribution       does not fit: each chip holds the whole coder and model, {room} in float32"
+    verdict = "fits" if own["fits"] else "does not fit"
+    return f"attribution       {verdict}: prompts of {own['prompt_length']} tokens, one a chip, take {room}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def share(seconds: float, report: Report) -> str:
+    return f"{seconds / report['seconds']:.1%}"
+
+
+def advice(config: TrainConfig, report: Report) -> list[str]:
+    """What to change so that less memory is needed, the cheapest first."""
+    memory, lines = report["memory"], []
+    state = memory["parameters"] + memory["optimizer"]
+    if state + memory["parameters"] < 0.9 * memory["limit"]:
+        if config.length % (2 * config.micro_batches) == 0:
+            lines.append(f"--set micro_batches={2 * config.micro_batches}: half as many activations at a time")
+        if not config.remat:
+            lines.append("--set remat=true: encodes once more in the backward pass instead of keeping pre-activations")
+    if config.data_shards > report["slices"]:
+        lines.append(
+            f"--set data_shards={max(report['slices'], config.data_shards // 2)}: features over more chips"
+        )
+    if config.moment_dtype == "float32" and config.optimizer in ("adam", "adamw", "lion", "sgd"):
+        lines.append("--set moment_dtype=bfloat16: half of the optimizer's first moment")
+    if config.beta1 == 0 and config.optimizer == "adam":
+        lines.append("--set optimizer=rmsprop: Adam's rule at beta1=0, without the first moment")
+    lines.append("a larger slice, or fewer features")
+    return lines
+
+
+def sweep_text(rows: list[Report]) -> str:
+    """One line a variant, the best first."""
+    lines = [f"{'mesh':>9} {'micro':>5} {'remat':>5} {'step':>10} {'of peak':>7} {'tokens/s':>12} {'memory':>8} {'free':>5}"]
+    for own in rows:
+        mesh = "x".join(map(str, own["mesh"].values()))
+        head = f"{mesh:>9} {own['micro_batches']:>5} {str(own['remat']).lower():>5}"
+        if "seconds" not in own:
+            lines.append(f"{head} {own['refused']}")
+            continue
+        memory = own["memory"]
+        lines.append(
+            f"{head} {milliseconds(own['seconds']):>10} {own['utilisation']:>7.0%} {own['tokens_per_second']:>12,.0f} "
+            f"{memory['total'] / GIB:>8.2f} {memory['headroom']:>5.0%}"
+        )
+    return "\n".join(lines)
