@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -90,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: jclt train tiny --out runs/tiny --set steps=300 --set coder.features=256",
     )
     _add_run(command, "tiny, small-world", "steps=500, model=gpt2 or coder.features=4096")
+    command.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="traces so many steps for XProf, into OUT/profile"
+    )
     command.set_defaults(function=train)
 
     command = commands.add_parser(
@@ -197,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_run(command: argparse.ArgumentParser, presets: str, settings: str) -> None:
     """The arguments of everything that trains."""
     command.add_argument("config", metavar="CONFIG", help=f"a preset ({presets}) or a .py file that defines `config`")
-    command.add_argument("--out", type=Path, default=None, help="the run's folder (default runs/NAME)")
+    command.add_argument("--out", help="the run's folder, or a URL such as gs://bucket/run (default runs/NAME)")
     command.add_argument(
         "--set",
         action="append",
@@ -209,14 +213,16 @@ def _add_run(command: argparse.ArgumentParser, presets: str, settings: str) -> N
 
 def _start_run(
     arguments: argparse.Namespace, kind: type[Config], presets: Mapping[str, Callable[[], Config]]
-) -> tuple[Config, Path]:
+) -> tuple[Config, str]:
     """What `_add_run` asked for: the run's settings and its folder."""
     from jclt.config import load_settings, override
+    from jclt.pods.flags import set_flags
     from jclt.sharding import join_hosts
 
+    set_flags()  # read when the first TPU is used
     join_hosts()
     config = override(load_settings(arguments.config, kind, presets), arguments.set)
-    return config, arguments.out or Path("runs") / Path(arguments.config).stem
+    return config, arguments.out or f"runs/{Path(arguments.config).stem}"
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -229,6 +235,7 @@ def attribute(arguments: argparse.Namespace) -> None:
     from jclt.attribution import Options, attribute, attribute_file, prune
     from jclt.coders import load_coder
     from jclt.models import load_model
+    from jclt.sharding import own_share
     from jclt.viewer import summary, write_graph
 
     if (arguments.prompt is None) == (arguments.prompts is None):
@@ -238,10 +245,11 @@ def attribute(arguments: argparse.Namespace) -> None:
     targets = [tuple(t.split("~")) if "~" in t else t for t in arguments.target] if arguments.target else None
     options = Options(targets, arguments.max_features, arguments.tolerance, arguments.conventions)
     options.check()
+    share = own_share() if arguments.prompts is not None else (0, 1)
     model = load_model(arguments.model)
     coder = load_coder(arguments.coder, model=model)
     if arguments.prompts is not None:
-        written, failed = attribute_file(model, coder, arguments.prompts, arguments.out, options, arguments.batch)
+        written, failed = attribute_file(model, coder, arguments.prompts, arguments.out, options, arguments.batch, share)
         print(f"done: {written} graphs in {arguments.out}, listed in graphs.jsonl; {failed} prompts failed")
         return
     graph = attribute(model, coder, arguments.prompt, **options._asdict())
@@ -259,7 +267,7 @@ def train_lm(arguments: argparse.Namespace) -> None:
 
     config, out = _start_run(arguments, LmConfig, LM_PRESETS)
     train_lm(config, out)
-    print(f"done: model in {out / 'model'}, curve in {out / 'loss.png'}")
+    print(f"done: model in {out}/model, curve in {out}/loss.png")
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -268,8 +276,8 @@ def train(arguments: argparse.Namespace) -> None:
     from jclt.training.presets import CODER_PRESETS
 
     config, out = _start_run(arguments, TrainConfig, CODER_PRESETS)
-    train_coder(config, out)
-    print(f"done: coder in {out / 'coder'}, curves in {out / 'curves.png'}")
+    train_coder(config, out, profile=arguments.profile)
+    print(f"done: coder in {out}/coder, curves in {out}/curves.png")
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -347,6 +355,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("jclt").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)
     _keep_compiled_programs()
+    status = _run(arguments)
+    if status and jax.distributed.is_initialized():
+        # Else this process waits at the door for others, which wait for it in a collective.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Runs the command; what the user can mend is said in one line."""
     try:
         arguments.function(arguments)
     except BrokenPipeError:  # whoever read the output has had enough
@@ -361,6 +379,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jclt: {reason}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        which = f"process {jax.process_index()} of {jax.process_count()}"
+        print(
+            f"jclt: {which} cannot go on: {str(error).splitlines()[0]}. If another process has ended, its own message "
+            "says why; started again together, they go on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        return 3
     return 0
 
 

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.errors import UserError
-from jclt.shapes import Array
+from jclt.shapes import Array, ArrayLike
 
 MESH_AXES = ("data", "features")
 
@@ -39,26 +41,49 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+HEARTBEAT = 30
+"""Seconds after which a host that no longer answers is taken for dead, and the others end."""
+
+PLACE_IN_RUN = ("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS")
+
+
+def said_place() -> tuple[str, int, int] | None:
+    """Where processes meet, how many they are and which this is, if the environment says so."""
+    given = [os.environ[name] for name in PLACE_IN_RUN if name in os.environ]
+    if not given:
+        return None
+    if len(given) < len(PLACE_IN_RUN) or not (given[1].isdigit() and given[2].isdigit()):
+        raise UserError(f"{', '.join(PLACE_IN_RUN)}: expected all three, host:port and two whole numbers")
+    return given[0], int(given[1]), int(given[2])
+
+
 def join_hosts() -> None:
     """Joins the other hosts of this run, where there are any, before the first array is made.
 
     TPU pods, Slurm, Open MPI and Kubernetes are recognised; elsewhere JCLT_COORDINATOR (host:port of the first
     process), JCLT_PROCESSES (how many) and JCLT_PROCESS (which this is, from 0) say it.
     """
-    names = ("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS")
-    given = [os.environ[name] for name in names if name in os.environ]
-    if not given:
-        try:
-            jax.distributed.initialize()
-        except ValueError:
-            pass  # no cluster is recognised: the run is this one process
-        except RuntimeError as error:
-            if "must be called before" not in str(error):  # a program that has computed already is alone as well
-                raise
-    elif len(given) < len(names) or not (given[1].isdigit() and given[2].isdigit()):
-        raise UserError(f"{', '.join(names)}: expected all three, host:port and two whole numbers")
-    else:
-        jax.distributed.initialize(given[0], int(given[1]), int(given[2]))
+    place = said_place()
+    if place is not None:
+        jax.distributed.initialize(*place, heartbeat_timeout_seconds=HEARTBEAT)
+        return
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+    except ValueError:
+        pass  # no cluster is recognised: the run is this one process
+    except RuntimeError as error:
+        if "must be called before" not in str(error):  # a program that has computed already is alone as well
+            raise
+
+
+def own_share() -> tuple[int, int]:
+    """Which of how many processes this is, for work that needs no word between them: where the environment says so
+    none is waited for, so that each goes on when another one ends."""
+    place = said_place()
+    if place is not None:
+        return place[2], place[1]
+    join_hosts()
+    return jax.process_index(), jax.process_count()
 
 
 def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -147,6 +172,13 @@ def as_placed(x: Array, like: Array) -> Array:
     """The array moved to where another one of its shape lies; what was left as pieces of a sum is added up."""
     where = jax.typeof(like).sharding
     return x if jax.typeof(x).sharding == where else jax.reshard(x, where.spec)
+
+
+def fetched(x: ArrayLike) -> np.ndarray:
+    """The whole array on this host, wherever its pieces lie; of several hosts all must ask for it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def mesh_of(x: Array) -> Mesh | None:

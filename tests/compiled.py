@@ -67,9 +67,10 @@ def check_step(text: str, config: TrainConfig, data: int, features: int) -> list
     assert {one.kind for one in coder} == {"all-reduce", "all-gather"}, report
     assert {one.kind for one in harvest} <= {"all-gather", "all-reduce", "all-to-all"}, report
 
-    # Inputs go to all feature shards once a micro-batch, the errors' gradients come back once; no more is gathered.
-    whole = tokens * layers * width
-    assert sum(math.prod(shape) for one in coder if one.kind == "all-gather" for shape in one.shapes) == 2 * whole, report
+    # Inputs go to all feature shards once a micro-batch, the first ones before the loop over them; the errors' gradients
+    # come back once; no more is gathered.
+    whole, rounds = tokens * layers * width, 2 if config.micro_batches == 1 else 3
+    assert sum(math.prod(shape) for one in coder if one.kind == "all-gather" for shape in one.shapes) == rounds * whole, report
 
     # The partial reconstructions are added up once a micro-batch, each layer's when it is complete or all together.
     partial_sums = [one for one in sums if one.has_axis(tokens)]

@@ -559,7 +559,7 @@ def test_the_loop_stops_after_so_many_bad_steps_in_a_row_and_keeps_the_state_fro
         return Counting(state.step + 1, weight), {"loss": jnp.float32(np.nan if step in bad else 1.0)}
 
     start = Counting(jnp.int32(0), jnp.zeros(()))
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints, Log(tmp_path, 0) as metrics:
+    with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints, Log(tmp_path, 0) as metrics:
         with pytest.raises(UserError) as error:
             fit(
                 start,
@@ -576,7 +576,7 @@ def test_the_loop_stops_after_so_many_bad_steps_in_a_row_and_keeps_the_state_fro
     said = "loss is nan at step 12, for the 4th step in a row; the newest checkpoint is of step 13"
     assert str(error.value) == said
     assert max(reached) <= 12  # metrics come one step late
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
         found = checkpoints.restore(start)
     assert found is not None and float(found.weight) == 1.5 * 5
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 11

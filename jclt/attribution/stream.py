@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,43 +23,62 @@ log = logging.getLogger(__name__)
 
 
 def attribute_file(
-    model: Model, coder: Coder, prompts: Path, out: Path, options: Options, batch: int = BATCH
+    model: Model,
+    coder: Coder,
+    prompts: Path,
+    out: Path,
+    options: Options,
+    batch: int = BATCH,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[int, int]:
     """Writes the graph of each line of `prompts` to `out/NUMBER.npz`, and a line on each to `out/graphs.jsonl`; returns
     how many there are and how many prompts failed.
 
     A prompt that cannot be traced is reported, in `out/failed.jsonl` too, and passed over. What is there already is
-    not computed again: the same command goes on where it stopped.
+    not computed again: the same command goes on where it stopped. Of several processes each takes its `share`, which
+    of how many; they need no word of one another, and the last to be done lists all.
     """
     texts = read_prompts(prompts)
     check(model, coder)
     options.check()
     begin(out, texts, provenance(model, coder, options))
-    failed: dict[int, str] = {}
+    mine = range(share[0], len(texts), share[1])
     tokens: dict[int, np.ndarray] = {}
-    done = {number for number in range(len(texts)) if path_of(out, number).exists()}
-    for number in range(len(texts)):
+    done = {number for number in mine if path_of(out, number).exists()}
+    failed = 0
+
+    def fail(number: int, error: UserError) -> None:
+        nonlocal failed
+        failed += 1
+        log.warning("line %d: %s", number + 1, error)
+        write_lines(failure_of(out, number), [{"line": number + 1, "prompt": texts[number], "error": str(error)}])
+
+    for number in mine:
         if number not in done:
+            failure_of(out, number).unlink(missing_ok=True)
             try:
                 tokens[number] = prompt_tokens(model, texts[number])
             except UserError as error:
-                failed[number] = str(error)
+                fail(number, error)
     numbers = list(tokens)
-    with tqdm(total=len(texts), initial=len(done) + len(failed), unit="graph", disable=None) as progress:
+    with tqdm(total=len(mine), initial=len(done) + failed, unit="graph", disable=None) as progress:
         for place, graph in attribute_each(model, coder, list(tokens.values()), options, batch):
             if isinstance(graph, UserError):
-                failed[numbers[place]] = str(graph)
+                fail(numbers[place], graph)
             else:
                 save_graph(graph, path_of(out, numbers[place]))
             progress.update()
-    for number, reason in sorted(failed.items()):
-        log.warning("line %d: %s", number + 1, reason)
-    write_lines(
-        out / "failed.jsonl", [{"line": n + 1, "prompt": texts[n], "error": e} for n, e in sorted(failed.items())]
-    )
-    kept = [number for number in range(len(texts)) if number not in failed]
+    return list_all(out, texts)
+
+
+def list_all(out: Path, texts: Sequence[str]) -> tuple[int, int]:
+    """Writes the lists of what is there and of what failed, and says how many they are."""
+    kept = [number for number in range(len(texts)) if path_of(out, number).exists()]
+    failures = [failure_of(out, number) for number in range(len(texts))]
+    entries = [json.loads(path.read_text()) for path in failures if path.exists()]
+    write_lines(out / "failed.jsonl", entries)
     write_lines(out / "graphs.jsonl", (line_on(number, texts[number], path_of(out, number)) for number in kept))
-    return len(kept), len(failed)
+    return len(kept), len(entries)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -82,20 +102,26 @@ def begin(out: Path, texts: Sequence[str], about: dict[str, Any]) -> None:
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     settings = json.loads(json.dumps(about | {"prompts": digest}))
     path = out / "settings.json"
-    if path.exists():
-        for name, value in read_json(path).items():
-            if value != settings.get(name):
-                raise UserError(f"{out}: begun with {name} {value}, expected {settings.get(name)}")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: holds other files, expected a new folder or one to go on with")
-    else:
+    if not path.exists():
+        others = out.exists() and any(not file.name.startswith(path.name) for file in out.iterdir())
+        if others and not path.exists():
+            raise UserError(f"{out}: holds other files, expected a new folder or one to go on with")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        beside = out / f"{path.name}.{os.getpid()}.partial"  # of several processes each may be the first
+        write_json(beside, settings)
+        beside.replace(path)
+    for name, value in read_json(path).items():
+        if value != settings.get(name):
+            raise UserError(f"{out}: begun with {name} {value}, expected {settings.get(name)}")
 
 
 def path_of(out: Path, number: int) -> Path:
     """Numbered as the lines are, from 1."""
     return out / f"{number + 1:06d}.npz"
+
+
+def failure_of(out: Path, number: int) -> Path:
+    return out / f"{number + 1:06d}.failed"
 
 
 def line_on(number: int, text: str, path: Path) -> dict[str, Any]:
@@ -114,7 +140,7 @@ def line_on(number: int, text: str, path: Path) -> dict[str, Any]:
 
 
 def write_lines(path: Path, lines: Any) -> None:
-    beside = path.with_name(path.name + ".partial")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with beside.open("w") as file:
         for line in lines:
             file.write(json.dumps(line) + "\n")

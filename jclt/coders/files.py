@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -118,8 +119,13 @@ def save_coder(coder: SparseCoder, folder: str | Path, layout: str = "jclt", dty
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(LAYOUTS[layout].dtypes)} in layout {layout}")
     if coder.config.activation == "batchtopk":
         raise UserError("activation 'batchtopk': a rule of training, expected the coder with its rule at inference")
+    files = LAYOUTS[layout].write(coder, dtype)
+    if jax.process_index() > 0:  # the first process writes, a layer at a time, and the others hand it their pieces
+        for _ in files:
+            pass
+        return
     with _new_folder(Path(folder)) as beside:
-        for name, content in LAYOUTS[layout].write(coder, dtype):
+        for name, content in files:
             path = beside / name
             path.parent.mkdir(exist_ok=True)
             if path.suffix in (".json", ".yaml"):  # JSON is YAML

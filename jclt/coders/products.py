@@ -128,7 +128,8 @@ def _decode_backward(kept: Any, gradients: tuple[Array, ...]) -> tuple[tuple[Arr
     for source, (a, decoder) in enumerate(zip(activations, decoders, strict=True)):
         written = gradient[:, source : source + decoder.shape[1]]
         with jax.named_scope(f"from_{source}"):
-            to_activations.append(einsum("nrd,frd->nf", written, decoder.astype(a.dtype)).astype(a.dtype))
+            to_a = einsum("nrd,frd->nf", written, decoder.astype(a.dtype)).astype(a.dtype)
+            to_activations.append(held(to_a))  # or a TPU's compiler makes penalties' gradients part of the product
             to_decoders.append(einsum("nf,nrd->frd", a, written, decoder).astype(decoder.dtype))
     return tuple(to_activations), tuple(to_decoders)
 

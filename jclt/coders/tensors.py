@@ -23,6 +23,7 @@ from jclt.coders.config import CoderConfig
 from jclt.errors import UserError
 from jclt.models.checkpoint import SafetensorsFile
 from jclt.shapes import Array, ArrayLike, DTypeLike
+from jclt.sharding import fetched
 
 Names = Mapping[str, tuple[str, str]]
 """For each weight its published name, with `{}` where the layer's number stands, and how its axes become ours."""
@@ -186,7 +187,7 @@ def published(arrays: Mapping[str, ArrayLike], names: Names, number: int = 0) ->
     tensors = {}
     for weight, array in arrays.items():
         name, axes = names[weight]
-        tensors[name.format(number)] = einops.rearrange(np.asarray(array), " -> ".join(reversed(axes.split(" -> "))))
+        tensors[name.format(number)] = einops.rearrange(fetched(array), " -> ".join(reversed(axes.split(" -> "))))
     return tensors
 
 

@@ -49,11 +49,12 @@ class Network(NamedTuple):
     slices: tuple[int, ...]
     hosts: tuple[int, ...]
 
-    def seconds(self, kind: str, size: float, group: Sequence[int]) -> float:
+    def seconds(self, kind: str, size: float, group: Sequence[int], one_ring: bool = False) -> float:
         """What a collective over this group must take: its bytes over the links that the group spans, and the hops.
 
         `size` is of the largest array that takes part on one chip. Links carry an all-gather or a reduce-scatter
-        once, an all-reduce twice, a quarter of an all-to-all (the Scaling Book).
+        once, an all-reduce twice, a quarter of an all-to-all (the Scaling Book). Some the compiler sends along
+        `one_ring` through all chips of the group, which takes as much as one axis carries.
         """
         if len(group) < 2:
             return 0.0
@@ -65,6 +66,8 @@ class Network(NamedTuple):
             rings = [self.shape[axis] % self.chip.ring == 0 for axis in spanned]
             rate = sum(self.chip.link * (1.0 if ring else 0.5) for ring in rings)
             hops = sum(self.shape[axis] / (2 if ring else 1) for axis, ring in zip(spanned, rings, strict=True))
+            if one_ring:
+                rate, hops = min(rate, self.chip.link), len(within) / 2
             time += passes * (size * (1 - 1 / len(within)) / rate + hops * HOP)
         if len(slices) > 1:
             here = self.hosts[group[0]]

@@ -35,6 +35,7 @@ class Collective(NamedTuple):
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape
     source: str
     groups: str  # as the compiler writes which devices take part
+    one_ring: bool  # sent along one ring through all of them, whatever axes they span
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -76,7 +77,8 @@ def _collective(line: re.Match[str]) -> Collective:
     sized = tuple((dtype, tuple(map(int, sizes.split(",") if sizes else ()))) for dtype, sizes, _ in arrays)
     source = re.search(r'op_name="([^"]*)"', line["rest"])
     groups = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)", line["rest"])
-    return Collective(line["kind"], sized, source[1] if source else "", groups[1] if groups else "")
+    one_ring = '"emitter":"1D' in line["rest"]
+    return Collective(line["kind"], sized, source[1] if source else "", groups[1] if groups else "", one_ring)
 
 
 def first_group(groups: str) -> list[int]:

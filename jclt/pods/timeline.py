@@ -60,7 +60,7 @@ def timeline(program: Program, network: Network) -> Timeline:
             seconds -= arrived
         if step.begins is not None:
             group = step.begins.group() or list(range(len(network.hosts)))
-            takes = network.seconds(step.begins.kind, step.begins.size, group)
+            takes = network.seconds(step.begins.kind, step.begins.size, group, step.begins.one_ring)
             on_the_way[own.name] = takes
             arrays = " ".join(f"{dtype}{list(shape)}" for dtype, shape in step.begins.arrays[:2])
             what = f"{step.begins.kind} {arrays}{' ...' if len(step.begins.arrays) > 2 else ''}"

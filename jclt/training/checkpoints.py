@@ -1,7 +1,7 @@
 """Checkpoints of a training state by Orbax: written in the background, the newest few kept, restored onto any mesh."""
 
 import logging
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -12,12 +12,15 @@ State = TypeVar("State")
 
 
 class Checkpoints:
-    def __init__(self, folder: Path, keep: int = 2):
+    """`path` is a folder or the URL of one; `beside` saves what else belongs to the run."""
+
+    def __init__(self, path: str, beside: Callable[[], None] = lambda: None, keep: int = 2):
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self.checkpointer = ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=newest)
+        self.beside, self.checkpointer = beside, ocp.training.Checkpointer(path, preservation_policy=newest)
 
     def save(self, step: int, state: Any) -> None:
         self.checkpointer.save_async(step, {"state": leaves(state)}, force=True, overwrite=True)
+        self.beside()
 
     def restore(self, like: State) -> State | None:
         """The newest state that can be read, placed as `like` is; None where there is none."""

@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from jclt.coders import SparseCoder, save_coder
@@ -26,8 +25,9 @@ from jclt.training.harvest import Harvest, Scaling, as_tokens, fold, measure_sca
 from jclt.training.initial import calibrated_bias, first_density, initial_weights
 from jclt.training.loop import fit
 from jclt.training.metrics import Log, draw_curves, read_metrics
+from jclt.training.profile import profiled
 from jclt.training.rules import at_inference, with_thresholds
-from jclt.training.runs import check_settings, find_rows, world_rows
+from jclt.training.runs import agreed, check_settings, find_rows, place_of, world_rows
 from jclt.training.shuffle import filled
 from jclt.training.source import activations, stored_source, token_source
 from jclt.training.speed import machine_rate, step_operations
@@ -87,20 +87,24 @@ def finished(config: TrainConfig, state: CoderState) -> SparseCoder:
         return fold(at_inference(state.coder, state.running), state.scaling)
 
 
-def train_coder(config: TrainConfig, out: Path, mesh: Mesh | None = None) -> SparseCoder:
-    """Trains from nothing, or from where the run in `out` stopped; the coder ends up in `out/coder`.
+def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, profile: int = 0) -> SparseCoder:
+    """Trains from nothing, or from where the run in `out`, a folder or a URL, stopped; the coder ends up in
+    `out/coder`.
 
-    Without a mesh given, all devices are used, `config.data_shards` of them on its data axis.
+    Without a mesh given, all devices are used, `config.data_shards` of them on its data axis. `profile` steps are
+    traced, into `out/profile`. On several hosts the coder that is returned lies in pieces on all of them.
     """
+    home = place_of(out)
+    folder = home.folder
     mesh = mesh or make_mesh(config.data_shards)
     model = load_model(config.model, dtype=config.compute, mesh=mesh)
     config = fitted(config, model.config, mesh)
-    rows = run_rows(config, model, out)
+    rows = run_rows(config, model, folder)
     count = len(rows) - HELD_OUT
     if count < config.batch:
         raise UserError(f"data '{config.data}': {len(rows)} rows, expected at least {config.batch + HELD_OUT}")
     held_out = rows.read(np.arange(count, len(rows)))[0]
-    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints") as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(home.checkpoints, home.publish) as checkpoints:
         source = (stored_source if config.store else token_source)(config, model, rows, count)
         harvested = jax.jit(partial(activations, config, model.config))
 
@@ -121,7 +125,9 @@ def train_coder(config: TrainConfig, out: Path, mesh: Mesh | None = None) -> Spa
             replaced = evaluate_replacement(model, finished(config, state), held_out)
             return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
 
-        with Log(out, start, asdict(config)) as metrics:
+        if profile:
+            advance = profiled(advance, start, min(profile, config.steps - start - 1), folder / "profile")
+        with Log(folder, start, asdict(config)) as metrics:
             state = fit(
                 state,
                 advance,
@@ -138,12 +144,11 @@ def train_coder(config: TrainConfig, out: Path, mesh: Mesh | None = None) -> Spa
                 skips=config.skips,
             )
         coder = finished(config, state)
-        if jax.process_count() > 1:
-            coder = jax.tree.map(partial(process_allgather, tiled=True), coder)
+        if not agreed((folder / "coder").exists()):
+            save_coder(coder, folder / "coder")
     if jax.process_index() == 0:
-        if not (out / "coder").exists():
-            save_coder(coder, out / "coder")
-        draw_curves(read_metrics(out / "metrics.jsonl"), ("loss", "nmse", "l0", "dead"), out / "curves.png")
+        draw_curves(read_metrics(folder / "metrics.jsonl"), ("loss", "nmse", "l0", "dead"), folder / "curves.png")
+    home.publish()
     return coder
 
 

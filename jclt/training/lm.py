@@ -21,7 +21,7 @@ from jclt.training.data import batch_rows, holds_tokens, local_tokens, place
 from jclt.training.loop import fit
 from jclt.training.metrics import Log, draw_curves, read_metrics
 from jclt.training.optimizers import lm_optimizer
-from jclt.training.runs import check_settings, find_rows, world_rows
+from jclt.training.runs import check_settings, find_rows, place_of, world_rows
 from jclt.world.tokenizer import build_tokenizer
 
 
@@ -85,8 +85,11 @@ def find_tokenizer(config: LmConfig) -> Tokenizer:
     return tokenizer
 
 
-def train_lm(config: LmConfig, out: Path) -> Model:
-    """Trains from nothing, or from where the run in `out` stopped; the model ends up in `out/model`."""
+def train_lm(config: LmConfig, out: str | Path) -> Model:
+    """Trains from nothing, or from where the run in `out`, a folder or a URL, stopped; the model ends up in
+    `out/model`."""
+    home = place_of(out)
+    out = home.folder
     mesh = make_mesh(config.data_shards)
     check_settings(config, config.model.context, mesh)
     write_config(config.model, "float32")  # a model that its family cannot express could not be saved
@@ -100,7 +103,7 @@ def train_lm(config: LmConfig, out: Path) -> Model:
     def batch(step: int) -> tuple[Array, Array]:
         return place(rows.read, batch_rows(len(rows), config.seed, step, config.batch), placement)
 
-    with jax.set_mesh(mesh), Checkpoints(out / "checkpoints") as checkpoints:
+    with jax.set_mesh(mesh), Checkpoints(home.checkpoints, home.publish) as checkpoints:
         state = init_state(config, mesh)
         state = checkpoints.restore(state) or state
         with Log(out, int(state.step), asdict(config)) as metrics:
@@ -119,4 +122,5 @@ def train_lm(config: LmConfig, out: Path) -> Model:
     model = Model(config.model, state.params, tokenizer, str(out / "model"))
     if not (out / "model").exists():
         save_model(model, out / "model")
+    home.publish()
     return model

@@ -64,9 +64,17 @@ def coder_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         """Of matrices alone: a bias or a threshold's logarithm has no reason to be near 0."""
         return jax.tree.map(lambda x: x.ndim > 1, update)
 
+    def adam() -> optax.GradientTransformation:
+        if b1 == 0:  # its first moment is the gradient itself, and need not be kept
+            return optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False, bias_correction=True)
+        return optax.scale_by_adam(b1, b2, epsilon, mu_dtype=moment)
+
+    def adamw() -> optax.GradientTransformation:
+        return optax.chain(adam(), optax.add_decayed_weights(c.weight_decay, decay))
+
     rules = {
-        "adam": lambda: optax.adam(rate, b1, b2, epsilon, mu_dtype=moment),
-        "adamw": lambda: optax.adamw(rate, b1, b2, epsilon, mu_dtype=moment, weight_decay=c.weight_decay, mask=decay),
+        "adam": lambda: optax.chain(adam(), optax.scale_by_learning_rate(rate)),
+        "adamw": lambda: optax.chain(adamw(), optax.scale_by_learning_rate(rate)),
         "adafactor": lambda: optax.adafactor(rate, momentum=b1 or None, dtype_momentum=moment),
         "lion": lambda: optax.lion(rate, b1, b2, mu_dtype=moment, weight_decay=c.weight_decay, mask=decay),
         "rmsprop": lambda: optax.chain(

@@ -1,21 +1,72 @@
 """A run's folder: the settings it was begun with, and the token rows it reads."""
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
+from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 from jax.sharding import Mesh
 
 from jclt.errors import UserError
 from jclt.models import Tokenizer
 from jclt.models.checkpoint import read_json, write_json
 from jclt.training.config import LmConfig, TrainConfig
+from jclt.training.documents import file_system
 from jclt.training.data import TokenRows, holds_tokens, load_rows, load_tokens, save_rows, text_rows
 from jclt.world.corpus import corpus
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept: a folder, or for a URL a folder of this host that has the URL's small files and is copied
+    back at every checkpoint; checkpoints themselves go to the URL directly."""
+
+    folder: Path
+    url: str | None = None
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.url}/checkpoints" if self.url else str((self.folder / "checkpoints").absolute())
+
+    def publish(self) -> None:
+        """The first host's files, all but what every host makes for itself."""
+        if self.url is None or jax.process_index() > 0:
+            return
+        system, path = file_system(self.url)
+        for file in sorted(self.folder.rglob("*")):
+            name = file.relative_to(self.folder)
+            if file.is_file() and name.parts[0] != "data" and not file.name.endswith(".partial"):
+                system.makedirs(f"{path}/{name.parent.as_posix()}", exist_ok=True)
+                system.put_file(str(file), f"{path}/{name.as_posix()}")
+
+
+FETCHED = ("config.json", "data.json", "metrics.jsonl")
+
+
+def place_of(out: str | Path) -> Place:
+    """The run's place; what a URL already holds of it is fetched."""
+    if "://" not in str(out):
+        return Place(Path(out))
+    url = str(out).rstrip("/")
+    system, path = file_system(url)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "jclt" / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    for name in FETCHED:
+        (folder / name).unlink(missing_ok=True)  # the URL's word counts
+        if system.exists(f"{path}/{name}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            system.get_file(f"{path}/{name}", str(folder / name))
+    return Place(folder, url)
+
+
+def agreed(said: bool) -> bool:
+    """What the first host says, on all of them."""
+    return bool(broadcast_one_to_all(np.asarray(said))) if jax.process_count() > 1 else said
 
 
 def is_begun(folder: Path, config: LmConfig | TrainConfig) -> bool:

@@ -175,16 +175,25 @@ def gradients(config: TrainConfig, share: float, state: CoderState, found: Harve
     differentiate = jax.grad(partial(objective, config, share), has_aux=True)
     once = jax.tree.map(lambda x: reduced_later(x) if x.ndim > 1 else x, weights)
 
-    def one(i: Array | int) -> tuple[Any, Any]:
-        return differentiate(once, batch(i), state.density, ramp)
+    def one(own: Batch) -> tuple[Any, Any]:
+        return differentiate(once, own, state.density, ramp)
 
+    first = batch(0)
     if config.micro_batches == 1:
-        total = one(0)
+        total = one(first)
     else:
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), jax.eval_shape(one, 0))
-        total, _ = jax.lax.scan(
-            lambda total, i: (jax.tree.map(jnp.add, total, one(i)), None), zero, jnp.arange(config.micro_batches)
-        )
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding), jax.eval_shape(one, first))
+
+        def add_one(carry: tuple[Any, Batch], i: Array) -> tuple[tuple[Any, Batch], None]:
+            total, own = carry
+            found = one(own)
+            # The next inputs travel beside what is left to do once these have had their last use, in the encoders'
+            # gradients: then they can take their place, and need not be copied.
+            i, _ = jax.lax.optimization_barrier((i, [layer.encoder for layer in found[0].coder.layers]))
+            return (jax.tree.map(jnp.add, total, found), batch(i)), None
+
+        numbers = jnp.minimum(jnp.arange(config.micro_batches) + 1, config.micro_batches - 1)  # nothing uses the last
+        (total, _), _ = jax.lax.scan(add_one, (zero, first), numbers)
     with jax.named_scope("reduce"):
         total = jax.tree.map(as_placed, total[0], weights), total[1]
     gradient, report = jax.tree.map(lambda x: x / config.micro_batches, total)
