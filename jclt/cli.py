@@ -164,7 +164,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x4",
     )
     command.add_argument("config", metavar="CONFIG", help="a preset or a .py file that defines `config` and `pod`")
-    command.add_argument("--topology", metavar="NAME", help="such as v5e:16x16, v5p:4x4x8, v6e:8x8 (default: the file's)")
+    command.add_argument(
+        "--topology", metavar="NAME", help="such as v5e:16x16, v5p:4x4x8, v6e:8x8 (default: the file's)"
+    )
     command.add_argument("--slices", type=int, metavar="N", help="that many of them, joined by a network")
     command.add_argument("--sweep", action="store_true", help="other meshes, micro-batches and rematerialisation too")
     command.add_argument(
@@ -249,7 +251,9 @@ def attribute(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model)
     coder = load_coder(arguments.coder, model=model)
     if arguments.prompts is not None:
-        written, failed = attribute_file(model, coder, arguments.prompts, arguments.out, options, arguments.batch, share)
+        written, failed = attribute_file(
+            model, coder, arguments.prompts, arguments.out, options, arguments.batch, share
+        )
         print(f"done: {written} graphs in {arguments.out}, listed in graphs.jsonl; {failed} prompts failed")
         return
     graph = attribute(model, coder, arguments.prompt, **options._asdict())
@@ -290,7 +294,8 @@ def plan(arguments: argparse.Namespace) -> None:
     config = override(load_settings(arguments.config, TrainConfig, CODER_PRESETS), arguments.set)
     pod = load_pod(arguments.config, arguments.topology, arguments.slices)
     if arguments.sweep:
-        text, figures = plan_sweep(config, pod)
+        text, variants = plan_sweep(config, pod)
+        figures = {"variants": variants}
     else:
         text, figures = plan_run(config, pod, arguments.prompt_length)
     print(text)
@@ -377,6 +382,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
     except Interrupted as reason:
         print(f"jclt: {reason}", file=sys.stderr)
+        return os.EX_TEMPFAIL  # whatever started it can tell that it is not done
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -1,53 +1,11 @@
-"""What a compiled program sends between devices, read from its text."""
+"""What the train step may send between devices."""
 
 import math
-import re
 from collections import Counter
-from typing import NamedTuple
 
 from jclt.coders import abstract_coder
+from jclt.pods.program import Collective, collectives
 from jclt.training.config import TrainConfig
-
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-LINE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (?P<result>.+?) (?P<kind>{KINDS})(?:-start)?\((?P<rest>.*)$", re.MULTILINE)
-ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
-
-
-class Collective(NamedTuple):
-    """One collective: the arrays that it gives each device, and where in the traced program it comes from."""
-
-    kind: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape
-    source: str
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [shape for _, shape in self.arrays]
-
-    @property
-    def largest(self) -> int:
-        """Elements of its largest array."""
-        return max(map(math.prod, self.shapes))
-
-    def has_axis(self, size: int) -> bool:
-        return any(size in shape for shape in self.shapes)
-
-    def __str__(self) -> str:
-        arrays = " ".join(f"{dtype}{list(shape)}" for dtype, shape in self.arrays)
-        return f"{self.kind} {arrays} from {self.source}"
-
-
-def collectives(text: str) -> list[Collective]:
-    """All of them, each once: one that runs beside other work stands in the text once for each piece of that work."""
-    found = {}
-    for number, line in enumerate(LINE.finditer(text)):
-        arrays = ARRAY.findall(re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", line["result"]))
-        sized = tuple((dtype, tuple(map(int, sizes.split(",") if sizes else ()))) for dtype, sizes in arrays)
-        channel = re.search(r"channel_id=(\d+)", line["rest"])
-        source = re.search(r'op_name="([^"]*)"', line["rest"])
-        one = Collective(line["kind"], sized, source[1] if source else "")
-        found.setdefault(channel[1] if channel else -number, one)
-    return list(found.values())
 
 
 def check_step(text: str, config: TrainConfig, data: int, features: int) -> list[Collective]:
@@ -67,10 +25,12 @@ def check_step(text: str, config: TrainConfig, data: int, features: int) -> list
     assert {one.kind for one in coder} == {"all-reduce", "all-gather"}, report
     assert {one.kind for one in harvest} <= {"all-gather", "all-reduce", "all-to-all"}, report
 
-    # Inputs go to all feature shards once a micro-batch, the first ones before the loop over them; the errors' gradients
-    # come back once; no more is gathered.
+    # Inputs go to all feature shards once a micro-batch, the first ones before the loop over them; the errors'
+    # gradients come back once; no more is gathered.
     whole, rounds = tokens * layers * width, 2 if config.micro_batches == 1 else 3
-    assert sum(math.prod(shape) for one in coder if one.kind == "all-gather" for shape in one.shapes) == rounds * whole, report
+    assert (
+        sum(math.prod(shape) for one in coder if one.kind == "all-gather" for shape in one.shapes) == rounds * whole
+    ), report
 
     # The partial reconstructions are added up once a micro-batch, each layer's when it is complete or all together.
     partial_sums = [one for one in sums if one.has_axis(tokens)]

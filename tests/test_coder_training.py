@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,28 +86,60 @@ def test_losses_are_the_same_on_every_mesh(alone, tmp_path, data, features):
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
 
 
-def test_losses_are_the_same_on_two_processes(alone, tmp_path):
+SHARED = replace(CONFIG, data_shards=2, save_every=20)
+
+
+def together(folder: Path, config: TrainConfig, processes: int) -> list[subprocess.Popen[str]]:
+    """`jclt train` as so many processes that share a run, four devices in all."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    both = [
+    meeting = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": str(processes)} if processes > 1 else {}
+    return [
         command(
-            tmp_path / "run",
-            replace(CONFIG, data_shards=2),
-            JAX_NUM_CPU_DEVICES="2",
-            JCLT_COORDINATOR=f"localhost:{port}",
-            JCLT_PROCESSES="2",
-            JCLT_PROCESS=str(process),
+            folder,
+            config,
+            JAX_NUM_CPU_DEVICES=str(4 // processes),
+            **(meeting | {"JCLT_PROCESS": str(process)} if meeting else {}),
         )
-        for process in range(2)
+        for process in range(processes)
     ]
-    for process in both:
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
-    whole = load_coder(tmp_path / "run" / "coder")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The run on two processes."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    finish(together(folder, SHARED, 2))
+    return folder
+
+
+def test_losses_are_the_same_on_two_processes(alone, two):
+    np.testing.assert_allclose(losses(two), losses(alone), rtol=1e-5)
+    whole = load_coder(two / "coder")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(load_coder(alone / "coder")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly_or_on_another_number(two, tmp_path):
+    first, second = together(tmp_path / "run", SHARED, 2)
+    wait_for(tmp_path / "run", 20, first)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert "cannot go on" in errors or "another task died" in errors, errors[-2000:]
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    finish(together(tmp_path / "run", SHARED, 2))
+    assert digest(tmp_path / "run") == digest(two)
+    finish(together(tmp_path / "other", SHARED, 1))
+    np.testing.assert_allclose(losses(tmp_path / "other"), losses(two), rtol=1e-5)
 
 
 def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(alone):
@@ -152,7 +185,7 @@ def test_a_signal_saves_and_ends_well(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and "saved; the same command goes on" in errors
+    assert process.returncode == os.EX_TEMPFAIL and "saved; the same command goes on" in errors
     assert "checkpoints of steps" in inspect_run(tmp_path / "run")
 
 

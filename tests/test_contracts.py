@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import Collective, check_step, collectives
+from compiled import check_step
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from published_models import GEMMA2, GPT2
@@ -15,6 +15,7 @@ from published_models import GEMMA2, GPT2
 import jclt.training.step as step_module
 from jclt.coders import CoderConfig
 from jclt.models import ModelConfig
+from jclt.pods.program import Collective, collectives
 from jclt.sharding import MESH_AXES, make_mesh, sharding
 from jclt.training.abstract import lower_step, step_inputs
 from jclt.training.coder import init_state

@@ -17,6 +17,7 @@ ROOMS = [
     "attribution",
     "evaluation",
     "training",
+    "pods",
     "viewer",
     "cli",
 ]

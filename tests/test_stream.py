@@ -42,6 +42,14 @@ def test_each_line_gets_its_graph_and_bad_ones_are_reported_and_passed_over(ship
     assert "at most" in failed[1]["error"] and "line 6: prompt: " in caplog.text
 
 
+def test_processes_take_shares_of_their_own_and_the_last_lists_all(shipped, prompts, tmp_path):
+    out = tmp_path / "graphs"
+    assert attribute_file(*shipped, prompts, out, Options(), share=(1, 2)) == (1, 2)  # lines 2, 4 and 6
+    assert sorted(path.name for path in out.glob("*.npz")) == ["000002.npz"]
+    assert attribute_file(*shipped, prompts, out, Options(), share=(0, 2)) == (4, 2)
+    assert len((out / "graphs.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_stopped_stream_goes_on_and_computes_nothing_twice(shipped, prompts, tmp_path, monkeypatch):
     out, traced = tmp_path / "graphs", []
     save = streaming.save_graph

@@ -6,8 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+
+from jclt.cli import main
+from jclt.config import load_settings
+from jclt.pods import load_pod, plan_step
+from jclt.pods.worker import ENVIRONMENT
+from jclt.training.config import TrainConfig
 
 # Layers, features a layer, and the mesh. In the first the sums over source layers are contracted as one product, with
 # 384 features a chip; in the others, with 1,024 and 2,560, source by source.
@@ -17,16 +24,10 @@ CASES = {
     "by source on two data shards": (2, 20_480, 2, 8),
 }
 TOPOLOGY, MEMORY = "v5e:4x4", 15.75
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # libtpu compiles, nothing runs
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two compilations at a time meet at a lock file
-    "TPU_SKIP_MDS_QUERY": "1",  # these three: it does not look for a TPU
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is missing: pip install 'jclt[tpu]'")
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is missing: pip install 'jclt[tpu]'")
+@needs_libtpu
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_compiles_for_a_tpu_and_fits(case):
     command = [sys.executable, __file__, case]
@@ -40,6 +41,44 @@ def test_the_step_compiles_for_a_tpu_and_fits(case):
     assert memory["new outputs"] < 0.001  # the state is updated in place
 
 
+@needs_libtpu
+@pytest.mark.parametrize("name", ["gpt2_small_300k_v5e_8", "llama_3p2_1b_524k_v5e_64"])
+def test_the_small_configurations_are_planned_as_their_table_says(name):
+    path = Path(__file__).parents[1] / "tpu_configs" / f"{name}.py"
+    kept = json.loads(path.with_name("plans.json").read_text())[name]
+    report = plan_step(load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None))
+    print(f"\n{name}: {report['seconds'] * 1e3:.1f} ms, {report['utilisation']:.1%}, {report['compile_seconds']:.0f} s")
+    assert report["memory"]["headroom"] > 0.08
+    assert report["seconds"] == pytest.approx(kept["seconds"], rel=0.1)
+    assert report["floors"]["products"] < report["seconds"] and report["floors"]["memory"] < report["seconds"]
+    assert sum(report["stages"].values()) + report["exposed_seconds"] == pytest.approx(report["seconds"])
+
+
+@needs_libtpu
+def test_a_plan_from_the_command_line(tmp_path, capsys):
+    """On a slice of 16 chips, where sums travel by all-reduce: beside the products, all but the last."""
+    settings = "coder.features=16384 batch=32 length=128 micro_batches=2 compute=bfloat16".split()
+    arguments = ["tiny", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json"), "--prompt-length", "16"]
+    assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 2
+    assert "expected at most 64" in capsys.readouterr().err  # the model's context
+    settings[2] = "length=64"
+    assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
+    text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert "not a measurement" in text and "attribution       fits" in text
+    assert report["calibration"]["product"] == pytest.approx(1.14, abs=0.1)
+    assert report["calibration"]["copy"] == pytest.approx(1.24, abs=0.1)
+    assert report["calibration"]["all-reduce"] == pytest.approx(1.0)
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_is_refused_with_advice(capsys):
+    settings = "coder.features=1048576 batch=32 length=64 compute=bfloat16".split()
+    arguments = ["tiny", "--topology", "v5e:2x2", "--prompt-length", "0"]
+    assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit: needs" in said and "to make it fit" in said
+
+
 def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
     from compiled import check_step
     from jax.experimental.topologies import get_topology_desc
@@ -48,7 +87,6 @@ def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
     from jclt.coders import CoderConfig
     from jclt.sharding import make_mesh
     from jclt.training.abstract import lower_step
-    from jclt.training.config import TrainConfig
 
     model = replace(GPT2, layers=layers)
     coder = CoderConfig(features=features).fitted(model, "gpt2")

@@ -164,7 +164,7 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(config, tmp_path):
     wait_for_step(tmp_path / "killed", newest + 20, stopped)
     stopped.send_signal(signal.SIGTERM)
     _, said = stopped.communicate(timeout=deadline - time.time())
-    assert stopped.returncode == 0 and "the same command goes on from there" in said, said
+    assert stopped.returncode == os.EX_TEMPFAIL and "the same command goes on from there" in said, said
 
     done = subprocess.run(command(config, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and "resuming at step" in done.stderr, done.stderr

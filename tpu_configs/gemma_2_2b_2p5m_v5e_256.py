@@ -1,7 +1,7 @@
 """Gemma 2 2B, 2.56 million features, on 256 chips of v5e.
 
-    jclt plan tpu_configs/gemma_2_2b_2p5m_v5e_256.py
-    jclt train tpu_configs/gemma_2_2b_2p5m_v5e_256.py --out gs://BUCKET/gemma_2_2b_2p5m_v5e_256
+jclt plan tpu_configs/gemma_2_2b_2p5m_v5e_256.py
+jclt train tpu_configs/gemma_2_2b_2p5m_v5e_256.py --out gs://BUCKET/gemma_2_2b_2p5m_v5e_256
 """
 
 from jclt.coders import CoderConfig

@@ -1,7 +1,7 @@
 """Gemma 2 2B, 2.56 million features, on 64 chips of v6e.
 
-    jclt plan tpu_configs/gemma_2_2b_2p5m_v6e_64.py
-    jclt train tpu_configs/gemma_2_2b_2p5m_v6e_64.py --out gs://BUCKET/gemma_2_2b_2p5m_v6e_64
+jclt plan tpu_configs/gemma_2_2b_2p5m_v6e_64.py
+jclt train tpu_configs/gemma_2_2b_2p5m_v6e_64.py --out gs://BUCKET/gemma_2_2b_2p5m_v6e_64
 """
 
 from jclt.coders import CoderConfig

@@ -1,7 +1,7 @@
 """Gemma 2 9B, 5.16 million features, on 128 chips of v5p (v5p-256 counts cores).
 
-    jclt plan tpu_configs/gemma_2_9b_5m_v5p_256.py
-    jclt train tpu_configs/gemma_2_9b_5m_v5p_256.py --out gs://BUCKET/gemma_2_9b_5m_v5p_256
+jclt plan tpu_configs/gemma_2_9b_5m_v5p_256.py
+jclt train tpu_configs/gemma_2_9b_5m_v5p_256.py --out gs://BUCKET/gemma_2_9b_5m_v5p_256
 """
 
 from jclt.coders import CoderConfig

@@ -1,7 +1,7 @@
 """GPT-2 small, 295 thousand features, on 8 chips of v5e.
 
-    jclt plan tpu_configs/gpt2_small_300k_v5e_8.py
-    jclt train tpu_configs/gpt2_small_300k_v5e_8.py --out gs://BUCKET/gpt2_small_300k_v5e_8
+jclt plan tpu_configs/gpt2_small_300k_v5e_8.py
+jclt train tpu_configs/gpt2_small_300k_v5e_8.py --out gs://BUCKET/gpt2_small_300k_v5e_8
 """
 
 from jclt.coders import CoderConfig

@@ -1,7 +1,7 @@
 """Llama 3.1 8B, 4.19 million features, on 128 chips of v5p (v5p-256 counts cores).
 
-    jclt plan tpu_configs/llama_3p1_8b_4m_v5p_256.py
-    jclt train tpu_configs/llama_3p1_8b_4m_v5p_256.py --out gs://BUCKET/llama_3p1_8b_4m_v5p_256
+jclt plan tpu_configs/llama_3p1_8b_4m_v5p_256.py
+jclt train tpu_configs/llama_3p1_8b_4m_v5p_256.py --out gs://BUCKET/llama_3p1_8b_4m_v5p_256
 """
 
 from jclt.coders import CoderConfig

@@ -1,7 +1,7 @@
 """Llama 3.2 1B, 524 thousand features, on 64 chips of v5e.
 
-    jclt plan tpu_configs/llama_3p2_1b_524k_v5e_64.py
-    jclt train tpu_configs/llama_3p2_1b_524k_v5e_64.py --out gs://BUCKET/llama_3p2_1b_524k_v5e_64
+jclt plan tpu_configs/llama_3p2_1b_524k_v5e_64.py
+jclt train tpu_configs/llama_3p2_1b_524k_v5e_64.py --out gs://BUCKET/llama_3p2_1b_524k_v5e_64
 """
 
 from jclt.coders import CoderConfig

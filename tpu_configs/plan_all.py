@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 FIGURES, TABLE = HERE / "plans.json", HERE / "README.md"
 BEGIN, END = "<!-- plans -->\n", "<!-- end of plans -->\n"
 HEAD = (
-    "| configuration | chips | parameters | memory a chip, GiB | free | step, s | of peak | waited for links | tokens/s | "
-    "chip-hours for 10^9 tokens | compiled in, s |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    "| configuration | chips | parameters | memory a chip, GiB | free | step, s | of peak | waited for links | "
+    "tokens/s | chip-hours for 10^9 tokens | compiled in, s |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 

@@ -1,4 +1,4 @@
-"""The shapes of published models that runs are often planned for, so that planning needs neither weights nor network."""
+"""The shapes of published models that runs are planned for, so that planning needs neither weights nor network."""
 
 from typing import Any
 

@@ -21,10 +21,13 @@ def plan_run(config: TrainConfig, pod: Pod, prompt_length: int = 0) -> tuple[str
     return plan_text(config, report), report
 
 
+def plan_step(config: TrainConfig, pod: Pod) -> dict[str, Any]:
+    """The figures of the train step alone."""
+    return ask("plan_step", config, shape_of(pod, config), pod)
+
+
 def plan_sweep(config: TrainConfig, pod: Pod) -> tuple[str, list[dict[str, Any]]]:
     """The variants of a run, the fastest of those that fit first."""
-    model, reports = shape_of(pod, config), []
-    for variant in tqdm(list(variants(config, pod)), unit="plan"):
-        reports.append(ask("plan_step", variant, model, pod))
+    reports = [plan_step(variant, pod) for variant in tqdm(list(variants(config, pod)), unit="plan")]
     reports.sort(key=lambda own: (not own["fits"], own.get("seconds", 0.0)))
     return sweep_text(reports), reports

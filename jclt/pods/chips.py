@@ -1,4 +1,4 @@
-"""The chips that pods are made of, as their makers and the Scaling Book describe them, and what a slice's links carry."""
+"""The chips that pods are made of, as their makers and the Scaling Book describe them, and what their links carry."""
 
 import math
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ This module runs in a process of its own (`worker.py`): with libtpu loaded, JAX 
 
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +45,7 @@ def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod) -> Report:
     """The train step's memory, operations, time and traffic on one chip, and what follows for the run."""
     chip, devices = chip_of(pod.topology), devices_of(pod)
     mesh = make_mesh(config.data_shards, devices=devices)
+    settings = asdict(config)
     config = fitted(config, model, mesh)
     inputs = step_inputs(config, model, mesh)
     began = time.perf_counter()
@@ -53,6 +54,7 @@ def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod) -> Report:
     tokens = config.batch * config.length
     operations = step_operations(config, model) / len(devices)
     report: Report = {
+        "settings": settings,
         "topology": pod.topology,
         "slices": pod.slices,
         "chips": len(devices),
@@ -125,18 +127,18 @@ def held(inputs: StepInputs) -> dict[str, float]:
 
 
 def memory_of(compiled: Any, inputs: StepInputs, limit: float) -> dict[str, float]:
-    """Bytes a chip. What the program is given is padded to tiles; what it makes on the way is `temporaries`, of which
-    the gradients are as large as the parameters."""
+    """Bytes a chip at the fullest moment. What the program is given is padded to tiles; of what it makes on the way the
+    gradients are as large as the parameters, and the rest are activations and other temporaries."""
     used, given = compiled.memory_analysis(), held(inputs)
-    fresh = used.output_size_in_bytes - used.alias_size_in_bytes
-    total = used.argument_size_in_bytes + fresh + used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    total = used.peak_memory_in_bytes + used.generated_code_size_in_bytes
+    rest = total - used.argument_size_in_bytes - given["parameters"] - used.generated_code_size_in_bytes
     return {
         "limit": limit,
         **given,
         "padding": used.argument_size_in_bytes - sum(given.values()),
         "gradients": given["parameters"],
-        "activations": used.temp_size_in_bytes - given["parameters"],
-        "program": used.generated_code_size_in_bytes + fresh,
+        "activations": rest,
+        "program": used.generated_code_size_in_bytes,
         "total": total,
         "headroom": (limit - total) / limit,
     }
@@ -172,8 +174,8 @@ def calibrate(pod: Pod) -> Report:
     def estimated(function: Any, *shapes: tuple[tuple[int, int], Any, P]) -> float:
         inputs = [jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, where)) for s, dtype, where in shapes]
         with jax.set_mesh(mesh):
-            text = jax.jit(function).lower(*inputs).compile().as_text()
-        return timeline(Program(text), network).seconds
+            compiled = jax.jit(function).lower(*inputs).compile()
+        return timeline(Program(compiled.as_text() or ""), network).seconds
 
     def added(x: jax.Array) -> jax.Array:
         return jax.shard_map(lambda x: jax.lax.psum(x, "features"), in_specs=P("features"), out_specs=P())(x)

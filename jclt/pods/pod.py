@@ -1,6 +1,6 @@
 """What a run's file says of the pod that it is meant for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jclt.config import read_file
@@ -29,13 +29,11 @@ def load_pod(name: str, topology: str | None, slices: int | None) -> Pod:
     found: Any = read_file(name).get("pod") if name.endswith(".py") else None
     if found is not None and not isinstance(found, Pod):
         raise UserError(f"{name}: expected `pod` to be a Pod (jclt.pods)")
-    if found is None and topology is None:
-        raise UserError(f"config '{name}': defines no `pod`, expected --topology, such as v5e:2x4")
-    pod = Pod(
-        topology or found.topology,
-        slices or (found.slices if found else 1),
-        found.model if found else None,
-    )
+    if found is None:
+        if topology is None:
+            raise UserError(f"config '{name}': defines no `pod`, expected --topology, such as v5e:2x4")
+        found = Pod(topology)
+    pod = replace(found, topology=topology or found.topology, slices=slices or found.slices)
     pod.check()
     return pod
 

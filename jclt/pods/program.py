@@ -257,7 +257,9 @@ def array_bytes(result: str) -> int:
 
 def bytes_in_hbm(result: str) -> int:
     """Of those that lie in HBM: the layout of others names their memory, S(1) for VMEM."""
-    return sum(_bytes(dtype, sizes) for dtype, sizes, layout in ARRAY.findall(result) if not re.search(r"S\(\d", layout))
+    return sum(
+        _bytes(dtype, sizes) for dtype, sizes, layout in ARRAY.findall(result) if not re.search(r"S\(\d", layout)
+    )
 
 
 def _bytes(dtype: str, sizes: str) -> int:

@@ -15,7 +15,7 @@ KINDS = {
     "padding": "padding",
     "gradients": "gradients",
     "activations": "activations and other temporaries",
-    "program": "program and fresh outputs",
+    "program": "program",
 }
 HEADROOM = 0.08
 """Share of the memory that a configuration should leave free: what the compiler does not see, such as profiles."""
@@ -46,7 +46,8 @@ def plan_text(config: TrainConfig, report: Report) -> str:
         f"operations        {report['operations']:.3g} a chip and step",
         f"step              {milliseconds(report['seconds'])} by the compiler's schedule at "
         f"{report['clock'] / 1e9:.2f} GHz: {milliseconds(report['work_seconds'])} of work, "
-        f"{milliseconds(report['exposed_seconds'])} of waiting for the links, which work hides {report['hidden']:.0%} of",
+        f"{milliseconds(report['exposed_seconds'])} of waiting for the links, of whose time work hides "
+        f"{report['hidden']:.0%}",
         f"no less than      {milliseconds(report['floors']['products'])} (operations over peak), "
         f"{milliseconds(report['floors']['memory'])} (bytes over HBM bandwidth), "
         f"{milliseconds(report['floors']['links'])} (collectives over links)",
@@ -104,9 +105,7 @@ def advice(config: TrainConfig, report: Report) -> list[str]:
         if not config.remat:
             lines.append("--set remat=true: encodes once more in the backward pass instead of keeping pre-activations")
     if config.data_shards > report["slices"]:
-        lines.append(
-            f"--set data_shards={max(report['slices'], config.data_shards // 2)}: features over more chips"
-        )
+        lines.append(f"--set data_shards={max(report['slices'], config.data_shards // 2)}: features over more chips")
     if config.moment_dtype == "float32" and config.optimizer in ("adam", "adamw", "lion", "sgd"):
         lines.append("--set moment_dtype=bfloat16: half of the optimizer's first moment")
     if config.beta1 == 0 and config.optimizer == "adam":
@@ -117,7 +116,9 @@ def advice(config: TrainConfig, report: Report) -> list[str]:
 
 def sweep_text(rows: list[Report]) -> str:
     """One line a variant, the best first."""
-    lines = [f"{'mesh':>9} {'micro':>5} {'remat':>5} {'step':>10} {'of peak':>7} {'tokens/s':>12} {'memory':>8} {'free':>5}"]
+    lines = [
+        f"{'mesh':>9} {'micro':>5} {'remat':>5} {'step':>10} {'of peak':>7} {'tokens/s':>12} {'memory':>8} {'free':>5}"
+    ]
     for own in rows:
         mesh = "x".join(map(str, own["mesh"].values()))
         head = f"{mesh:>9} {own['micro_batches']:>5} {str(own['remat']).lower():>5}"

@@ -1,6 +1,6 @@
 """How long a compiled program takes by its own schedule: cycles over the clock, and what of its traffic work hides."""
 
-from collections import Counter
+from collections import defaultdict
 from typing import NamedTuple
 
 from jclt.pods.chips import Network
@@ -44,7 +44,7 @@ class Timeline(NamedTuple):
 def timeline(program: Program, network: Network) -> Timeline:
     """Runs through the schedule: work takes its cycles, and of what is on the way as much arrives meanwhile as the
     links carry, one collective after the other."""
-    stages: Counter[str] = Counter()
+    stages: defaultdict[str, float] = defaultdict(float)
     on_the_way: dict[str, float] = {}
     traffic: dict[str, Traffic] = {}
     moved = 0.0
@@ -75,4 +75,5 @@ def timeline(program: Program, network: Network) -> Timeline:
                     break
                 on_the_way[name] = 0.0
             traffic[step.ends] = traffic[step.ends]._replace(exposed=waited * step.times)
-    return Timeline(dict(stages.most_common()), list(traffic.values()), moved)
+    by_time = dict(sorted(stages.items(), key=lambda stage: -stage[1]))
+    return Timeline(by_time, list(traffic.values()), moved)

@@ -125,12 +125,10 @@ def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, 
             replaced = evaluate_replacement(model, finished(config, state), held_out)
             return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
 
-        if profile:
-            advance = profiled(advance, start, min(profile, config.steps - start - 1), folder / "profile")
         with Log(folder, start, asdict(config)) as metrics:
             state = fit(
                 state,
-                advance,
+                profiled(advance, start, min(profile, config.steps - start - 1), folder / "profile"),
                 lambda step: source(step + config.shuffle - 1),  # what the buffer takes in is ahead of the step
                 config.steps,
                 checkpoints,

@@ -12,7 +12,9 @@ Advance = Callable[[int, Any, Any], tuple[Any, Any]]
 
 
 def profiled(advance: Advance, first: int, steps: int, folder: Path) -> Advance:
-    """`advance`, which also traces `steps` steps from the second one on: the first compiles."""
+    """`advance`, which also traces `steps` steps, if any, from the second one on: the first compiles."""
+    if steps < 1:
+        return advance
     begin = first + 1
 
     def traced(step: int, state: Any, batch: Any) -> tuple[Any, Any]:

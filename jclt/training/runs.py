@@ -16,8 +16,8 @@ from jclt.errors import UserError
 from jclt.models import Tokenizer
 from jclt.models.checkpoint import read_json, write_json
 from jclt.training.config import LmConfig, TrainConfig
-from jclt.training.documents import file_system
 from jclt.training.data import TokenRows, holds_tokens, load_rows, load_tokens, save_rows, text_rows
+from jclt.training.documents import file_system
 from jclt.world.corpus import corpus
 
 

@@ -1,0 +1,189 @@
+"""Planning for pods, as far as it goes without the TPU compiler: schedules are read rightly, links timed rightly."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+
+from jclt.cli import main
+from jclt.config import load_settings
+from jclt.errors import UserError
+from jclt.models import abstract_params
+from jclt.pods import load_pod
+from jclt.pods.chips import CHIPS, GIB, Network, chip_of, chips_in
+from jclt.pods.flags import FLAGS, VARIABLE, set_flags
+from jclt.pods.pod import shape_of
+from jclt.pods.program import Program, bytes_in_hbm, collectives, first_group, stage_of
+from jclt.pods.report import advice, plan_text
+from jclt.pods.sweep import variants
+from jclt.pods.timeline import timeline
+from jclt.training.config import TrainConfig
+
+CONFIGS = sorted((Path(__file__).parents[1] / "tpu_configs").glob("*_v[0-9]*.py"))
+PLANS = json.loads((Path(__file__).parents[1] / "tpu_configs" / "plans.json").read_text())
+
+# A loop of three rounds. In each an all-reduce begins, a product of 3,000 cycles runs beside it, it ends; then an
+# all-gather runs alone. After the loop a fusion reads a slice of an array in HBM and writes to VMEM.
+TEXT = (Path(__file__).parent / "golden" / "schedule.hlo").read_text()
+NETWORK = Network(CHIPS["v5e"], (2, 2), ((0, 0), (1, 0), (0, 1), (1, 1)), (0,) * 4, (0,) * 4)
+
+
+def test_a_schedule_is_cycles_and_what_of_its_traffic_nothing_hides():
+    line = timeline(Program(TEXT), NETWORK)
+    clock, link = CHIPS["v5e"].clock, 4.5e10  # an axis of two chips has no ring: half of 9e10
+    assert line.stages["encode backward"] == pytest.approx(3 * 3000 / clock)
+    assert line.stages["update"] == pytest.approx(500 / clock)
+    assert line.work == pytest.approx((3 * 3000 + 500) / clock)
+    summed = 2 * (2**20 * 3 / 4 / (2 * link) + 4 * 1e-6)  # two passes over two axes, four hops
+    gathered = 2**20 / 2 / link + 1e-6  # one axis, two chips: one ring of them
+    by_kind = {own.what.split()[0]: own for own in line.traffic}
+    assert by_kind["all-reduce"].seconds == pytest.approx(3 * summed) and by_kind["all-reduce"].times == 3
+    assert by_kind["all-gather"].seconds == pytest.approx(3 * gathered)
+    assert by_kind["all-gather"].exposed == pytest.approx(3 * gathered)
+    assert by_kind["all-reduce"].exposed == pytest.approx(3 * (summed - 3000 / clock))
+    assert line.seconds == pytest.approx(line.work + line.exposed)
+    assert by_kind["all-gather"].stage == "reshard" and by_kind["all-reduce"].stage == "decode"
+
+
+def test_bytes_moved_count_slices_and_what_lies_in_hbm():
+    program = Program(TEXT)
+    moved = {step.instruction.name: program.moved(step.instruction) for step in program.steps()}
+    assert moved["fusion.9"] == 128 * 4  # a row of 100, read; it is written to VMEM
+    assert moved["fusion.7"] == 2 * 64 * 64
+    assert bytes_in_hbm("(f32[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)})") == 2048
+
+
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("mesh['a'=2,'b'=3] {'b'}", [0, 1, 2]),
+        ("mesh['a'=2,'b'=3] {'a'}", [0, 3]),
+        ("mesh['a'=2,'b'=2] {'a','b'}", [0, 1, 2, 3]),
+        ("{{0,2},{1,3}}", [0, 2]),
+        ("[2,4]<=[8]", [0, 1, 2, 3]),
+        ("[4,2]<=[2,4]T(1,0)", [0, 4]),
+    ],
+)
+def test_groups_are_read_from_all_their_forms(written, group):
+    assert first_group(written) == group
+
+
+def test_rings_slices_and_hosts_decide_what_links_carry():
+    whole = Network(CHIPS["v5e"], (16, 16), tuple((i % 16, i // 16) for i in range(256)), (0,) * 256, (0,) * 256)
+    size = 1e9
+    both = 2 * (size * 255 / 256 / (2 * 9e10) + 16e-6)
+    assert whole.seconds("all-reduce", size, range(256)) == pytest.approx(both)
+    assert whole.seconds("all-gather", size, range(256), one_ring=True) == pytest.approx(
+        size * 255 / 256 / 9e10 + 128e-6
+    )
+    assert whole.seconds("all-reduce", size, range(16)) == pytest.approx(2 * (size * 15 / 16 / 9e10 + 8e-6))
+    assert whole.seconds("all-reduce", size, [3]) == 0
+    two = Network(CHIPS["v5e"], (1, 4), tuple((0, i % 4) for i in range(8)), (0,) * 4 + (1,) * 4, (0,) * 4 + (1,) * 4)
+    # Four chips of a host share its network; each sends its own half of what two slices add up.
+    assert two.seconds("all-reduce", size, [0, 4]) == pytest.approx(2 * size / 2 / (2.5e10 / 4))
+
+
+def test_collectives_that_run_beside_work_count_once():
+    found = collectives(TEXT)
+    assert [(one.kind, one.size, one.one_ring) for one in found] == [
+        ("all-reduce", 2**20, False),
+        ("all-gather", 2**20, True),
+    ]
+    assert stage_of("jit(train_step)/while/body/closed_call/transpose(jvp(decode))/from_3/mul") == "decode backward"
+
+
+def test_flags_are_set_once_and_the_users_own_come_last(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "--mine=1")
+    set_flags()
+    set_flags()
+    import os
+
+    said = os.environ[VARIABLE].split()
+    assert said == [*(f"--{flag.name}={flag.value}" for flag in FLAGS), "--mine=1"]
+    assert all(flag.reason for flag in FLAGS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_planned_and_fits(path):
+    config, pod = load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None)
+    model = shape_of(pod, config)
+    chips = chips_in(pod.topology) * pod.slices
+    assert config.batch % chips == 0 and config.length % config.micro_batches == 0
+    assert config.coder.features % (chips // config.data_shards) == 0
+    assert abstract_params(model)
+    plan = PLANS[path.stem]
+    assert plan["settings"] == json.loads(json.dumps(asdict(config))), "not planned since its file changed"
+    assert plan["fits"] and plan["memory"]["headroom"] >= 0.08 and plan["chips"] == chips
+
+
+def test_dense_decoding_is_planned_at_60_percent_of_peak():
+    large = {name: plan for name, plan in PLANS.items() if name.endswith(("v5e_256", "v5p_256"))}
+    assert len(large) >= 5 and {name for name, plan in large.items() if plan["utilisation"] < 0.6} == set()
+
+
+def test_a_plan_says_what_to_change_where_it_does_not_fit():
+    path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
+    config, report = load_settings(str(path), TrainConfig, {}), PLANS[path.stem]
+    text = plan_text(config, report)
+    assert "not a measurement" in text and f"{report['utilisation']:.0%} of peak" in text
+    refused = report | {
+        "memory": {"limit": 15.75 * GIB, "parameters": GIB, "optimizer": GIB, "model": 0, "other": 0},
+        "refused": "needs 20.00G, expected at most 15.75G",
+    }
+    said = plan_text(config, refused)
+    assert "does not fit: needs 20.00G" in said and "micro_batches=" in said
+    assert any("remat" in line for line in advice(config, refused))
+
+
+def test_a_sweep_goes_over_meshes_micro_batches_and_rematerialisation():
+    path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
+    config, pod = load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None)
+    found = list(variants(config, pod))
+    assert config in found and len({asdict(own).__str__() for own in found}) == len(found)
+    assert {own.data_shards for own in found} == {1, 2, 4} and {own.remat for own in found} == {False, True}
+
+
+@pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_the_tpu_compiler_one_line_says_how_to_get_it(capsys):
+    assert main(["plan", "tiny", "--topology", "v5e:2x2"]) == 2
+    assert "pip install 'jclt[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("topology", "named"), [("v5e-8", "topology 'v5e-8'"), ("v9:2x2", "v9"), (None, "defines no `pod`")]
+)
+def test_bad_topologies_are_named(topology, named, capsys):
+    assert main(["plan", "tiny", *(["--topology", topology] if topology else [])]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_chips_are_what_the_compiler_says():
+    assert chip_of("v5p:4x4x8").memory == 95.74 * GIB
+    with pytest.raises(UserError, match="expected CHIP:AxB"):
+        chip_of("v5e")
+
+
+@pytest.mark.parametrize("where", ["vm", "gke"])
+def test_launching_shows_its_commands_first(where):
+    path = next(path for path in CONFIGS if "2x_v5e" in path.stem)
+    script = path.parent / "launch.py"
+    arguments = [where, str(path), "--bucket", "gs://mine", "--zone", "somewhere", "--spot", "--dry-run"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        rf"jclt train {path.name} --out gs://mine/runs/{path.stem} --set data=gs://mine/tokens", done.stdout
+    )
+    if where == "vm":
+        assert "--accelerator-type v5litepod-256" in done.stdout and "--node-count 2" in done.stdout
+    else:
+        start = done.stdout.index("{")
+        written, _ = json.JSONDecoder().raw_decode(done.stdout[start:])
+        (job,) = written["spec"]["replicatedJobs"]
+        assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == 64
+    assert jax.process_count() == 1
