@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from jclt.training.config import LmConfig
 from jclt.training.data import TokenRows, batch_rows, load_tokens, place, shuffled
 from jclt.training.lm import find_tokenizer
 from jclt.training.prefetch import mapped_ahead, prefetched
+from jclt.training.runs import place_of
 from jclt.training.runs import find_rows
 from jclt.training.store import create_store
 from jclt.training.tokenize import tokenize
@@ -243,3 +245,34 @@ def test_a_run_takes_its_rows_and_its_tokenizer_from_the_folder(folder, tmp_path
         rows()
     with pytest.raises(UserError, match="setting 'model.vocabulary': 50, expected at least 96"):
         find_tokenizer(replace(config, model=replace(config.model, vocabulary=50)))
+
+
+# A run's place.
+
+
+def test_a_run_on_a_bucket_keeps_its_small_files_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = "memory://bucket/run/"
+    home = place_of(url)
+    assert home.url == "memory://bucket/run" and home.checkpoints == "memory://bucket/run/checkpoints"
+    (home.folder / "coder").mkdir(parents=True)
+    (home.folder / "data").mkdir()
+    for name in ("config.json", "metrics.jsonl", "coder/W.safetensors", "data/tokens.npy", "metrics.partial"):
+        (home.folder / name).write_text(name)
+    home.publish()
+    system, path = fsspec.url_to_fs(url)
+    there = {name.removeprefix(f"{path.rstrip('/')}/") for name in system.find(path)}
+    assert there == {"config.json", "metrics.jsonl", "coder/W.safetensors"}
+    # Another host, or this one later: what the bucket says counts.
+    system.pipe_file(f"{path}/config.json", b"newer")
+    assert (place_of(url).folder / "config.json").read_text() == "newer"
+    system.rm(path, recursive=True)
+    assert not (place_of(url).folder / "config.json").exists()
+
+
+def test_a_folder_is_its_own_place(tmp_path):
+    home = place_of(tmp_path / "run")
+    assert home.folder == tmp_path / "run" and home.url is None
+    assert home.checkpoints == str(tmp_path / "run" / "checkpoints")
+    home.publish()
+    assert not home.folder.exists()

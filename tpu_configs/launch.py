@@ -7,7 +7,7 @@
 again and again until it is done: a preempted slice is asked for anew, and the run goes on from its newest checkpoint.
 `gke` writes a JobSet and applies it; the cluster needs a node pool of the slice's kind. Tokens (BUCKET/tokens, made by
 `jclt tokenize`), checkpoints, metrics, the compile cache and profiles all lie in the bucket. It needs `gcloud` (and
-`kubectl` for gke), logged in.
+`kubectl` for gke), logged in. What is installed is the last commit of this working tree.
 """
 
 import argparse
@@ -52,11 +52,14 @@ def train_command(config: Path, bucket: str, profile: int) -> str:
 
 
 def install_command(bucket: str) -> str:
-    """From nothing to `jclt` in a virtual environment, in a folder with the configurations."""
+    """From nothing to `jclt` in a virtual environment, in the folder of configurations. TPU VMs may bring an older
+    Python than it needs; uv brings its own."""
+    fetch = f"import fsspec; fsspec.filesystem('gs').get('{bucket}/jclt.tar.gz', 'jclt.tar.gz')"
     return (
-        "test -d .venv || python3 -m venv .venv; . .venv/bin/activate; "
-        f"gcloud storage cp {bucket}/jclt.tar.gz . && tar xzf jclt.tar.gz && "
-        "pip install --quiet '.[tpu,gcs]' && cd tpu_configs"
+        "UV=$HOME/.local/bin/uv; test -x $UV || python3 -m pip install --quiet --user uv; "
+        "test -d .venv || $UV venv --quiet --python 3.12 .venv; . .venv/bin/activate; "
+        f'$UV pip install --quiet gcsfs && python -c "{fetch}" && tar xzf jclt.tar.gz && '
+        "$UV pip install --quiet '.[tpu,gcs]' && cd tpu_configs"
     )
 
 
@@ -182,7 +185,7 @@ def main() -> None:
     parser.add_argument("--zone", help="of the TPU VMs (vm)")
     parser.add_argument("--project", help="if not gcloud's default (vm)")
     parser.add_argument("--spot", action="store_true", help="cheaper, and preempted at times")
-    parser.add_argument("--image", default="google/cloud-sdk:slim", help="with Python and gcloud (gke)")
+    parser.add_argument("--image", default="python:3.12", help="with Python and pip (gke)")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="traces so many steps for XProf")
     parser.add_argument("--dry-run", action="store_true")
     asked = parser.parse_args()
