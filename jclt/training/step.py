@@ -186,11 +186,11 @@ def gradients(config: TrainConfig, share: float, state: CoderState, found: Harve
 
         def add_one(carry: tuple[Any, Batch], i: Array) -> tuple[tuple[Any, Batch], None]:
             total, own = carry
-            found = one(own)
+            part = one(own)
             # The next inputs travel beside what is left to do once these have had their last use, in the encoders'
             # gradients: then they can take their place, and need not be copied.
-            i, _ = jax.lax.optimization_barrier((i, [layer.encoder for layer in found[0].coder.layers]))
-            return (jax.tree.map(jnp.add, total, found), batch(i)), None
+            i, _ = jax.lax.optimization_barrier((i, [layer.encoder for layer in part[0].coder.layers]))
+            return (jax.tree.map(jnp.add, total, part), batch(i)), None
 
         numbers = jnp.minimum(jnp.arange(config.micro_batches) + 1, config.micro_batches - 1)  # nothing uses the last
         (total, _), _ = jax.lax.scan(add_one, (zero, first), numbers)
