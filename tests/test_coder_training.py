@@ -76,7 +76,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
 def alone(tmp_path_factory) -> Path:
     """The run on one device."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train_coder(CONFIG, folder, make_mesh(devices=jax.devices()[:1]))
+    train_coder(CONFIG, folder, make_mesh(devices=jax.devices()[:1]), profile=2)
     return folder
 
 
@@ -149,6 +149,7 @@ def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(alone):
     coder = load_coder(alone / "coder", model=jclt.load_model("demo"), check=False)
     assert coder.config.activation == "jumprelu" and coder.config.covered == (0, 2)
     assert (alone / "curves.png").exists()
+    assert list((alone / "profile").rglob("*.xplane.pb"))
 
 
 SHUFFLED = replace(

@@ -65,6 +65,8 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
     assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
     text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "not a measurement" in text and "attribution       fits" in text
+    sums = next(own for own in report["traffic"] if own["stage"] == "decode" and own["kind"] == "all-reduce")
+    assert sums["exposed"] < 0.7 * sums["seconds"], sums
     assert report["calibration"]["product"] == pytest.approx(1.14, abs=0.1)
     assert report["calibration"]["copy"] == pytest.approx(1.24, abs=0.1)
     assert report["calibration"]["all-reduce"] == pytest.approx(1.0)
