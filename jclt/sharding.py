@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -93,23 +93,21 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
     slices is slow.
     """
     devices = jax.devices() if devices is None else list(devices)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    count, slices = len(devices), len({getattr(device, "slice_index", 0) for device in devices})
     if data < 1 or (features is None and len(devices) % data):
         raise UserError(f"mesh: data={data}, expected a divisor of {len(devices)}, the number of devices")
     features = features or len(devices) // data
     if data * features > len(devices):
         raise UserError(f"mesh {data}x{features}: expected at most {len(devices)} devices, as many as there are")
-    if slices > 1:
-        if data % slices or data * features != len(devices):
-            raise UserError(f"mesh: data={data}, expected a multiple of {slices}, the number of slices")
-        shapes = (data // slices, features), (slices, 1)
-        return Mesh(create_hybrid_device_mesh(*shapes, devices), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
-    return jax.make_mesh(
-        (data, features),
-        MESH_AXES,
-        axis_types=(AxisType.Explicit,) * 2,
-        devices=devices[: data * features],
-    )
+    shape, devices = (data, features), devices[: data * features]
+    if slices == 1:
+        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif data % slices or data * features != count:
+        raise UserError(f"mesh: data={data}, expected a multiple of {slices}, the number of slices")
+    else:
+        within, between = (data // slices, features), (slices, 1)
+        placed = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
 
 
 def spec(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:

@@ -76,7 +76,7 @@ def test_groups_are_read_from_all_their_forms(written, group):
 
 def test_rings_slices_and_hosts_decide_what_links_carry():
     whole = Network(CHIPS["v5e"], (16, 16), tuple((i % 16, i // 16) for i in range(256)), (0,) * 256, (0,) * 256)
-    size = 1e9
+    size = 10**9
     both = 2 * (size * 255 / 256 / (2 * 9e10) + 16e-6)
     assert whole.seconds("all-reduce", size, range(256)) == pytest.approx(both)
     assert whole.seconds("all-gather", size, range(256), one_ring=True) == pytest.approx(

@@ -49,7 +49,7 @@ class Network(NamedTuple):
     slices: tuple[int, ...]
     hosts: tuple[int, ...]
 
-    def seconds(self, kind: str, size: float, group: Sequence[int], one_ring: bool = False) -> float:
+    def seconds(self, kind: str, size: int, group: Sequence[int], one_ring: bool = False) -> float:
         """What a collective over this group must take: its bytes over the links that the group spans, and the hops.
 
         `size` is of the largest array that takes part on one chip. Links carry an all-gather or a reduce-scatter
@@ -63,9 +63,13 @@ class Network(NamedTuple):
         within = [i for i in group if self.slices[i] == self.slices[group[0]]]
         spanned = [axis for axis in range(len(self.shape)) if len({self.coordinates[i][axis] for i in within}) > 1]
         if spanned:
-            rings = [self.shape[axis] % self.chip.ring == 0 for axis in spanned]
+            lengths = [len({self.coordinates[i][axis] for i in within}) for axis in spanned]
+            rings = [
+                length == self.shape[axis] and length % self.chip.ring == 0
+                for axis, length in zip(spanned, lengths, strict=True)
+            ]
             rate = sum(self.chip.link * (1.0 if ring else 0.5) for ring in rings)
-            hops = sum(self.shape[axis] / (2 if ring else 1) for axis, ring in zip(spanned, rings, strict=True))
+            hops = sum(length / (2 if ring else 1) for length, ring in zip(lengths, rings, strict=True))
             if one_ring:
                 rate, hops = min(rate, self.chip.link), len(within) / 2
             time += passes * (size * (1 - 1 / len(within)) / rate + hops * HOP)

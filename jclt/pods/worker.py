@@ -31,7 +31,7 @@ def ask(what: str, *arguments: Any) -> Any:
     if find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU compiler, is missing: pip install 'jclt[tpu]' (no TPU is needed)")
     done = subprocess.run(
-        [sys.executable, "-m", "jclt.pods.worker"],
+        [sys.executable, "-c", "from jclt.pods.worker import main; main()"],
         input=pickle.dumps((what, arguments)),
         env=os.environ | ENVIRONMENT,
         capture_output=True,
@@ -57,7 +57,3 @@ def main() -> None:
     except UserError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer, default=float))
-
-
-if __name__ == "__main__":
-    main()
