@@ -23,8 +23,7 @@ from jclt.training.config import LmConfig
 from jclt.training.data import TokenRows, batch_rows, load_tokens, place, shuffled
 from jclt.training.lm import find_tokenizer
 from jclt.training.prefetch import mapped_ahead, prefetched
-from jclt.training.runs import place_of
-from jclt.training.runs import find_rows
+from jclt.training.runs import find_rows, place_of
 from jclt.training.store import create_store
 from jclt.training.tokenize import tokenize
 
