@@ -3,7 +3,7 @@
     jclt plan tpu_configs/gemma_2_2b_2p5m_2x_v5e_256.py
     jclt train tpu_configs/gemma_2_2b_2p5m_2x_v5e_256.py --out gs://BUCKET/gemma_2_2b_2p5m_2x_v5e_256
 
-Two data shards in each slice. Between slices only gradients travel, once a step: many tokens a step keep that small.
+Between slices only gradients travel, once a step: many tokens a step keep that small.
 """
 
 from jclt.coders import CoderConfig
@@ -18,7 +18,7 @@ config = TrainConfig(
     batch=1024,
     length=256,
     micro_batches=16,
-    data_shards=4,
+    data_shards=2,
     compute="bfloat16",
 )
 pod = Pod("v5e:16x16", slices=2)
