@@ -17,10 +17,10 @@ from jclt.pods.worker import ENVIRONMENT
 from jclt.training.config import TrainConfig
 
 # Layers, features a layer, and the mesh. In the first the sums over source layers are contracted as one product, with
-# 384 features a chip; in the others, with 2,048 and 2,560, source by source.
+# 384 features a chip; in the others, with 1,024 and 2,560, source by source.
 CASES = {
     "joined": (2, 6_144, 1, 16),
-    "by source": (4, 32_768, 1, 16),
+    "by source": (4, 16_384, 1, 16),
     "by source on two data shards": (2, 20_480, 2, 8),
 }
 TOPOLOGY, MEMORY = "v5e:4x4", 15.75

@@ -15,7 +15,7 @@ config = TrainConfig(
     steps=15_259,  # a billion tokens
     batch=512,
     length=128,
-    micro_batches=8,
+    micro_batches=16,
     compute="bfloat16",
 )
 pod = Pod("v6e:8x8")

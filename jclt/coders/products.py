@@ -75,13 +75,12 @@ def _product_backward(equation: str, kept: Any, gradient: Array) -> tuple[Array,
 
 _product.defvjp(_product_forward, _product_backward)
 
-JOINED_BELOW = 2048
+JOINED_BELOW = 1024
 """Features of a layer on one of several devices, below which the sum over sources is contracted as one product.
 
 A product for each source adds to a target's sums once per source, which pays while it is long enough. Joined over
 sources a target is written once, by one long product; the price is a copy of activations and decoders in that order.
-By the TPU compiler's schedule both take about as long at 1,024 features a chip on v5e; the more a chip multiplies for
-each byte it reads, the later that is: on v6e the joined form is ahead at 1,536.
+By the TPU compiler's schedule both take about as long at 1,024 features a chip on v5e, and at 1,536 on v6e.
 """
 
 

@@ -106,10 +106,8 @@ def advice(config: TrainConfig, report: Report) -> list[str]:
             lines.append("--set remat=true: encodes once more in the backward pass instead of keeping pre-activations")
     if config.data_shards > report["slices"]:
         lines.append(f"--set data_shards={max(report['slices'], config.data_shards // 2)}: features over more chips")
-    if config.moment_dtype == "float32" and config.optimizer in ("adam", "adamw", "lion", "sgd"):
+    if config.moment_dtype == "float32" and config.beta1:
         lines.append("--set moment_dtype=bfloat16: half of the optimizer's first moment")
-    if config.beta1 == 0 and config.optimizer == "adam":
-        lines.append("--set optimizer=rmsprop: Adam's rule at beta1=0, without the first moment")
     lines.append("a larger slice, or fewer features")
     return lines
 
