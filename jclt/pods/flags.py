@@ -23,6 +23,11 @@ FLAGS = (
         "true",
         "without it the one before changes nothing",
     ),
+    Flag(
+        "xla_tpu_scheduler_percent_shared_memory_limit",
+        "90",
+        "else the scheduler fills 94% of a chip's memory to hide more; a tenth stays free for what it does not see",
+    ),
 )
 
 
