@@ -127,6 +127,12 @@ def test_dense_decoding_is_planned_at_60_percent_of_peak():
     assert len(large) >= 5 and {name for name, plan in large.items() if plan["utilisation"] < 0.6} == set()
 
 
+def test_sums_travel_beside_products_where_a_whole_torus_adds_them_up():
+    for name in ("gemma_2_9b_5m_v5p_256", "method_paper_10m_v5p_256"):
+        sums = [own for own in PLANS[name]["traffic"] if (own["stage"], own["kind"]) == ("decode", "all-reduce")]
+        assert sum(own["exposed"] for own in sums) < 0.3 * sum(own["seconds"] for own in sums), sums
+
+
 def test_a_plan_says_what_to_change_where_it_does_not_fit():
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
     config, report = load_settings(str(path), TrainConfig, {}), PLANS[path.stem]

@@ -56,7 +56,6 @@ def test_the_small_configurations_are_planned_as_their_table_says(name):
 
 @needs_libtpu
 def test_a_plan_from_the_command_line(tmp_path, capsys):
-    """On a slice of 16 chips, where sums travel by all-reduce: beside the products, all but the last."""
     settings = "coder.features=16384 batch=32 length=128 micro_batches=2 compute=bfloat16".split()
     arguments = ["tiny", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json"), "--prompt-length", "16"]
     assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 2
@@ -65,8 +64,6 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
     assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
     text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "not a measurement" in text and "attribution       fits" in text
-    sums = next(own for own in report["traffic"] if own["stage"] == "decode" and own["kind"] == "all-reduce")
-    assert sums["exposed"] < 0.7 * sums["seconds"], sums
     assert report["calibration"]["product"] == pytest.approx(1.14, abs=0.1)
     assert report["calibration"]["copy"] == pytest.approx(1.24, abs=0.1)
     assert report["calibration"]["all-reduce"] == pytest.approx(1.0)

@@ -4,6 +4,7 @@ Each chip holds the whole coder and the whole model, in float32, since exactness
 graph takes depends on its prompt: the programs' loops run as long as there are targets, so no time is given.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -36,13 +37,14 @@ def plan_graphs(
         spec = NamedSharding(mesh, P(*where))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), tree)
 
-    coder, params = lying(abstract_coder(config.coder)), lying(abstract_params(model))
+    c = replace(config.coder, activation=config.coder.rule, k=config.coder.k if config.coder.rule == "topk" else None)
+    coder, params = lying(abstract_coder(c)), lying(abstract_params(model))
     given = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((coder, params)))
     report = {"prompt_length": length, "given": given, "limit": limit}
     if given > limit:
         return report | {"fits": False, "total": given}
 
-    count, c = len(devices), config.coder
+    count = len(devices)
     through = Through(model, c.reads, c.writes)
     tokens = lying(jax.ShapeDtypeStruct((count, length), jnp.int32), "prompts")
     lengths = lying(jax.ShapeDtypeStruct((count,), jnp.int32), "prompts")
