@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 
 from jclt import __version__
+from jclt.config import cache_folder
 from jclt.errors import Interrupted, UserError
 
 Config = TypeVar("Config")
@@ -401,10 +402,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _keep_compiled_programs() -> None:
     """What was compiled once is read from a cache the next time."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update(
-        "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(home) / "jclt")
-    )
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -1,6 +1,7 @@
 """Settings are frozen dataclasses; presets are functions that return them; overrides refuse what they do not know."""
 
 import ast
+import os
 import runpy
 import traceback
 import types
@@ -12,6 +13,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from jclt.errors import UserError, nearest
 
 Settings = TypeVar("Settings")
+
+
+def cache_folder() -> Path:
+    """Where what can be made or fetched again is kept on this host."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jclt"
 
 
 def load_settings(name: str, kind: type[Settings], presets: Mapping[str, Callable[[], Settings]]) -> Settings:

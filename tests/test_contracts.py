@@ -10,11 +10,10 @@ import pytest
 from compiled import check_step
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from published_models import GEMMA2, GPT2
 
 import jclt.training.step as step_module
 from jclt.coders import CoderConfig
-from jclt.models import ModelConfig
+from jclt.models import ModelConfig, known_config
 from jclt.pods.program import Collective, collectives
 from jclt.sharding import MESH_AXES, make_mesh, sharding
 from jclt.training.abstract import lower_step, step_inputs
@@ -119,7 +118,12 @@ def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "features", "data", "shards"),
-    [(GPT2, 16_384, 1, 256), (GEMMA2, 98_304, 1, 256), (GEMMA2, 98_304, 4, 64), (GEMMA2, 98_304, 16, 64)],
+    [
+        (known_config("gpt2"), 16_384, 1, 256),
+        (known_config("google/gemma-2-2b"), 98_304, 1, 256),
+        (known_config("google/gemma-2-2b"), 98_304, 4, 64),
+        (known_config("google/gemma-2-2b"), 98_304, 16, 64),
+    ],
     ids=["gpt2-1x256", "gemma2-1x256", "gemma2-4x64", "gemma2-16x64"],
 )
 def test_the_step_type_checks_for_pods_that_are_not_here(model, features, data, shards):

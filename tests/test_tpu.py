@@ -81,13 +81,13 @@ def test_a_step_that_does_not_fit_is_refused_with_advice(capsys):
 def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
     from compiled import check_step
     from jax.experimental.topologies import get_topology_desc
-    from published_models import GPT2
 
     from jclt.coders import CoderConfig
+    from jclt.models import known_config
     from jclt.sharding import make_mesh
     from jclt.training.abstract import lower_step
 
-    model = replace(GPT2, layers=layers)
+    model = replace(known_config("gpt2"), layers=layers)
     coder = CoderConfig(features=features).fitted(model, "gpt2")
     config = TrainConfig(coder, batch=32, length=256, micro_batches=2, compute="bfloat16")
     mesh = make_mesh(data, shards, get_topology_desc(TOPOLOGY, platform="tpu").devices)

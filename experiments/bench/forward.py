@@ -11,27 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from machine import Case, arguments, best, matmul_rate, report
 
-from jclt.models import ModelConfig, declare, forward
+from jclt.models import ModelConfig, declare, forward, known_config
 from jclt.training.speed import forward_operations
 
 BATCH, LENGTH = 8, 128
-GPT2 = ModelConfig(
-    family="gpt2",
-    vocabulary=50257,
-    width=768,
-    layers=12,
-    heads=12,
-    mlp_width=3072,
-    context=1024,
-    norm="layer",
-    activation="gelu_tanh",
-    gated=False,
-    learned_positions=True,
-    qkv_bias=True,
-    attn_out_bias=True,
-    mlp_bias=True,
-    tied=True,
-)
+GPT2 = known_config("gpt2")
 
 
 def operations(config: ModelConfig, batch: int, length: int) -> float:

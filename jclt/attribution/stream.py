@@ -107,9 +107,7 @@ def begin(out: Path, texts: Sequence[str], about: dict[str, Any]) -> None:
         if others and not path.exists():
             raise UserError(f"{out}: holds other files, expected a new folder or one to go on with")
         out.mkdir(parents=True, exist_ok=True)
-        beside = out / f"{path.name}.{os.getpid()}.partial"  # of several processes each may be the first
-        write_json(beside, settings)
-        beside.replace(path)
+        write_json(path, settings)
     for name, value in read_json(path).items():
         if value != settings.get(name):
             raise UserError(f"{out}: begun with {name} {value}, expected {settings.get(name)}")

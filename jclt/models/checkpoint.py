@@ -243,7 +243,7 @@ def save_params(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_name(path.name + ".partial")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of several processes each may write it
     beside.write_text(json.dumps(content, indent=2) + "\n")
     beside.replace(path)
 

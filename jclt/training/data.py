@@ -14,6 +14,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from jax.sharding import Sharding
 
+from jclt.config import cache_folder
 from jclt.errors import UserError
 from jclt.models import Tokenizer
 from jclt.shapes import Array
@@ -190,8 +191,7 @@ def local_tokens(url: str | Path) -> Path:
     manifest = _manifest(content, url)
     if isinstance(system, LocalFileSystem):
         return Path(path)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    copy = home / "jclt" / "tokens" / hashlib.sha256(content).hexdigest()
+    copy = cache_folder() / "tokens" / hashlib.sha256(content).hexdigest()
     copy.mkdir(parents=True, exist_ok=True)
     digests = {shard["name"]: shard["digest"] for shard in manifest["shards"]}
     for name in ("tokenizer.json", *digests, MANIFEST):

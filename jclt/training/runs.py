@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 from jax.sharding import Mesh
 
+from jclt.config import cache_folder
 from jclt.errors import UserError
 from jclt.models import Tokenizer
 from jclt.models.checkpoint import read_json, write_json
@@ -54,8 +54,7 @@ def place_of(out: str | Path) -> Place:
         return Place(Path(out))
     url = str(out).rstrip("/")
     system, path = file_system(url)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "jclt" / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cache_folder() / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
     for name in FETCHED:
         (folder / name).unlink(missing_ok=True)  # the URL's word counts
         if system.exists(f"{path}/{name}"):
