@@ -9,7 +9,7 @@ data without saying so does not trace.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -170,6 +170,32 @@ def as_placed(x: Array, like: Array) -> Array:
     """The array moved to where another one of its shape lies; what was left as pieces of a sum is added up."""
     where = jax.typeof(like).sharding
     return x if jax.typeof(x).sharding == where else jax.reshard(x, where.spec)
+
+
+TOKENS, FEATURES, TOKENS_AND_FEATURES = P("data"), P("features"), P("data", "features")
+ENTRIES = P(MESH_AXES)
+"""Where each device has its own list."""
+
+
+def on_each_device(function: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
+    """The function run by every device on its own pieces of the arguments, with results that lie as these specs say;
+    itself where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def present(where: P) -> P:
+        """Without the mesh axes of one device, which types leave out."""
+        parts = [(part,) if isinstance(part, str) else part or () for part in where.partitions]
+        kept = [tuple(name for name in part if mesh.shape[name] > 1) for part in parts]
+        return P(*(part or None for part in kept), unreduced=where.unreduced)
+
+    return jax.shard_map(function, out_specs=jax.tree.map(present, outputs), check_vma=False)
+
+
+def sum_over(axis: str, x: Array) -> Array:
+    """Within `on_each_device`, the sum over the devices along a mesh axis."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, axis)
 
 
 def fetched(x: ArrayLike) -> np.ndarray:

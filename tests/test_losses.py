@@ -63,12 +63,12 @@ CASES = {
         lambda n, f: (normal(n, f), normal(n, f, seed=1)),
     ),
     "tanh": (
-        lambda a, norms: losses.tanh_penalty(a, norms, 4.0),
+        lambda a, norms: losses.tanh_penalty(a, norms[None], 4.0, len(a)),
         lambda a, norms: np.mean([sum(np.tanh(4 * x * w) for x, w in zip(row, norms, strict=True)) for row in a]),
         lambda n, f: (np.abs(normal(n, f)), np.abs(normal(f, seed=1))),
     ),
     "l1": (
-        losses.l1_penalty,
+        lambda a, norms: losses.l1_penalty(a, norms[None], len(a)),
         lambda a, norms: (a @ norms).mean(),
         lambda n, f: (np.abs(normal(n, f)), np.abs(normal(f, seed=1))),
     ),
@@ -78,7 +78,7 @@ CASES = {
         lambda n, f: (np.asarray(float(n + f)),),
     ),
     "kl": (
-        lambda a: losses.kl_penalty(a, 0.03),
+        lambda a: losses.kl_penalty(jnp.mean(jnp.tanh(a), axis=0), 0.03),
         lambda a: bernoulli_divergence(a, 0.03),
         lambda n, f: (np.abs(normal(n, f)),),
     ),

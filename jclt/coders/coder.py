@@ -12,9 +12,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from jclt.coders import products, sparse
 from jclt.coders.activations import jump_relu, top_k
 from jclt.coders.config import CoderConfig
-from jclt.coders.products import decode, letters, product
+from jclt.coders.entries import Entries
+from jclt.coders.products import letters, product
 from jclt.shapes import Array, DTypeLike, Float
 from jclt.sharding import AnyMesh, placed, sharding
 
@@ -121,9 +123,13 @@ class SparseCoder(eqx.Module):
         return self.layers[layer].skip
 
     def decode(
-        self, activations: Sequence[Float[Array, "N F"]], x: Sequence[Float[Array, "N D"]]
+        self,
+        activations: Sequence[Float[Array, "N F"]] | Sequence[Float[Array, "E"]],
+        x: Sequence[Float[Array, "N D"]],
+        entries: Sequence[Entries] | None = None,
     ) -> tuple[Float[Array, "N D"], ...]:
-        """What is written to every layer: `write` for all at once, as training computes it, split over all devices."""
+        """What is written to every layer: `write` for all at once, as training computes it, split over all devices.
+        With entries the activations are those at them, and all others are 0."""
 
         def whole(own: CoderLayer, x: Array, written: Array) -> Array:
             written = written + own.decoder_bias[None].astype(written.dtype)
@@ -131,7 +137,12 @@ class SparseCoder(eqx.Module):
                 return written
             return written + product("nd,ed->ne", placed(x, ("batch", None)), own.skip).astype(written.dtype)
 
-        return tuple(map(whole, self.layers, x, decode(tuple(activations), tuple(own.rows for own in self.layers))))
+        rows = tuple(own.rows for own in self.layers)
+        if entries is None:
+            written = products.decode(tuple(activations), rows)
+        else:
+            written = sparse.decode(tuple(entries), tuple(activations), rows)
+        return tuple(map(whole, self.layers, x, written))
 
 
 AXES: dict[str, tuple[str | None, ...]] = {

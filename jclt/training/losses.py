@@ -1,7 +1,8 @@
 """What a coder is trained to make small: each term one pure function of activations, averaged over tokens.
 
 N tokens, L layers, F features of one layer. Features may lie in pieces on a mesh: every sum here is then a sum over
-the pieces, and no term looks at them together.
+the pieces, and no term looks at them together. Sums over active features take activations in any shape, [N, F] or a
+list of those that are not 0, beside what belongs to their features.
 """
 
 import jax
@@ -15,14 +16,14 @@ def squared_error(written: Float[Array, "N D"], target: Float[Array, "N D"]) -> 
     return jnp.sum(jnp.square(written - target)) / target.shape[0]
 
 
-def tanh_penalty(a: Float[Array, "N F"], norms: Float[Array, "F"], scale: float) -> Float[Array, ""]:
+def tanh_penalty(a: Float[Array, "*A"], norms: Float[Array, "*#A"], scale: float, tokens: int) -> Float[Array, ""]:
     """sum tanh(c |W| a), |W| the length of all of a feature's decoders together (Circuit Tracing, 2025)."""
-    return jnp.sum(jnp.tanh(scale * norms[None] * a)) / a.shape[0]
+    return jnp.sum(jnp.tanh(scale * norms * a)) / tokens
 
 
-def l1_penalty(a: Float[Array, "N F"], norms: Float[Array, "F"]) -> Float[Array, ""]:
+def l1_penalty(a: Float[Array, "*A"], norms: Float[Array, "*#A"], tokens: int) -> Float[Array, ""]:
     """sum |W| a: no smaller for a feature that fires half as strongly through a decoder twice as long."""
-    return jnp.sum(norms[None] * a) / a.shape[0]
+    return jnp.sum(norms * a) / tokens
 
 
 def l0_penalty(active: Float[Array, ""], target: float) -> Float[Array, ""]:
@@ -30,11 +31,11 @@ def l0_penalty(active: Float[Array, ""], target: float) -> Float[Array, ""]:
     return 2.0 / target * jnp.square(active - target)
 
 
-def kl_penalty(a: Float[Array, "N F"], density: float) -> Float[Array, ""]:
-    """sum over features of KL(density || mean of tanh a): the classical sparse autoencoder's term, activations first
-    squashed to 0..1."""
+def kl_penalty(mean: Float[Array, "F"], density: float) -> Float[Array, ""]:
+    """sum over features of KL(density || mean of tanh a over tokens): the classical sparse autoencoder's term,
+    activations first squashed to 0..1."""
     tiny = 1e-6
-    mean = jnp.clip(jnp.mean(jnp.tanh(a), axis=0), tiny, 1 - tiny)
+    mean = jnp.clip(mean, tiny, 1 - tiny)
     return jnp.sum(density * jnp.log(density / mean) + (1 - density) * jnp.log((1 - density) / (1 - mean)))
 
 

@@ -15,7 +15,9 @@ import optax
 
 from jclt.coders import SparseCoder, replacing
 from jclt.coders.activations import gate, top_k
+from jclt.coders.entries import of_features, summed_by_feature
 from jclt.coders.products import decode
+from jclt.coders.sparse import Found, sensed
 from jclt.evaluation.replacement import divergence
 from jclt.models import ModelConfig, forward
 from jclt.shapes import Array, Float, Params, Tokens
@@ -28,6 +30,7 @@ from jclt.training.optimizers import coder_optimizer
 from jclt.training.rules import activate, at_inference, with_thresholds
 from jclt.training.shuffle import mixed
 from jclt.training.source import activations
+from jclt.training.sparse import activate_at, choose, least_wanted
 
 
 class CoderState(NamedTuple):
@@ -41,6 +44,7 @@ class CoderState(NamedTuple):
     running: Float[Array, ""]  # BatchTopK's running threshold
     skipped: Array  # steps whose loss was not finite
     skipped_in_row: Array
+    room: Array  # entries a token, layer and device that the sparse path has room for; 0 on the dense path
 
 
 def fresh_state(config: TrainConfig, coder: SparseCoder, scaling: Scaling) -> CoderState:
@@ -54,6 +58,7 @@ def fresh_state(config: TrainConfig, coder: SparseCoder, scaling: Scaling) -> Co
         running=jnp.zeros(()),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
+        room=jnp.zeros((), jnp.int32),
     )
 
 
@@ -85,6 +90,34 @@ def prepare(trained: SparseCoder) -> Weights:
     return Weights(with_thresholds(trained), tuple(layer.norms for layer in trained.layers))
 
 
+class Sensed(NamedTuple):
+    """What penalties are made of, in one layer: everything of shape [N, F] with what belongs to features of shape
+    [1, F], or both as lists of the entries where an activation is not 0 or has a gradient."""
+
+    h: Float[Array, "*A"]
+    a: Float[Array, "*A"]
+    norms: Float[Array, "*#A"]
+    threshold: Float[Array, "*#A"]
+
+
+def sparsity_penalty(
+    config: TrainConfig, each: list[Sensed], tokens: int, mean: Callable[[int, Array], Array]
+) -> Float[Array, ""]:
+    """`mean(layer, values)` is each feature's mean over tokens."""
+    if config.sparsity == "tanh":
+        return sum((losses.tanh_penalty(own.a, own.norms, config.tanh_scale, tokens) for own in each), jnp.zeros(()))
+    if config.sparsity == "l1":
+        return sum((losses.l1_penalty(own.a, own.norms, tokens) for own in each), jnp.zeros(()))
+    if config.sparsity == "kl":
+        means = (mean(layer, jnp.tanh(own.a)) for layer, own in enumerate(each))
+        return sum((losses.kl_penalty(own, config.target_density) for own in means), jnp.zeros(()))
+    if config.sparsity == "l0":
+        c = config.coder
+        gates: list[Any] = [gate(own.h, own.threshold, c.bandwidth, c.through) for own in each]
+        return losses.l0_penalty(jnp.stack([jnp.sum(g) for g in gates]).sum() / tokens, config.target_l0)
+    return jnp.zeros(())
+
+
 def encode(
     config: TrainConfig, weights: Weights, x: tuple[Array, ...], density: tuple[Array, ...], ramp: Array
 ) -> Features:
@@ -94,25 +127,16 @@ def encode(
     a, least = activate(coder, h, norms)
     fired = tuple(jnp.mean(own > 0, axis=0, dtype=jnp.float32) for own in a)
     thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in coder.layers]
-    each = list(zip(h, a, norms, thresholds, strict=True))
-
-    penalty = jnp.zeros(())
-    if config.sparsity == "tanh":
-        penalty += sum(losses.tanh_penalty(a_, norm, config.tanh_scale) for _, a_, norm, _ in each)
-    elif config.sparsity == "l1":
-        penalty += sum(losses.l1_penalty(a_, norm) for _, a_, norm, _ in each)
-    elif config.sparsity == "kl":
-        penalty += sum(losses.kl_penalty(a_, config.target_density) for _, a_, _, _ in each)
-    elif config.sparsity == "l0":
-        c = config.coder
-        gates: list[Any] = [gate(h_, t[None], c.bandwidth, c.through) for h_, t in zip(h, thresholds, strict=True)]
-        penalty += losses.l0_penalty(jnp.stack([jnp.sum(g) for g in gates]).sum() / x[0].shape[0], config.target_l0)
+    of_features = [(norm[None], threshold[None]) for norm, threshold in zip(norms, thresholds, strict=True)]
+    each = [Sensed(h_, a_, *own) for h_, a_, own in zip(h, a, of_features, strict=True)]
+    penalty = sparsity_penalty(config, each, x[0].shape[0], lambda _, values: jnp.mean(values, axis=0))
     penalty *= config.sparsity_weight * ramp
     if config.preactivation == "zero":
-        penalty += config.preactivation_weight * sum(losses.below_zero_penalty(h_) for h_, _, _, _ in each)
+        penalty += config.preactivation_weight * sum(losses.below_zero_penalty(h_) for h_ in h)
     elif config.preactivation == "threshold":
         penalty += config.preactivation_weight * sum(
-            losses.below_threshold_penalty(h_, threshold, norm) for h_, _, norm, threshold in each
+            losses.below_threshold_penalty(h_, threshold, norm)
+            for h_, norm, threshold in zip(h, norms, thresholds, strict=True)
         )
 
     spare = ()
@@ -124,15 +148,53 @@ def encode(
     return Features(tuple(own.astype(low) for own in a), penalty, tuple(own.astype(low) for own in spare), fired, least)
 
 
+def encode_at(
+    config: TrainConfig, weights: Weights, x: tuple[Array, ...], chosen: tuple[Found, ...], ramp: Array
+) -> Features:
+    """`encode` where features are listed: equal to it as long as no other feature is active or has a gradient."""
+    (coder, norms), tokens = weights, x[0].shape[0]
+    entries = tuple(own.entries for own in chosen)
+    made = [
+        sensed(own, x_, layer.encoder, layer.encoder_bias, least_wanted(config, layer))
+        for own, x_, layer in zip(chosen, x, coder.layers, strict=True)
+    ]
+    h, shortfalls = [own[0] for own in made], [own[1] for own in made]
+    thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in coder.layers]
+    at = [(of_features(e, norm), of_features(e, t)) for e, norm, t in zip(entries, norms, thresholds, strict=True)]
+    a, least = activate_at(coder.config, entries, h, at, tokens)
+    each = [Sensed(h_, a_, *own) for h_, a_, own in zip(h, a, at, strict=True)]
+    fired = tuple(summed_by_feature(e, (a_ > 0).astype(jnp.float32)) / tokens for e, a_ in zip(entries, a, strict=True))
+    penalty = sparsity_penalty(
+        config, each, tokens, lambda layer, values: summed_by_feature(entries[layer], values) / tokens
+    )
+    penalty *= config.sparsity_weight * ramp
+    if config.preactivation != "none":
+        weighs = norms if config.preactivation == "threshold" else (1.0,) * len(norms)
+        below = (jnp.sum(short * weight) / tokens for short, weight in zip(shortfalls, weighs, strict=True))
+        penalty += config.preactivation_weight * sum(below)
+    return Features(tuple(own.astype(x[0].dtype) for own in a), penalty, (), fired, least)
+
+
 def objective(
-    config: TrainConfig, share: float, weights: Weights, batch: Batch, density: tuple[Array, ...], ramp: Array
+    config: TrainConfig,
+    share: float,
+    weights: Weights,
+    batch: Batch,
+    density: tuple[Array, ...],
+    ramp: Array,
+    chosen: tuple[Found, ...] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """The loss of a micro-batch, of which the squared error counts `share`, and what there is to report."""
-    encoder = jax.checkpoint(encode, static_argnums=0) if config.remat else encode
+    entries = None
     with jax.named_scope("encode"):
-        found = encoder(config, weights, batch.x, density, ramp)
+        if chosen is not None:
+            found = encode_at(config, weights, batch.x, chosen, ramp)
+            entries = tuple(own.entries for own in chosen)
+        else:
+            encoder = jax.checkpoint(encode, static_argnums=0) if config.remat else encode
+            found = encoder(config, weights, batch.x, density, ramp)
     with jax.named_scope("decode"):
-        written = weights.coder.decode(found.a, batch.x)
+        written = weights.coder.decode(found.a, batch.x, entries)
     error = jnp.stack([losses.squared_error(y_, y) for y_, y in zip(written, batch.y, strict=True)])
     loss = share * jnp.sum(error) + found.penalty
     if config.auxiliary_weight:
@@ -168,15 +230,29 @@ def variance(x: Float[Array, "L B T D"]) -> Float[Array, "L D"]:
     return placed(jnp.mean(jnp.square(centred), axis=(1, 2)), (None, None))
 
 
-def gradients(config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array) -> tuple[Any, Any]:
-    """Gradient and report, averaged over micro-batches. Gradients of matrices travel over `data` once, at the end."""
+def gradients(
+    config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array, room: int | None = None
+) -> tuple[Any, Any]:
+    """Gradient and report, averaged over micro-batches. Gradients of matrices travel over `data` once, at the end.
+
+    With `room` for so many entries a token, layer and device only these are computed with; a micro-batch that needs
+    more is computed densely.
+    """
     batch = micro_batches(config, state.scaling, found)
     weights, to_trained = jax.vjp(prepare, state.coder)
     differentiate = jax.grad(partial(objective, config, share), has_aux=True)
     once = jax.tree.map(lambda x: reduced_later(x) if x.ndim > 1 else x, weights)
 
     def one(own: Batch) -> tuple[Any, Any]:
-        return differentiate(once, own, state.density, ramp)
+        def densely() -> tuple[Any, Any]:
+            return differentiate(once, own, state.density, ramp)
+
+        if room is None:
+            return densely()
+        with jax.named_scope("choose"):
+            chosen, fits = choose(config, weights.coder, weights.norms, own.x, state.running, room)
+        gradient, report = jax.lax.cond(fits, lambda: differentiate(once, own, state.density, ramp, chosen), densely)
+        return gradient, report | {"overflow": 1.0 - fits.astype(jnp.float32)}
 
     first = batch(0)
     if config.micro_batches == 1:
@@ -239,10 +315,11 @@ def update(config: TrainConfig, state: CoderState, gradient: Any, report: dict[s
         kept[3],
         state.skipped + bad,
         bad * (state.skipped_in_row + 1),
+        state.room,
     )
 
 
-@partial(jax.jit, static_argnames=("config", "model", "ends"), donate_argnames=("state", "buffer"))
+@partial(jax.jit, static_argnames=("config", "model", "ends", "room"), donate_argnames=("state", "buffer"))
 def train_step(
     config: TrainConfig,
     model: ModelConfig,
@@ -251,8 +328,10 @@ def train_step(
     buffer: Harvest | None,
     params: Params,
     batch: Tokens | Harvest,
+    room: int | None = None,
 ) -> tuple[CoderState, Harvest | None, dict[str, Any]]:
-    """One step on tokens, or on activations that were harvested before; `ends` adds the end-to-end term."""
+    """One step on tokens, or on activations that were harvested before; `ends` adds the end-to-end term, `room` takes
+    the sparse path."""
     with jax.named_scope("harvest"):
         found = activations(config, model, params, batch)
     if buffer is not None:
@@ -260,7 +339,7 @@ def train_step(
             buffer, found = mixed(buffer, found, state.step + config.shuffle - 1, config.seed)
     ramp = jnp.minimum(1.0, (state.step + 1) / max(1, round(config.sparsity_ramp * config.steps))).astype(jnp.float32)
     share = 1 / (1 + config.end_to_end_weight) if ends else 1.0
-    gradient, report = gradients(config, share, state, found, ramp)
+    gradient, report = gradients(config, share, state, found, ramp, room)
     if ends:
         assert not isinstance(batch, Harvest)
         with jax.named_scope("end_to_end"):
@@ -301,7 +380,7 @@ def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm
         "ramp": ramp,
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
-        **({"kl": report["kl"]} if "kl" in report else {}),
+        **{name: report[name] for name in ("kl", "overflow") if name in report},
         "layers_nmse": nmse,
         "layers_explained": explained,
         "layers_l0": l0,

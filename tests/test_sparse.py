@@ -1,0 +1,143 @@
+"""The sparse path computes what the dense one does: sums and products against numpy, gradients against the dense step,
+on every mesh, for every rule."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jclt.coders import CoderConfig
+from jclt.coders.entries import listed, taken
+from jclt.coders.sparse import row_products, row_sums
+from jclt.sharding import make_mesh, placed
+from jclt.training.config import TrainConfig
+from jclt.training.harvest import Harvest, Scaling
+from jclt.training.initial import initial_weights
+from jclt.training.step import CoderState, fresh_state, gradients
+
+LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
+RULES = {
+    "relu": CoderConfig(features=FEATURES, activation="relu"),
+    "jumprelu all": CoderConfig(features=FEATURES, bandwidth=0.3),
+    "jumprelu threshold": CoderConfig(features=FEATURES, bandwidth=0.3, through="threshold"),
+    "topk": CoderConfig(features=FEATURES, activation="topk", k=4),
+    "batchtopk": CoderConfig(features=FEATURES, activation="batchtopk", k=6),
+    "transcoder": CoderConfig("transcoder", features=FEATURES, bandwidth=0.3),
+    "tied": CoderConfig("sae", features=FEATURES, reads="mlp_out", activation="topk", k=5, tied=True),
+}
+
+
+def sparse(*shape: int, share: float, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return (random.random(shape) < share) * random.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("features", "share"), [(5, 1.0), (32, 0.5), (70, 0.02), (70, 0.0)])
+def test_entries_are_where_something_is(features, share):
+    x = sparse(6, features, share=share)
+    entries = listed(jnp.asarray(x != 0), features)
+    count = int(entries.found[0])
+    found = np.zeros_like(x)
+    found[np.asarray(entries.token[:count]), np.asarray(entries.feature[:count])] = taken(entries, jnp.asarray(x))[
+        :count
+    ]
+    np.testing.assert_array_equal(found, x)
+    assert count == (x != 0).sum()
+    np.testing.assert_array_equal(np.diff(entries.token_starts), (x != 0).sum(1))
+    np.testing.assert_array_equal(np.diff(entries.feature_starts), (x != 0).sum(0))
+    order = np.asarray(entries.by_feature[:count])
+    assert np.all(np.diff(np.asarray(entries.feature)[order]) >= 0)
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])  # few, some groups beyond their slots, most beyond
+def test_row_sums_and_products_are_those_of_the_whole_matrix(share):
+    x = sparse(12, 80, share=share)
+    x[3] = np.arange(1, 81)  # one token at which every feature is active
+    random = np.random.default_rng(1)
+    table, own = random.standard_normal((80, 2, 5)), random.standard_normal((12, 2, 5))
+    entries = listed(jnp.asarray(x != 0), round(80 * share) + 10)
+    values = taken(entries, jnp.asarray(x))
+    sums = row_sums(entries.token_starts, entries.feature, values, jnp.asarray(table, jnp.float32))
+    np.testing.assert_allclose(sums, np.einsum("nf,frd->nrd", x, table), rtol=1e-4, atol=1e-4)
+    order = entries.by_feature
+    sums = row_sums(entries.feature_starts, entries.token[order], values[order], jnp.asarray(own, jnp.float32))
+    np.testing.assert_allclose(sums, np.einsum("nf,nrd->frd", x, own), rtol=1e-4, atol=1e-4)
+    found = row_products(
+        entries.token_starts, entries.feature, jnp.asarray(own, jnp.float32), jnp.asarray(table, jnp.float32)
+    )
+    count = int(entries.found[0])
+    wanted = np.einsum("nrd,frd->nf", own, table)[entries.token[:count], entries.feature[:count]]
+    np.testing.assert_allclose(found[:count], wanted, rtol=1e-4, atol=1e-5)
+
+
+def setting(rule: str, **changes: Any) -> TrainConfig:
+    coder = replace(RULES[rule], layers=tuple(range(LAYERS)), width=WIDTH)
+    plain = {"batch": ROWS, "length": LENGTH, "sparsity_weight": 0.3, "preactivation_weight": 1e-2}
+    return TrainConfig(coder, **(plain | changes))
+
+
+def batch() -> Harvest:
+    random = np.random.default_rng(2)
+    shape = (LAYERS, ROWS, LENGTH, WIDTH)
+    return Harvest(*(jnp.asarray(random.standard_normal(shape), jnp.float32) for _ in range(2)))
+
+
+def state_of(config: TrainConfig, mesh: Any) -> CoderState:
+    """Weights with which about one feature in twenty is active."""
+    scaling = Scaling(*(f((LAYERS, WIDTH)) for f in (jnp.zeros, jnp.ones) * 2))
+    coder = initial_weights(config, mesh)
+    layers = tuple(
+        replace(own, encoder=5 * own.encoder, encoder_bias=own.encoder_bias - 1.3, decoder_bias=own.decoder_bias + 0.1)
+        for own in coder.layers
+    )
+    return fresh_state(config, type(coder)(layers, coder.config), scaling)._replace(running=jnp.asarray(0.14))
+
+
+def computed(config: TrainConfig, room: int | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
+    with jax.set_mesh(make_mesh(data, features)):
+        state = state_of(config, make_mesh(data, features))
+        found = jax.tree.map(lambda x: placed(x, (None, "batch", None, None)), batch())
+        run = jax.jit(partial(gradients, config, 1.0), static_argnames="room")
+        return jax.device_get(run(state, found, jnp.ones(()), room=room))
+
+
+def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
+    (gradient, report), (wanted, other) = ours, dense
+    assert report.pop("overflow") == overflow
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path((gradient, report)), jax.tree.leaves((wanted, other)), strict=True
+    ):
+        size = np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path))
+    assert (
+        all(np.abs(own.encoder).max() > 1e-4 for own in gradient.coder.layers) if hasattr(gradient, "coder") else True
+    )
+
+
+PENALTIES = [(rule, "tanh", "threshold") for rule in RULES] + [
+    ("jumprelu all", "l0", "zero"),
+    ("jumprelu all", "l1", "none"),
+    ("jumprelu all", "kl", "threshold"),
+]
+
+
+@pytest.mark.parametrize(("rule", "sparsity", "preactivation"), PENALTIES)
+def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation):
+    config = setting(rule, sparsity=sparsity, preactivation=preactivation)
+    assert_equal(computed(config, 40), computed(config, None))
+
+
+@pytest.mark.parametrize("rule", ["jumprelu all", "topk", "batchtopk"])
+@pytest.mark.parametrize(("data", "features"), [(2, 4), (8, 1)])
+def test_they_are_the_dense_ones_on_a_mesh_too(rule, data, features):
+    config = setting(rule, micro_batches=2)
+    assert_equal(computed(config, 40, data, features), computed(config, None))
+
+
+def test_what_has_no_room_is_computed_densely_and_counted():
+    config = setting("jumprelu all", micro_batches=4)
+    assert_equal(computed(config, 1), computed(config, None), overflow=1.0)
