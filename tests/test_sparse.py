@@ -1,8 +1,10 @@
 """The sparse path computes what the dense one does: sums and products against numpy, gradients against the dense step,
 on every mesh, for every rule."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jclt.coders import CoderConfig
+from jclt.coders import CoderConfig, load_coder
 from jclt.coders.entries import listed, taken
 from jclt.coders.sparse import row_products, row_sums
+from jclt.errors import UserError
 from jclt.sharding import make_mesh, placed
+from jclt.training.changeover import SPARSE_BELOW
+from jclt.training.coder import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.harvest import Harvest, Scaling
 from jclt.training.initial import initial_weights
+from jclt.training.metrics import read_metrics
 from jclt.training.step import CoderState, fresh_state, gradients
 
 LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
@@ -141,3 +147,62 @@ def test_they_are_the_dense_ones_on_a_mesh_too(rule, data, features):
 def test_what_has_no_room_is_computed_densely_and_counted():
     config = setting("jumprelu all", micro_batches=4)
     assert_equal(computed(config, 1), computed(config, None), overflow=1.0)
+
+
+RUN = TrainConfig(
+    CoderConfig(features=64, layers=(0, 2)),
+    steps=50,
+    batch=8,
+    length=16,
+    warmup=5,
+    learning_rate=1e-3,
+    sparsity_weight=0.1,
+    save_every=25,
+    log_every=1,
+    headroom=1.0,
+)
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry])
+
+
+def change_over_early(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr("jclt.training.coder.REVIEW", 10)
+    patched.setitem(SPARSE_BELOW, "cpu", 1.0)
+
+
+@pytest.fixture(scope="module")
+def run_sparsely(tmp_path_factory) -> Path:
+    """A run that goes over to the sparse path at its tenth step."""
+    folder = tmp_path_factory.mktemp("sparse") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        change_over_early(patched)
+        train_coder(RUN, folder, make_mesh(devices=jax.devices()[:1]))
+    return folder
+
+
+def test_a_run_on_the_sparse_path_has_the_losses_of_a_dense_one(run_sparsely, tmp_path):
+    train_coder(replace(RUN, path="dense"), tmp_path / "run", make_mesh(devices=jax.devices()[:1]))
+    np.testing.assert_allclose(losses(run_sparsely), losses(tmp_path / "run"), rtol=1e-5)
+
+
+def test_it_says_when_it_changes_over_and_what_had_no_room(run_sparsely):
+    entries = [entry for entry in read_metrics(run_sparsely / "metrics.jsonl") if "loss" in entry]
+    assert ["overflow" in entry for entry in entries] == [False] * 10 + [True] * 40
+    assert entries[-1]["overflow"] == 0
+
+
+def test_a_run_resumed_across_the_change_ends_in_the_same_bits(run_sparsely, tmp_path, monkeypatch):
+    change_over_early(monkeypatch)
+    shutil.copytree(run_sparsely, tmp_path / "run")
+    for name in ("coder", "checkpoints/50"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train_coder(RUN, tmp_path / "run", make_mesh(devices=jax.devices()[:1]))
+    ours, theirs = (load_coder(folder / "coder") for folder in (tmp_path / "run", run_sparsely))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_setting_without_a_sparse_path_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="setting 'path': sparse, expected auto or dense, since auxiliary_weight"):
+        train_coder(replace(RUN, path="sparse", auxiliary_weight=0.1), tmp_path / "run")

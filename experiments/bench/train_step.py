@@ -41,7 +41,14 @@ def settings(model: ModelConfig, features: int = FEATURES, rows: int = ROWS) -> 
     return TrainConfig(coder, model="random", batch=rows, length=LENGTH, compute=compute)
 
 
-def seconds(config: TrainConfig, model: ModelConfig, mesh: Mesh, repeats: int, harvests: bool = True) -> float:
+def seconds(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    repeats: int,
+    harvests: bool = True,
+    room: int | None = None,
+) -> float:
     """The fastest of some steps on one batch, of tokens or of activations harvested before."""
     dtype = jnp.dtype(config.compute)
     params = {name: weight.init(jax.random.key(0), dtype) for name, weight in declare(model).items()}
@@ -54,7 +61,8 @@ def seconds(config: TrainConfig, model: ModelConfig, mesh: Mesh, repeats: int, h
 
         def step() -> Any:
             nonlocal state
-            state, _, values = train_step(config, model, False, state, None, params, batch)
+            state, _, values = train_step(config, model, False, state, None, params, batch, room)
+            assert not values.get("overflow", 0.0)
             return state.step, values
 
         return best(step, repeats)

@@ -18,6 +18,7 @@ from jclt.evaluation import evaluate_replacement
 from jclt.models import Model, ModelConfig, load_model
 from jclt.sharding import make_mesh, placed
 from jclt.training.abstract import abstract_state
+from jclt.training.changeover import REVIEW, entries_needed, reviewed
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.config import TrainConfig
 from jclt.training.data import TokenRows
@@ -30,6 +31,7 @@ from jclt.training.rules import at_inference, with_thresholds
 from jclt.training.runs import agreed, check_settings, find_rows, place_of, world_rows
 from jclt.training.shuffle import filled
 from jclt.training.source import activations, stored_source, token_source
+from jclt.training.sparse import reason_against
 from jclt.training.speed import machine_rate, step_operations
 from jclt.training.step import CoderState, fresh_state, train_step
 
@@ -53,6 +55,8 @@ def fitted(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> TrainConfig:
         raise UserError("setting 'sparsity': l0 counts gates, expected coder.activation=jumprelu")
     if config.end_to_end_steps and (config.store or config.shuffle > 1):
         raise UserError("setting 'end_to_end_steps': needs whole rows, expected store=none and shuffle=1")
+    if config.path == "sparse" and (reason := reason_against(config)):
+        raise UserError(f"setting 'path': sparse, expected auto or dense, since {reason}")
     if config.coder.features % mesh.shape["features"]:
         shards = mesh.shape["features"]
         raise UserError(f"setting 'coder.features': {config.coder.features}, expected a multiple of {shards} shards")
@@ -115,10 +119,19 @@ def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, 
         start = int(state.step)
         buffer = filled(read, start, config.shuffle, config.seed) if config.shuffle > 1 else None
 
+        room = int(state.room)
+
         def advance(step: int, state: CoderState, batch: Any) -> tuple[CoderState, dict[str, Any]]:
-            nonlocal buffer
+            nonlocal buffer, room
+            if step % REVIEW == 0 and (step or config.path == "sparse"):  # early training is dense
+                state = reviewed(
+                    config, mesh, state, lambda: entries_needed(config, model.config, state, model.params, batch)
+                )
+                room = int(state.room)
             ends = step >= config.steps - config.end_to_end_steps
-            state, buffer, values = train_step(config, model.config, ends, state, buffer, model.params, batch)
+            state, buffer, values = train_step(
+                config, model.config, ends, state, buffer, model.params, batch, room or None
+            )
             return state, values
 
         def measure(state: CoderState) -> dict[str, Any]:
@@ -173,4 +186,5 @@ def speed(config: TrainConfig, model: ModelConfig) -> Callable[[float], dict[str
 
 def describe(values: dict[str, Any]) -> str:
     skipped = f" skipped {values['skipped']}" if values["skipped"] else ""
-    return f"nmse {values['nmse']:.4f} L0 {values['l0']:.1f} dead {values['dead']:.0%}{skipped}"
+    path = "" if "overflow" not in values else f" sparse, {values['overflow']:.0%} without room"
+    return f"nmse {values['nmse']:.4f} L0 {values['l0']:.1f} dead {values['dead']:.0%}{path}{skipped}"

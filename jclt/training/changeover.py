@@ -1,0 +1,61 @@
+"""When training takes the sparse path: measured at every so many steps, and decided the same way on every host."""
+
+import logging
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jclt.models import ModelConfig
+from jclt.shapes import Array, Params
+from jclt.sharding import AnyMesh
+from jclt.training.config import TrainConfig
+from jclt.training.source import activations
+from jclt.training.sparse import needed, reason_against
+from jclt.training.step import CoderState, micro_batches, prepare
+
+log = logging.getLogger(__name__)
+REVIEW = 50
+"""Steps between two measurements, each of which costs an encoding."""
+SPARSE_BELOW = {"cpu": 0.02, "gpu": 0.005, "tpu": 0.0}
+"""The share of a device's features that may matter at a token for the sparse path to be the faster one; on CPUs as
+measured by `experiments/bench/sparse_step.py`."""
+
+
+@partial(jax.jit, static_argnames=("config", "model"))
+def entries_needed(config: TrainConfig, model: ModelConfig, state: CoderState, params: Params, batch: Any) -> Array:
+    """Entries a token that the sparse path would need for the first micro-batch."""
+    found = activations(config, model, params, batch)
+    weights = prepare(state.coder)
+    own = micro_batches(config, state.scaling, found)(0)
+    return needed(config, weights.coder, weights.norms, own.x, state.running)
+
+
+def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Any) -> CoderState:
+    """The state with room for what `measure()` says is needed, or on the dense path where that pays more."""
+    if config.path == "dense" or reason_against(config):
+        return state
+    features = config.coder.features // mesh.shape["features"]
+    limit = features if config.path == "sparse" else SPARSE_BELOW[jax.default_backend()] * features
+    if not limit:
+        return state
+    need, before = float(measure()), int(state.room)
+    room = room_for(config.headroom * need, before)
+    room = min(room, features) if config.path == "sparse" else room * (room <= limit)
+    if room != before:
+        path = f"the sparse path, with room for {room}" if room else "the dense path"
+        log.info(
+            "step %d: %.3g of %d features a token, layer and device matter: on %s", state.step, need, features, path
+        )
+    return state._replace(room=jnp.full_like(state.room, room))
+
+
+def room_for(wanted: float, before: int) -> int:
+    """As many places, on a scale of powers of 2 and numbers halfway between, since each new number is compiled anew;
+    what there was before while that is enough and not far too much."""
+    if wanted <= before <= 4 * wanted:
+        return before
+    power = 2 ** math.floor(math.log2(max(wanted, 2.0)))
+    return next(size for size in (power, power + power // 2, 2 * power) if size >= wanted)
