@@ -26,15 +26,22 @@ from jclt.training.metrics import read_metrics
 from jclt.training.step import CoderState, fresh_state, gradients
 
 LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiled without the passes that make a program fast."""
 RULES = {
-    "relu": CoderConfig(features=FEATURES, activation="relu"),
-    "jumprelu all": CoderConfig(features=FEATURES, bandwidth=0.3),
-    "jumprelu threshold": CoderConfig(features=FEATURES, bandwidth=0.3, through="threshold"),
+    "relu": CoderConfig("sae", features=FEATURES, reads="mlp_out", activation="relu", tied=True),
+    "jumprelu": CoderConfig(features=FEATURES, bandwidth=0.3),
+    "jumprelu threshold": CoderConfig("transcoder", features=FEATURES, bandwidth=0.3, through="threshold"),
     "topk": CoderConfig(features=FEATURES, activation="topk", k=4),
     "batchtopk": CoderConfig(features=FEATURES, activation="batchtopk", k=6),
-    "transcoder": CoderConfig("transcoder", features=FEATURES, bandwidth=0.3),
-    "tied": CoderConfig("sae", features=FEATURES, reads="mlp_out", activation="topk", k=5, tied=True),
 }
+CASES = [  # the rule, the two penalties, the mesh
+    ("relu", "tanh", "threshold", 8, 1),
+    ("jumprelu", "l0", "zero", 2, 4),
+    ("jumprelu threshold", "kl", "threshold", 1, 1),
+    ("topk", "tanh", "threshold", 2, 4),
+    ("batchtopk", "l1", "none", 1, 8),
+]
 
 
 def sparse(*shape: int, share: float, seed: int = 0) -> np.ndarray:
@@ -59,7 +66,7 @@ def test_entries_are_where_something_is(features, share):
     assert np.all(np.diff(np.asarray(entries.feature)[order]) >= 0)
 
 
-@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])  # few, some groups beyond their slots, most beyond
+@pytest.mark.parametrize("share", [0.03, 0.9])  # one group beyond its slots, and all of them
 def test_row_sums_and_products_are_those_of_the_whole_matrix(share):
     x = sparse(12, 80, share=share)
     x[3] = np.arange(1, 81)  # one token at which every feature is active
@@ -107,7 +114,7 @@ def computed(config: TrainConfig, room: int | None, data: int = 1, features: int
     with jax.set_mesh(make_mesh(data, features)):
         state = state_of(config, make_mesh(data, features))
         found = jax.tree.map(lambda x: placed(x, (None, "batch", None, None)), batch())
-        run = jax.jit(partial(gradients, config, 1.0), static_argnames="room")
+        run = jax.jit(partial(gradients, config, 1.0), static_argnames="room", compiler_options=QUICKLY)
         return jax.device_get(run(state, found, jnp.ones(()), room=room))
 
 
@@ -119,33 +126,17 @@ def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
     ):
         size = np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path))
-    assert (
-        all(np.abs(own.encoder).max() > 1e-4 for own in gradient.coder.layers) if hasattr(gradient, "coder") else True
-    )
+    assert all(np.abs(own.encoder).max() > 1e-4 for own in gradient.layers)
 
 
-PENALTIES = [(rule, "tanh", "threshold") for rule in RULES] + [
-    ("jumprelu all", "l0", "zero"),
-    ("jumprelu all", "l1", "none"),
-    ("jumprelu all", "kl", "threshold"),
-]
-
-
-@pytest.mark.parametrize(("rule", "sparsity", "preactivation"), PENALTIES)
-def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation):
-    config = setting(rule, sparsity=sparsity, preactivation=preactivation)
-    assert_equal(computed(config, 40), computed(config, None))
-
-
-@pytest.mark.parametrize("rule", ["jumprelu all", "topk", "batchtopk"])
-@pytest.mark.parametrize(("data", "features"), [(2, 4), (8, 1)])
-def test_they_are_the_dense_ones_on_a_mesh_too(rule, data, features):
-    config = setting(rule, micro_batches=2)
+@pytest.mark.parametrize(("rule", "sparsity", "preactivation", "data", "features"), CASES)
+def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, data, features):
+    config = setting(rule, sparsity=sparsity, preactivation=preactivation, micro_batches=2)
     assert_equal(computed(config, 40, data, features), computed(config, None))
 
 
 def test_what_has_no_room_is_computed_densely_and_counted():
-    config = setting("jumprelu all", micro_batches=4)
+    config = setting("jumprelu", micro_batches=4)
     assert_equal(computed(config, 1), computed(config, None), overflow=1.0)
 
 

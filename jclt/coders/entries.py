@@ -28,7 +28,9 @@ class Entries(NamedTuple):
     found: Int[Array, "_"]  # how many there are; more than places means that some are missing
 
 
-ON_EACH: Any = Entries(*(ENTRIES,) * 6)
+_own: Any = ENTRIES
+ON_EACH = Entries(*(_own,) * 6)
+"""Where a list of entries lies."""
 
 
 def listed(matters: Bool[Array, "N F"], room: int) -> Entries:
@@ -90,15 +92,6 @@ def fit(entries: tuple[Entries, ...]) -> Bool[Array, ""]:
 
 def _devices(entries: Entries) -> int:
     return entries.found.shape[0]
-
-
-def real(entries: Entries) -> Bool[Array, "E"]:
-    """Which places hold an entry."""
-
-    def own(token: Array, found: Array) -> Array:
-        return jnp.arange(token.shape[0]) < found
-
-    return on_each_device(own, ENTRIES)(entries.token, entries.found)
 
 
 def taken(entries: Entries, x: Float[Array, "N F"]) -> Float[Array, "E"]:

@@ -27,8 +27,8 @@ BLOCK = 16
 
 
 def slots_for(places: int, groups: int) -> int:
-    """Slots of a group: twice as many as are filled on average, so that few groups need more."""
-    return min(max(1, -(-2 * places // (groups * SLOTS))), ROUNDS) * SLOTS
+    """Slots of a group: as many as there are places for it on average, in whole passes."""
+    return min(max(1, -(-places // (groups * SLOTS))), ROUNDS) * SLOTS
 
 
 def row_sums(
@@ -40,9 +40,12 @@ def row_sums(
     out = jnp.zeros((starts.shape[0] - 1, *table.shape[1:]), wide(table.dtype))
 
     def weighted(begin: Array, end: Array, count: int) -> Array:
-        rows, weights = window(begin, end, count, index, value)
+        at, holds = window(begin, end, count, index.shape[0])
+        rows = jnp.where(holds, index[at], 0)  # the same one wherever there is no entry
+        weights = jnp.where(holds, value[at].astype(out.dtype), 0.0)
         across = (slice(None), *(None,) * (table.ndim - 1))
-        return sum(weights[:, j][across] * table[rows[:, j]].astype(out.dtype) for j in range(count))
+        terms = [weights[:, j][across] * table[rows[:, j]].astype(out.dtype) for j in range(count)]
+        return sum(terms[1:], terms[0])
 
     for begin in range(0, slots, SLOTS):
         out = out + weighted(starts[:-1] + begin, starts[1:], SLOTS)
@@ -60,11 +63,12 @@ def row_products(
     groups, slots = starts.shape[0] - 1, slots_for(index.shape[0], starts.shape[0] - 1)
     block = max(size for size in range(1, BLOCK + 1) if groups % size == 0)
     own, table = own.reshape(groups, -1), table.reshape(table.shape[0], -1)
-    value = jnp.zeros(index.shape[0])
+    dtype = wide(own.dtype)
 
     def multiplied(held: Array, begin: Array, end: Array) -> Array:
-        rows, _ = window(begin, end, slots, index, value)
-        return jnp.einsum("gd,gsd->gs", held, table[rows], precision="highest", preferred_element_type=jnp.float32)
+        at, holds = window(begin, end, slots, index.shape[0])
+        rows = table[jnp.where(holds, index[at], 0)].astype(dtype)
+        return jnp.einsum("gd,gsd->gs", held.astype(dtype), rows, precision="highest")
 
     def products(i: Array) -> Array:
         begin = jax.lax.dynamic_slice_in_dim(starts, i * block, block + 1)
@@ -83,11 +87,10 @@ def row_products(
     return for_each_piece(starts, slots, put, out)
 
 
-def window(begin: Array, end: Array, slots: int, index: Array, value: Array) -> tuple[Array, Array]:
-    """The rows and values of some entries of each group; where it has fewer, the first row and 0."""
+def window(begin: Array, end: Array, slots: int, places: int) -> tuple[Array, Array]:
+    """The places of some entries of each group, and which of them it has."""
     at = begin[:, None] + jnp.arange(slots, dtype=jnp.int32)[None]
-    holds, at = at < end[:, None], jnp.minimum(at, index.shape[0] - 1)
-    return jnp.where(holds, index[at], 0), jnp.where(holds, value[at], jnp.zeros((), value.dtype))
+    return jnp.minimum(at, places - 1), at < end[:, None]
 
 
 def for_each_piece(starts: Array, slots: int, do: Callable[[Array, Array, Array, Array], Array], out: Array) -> Array:
@@ -112,9 +115,9 @@ class Found(NamedTuple):
     entries: Entries
     h: Float[Array, "E"]  # pre-activations at the entries
     shortfall: Float[Array, "F"]  # how far each feature stays below a threshold, summed over tokens
-    below: Float[Array, "F D"] | None  # on each device, its tokens below that threshold added up; none where those are
-    # all tokens but the entries above it
-    often: Float[Array, "F"] | None  # and how many they are
+    below: tuple[Float[Array, "F D"], Float[Array, "F"]] | None
+    """On each device, its tokens below that threshold added up, and how many they are. None where they are all tokens
+    but those of the entries above it."""
 
 
 @jax.custom_vjp
@@ -151,7 +154,7 @@ def _sensed_backward(kept: Any, gradients: tuple[Array, Array]) -> Any:
             often = x.shape[0] - jax.ops.segment_sum(above.astype(g.dtype), entries.feature, features)
             below = jnp.sum(x.astype(g.dtype), axis=0)[None]
         else:
-            below, often = found.below, found.often
+            below, often = found.below
         order = entries.by_feature
         to_encoder = row_sums(entries.feature_starts, entries.token[order], g[order], x) - short[:, None] * below
         lifted = short * often

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,9 @@ from jclt.training.step import CoderState, micro_batches, prepare
 log = logging.getLogger(__name__)
 REVIEW = 50
 """Steps between two measurements, each of which costs an encoding."""
-SPARSE_BELOW = {"cpu": 0.02, "gpu": 0.005, "tpu": 0.0}
-"""The share of a device's features that may matter at a token for the sparse path to be the faster one; on CPUs as
-measured by `experiments/bench/sparse_step.py`."""
+SPARSE_BELOW = {"cpu": 0.03}
+"""The share of a device's features that there may be room for while the sparse path is the faster one, by the table of
+`experiments/bench/sparse_step.py`. On other processors it is not measured yet: there `path` must ask for it."""
 
 
 @partial(jax.jit, static_argnames=("config", "model"))
@@ -33,22 +34,18 @@ def entries_needed(config: TrainConfig, model: ModelConfig, state: CoderState, p
     return needed(config, weights.coder, weights.norms, own.x, state.running)
 
 
-def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Any) -> CoderState:
+def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Callable[[], Array]) -> CoderState:
     """The state with room for what `measure()` says is needed, or on the dense path where that pays more."""
-    if config.path == "dense" or reason_against(config):
-        return state
     features = config.coder.features // mesh.shape["features"]
-    limit = features if config.path == "sparse" else SPARSE_BELOW[jax.default_backend()] * features
-    if not limit:
-        return state
-    need, before = float(measure()), int(state.room)
-    room = room_for(config.headroom * need, before)
-    room = min(room, features) if config.path == "sparse" else room * (room <= limit)
+    limit = SPARSE_BELOW.get(jax.default_backend(), 0.0) * features
+    before, room, need = int(state.room), 0, 0.0
+    if config.path == "sparse" or (config.path == "auto" and limit and not reason_against(config)):
+        need = float(measure())
+        room = room_for(config.headroom * need, before)
+        room = min(room, features) if config.path == "sparse" else room * (room <= limit)
     if room != before:
         path = f"the sparse path, with room for {room}" if room else "the dense path"
-        log.info(
-            "step %d: %.3g of %d features a token, layer and device matter: on %s", state.step, need, features, path
-        )
+        log.info("step %d: %.3g of %d features a device matter at a token: on %s", state.step, need, features, path)
     return state._replace(room=jnp.full_like(state.room, room))
 
 

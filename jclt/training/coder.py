@@ -175,7 +175,8 @@ def run_rows(config: TrainConfig, model: Model, out: Path) -> TokenRows:
 
 
 def speed(config: TrainConfig, model: ModelConfig) -> Callable[[float], dict[str, Any]]:
-    """From steps a second to what is reported of them; the yardstick is measured once, now."""
+    """From steps a second to what is reported of them; the yardstick is measured once, now. Operations are those of a
+    dense step, of which the sparse path can seem to do more than there is time for."""
     tokens, operations, rate = (
         config.batch * config.length,
         step_operations(config, model),

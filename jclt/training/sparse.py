@@ -70,12 +70,12 @@ def choose(
         h = coder.preactivation(layer, x_)
         entries = listed(matters(config.coder, h, own.threshold, norm, running), room)
         threshold = least_wanted(config, own)
-        shortfall, below, often = jnp.zeros_like(norm), None, None
+        shortfall, below = jnp.zeros_like(norm), None
         if config.preactivation != "none":
             shortfall = jnp.sum(jax.nn.relu(threshold[None] - h), axis=0)
             if not lists_all_above(config):
-                below, often = on_each_device(below_of, (ENTRIES, ENTRIES))(h, x_, threshold)
-        found.append(Found(entries, taken(entries, h), shortfall, below, often))
+                below = on_each_device(below_of, (ENTRIES, ENTRIES))(h, x_, threshold)
+        found.append(Found(entries, taken(entries, h), shortfall, below))
     fits = fit(tuple(own.entries for own in found))
     if config.coder.activation == "batchtopk":
         assert config.coder.k is not None
