@@ -35,12 +35,12 @@ RULES = {
     "topk": CoderConfig(features=FEATURES, activation="topk", k=4),
     "batchtopk": CoderConfig(features=FEATURES, activation="batchtopk", k=6),
 }
-CASES = [  # the rule, the two penalties, the mesh
-    ("relu", "tanh", "threshold", 8, 1),
-    ("jumprelu", "l0", "zero", 2, 4),
-    ("jumprelu threshold", "kl", "threshold", 1, 1),
-    ("topk", "tanh", "threshold", 2, 4),
-    ("batchtopk", "l1", "none", 1, 8),
+CASES = [  # the rule, the two penalties, the micro-batches, the mesh
+    ("relu", "tanh", "threshold", 1, 8, 1),
+    ("jumprelu", "l0", "zero", 2, 2, 4),
+    ("jumprelu threshold", "kl", "threshold", 1, 1, 1),
+    ("topk", "tanh", "threshold", 1, 2, 4),
+    ("batchtopk", "l1", "none", 1, 1, 8),
 ]
 
 
@@ -129,14 +129,14 @@ def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
     assert all(np.abs(own.encoder).max() > 1e-4 for own in gradient.layers)
 
 
-@pytest.mark.parametrize(("rule", "sparsity", "preactivation", "data", "features"), CASES)
-def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, data, features):
-    config = setting(rule, sparsity=sparsity, preactivation=preactivation, micro_batches=2)
+@pytest.mark.parametrize(("rule", "sparsity", "preactivation", "micro", "data", "features"), CASES)
+def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, micro, data, features):
+    config = setting(rule, sparsity=sparsity, preactivation=preactivation, micro_batches=micro)
     assert_equal(computed(config, 40, data, features), computed(config, None))
 
 
 def test_what_has_no_room_is_computed_densely_and_counted():
-    config = setting("jumprelu", micro_batches=4)
+    config = setting("jumprelu")
     assert_equal(computed(config, 1), computed(config, None), overflow=1.0)
 
 
