@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from short_run import CONFIG, losses
 
 import jclt
 from jclt.cli import main
@@ -25,27 +26,12 @@ from jclt.training.config import TrainConfig
 from jclt.training.inspect import inspect_run
 from jclt.training.metrics import read_metrics
 
-CONFIG = TrainConfig(
-    CoderConfig(features=64, layers=(0, 2)),
-    steps=50,
-    batch=8,
-    length=16,
-    warmup=5,
-    learning_rate=1e-3,
-    sparsity_weight=0.1,
-    save_every=50,
-    log_every=1,
-)
 SOURCE = """
 from dataclasses import replace
 from jclt.coders import CoderConfig
 from jclt.training.config import TrainConfig
 config = {config!r}
 """
-
-
-def losses(folder: Path) -> np.ndarray:
-    return np.array([entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry])
 
 
 def digest(folder: Path) -> str:

@@ -5,6 +5,7 @@ at the threshold for a slope of height 1/bandwidth over a window of that width: 
 pre-activations this is the gradient of the expected value, which the tests check.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jclt.models.ops import wide
-from jclt.shapes import Array, Bool, Float
+from jclt.shapes import Array, Bool, Float, Int
 
 Through = Literal["threshold", "all"]
 """Whom the estimate reaches: the threshold alone, or also what is compared with it and so every weight before it."""
@@ -83,11 +84,7 @@ def _like(gradient: Array, parameter: Array) -> Array:
 
 
 def kth_largest(scores: tuple[Array, ...], k: int, axes: tuple[int, ...]) -> Array:
-    """The k-th largest of non-negative scores over the given axes of all arrays together; those axes keep length 1.
-
-    Found by bisection on the bits of a float, whose order as whole numbers is that of the values: exact, without a
-    sort, and on a mesh only counts travel, never the scores.
-    """
+    """The k-th largest of non-negative scores over the given axes of all arrays together; those axes keep length 1."""
     low = jnp.zeros_like(scores[0].sum(axes, keepdims=True), jnp.int32)  # lies as the counts do
 
     def count(value: Array, own: Array) -> Array:
@@ -95,10 +92,19 @@ def kth_largest(scores: tuple[Array, ...], k: int, axes: tuple[int, ...]) -> Arr
         along = jnp.sum((own.astype(jnp.float32) >= value).astype(jnp.float32), axis=axes[-1], keepdims=True)
         return jnp.sum(along.astype(jnp.int32), axis=axes[:-1], keepdims=True)
 
+    return largest_reached(lambda value: sum(count(value, own) for own in scores) >= k, low)
+
+
+def largest_reached(is_reached: Callable[[Array], Any], low: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """The largest non-negative float32 that is reached, where all below it are too; `low` is 0 in its shape.
+
+    Found by bisection on the bits of a float, whose order as whole numbers is that of the values: exact, without a
+    sort, and on a mesh only counts travel, never the scores.
+    """
+
     def halve(i: Array, low: Array) -> Array:
         middle = low + (jnp.int32(1) << (jnp.int32(30) - i))
-        value = jax.lax.bitcast_convert_type(middle, jnp.float32)
-        return jnp.where(sum(count(value, own) for own in scores) >= k, middle, low)
+        return jnp.where(is_reached(jax.lax.bitcast_convert_type(middle, jnp.float32)), middle, low)
 
     found = jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), halve, low)
     found = jnp.where(found < 1 << 23, 0, found)  # below the smallest normal number processors compare as with 0

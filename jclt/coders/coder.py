@@ -70,6 +70,11 @@ class CoderLayer(eqx.Module):
         return self.encoder[:, None] if self.decoder is None else self.decoder
 
     @property
+    def opens_at(self) -> Float[Array, "F"]:
+        """The threshold; 0 where the rule knows none."""
+        return jnp.zeros_like(self.encoder_bias) if self.threshold is None else self.threshold
+
+    @property
     def norms(self) -> Float[Array, "F"]:
         """The length of each feature's decoder, all its target layers together."""
         return jnp.sqrt(jnp.sum(jnp.square(self.rows.astype(jnp.float32)), axis=(1, 2)) + 1e-12)

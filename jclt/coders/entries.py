@@ -85,13 +85,10 @@ def _nth_bit(word: Array, n: Array) -> Array:
     return position
 
 
-def fit(entries: tuple[Entries, ...]) -> Bool[Array, ""]:
-    """Whether every entry of every layer found a place, on every device."""
-    return jnp.stack([jnp.all(own.found <= own.token.shape[0] // _devices(own)) for own in entries]).all()
-
-
-def _devices(entries: Entries) -> int:
-    return entries.found.shape[0]
+def all_found_places(entries: tuple[Entries, ...]) -> Bool[Array, ""]:
+    """Whether every entry of every layer did, on every device."""
+    places = [own.token.shape[0] // own.found.shape[0] for own in entries]  # on one device
+    return jnp.stack([jnp.all(own.found <= room) for own, room in zip(entries, places, strict=True)]).all()
 
 
 def taken(entries: Entries, x: Float[Array, "N F"]) -> Float[Array, "E"]:

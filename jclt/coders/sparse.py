@@ -6,6 +6,7 @@ each entry's row with what its group holds: a decoder's row with a token's error
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -205,19 +206,24 @@ def _decode_backward(kept: Any, gradients: tuple[Array, ...]) -> Any:
     to_activations, to_decoders = [], []
     for source, (where, a, decoder) in enumerate(zip(entries, activations, decoders, strict=True)):
         placement, added = of_gradient(decoder)
-
-        def own(entries: Entries, a: Array, decoder: Array, written: Array, added: Any = added) -> tuple[Array, Array]:
-            order = entries.by_feature
-            to_a = row_products(entries.token_starts, entries.feature, written, decoder)
-            to_decoder = row_sums(entries.feature_starts, entries.token[order], a[order], written)
-            return to_a.astype(a.dtype), added(to_decoder).astype(decoder.dtype)
-
         written = gradient[:, source : source + decoder.shape[1]]
         with jax.named_scope(f"from_{source}"):
-            to_a, to_decoder = on_each_device(own, (ENTRIES, placement))(where, a, decoder, written)
+            to_a, to_decoder = on_each_device(partial(_of_source, added), (ENTRIES, placement))(
+                where, a, decoder, written
+            )
         to_activations.append(to_a)
         to_decoders.append(to_decoder)
     return None, tuple(to_activations), tuple(to_decoders)
+
+
+def _of_source(
+    added: Callable[[Array], Array], entries: Entries, a: Array, decoder: Array, written: Array
+) -> tuple[Array, Array]:
+    """The gradients to one layer's activations and decoder, from that of what it wrote."""
+    order = entries.by_feature
+    to_a = row_products(entries.token_starts, entries.feature, written, decoder)
+    to_decoder = row_sums(entries.feature_starts, entries.token[order], a[order], written)
+    return to_a.astype(a.dtype), added(to_decoder).astype(decoder.dtype)
 
 
 decode.defvjp(_decode_forward, _decode_backward)

@@ -19,7 +19,7 @@ from jclt.training.step import CoderState, micro_batches, prepare
 
 log = logging.getLogger(__name__)
 REVIEW = 50
-"""Steps between two measurements, each of which costs an encoding."""
+"""Steps between two measurements, each of which costs a harvest and an encoding."""
 SPARSE_BELOW = {"cpu": 0.03}
 """The share of a device's features that there may be room for while the sparse path is the faster one, by the table of
 `experiments/bench/sparse_step.py`. On other processors it is not measured yet: there `path` must ask for it."""
@@ -42,7 +42,10 @@ def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Cal
     if config.path == "sparse" or (config.path == "auto" and limit and not reason_against(config)):
         need = float(measure())
         room = room_for(config.headroom * need, before)
-        room = min(room, features) if config.path == "sparse" else room * (room <= limit)
+        if config.path == "sparse":
+            room = min(room, features)
+        elif room > limit:
+            room = 0
     if room != before:
         path = f"the sparse path, with room for {room}" if room else "the dense path"
         log.info("step %d: %.3g of %d features a device matter at a token: on %s", state.step, need, features, path)

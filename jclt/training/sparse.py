@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jclt.coders import CoderConfig, CoderLayer, SparseCoder
-from jclt.coders.activations import jump_relu, kth_largest
-from jclt.coders.entries import Entries, counted_by_token, fit, listed, of_tokens, taken
+from jclt.coders.activations import jump_relu, kth_largest, largest_reached
+from jclt.coders.entries import Entries, all_found_places, counted_by_token, listed, of_tokens, taken
 from jclt.coders.products import einsum
 from jclt.coders.sparse import Found
 from jclt.shapes import Array, Bool, Float
@@ -76,7 +76,7 @@ def choose(
             if not lists_all_above(config):
                 below = on_each_device(below_of, (ENTRIES, ENTRIES))(h, x_, threshold)
         found.append(Found(entries, taken(entries, h), shortfall, below))
-    fits = fit(tuple(own.entries for own in found))
+    fits = all_found_places(tuple(own.entries for own in found))
     if config.coder.activation == "batchtopk":
         assert config.coder.k is not None
         listed_in_all = jnp.stack([jnp.sum(own.entries.found) for own in found]).sum()
@@ -86,9 +86,7 @@ def choose(
 
 def least_wanted(config: TrainConfig, layer: CoderLayer) -> Float[Array, "F"]:
     """What the pre-activation penalty wants each pre-activation to reach."""
-    if layer.threshold is None or config.preactivation == "zero":
-        return jnp.zeros_like(layer.encoder_bias)
-    return layer.threshold
+    return jnp.zeros_like(layer.opens_at) if config.preactivation == "zero" else layer.opens_at
 
 
 def lists_all_above(config: TrainConfig) -> bool:
@@ -140,14 +138,9 @@ def activate_at(
 
 
 def kth_of_tokens(entries: Entries, values: Float[Array, "E"], k: int) -> Float[Array, "N"]:
-    """The k-th largest of each token's entries, by the bisection of `kth_largest`."""
-    low = counted_by_token(entries, values < 0)  # none is
+    """The k-th largest of each token's entries, which are not negative."""
 
-    def halve(i: Array, low: Array) -> Array:
-        middle = low + (jnp.int32(1) << (jnp.int32(30) - i))
-        bound = of_tokens(entries, jax.lax.bitcast_convert_type(middle, jnp.float32))
-        count = counted_by_token(entries, values >= bound)
-        return jnp.where(count >= k, middle, low)
+    def is_reached(value: Array) -> Array:
+        return counted_by_token(entries, values >= of_tokens(entries, value)) >= k
 
-    found = jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), halve, low)
-    return jax.lax.bitcast_convert_type(jnp.where(found < 1 << 23, 0, found), jnp.float32)
+    return largest_reached(is_reached, counted_by_token(entries, values < 0))

@@ -126,7 +126,7 @@ def encode(
     h = tuple(coder.preactivation(layer, own) for layer, own in enumerate(x))
     a, least = activate(coder, h, norms)
     fired = tuple(jnp.mean(own > 0, axis=0, dtype=jnp.float32) for own in a)
-    thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in coder.layers]
+    thresholds = [own.opens_at for own in coder.layers]
     of_features = [(norm[None], threshold[None]) for norm, threshold in zip(norms, thresholds, strict=True)]
     each = [Sensed(h_, a_, *own) for h_, a_, own in zip(h, a, of_features, strict=True)]
     penalty = sparsity_penalty(config, each, x[0].shape[0], lambda _, values: jnp.mean(values, axis=0))
@@ -159,7 +159,7 @@ def encode_at(
         for own, x_, layer in zip(chosen, x, coder.layers, strict=True)
     ]
     h, shortfalls = [own[0] for own in made], [own[1] for own in made]
-    thresholds = [jnp.zeros_like(own.encoder_bias) if own.threshold is None else own.threshold for own in coder.layers]
+    thresholds = [own.opens_at for own in coder.layers]
     at = [(of_features(e, norm), of_features(e, t)) for e, norm, t in zip(entries, norms, thresholds, strict=True)]
     a, least = activate_at(coder.config, entries, h, at, tokens)
     each = [Sensed(h_, a_, *own) for h_, a_, own in zip(h, a, at, strict=True)]

@@ -1,0 +1,25 @@
+"""A coder's run of a few seconds, and what its log says."""
+
+from pathlib import Path
+
+import numpy as np
+
+from jclt.coders import CoderConfig
+from jclt.training.config import TrainConfig
+from jclt.training.metrics import read_metrics
+
+CONFIG = TrainConfig(
+    CoderConfig(features=64, layers=(0, 2)),
+    steps=50,
+    batch=8,
+    length=16,
+    warmup=5,
+    learning_rate=1e-3,
+    sparsity_weight=0.1,
+    save_every=50,
+    log_every=1,
+)
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry])
