@@ -125,6 +125,12 @@ def sharding(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) ->
     return NamedSharding(mesh, spec(mesh, shape, axes))
 
 
+def device_kind() -> str:
+    """What the program is traced for: the devices of the mesh that is set, or those at hand."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
 def einsum_spec(equation: str, *operands: Array) -> P | None:
     """Where the result of an einsum lies when each of its axes stays where its operand has it; None on no mesh.
 

@@ -15,7 +15,6 @@ from short_run import CONFIG, losses
 
 from jclt.coders import CoderConfig, load_coder
 from jclt.coders.entries import listed, taken
-from jclt.coders.sparse import row_products, row_sums
 from jclt.errors import UserError
 from jclt.sharding import make_mesh, placed
 from jclt.training.changeover import SPARSE_BELOW
@@ -65,27 +64,6 @@ def test_entries_are_where_something_is(features, share):
     np.testing.assert_array_equal(np.diff(entries.feature_starts), (x != 0).sum(0))
     order = np.asarray(entries.by_feature[:count])
     assert np.all(np.diff(np.asarray(entries.feature)[order]) >= 0)
-
-
-@pytest.mark.parametrize("share", [0.03, 0.9])  # one group beyond its slots, and all of them
-def test_row_sums_and_products_are_those_of_the_whole_matrix(share):
-    x = sparse(12, 80, share=share)
-    x[3] = np.arange(1, 81)  # one token at which every feature is active
-    random = np.random.default_rng(1)
-    table, own = random.standard_normal((80, 2, 5)), random.standard_normal((12, 2, 5))
-    entries = jax.jit(listed, static_argnums=1)(jnp.asarray(x != 0), round(80 * share) + 10)
-    values = taken(entries, jnp.asarray(x))
-    sums = jax.jit(row_sums)(entries.token_starts, entries.feature, values, jnp.asarray(table, jnp.float32))
-    np.testing.assert_allclose(sums, np.einsum("nf,frd->nrd", x, table), rtol=1e-4, atol=1e-4)
-    order = entries.by_feature
-    sums = jax.jit(row_sums)(entries.feature_starts, entries.token[order], values[order], jnp.asarray(own, jnp.float32))
-    np.testing.assert_allclose(sums, np.einsum("nf,nrd->frd", x, own), rtol=1e-4, atol=1e-4)
-    found = jax.jit(row_products)(
-        entries.token_starts, entries.feature, jnp.asarray(own, jnp.float32), jnp.asarray(table, jnp.float32)
-    )
-    count = int(entries.found[0])
-    wanted = np.einsum("nrd,frd->nf", own, table)[entries.token[:count], entries.feature[:count]]
-    np.testing.assert_allclose(found[:count], wanted, rtol=1e-4, atol=1e-5)
 
 
 def setting(rule: str, **changes: Any) -> TrainConfig:

@@ -166,8 +166,12 @@ class Program:
                 assert body and condition
                 yield from self._steps(body[1], times * self._rounds(own, condition[1]), stage_of(own.source))
             elif own.kind in ("call", "conditional"):
-                branches = re.findall(r"(?:to_apply|branch_computations|true_computation)=\{?%([\w.\-]+)", own.line)
-                yield from self._steps(branches[0], times, outside)
+                called = re.search(
+                    r"(?:to_apply|branch_computations|true_computation)=\{?([^}]*?)(?:\}|, [a-z_]+=)", own.line
+                )
+                assert called
+                # The last of several is what `lax.cond` runs where its condition holds, as it usually does.
+                yield from self._steps(re.findall(r"%([\w.\-]+)", called[1])[-1], times, outside)
             else:
                 inner = self.computations.get(own.calls or "", [])
                 stage = stage_of(own.source) or self._stages[own.calls or ""] or outside or "other"
