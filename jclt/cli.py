@@ -161,7 +161,8 @@ def parser() -> argparse.ArgumentParser:
         "(pip install 'jclt[tpu]'), and prints what the compiler says of it: memory by kind, operations, the time of a "
         "step by its schedule beside what it can be no less than, traffic and how much of it work hides, tokens a "
         "second, chip-hours, and what to change where it does not fit. An estimate, not a measurement. The program "
-        "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens.",
+        "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens. The sparse path "
+        "is planned beside the dense one, for --active features.",
         epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x4",
     )
     command.add_argument("config", metavar="CONFIG", help="a preset or a .py file that defines `config` and `pod`")
@@ -172,6 +173,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--sweep", action="store_true", help="other meshes, micro-batches and rematerialisation too")
     command.add_argument(
         "--prompt-length", type=int, default=64, metavar="T", help="of the attribution program (default 64; 0: none)"
+    )
+    command.add_argument(
+        "--active",
+        type=float,
+        default=100.0,
+        metavar="K",
+        help="features active at a token, of all layers, for which the sparse path is planned (default 100; 0: not)",
     )
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="as in `jclt train`")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -298,7 +306,7 @@ def plan(arguments: argparse.Namespace) -> None:
         text, variants = plan_sweep(config, pod)
         figures = {"variants": variants}
     else:
-        text, figures = plan_run(config, pod, arguments.prompt_length)
+        text, figures = plan_run(config, pod, arguments.prompt_length, arguments.active)
     print(text)
     if arguments.json:
         write_json(arguments.json, figures)

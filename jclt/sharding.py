@@ -144,6 +144,11 @@ def einsum_spec(equation: str, *operands: Array) -> P | None:
     return P(*(where.get(letter) for letter in output)) if where else None
 
 
+def shard_shape(x: Array) -> tuple[int, ...]:
+    """Of the piece that lies on one device."""
+    return jax.typeof(x).sharding.shard_shape(x.shape)
+
+
 def is_split(x: Array) -> bool:
     """Whether the array's type says that it lies in pieces on several devices."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)

@@ -10,11 +10,12 @@ import pytest
 from golden_cases import golden_model, reference
 
 import jclt
-from jclt.coders import CoderConfig, SparseCoder, abstract_coder, neurons, replacing
+from jclt.coders import AXES, CoderConfig, SparseCoder, abstract_coder, neurons, replacing
 from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
 from jclt.coders.products import _written, decode, product
+from jclt.coders.writing import Writing
 from jclt.errors import UserError
-from jclt.sharding import make_mesh, sharding
+from jclt.sharding import make_mesh, placed, sharding
 from jclt.training.rules import activate
 
 CLT = CoderConfig("clt", 10, layers=(0, 1, 2), width=6)
@@ -159,13 +160,13 @@ def test_kth_largest_spans_every_size_of_number():
 def test_kth_largest_on_a_mesh_is_the_same(shape):
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
-        placed = [
+        spread = [
             jax.device_put(own, sharding(mesh, own.shape, ("tokens", "features"))) for own in (SCORES, SCORES[:, ::-1])
         ]
         found = jax.jit(kth_largest, static_argnums=(1, 2))
-        assert found(tuple(placed), 100, (0, 1))[0, 0] == nth(np.concatenate([SCORES] * 2), 100)
-        np.testing.assert_array_equal(found((placed[0],), 5, (1,))[:, 0], [nth(row, 5) for row in SCORES])
-        np.testing.assert_array_equal(found((placed[0],), 5, (0,))[0], [nth(row, 5) for row in SCORES.T])
+        assert found(tuple(spread), 100, (0, 1))[0, 0] == nth(np.concatenate([SCORES] * 2), 100)
+        np.testing.assert_array_equal(found((spread[0],), 5, (1,))[:, 0], [nth(row, 5) for row in SCORES])
+        np.testing.assert_array_equal(found((spread[0],), 5, (0,))[0], [nth(row, 5) for row in SCORES.T])
 
 
 def test_batch_top_k_keeps_exactly_k_a_token_over_all_layers_by_what_they_write():
@@ -425,3 +426,30 @@ def test_what_follows_from_the_model_is_filled_in():
     some = CoderConfig("clt", 10, activation="batchtopk", k=20, layers=(1, 3), model="mine").fitted(MODEL, "a/model")
     assert (some.layers, some.model, some.rule) == ((1, 3), "mine", "jumprelu")
     assert [some.reach(index) for index in range(2)] == [2, 1]
+
+
+@pytest.mark.parametrize("config", [CLT, PLT])
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_a_pass_by_active_rows_writes_what_products_do(config, mesh):
+    """Few features are active at the first layers, so that their rows are read, and many at the last."""
+    coder = random_coder(replace(config, features=1200, skip=True))
+    random, x = np.random.default_rng(0), jnp.asarray(normal(4, 4, 6))
+    shares = (0.01, 0.01, 0.5)
+    a = [jnp.asarray(random.random((4, 4, 1200)) * (random.random((4, 4, 1200)) < own), jnp.float32) for own in shares]
+    wanted = [coder.write(layer, a[: layer + 1], x) for layer in range(3)]
+
+    def written(coder: SparseCoder, a: list, x: jax.Array) -> list:
+        writing, found = Writing(coder), []
+        for layer, own in enumerate(a):
+            writing.add(layer, own)
+            found.append(writing.to(layer, x))
+        return found
+
+    with jax.set_mesh(make_mesh(*mesh)):
+        spread = jax.tree_util.tree_map_with_path(lambda path, w: placed(w, AXES[path[-1].name]), coder)
+        own = [placed(values, ("tokens", None, "features")) for values in a]
+        found = jax.jit(written)(spread, own, placed(x, ("tokens", None, None)))
+        text = jax.jit(written).lower(spread, own, placed(x, ("tokens", None, None))).as_text()
+    assert "stablehlo.case" in text
+    for have, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4)

@@ -160,7 +160,7 @@ def state_of(config: TrainConfig, coder: SparseCoder, step: int = 0, density=Non
         running=jnp.zeros(()),
         skipped=jnp.int32(0),
         skipped_in_row=jnp.int32(0),
-        room=jnp.int32(0),
+        room=jnp.float32(0),
     )
 
 

@@ -28,7 +28,9 @@ def layer(tokens: int, features: int, length: int, width: int, share: float, see
     random = np.random.default_rng(seed)
     x = random.standard_normal((tokens, features)) * (random.random((tokens, features)) < share)
     x[tokens // 3] = np.linspace(0.1, 1, features)  # one token at which every feature is active
-    entries = jax.jit(listed, static_argnums=1)(jnp.asarray(x != 0), round(features * share) + features // tokens + 10)
+    entries = jax.jit(listed, static_argnums=1)(
+        jnp.asarray(x != 0), float(round(features * share) + features // tokens + 10)
+    )
     table = random.standard_normal((features, length, width))
     return Layer(x, entries, taken(entries, jnp.asarray(x, jnp.float32)), table)
 
@@ -37,27 +39,26 @@ def low(x: np.ndarray) -> Any:
     return jnp.asarray(x, jnp.float32)
 
 
-def check(form: Any, tokens: int, features: int, width: int, share: float) -> None:
-    """Two layers, of which the second writes to its own alone, and the errors of all."""
-    layers = [layer(tokens, features, 3, width, share, 0), layer(tokens, features, 1, width, share, 1)]
-    errors = np.random.default_rng(2).standard_normal((tokens, 3, width))
+def check(form: Any, tokens: int, features: int, lengths: tuple[int, ...], width: int, share: float) -> None:
+    """Layers whose features write to so many, each from its own on, and errors of them all."""
+    layers = [layer(tokens, features, length, width, share, seed) for seed, length in enumerate(lengths)]
+    errors = np.random.default_rng(9).standard_normal((tokens, 3, width))
     by_token = [Rows(own.entries.token_starts, own.entries.feature, low(own.table), i) for i, own in enumerate(layers)]
 
-    written = form.row_sums(by_token, [own.values for own in layers], 3)
-    wanted = sum(
-        np.pad(np.einsum("nf,frd->nrd", x, table), ((0, 0), (i, i), (0, 0)))
-        for i, (x, _, _, table) in enumerate(layers)
-    )
+    written = form.row_sums(by_token, [own.values for own in layers], lengths[0])
+    wanted = np.zeros((tokens, lengths[0], width))
+    for i, (x, _, _, table) in enumerate(layers):
+        wanted[:, i : i + lengths[i]] += np.einsum("nf,frd->nrd", x, table)
     np.testing.assert_allclose(written, wanted, rtol=1e-4, atol=1e-4)
 
     for i, (own, products) in enumerate(zip(layers, form.row_products(by_token, low(errors)), strict=True)):
         count = int(own.entries.found[0])
-        wanted = np.einsum("nrd,frd->nf", errors[:, i : i + own.table.shape[1]], own.table)
+        wanted = np.einsum("nrd,frd->nf", errors[:, i : i + lengths[i]], own.table)
         wanted = wanted[own.entries.token[:count], own.entries.feature[:count]]
         np.testing.assert_allclose(products[:count], wanted, rtol=1e-4, atol=1e-4)
         assert np.all(np.isfinite(products))
 
-    x, entries, values, table = layers[1]
+    x, entries, values, _ = layers[-1]
     order = entries.by_feature
     by_feature = Rows(entries.feature_starts, entries.token[order], low(errors), 1)
     gradient = form.row_sums([by_feature], [values[order]], 1)
@@ -66,14 +67,14 @@ def check(form: Any, tokens: int, features: int, width: int, share: float) -> No
 
 @pytest.mark.parametrize("share", [0.03, 0.9])  # one group beyond its slots, and all of them
 def test_sums_and_products_are_those_of_the_whole_matrices(share):
-    check(rows, 12, 80, 5, share)
+    check(rows, 12, 80, (3, 1), 5, share)
 
 
 def test_the_tensor_cores_kernels_add_up_the_same_rows(monkeypatch):
     monkeypatch.setattr(tensor_core, "STRETCH", 16)
     monkeypatch.setattr(tensor_core, "MOST", 4)
     with pltpu.force_tpu_interpret_mode():
-        check(tensor_core, 12, 40, 128, 0.1)
+        check(tensor_core, 12, 40, (3, 1), 128, 0.1)
 
 
 SUBCORES = (2, 2)
@@ -96,12 +97,15 @@ class RowByRow:
 def each_subcore(function: Any, shares: Any) -> Any:
     """Every subcore's work done on a device of its own, and put together from what each has to write."""
 
-    def joined(rows: Rows, own: Any, *length: int) -> Any:
+    def joined(lists: list[Rows], own: Any, *length: int) -> Any:
         mesh = jax.make_mesh(SUBCORES, ("core", "subcore"))
         where = {"in_specs": P(), "out_specs": P(("core", "subcore")), "check_vma": False}
-        parts = jax.shard_map(lambda own: function(rows, own, *length)[None], mesh=mesh, **where)(own)
-        first, end = shares(rows.starts, len(parts))
-        return jnp.concatenate([part[int(first[i]) : int(end[i])] for i, part in enumerate(parts)])
+        run = jax.shard_map(
+            lambda own: jax.tree.map(lambda x: x[None], function(lists, own, *length)), mesh=mesh, **where
+        )
+        first, end = map(np.asarray, shares(lists[0].starts, mesh.size))
+        parts = jax.device_get(run(own))
+        return jax.tree.map(lambda x: np.concatenate([x[i, first[i] : end[i]] for i in range(mesh.size)]), parts)
 
     return joined
 
@@ -109,7 +113,8 @@ def each_subcore(function: Any, shares: Any) -> Any:
 def test_the_sparse_cores_kernels_add_up_the_same_rows(monkeypatch):
     chip = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip)):
-        assert rows.kernels_for([Rows(jnp.zeros(2), jnp.zeros(1), jnp.zeros((1, 1, 128)))]) == "sparse_core"
+        one = Rows(jnp.zeros(2, jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros((1, 1, 128)))
+        assert rows.kernels_for([one]) is sparse_core and rows.kernels_for([one, one]) is tensor_core
         mesh = tpu_sc.VectorSubcoreMesh(
             core_axis_name="core", subcore_axis_name="subcore", num_cores=SUBCORES[0], num_subcores=SUBCORES[1]
         )
@@ -120,7 +125,6 @@ def test_the_sparse_cores_kernels_add_up_the_same_rows(monkeypatch):
     monkeypatch.setattr(sparse_core, "gather", RowByRow)
     monkeypatch.setattr(tpu_sc, "parallel_loop", lambda begin, end, step, unroll: pl.loop(begin, end, step=step))
     monkeypatch.setattr(pl, "kernel", partial(pl.kernel, interpret=True))
-    monkeypatch.setattr(rows, "kernels_for", lambda _: "sparse_core")
 
     def of_entries(starts: Any, workers: int) -> Any:
         return sparse_core.entry_shares(starts[-1], workers)
@@ -130,4 +134,4 @@ def test_the_sparse_cores_kernels_add_up_the_same_rows(monkeypatch):
 
     monkeypatch.setattr(sparse_core, "row_products", each_subcore(sparse_core.row_products, of_entries))
     monkeypatch.setattr(sparse_core, "row_sums", each_subcore(sparse_core.row_sums, of_groups))
-    check(rows, 40, 50, 128, 0.1)
+    check(sparse_core, 40, 50, (2,), 128, 0.1)

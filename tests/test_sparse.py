@@ -52,7 +52,7 @@ def sparse(*shape: int, share: float, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(("features", "share"), [(5, 1.0), (32, 0.5), (70, 0.02), (70, 0.0)])
 def test_entries_are_where_something_is(features, share):
     x = sparse(6, features, share=share)
-    entries = jax.jit(listed, static_argnums=1)(jnp.asarray(x != 0), features)
+    entries = jax.jit(listed, static_argnums=1)(jnp.asarray(x != 0), float(features))
     count = int(entries.found[0])
     found = np.zeros_like(x)
     found[np.asarray(entries.token[:count]), np.asarray(entries.feature[:count])] = taken(entries, jnp.asarray(x))[
@@ -89,7 +89,7 @@ def state_of(config: TrainConfig, mesh: Any) -> CoderState:
     return fresh_state(config, type(coder)(layers, coder.config), scaling)._replace(running=jnp.asarray(0.14))
 
 
-def computed(config: TrainConfig, room: int | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
+def computed(config: TrainConfig, room: float | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
     with jax.set_mesh(make_mesh(data, features)):
         state = state_of(config, make_mesh(data, features))
         found = jax.tree.map(lambda x: placed(x, (None, "batch", None, None)), batch())
@@ -111,12 +111,12 @@ def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
 @pytest.mark.parametrize(("rule", "sparsity", "preactivation", "micro", "data", "features"), CASES)
 def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, micro, data, features):
     config = setting(rule, sparsity=sparsity, preactivation=preactivation, micro_batches=micro)
-    assert_equal(computed(config, 40, data, features), computed(config, None))
+    assert_equal(computed(config, 40.0, data, features), computed(config, None))
 
 
 def test_what_has_no_room_is_computed_densely_and_counted():
     config = setting("jumprelu")
-    assert_equal(computed(config, 1), computed(config, None), overflow=1.0)
+    assert_equal(computed(config, 1.0), computed(config, None), overflow=1.0)
 
 
 RUN = replace(CONFIG, save_every=25, headroom=2.0)

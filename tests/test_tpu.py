@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,21 @@ def test_the_step_compiles_for_a_tpu_and_fits(case):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_kernels_of_the_sparse_path_compile_for_each_chip(topology):
+    """Several lists for the TensorCore; a single one for SparseCores, which v5e has not."""
+    done = subprocess.run(
+        [sys.executable, __file__, topology], env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{topology}: {report}")
+    on_tensor_core = {"kernels": ["row_sums", "row_products"], "on SparseCores": False}
+    assert report["26 layers"] == on_tensor_core
+    assert report["one layer"] == on_tensor_core | {"on SparseCores": topology != "v5e:2x2"}
+
+
+@needs_libtpu
 @pytest.mark.parametrize("name", ["gpt2_small_300k_v5e_8", "llama_3p2_1b_524k_v5e_64"])
 def test_the_small_configurations_are_planned_as_their_table_says(name):
     path = Path(__file__).parents[1] / "tpu_configs" / f"{name}.py"
@@ -64,6 +81,9 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
     assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
     text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "not a measurement" in text and "attribution       fits" in text
+    assert "sparse path       at 100 active features a token, of all layers (room for 3 a token" in text
+    sparse = report["sparse"]
+    assert 0 < sparse["kernel_seconds"] < sparse["seconds"] and f"{report['seconds'] / sparse['seconds']:.2f}" in text
     assert report["calibration"]["product"] == pytest.approx(1.14, abs=0.1)
     assert report["calibration"]["copy"] == pytest.approx(1.24, abs=0.1)
     assert report["calibration"]["all-reduce"] == pytest.approx(1.0)
@@ -106,5 +126,38 @@ def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
     }
 
 
+def compile_kernels(topology: str) -> dict:
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.topologies import get_topology_desc
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jclt.coders.rows import Rows, row_products, row_sums
+    from jclt.sharding import make_mesh
+
+    jax.set_mesh(mesh := make_mesh(devices=get_topology_desc(topology, platform="tpu").devices[:1]))
+    tokens, features, width, entries = 2048, 384, 2304, 4096
+
+    def given(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def sums_and_products(lists: list, values: Any, held: Any) -> Any:
+        lists = [Rows(*own, first) for first, own in enumerate(lists)]
+        return row_sums(lists, [values] * len(lists), len(lists)), row_products(lists, held)
+
+    def compiled(layers: int) -> dict:
+        lists = [
+            (given(jnp.int32, tokens + 1), given(jnp.int32, entries), given(jnp.float32, features, layers - i, width))
+            for i in range(layers)
+        ]
+        inputs = lists, given(jnp.float32, entries), given(jnp.bfloat16, tokens, layers, width)
+        text = jax.jit(sums_and_products).lower(*inputs).compile().as_text()
+        calls = re.findall(r"%(\w+?)[.\d]* = .*custom-call.*tpu_custom_call", text)
+        return {"kernels": sorted(set(calls), reverse=True), "on SparseCores": "sparsecore" in text}
+
+    return {"26 layers": compiled(26), "one layer": compiled(1)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_case(*CASES[sys.argv[1]])))
+    case = sys.argv[1]
+    print(json.dumps(compile_case(*CASES[case]) if case in CASES else compile_kernels(case)))

@@ -56,7 +56,7 @@ def apart(layers: int, features: int, active: int, room: int | None, repeats: in
 def compared(layers: int, features: int, active: int, repeats: int) -> list[Case]:
     model = replace(GPT2, layers=layers)
     work = coder_operations(settings(model, features).coder, TOKENS) + forward_operations(model, ROWS, LENGTH)
-    room = -(-3 * active // (2 * layers))  # half as many again as are active
+    room = -(-3.0 * active // (2 * layers))  # half as many again as are active
     dense, sparse = (apart(layers, features, active, own, repeats) for own in (None, room))
     name = f"{layers} x 768, {features} features, {active} active"
     gain = dense["seconds"] / sparse["seconds"]

@@ -5,6 +5,7 @@ of a decoder a token sums up; listed by feature, which tokens a row's gradient c
 its own: the features of its shard at the tokens of its share, numbered from 0.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,12 +34,12 @@ ON_EACH = Entries(*(_own,) * 6)
 """Where a list of entries lies."""
 
 
-def listed(matters: Bool[Array, "N F"], room: int) -> Entries:
+def listed(matters: Bool[Array, "N F"], room: float) -> Entries:
     """The entries where `matters` is true; on every device there is room for as many a token on average."""
 
     def own(matters: Array) -> Entries:
         tokens, features = matters.shape
-        places = tokens * min(room, features)
+        places = max(1, math.ceil(tokens * min(room, features)))
         words, width = _words(matters), -(-features // WORD)
         inside = jax.lax.population_count(words).astype(jnp.int32)
         each = jnp.sum(inside, axis=1)

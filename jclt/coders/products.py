@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jclt.models.ops import held, wide
 from jclt.shapes import Array, Float
-from jclt.sharding import einsum_spec, placed
+from jclt.sharding import einsum_spec, placed, shard_shape
 
 
 def einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
@@ -97,7 +97,7 @@ def decode(
     are added up the next can be multiplied.
     """
     features = activations[0].shape[-1]
-    on_device = jax.typeof(activations[0]).sharding.shard_shape(activations[0].shape)[-1]
+    on_device = shard_shape(activations[0])[-1]
     joined = on_device < min(features, JOINED_BELOW)
     targets = [_written(target, activations, decoders, joined) for target in reversed(range(len(decoders)))]
     return tuple(placed(own, ("batch", None)) for own in reversed(targets))

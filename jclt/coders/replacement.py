@@ -1,19 +1,21 @@
 """The replacement model: the same transformer with what a coder writes in place of what it computed itself."""
 
 from jclt.coders.coder import Coder
+from jclt.coders.writing import Writing
 from jclt.models import Edit
 from jclt.shapes import Array, Layer
 from jclt.sharding import placed
 
 
-def replacing(coder: Coder) -> Edit:
+def replacing(coder: Coder, *, trained: bool = False) -> Edit:
     """An edit for one forward pass with unrolled layers: at every position what the coder writes replaces the model's
-    own value there; attention stays free and no error is added back.
+    own value there; attention stays free and no error is added back. Where the coder is `trained` through the pass it
+    has gradients, at the price of dense products.
 
     It remembers the activations of the pass it stands in, so each pass needs one of its own.
     """
     config = coder.config
-    activations: list[Array] = []
+    writing = Writing(coder, densely=trained)
     reads: list[Array] = []
 
     def edit(site: str, layer: Layer, value: Array) -> Array:
@@ -23,9 +25,9 @@ def replacing(coder: Coder) -> Edit:
         if site == config.reads:
             # The model's tokens are split over every chip, the coder's over the data shards alone.
             reads.append(placed(value, ("tokens", None, None)))
-            activations.append(coder.encode(index, reads[-1]))
+            writing.add(index, coder.encode(index, reads[-1]))
         if site == config.writes:
-            written = coder.write(index, activations, reads[-1])
+            written = writing.to(index, reads[-1])
             return placed(written, ("batch", None, None)).astype(value.dtype)
         return value
 

@@ -17,15 +17,12 @@ from jclt.models.ops import wide
 from jclt.shapes import Array, Float, Int
 from jclt.sharding import device_kind
 
-WITH_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
-"""Kinds of devices."""
-
 
 class Rows(NamedTuple):
     """Rows of a table that entries name; the entries of group g stand from starts[g] to starts[g + 1]."""
 
     starts: Int[Array, "_"]
-    index: Int[Array, "E"]
+    which: Int[Array, "E"]
     table: Float[Array, "I R D"]
     first: int = 0
     """Where in the longer of the two, a row and what a group holds, the shorter one begins."""
@@ -33,19 +30,11 @@ class Rows(NamedTuple):
 
 def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
     """For each group the sum of all lists' rows times their entries' values."""
-    kernels = kernels_for(lists)
-    if kernels == "tensor_core":
-        from jclt.coders import tensor_core
-
-        return tensor_core.row_sums(lists, values, length)
+    if kernels := kernels_for(lists):
+        return kernels.row_sums(lists, values, length)
     sums: list[Any] = [jnp.float32(0)] * length
     for own, value in zip(lists, values, strict=True):
-        if kernels == "sparse_core":
-            from jclt.coders import sparse_core
-
-            added = sparse_core.row_sums(own, value, length)
-        else:
-            added = sums_of_one(own, value, length)
+        added = sums_of_one(own, value, length)
         first = own.first if added.shape[1] < length else 0
         for row in range(added.shape[1]):
             sums[first + row] += added[:, row]
@@ -53,25 +42,29 @@ def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length:
 
 
 def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
-    """For each entry the inner product of its row with what its group holds; 0 where there is no entry."""
-    kernels = kernels_for(lists)
-    if kernels == "tensor_core":
-        from jclt.coders import tensor_core
-
-        return tensor_core.row_products(lists, held)
-    if kernels == "sparse_core":
-        from jclt.coders import sparse_core
-
-        return tuple(sparse_core.row_products(own, held) for own in lists)
+    """For each entry the inner product of its row with what its group holds; some finite number where there is none."""
+    if kernels := kernels_for(lists):
+        return kernels.row_products(lists, held)
     return tuple(products_of_one(own, held) for own in lists)
 
 
-def kernels_for(lists: Sequence[Rows]) -> str | None:
-    """The unit that has kernels for these rows, on the processor that the program is traced for."""
+def kernels_for(lists: Sequence[Rows]) -> Any:
+    """The module with kernels for these sums, on the processor that the program is traced for; None for XLA's forms.
+
+    Several lists are one kernel on a TPU's TensorCore, which writes what a group sums up once. A single one is left to
+    SparseCores, where the chip has them: they work beside the TensorCore.
+    """
     kind = device_kind()
     if not kind.startswith("TPU") or any(own.table.shape[2] % 128 for own in lists):
         return None
-    return "sparse_core" if kind in WITH_SPARSE_CORES else "tensor_core"
+    from jclt.coders import sparse_core, tensor_core  # which take a while to import
+
+    return sparse_core if len(lists) == 1 and sparse_core.on_chip() else tensor_core
+
+
+SPARSE_BELOW = {"cpu": 0.03}
+"""The share of a device's features that there may be room for while the sparse path is the faster one, by the table of
+`experiments/bench/sparse_step.py`. On other processors it is not measured yet: there `path` must ask for it."""
 
 
 # As XLA computes it best on a CPU.

@@ -5,6 +5,7 @@ Each of their subcores takes a share of the groups, or of the entries where each
 pieces that fit into a subcore's memory and in windows of some entries: one comes while another is used.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,11 @@ WINDOW = 8
 STRETCH = 1024
 """Entries, and groups, whose numbers come at once."""
 UNROLL = 8
+
+
+def on_chip() -> bool:
+    """Whether the chip that the program is for has SparseCores."""
+    return pltpu.get_tpu_info().sparse_core is not None
 
 
 class Cores(NamedTuple):
@@ -104,11 +110,11 @@ def gather(table: Any, names: Any, into: Any, arrived: Any) -> Any:
     return pltpu.make_async_copy(table.at[names], into, arrived)
 
 
-def row_sums(rows: Rows, values: Float[Array, "E"], length: int) -> Float[Array, "G R D"]:
-    """`rows.row_sums` of one list."""
+def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
+    """`rows.row_sums` of one list, whose rows are as long as a group's or longer."""
+    (rows,), (weights,) = lists, values
     cores, groups = Cores.at_hand(), rows.starts.shape[0] - 1
     table, width, own = in_pieces(rows.table)
-    length = min(length, rows.table.shape[1])
     pieces = length * rows.table.shape[2] // width
     before = rows.first * rows.table.shape[2] // width if own > pieces else 0
     bounds = of_each(cores, group_shares(rows.starts, cores.mesh.size))
@@ -173,7 +179,7 @@ def row_sums(rows: Rows, values: Float[Array, "E"], length: int) -> Float[Array,
                 slot = jax.lax.rem(last - 1 + left, 2)
                 pltpu.make_async_copy(sums.at[slot], out.at[0], sent.at[slot]).wait()
 
-    run = pl.kernel(
+    run: Any = pl.kernel(
         kernel,
         jax.ShapeDtypeStruct((groups * pieces, width), jnp.float32),
         mesh=cores.mesh,
@@ -187,22 +193,23 @@ def row_sums(rows: Rows, values: Float[Array, "E"], length: int) -> Float[Array,
             pltpu.SemaphoreType.DMA((2, 1)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        cost_estimate=cost(rows.index.shape[0], pieces * width, 4 * groups * pieces * width),
+        cost_estimate=cost(rows.which.shape[0], pieces * width, 4 * groups * pieces * width),
         name="row_sums",
     )
-    sums = run(bounds, starts, padded(rows.index), padded(values.astype(jnp.float32)), table)
+    sums = run(bounds, starts, padded(rows.which), padded(weights.astype(jnp.float32)), table)
     return sums.reshape(groups, length, -1)
 
 
-def row_products(rows: Rows, held: Float[Array, "G R D"]) -> Float[Array, "E"]:
+def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
     """`rows.row_products` of one list. What a group holds comes anew for each entry."""
-    cores, places = Cores.at_hand(), rows.index.shape[0]
+    (rows,) = lists
+    cores, places = Cores.at_hand(), rows.which.shape[0]
     table, width, pieces = in_pieces(rows.table)
     held, _, whole = in_pieces(held)
     before = rows.first * rows.table.shape[2] // width if whole > pieces else 0
     place = jnp.arange(places, dtype=jnp.int32)
     group = jnp.searchsorted(rows.starts, place, side="right").astype(jnp.int32) - 1
-    numbers = padded(rows.index), padded(jnp.minimum(group, rows.starts.shape[0] - 2))
+    numbers = padded(rows.which), padded(jnp.minimum(group, rows.starts.shape[0] - 2))
     bounds = of_each(cores, entry_shares(rows.starts[-1], cores.mesh.size))
 
     def kernel(bounds: Any, index: Any, group: Any, table: Any, held: Any, out: Any, mine: Any, *memory: Any) -> None:
@@ -239,7 +246,7 @@ def row_products(rows: Rows, held: Float[Array, "G R D"]) -> Float[Array, "E"]:
 
                 pltpu.sync_copy(made, out.at[piece, pl.ds(window * WINDOW, WINDOW)])
 
-    run = pl.kernel(
+    run: Any = pl.kernel(
         kernel,
         jax.ShapeDtypeStruct((pieces, numbers[0].shape[0], cores.lanes), jnp.float32),
         mesh=cores.mesh,
@@ -256,7 +263,7 @@ def row_products(rows: Rows, held: Float[Array, "G R D"]) -> Float[Array, "E"]:
         name="row_products",
     )
     products = run(bounds, *numbers, table, held)
-    return jnp.where(place < rows.starts[-1], jnp.sum(products, axis=(0, 2))[:places], 0.0)
+    return (jnp.where(place < rows.starts[-1], jnp.sum(products, axis=(0, 2))[:places], 0.0),)
 
 
 def group_shares(starts: Int[Array, "_"], workers: int) -> tuple[Array, ...]:

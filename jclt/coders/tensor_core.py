@@ -36,7 +36,7 @@ def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length:
     shape = (lists[0].starts.shape[0] - 1, length, lists[0].table.shape[2])
     groups, wide = shape[0], length * shape[2] // LANES
     arrays = [
-        (stretches(own.index), stretches(value.astype(jnp.float32)), in_lanes(own.table))
+        (stretches(own.which), stretches(value.astype(jnp.float32)), in_lanes(own.table))
         for own, value in zip(lists, values, strict=True)
     ]
     streams = [Stream.planned(own, arrays[i], wide, len(lists)) for i, own in enumerate(lists)]
@@ -51,19 +51,17 @@ def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length:
 
             own.each_row(add)
 
-    out = pl.BlockSpec((TILE, wide, LANES), lambda i, _: (i, 0, 0))
     result = jax.ShapeDtypeStruct((groups, wide, LANES), jnp.float32)
     scratch = [own.scratch for own in streams]
-    memory = MARGIN + 2 * TILE * wide * LANES * 4 + sum(own.size for own in streams)
-    price = cost(arrays, streams, 4 * groups * wide * LANES)
-    return call(kernel, "row_sums", lists, arrays, (), (), out, result, scratch, memory, price).reshape(shape)
+    sums = call("row_sums", kernel, lists, streams, arrays, of_tile(wide), result, scratch, 4 * wide * LANES)
+    return sums.reshape(shape)
 
 
 def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
     """`rows.row_products`, all lists at once."""
     held = in_lanes(held)
     wide = held.shape[1]
-    arrays = [(stretches(own.index), in_lanes(own.table)) for own in lists]
+    arrays = [(stretches(own.which), in_lanes(own.table)) for own in lists]
     streams = [Stream.planned(own, arrays[i], wide, len(lists)) for i, own in enumerate(lists)]
 
     def kernel(ends: Any, starts: Any, held: Any, refs: Any, *rest: Any) -> None:
@@ -105,33 +103,28 @@ def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Fl
         )
         for own in streams
     ]
-    tile = pl.BlockSpec((TILE, wide, LANES), lambda i, _: (i, 0, 0))
-    apiece = STRETCH * (LANES + SUBLANES) * 4
-    memory = MARGIN + 2 * TILE * wide * LANES * held.dtype.itemsize + sum(own.size + apiece for own in streams)
-    price = cost(arrays, streams, held.size * held.dtype.itemsize)
-    products = call(kernel, "row_products", lists, arrays, (held,), (tile,), anywhere, outs, scratch, memory, price)
+    size = held.dtype.itemsize * wide * LANES
+    products = call("row_products", kernel, lists, streams, arrays, anywhere, outs, scratch, size, held)
     return tuple(
-        jnp.where(jnp.arange(own.index.shape[0]) < own.starts[-1], made[:, 0].reshape(-1)[: own.index.shape[0]], 0.0)
+        jnp.where(jnp.arange(own.which.shape[0]) < own.starts[-1], made[:, 0].reshape(-1)[: own.which.shape[0]], 0.0)
         for own, made in zip(lists, products, strict=True)
     )
 
 
 def call(
-    kernel: Any,
     name: str,
-    lists: Any,
+    kernel: Any,
+    lists: Sequence[Rows],
+    streams: Sequence["Stream"],
     arrays: Any,
-    held: Any,
-    held_specs: Any,
     out: Any,
     result: Any,
     scratch: Any,
-    memory: int,
-    cost: Any,
+    size: int,
+    *held: Array,
 ) -> Any:
-    """The kernel run over tiles of groups, on what the lists hold in HBM and what else there is for each tile."""
+    """The kernel run over tiles of groups; `size` is the bytes of what a group holds, read or written once."""
     starts = in_tiles([own.starts for own in lists])
-    anywhere = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -139,17 +132,23 @@ def call(
             grid=(starts.shape[0],),
             in_specs=[
                 pl.BlockSpec((1, *starts.shape[1:]), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM),
-                *held_specs,
-                anywhere,
+                *(of_tile(own.shape[1]) for own in held),
+                jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays),
             ],
             out_specs=out,
             scratch_shapes=[scratch],
         ),
         out_shape=result,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=memory),
-        cost_estimate=cost,
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=MARGIN + 2 * TILE * size + sum(own.size for own in streams)
+        ),
+        cost_estimate=cost(arrays, streams, starts.shape[0] * TILE * size),
         name=name,
     )(jnp.stack([own.starts[-1] for own in lists]), starts, *held, arrays)
+
+
+def of_tile(wide: int) -> pl.BlockSpec:
+    return pl.BlockSpec((TILE, wide, LANES), lambda i, _: (i, 0, 0))
 
 
 class Stream(NamedTuple):
@@ -186,15 +185,15 @@ class Stream(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of vector memory."""
+        """Bytes of vector memory, with those that collect products."""
         ring = self.scratch[2]
-        return math.prod(ring.shape) * ring.dtype.itemsize
+        return math.prod(ring.shape) * ring.dtype.itemsize + STRETCH * (LANES + SUBLANES) * 4
 
     def within(self, i: int, ends: Any, starts: Any, refs: Any, scratch: Any) -> "Stream":
         *numbers, table = refs
         return self._replace(nth=i, end=ends[i], starts=starts, numbers=tuple(numbers), table=table, scratch=scratch)
 
-    def number(self, which: int, e: Array) -> Array:
+    def number(self, which: int, e: Array | int) -> Array:
         return self.scratch[0][which][jax.lax.rem(jax.lax.div(e, STRETCH), AT_HAND), 0, jax.lax.rem(e, STRETCH)]
 
     def stretch(self, i: Array | int) -> list[Any]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.coders import Coder
+from jclt.coders.writing import Writing
 from jclt.evaluation.batches import BATCH, batches, on_host
 from jclt.models import Model, ModelConfig, forward
 from jclt.models.model import on_mesh
@@ -70,13 +71,13 @@ def summed(config: ModelConfig, params: Params, coder: Coder, tokens: Tokens, ma
     _, seen, _ = forward(config, params, tokens, capture=(own.reads, own.writes))
     mask = placed(mask, ("tokens", None))
     reads, targets = (placed(seen[site], (None, "tokens", None, None)) for site in (own.reads, own.writes))
-    activations: list[Array] = []
+    writing = Writing(coder)
     errors: list[Array] = []
     for index, layer in enumerate(own.covered):
-        activations.append(coder.encode(index, reads[layer]))
-        written = coder.write(index, activations, reads[layer])
+        writing.add(index, coder.encode(index, reads[layer]))
+        written = writing.to(index, reads[layer])
         errors.append(written.astype(jnp.float32) - targets[layer].astype(jnp.float32))
-    weight = mask.astype(jnp.float32)[:, :, None]
+    weight, activations = mask.astype(jnp.float32)[:, :, None], writing.activations
     return Sums(
         moments(jnp.stack([targets[layer] for layer in own.covered]), mask),
         moments(jnp.stack(errors), mask),

@@ -14,10 +14,10 @@ from jclt.training.config import TrainConfig
 log = logging.getLogger(__name__)
 
 
-def plan_run(config: TrainConfig, pod: Pod, prompt_length: int = 0) -> tuple[str, dict[str, Any]]:
-    """The plan in words, and its figures."""
+def plan_run(config: TrainConfig, pod: Pod, prompt_length: int = 0, active: float = 0.0) -> tuple[str, dict[str, Any]]:
+    """The plan in words, and its figures; of the sparse path too where a number of active features is given."""
     log.info("compiling for %s, which takes a minute or several", pod.topology)
-    report = ask("plan", config, shape_of(pod, config), pod, prompt_length)
+    report = ask("plan", config, shape_of(pod, config), pod, prompt_length, active)
     return plan_text(config, report), report
 
 

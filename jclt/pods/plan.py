@@ -26,8 +26,10 @@ from jclt.pods.program import Program
 from jclt.pods.timeline import Timeline, timeline
 from jclt.sharding import make_mesh
 from jclt.training.abstract import StepInputs, lower_step, step_inputs
+from jclt.training.changeover import room_for
 from jclt.training.coder import fitted
 from jclt.training.config import TrainConfig
+from jclt.training.sparse import reason_against
 from jclt.training.speed import step_operations
 
 Report = dict[str, Any]
@@ -41,15 +43,18 @@ def devices_of(pod: Pod) -> list[Any]:
         raise UserError(f"topology '{pod.topology}': {str(error).splitlines()[0]}") from None
 
 
-def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod) -> Report:
-    """The train step's memory, operations, time and traffic on one chip, and what follows for the run."""
+def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod, active: float = 0.0) -> Report:
+    """The train step's memory, operations, time and traffic on one chip, and what follows for the run; on the sparse
+    path when so many features, of all layers, are active at a token."""
     chip, devices = chip_of(pod.topology), devices_of(pod)
     mesh = make_mesh(config.data_shards, devices=devices)
     settings = asdict(config)
     config = fitted(config, model, mesh)
     inputs = step_inputs(config, model, mesh)
     began = time.perf_counter()
-    lowered = lower_step(config, model, mesh)
+    each = active / len(config.coder.covered) / mesh.shape["features"]
+    room = room_for(config.headroom * each) if active else None
+    lowered = lower_step(config, model, mesh, room)
     compiled, refused = compile_or_refusal(lowered)
     tokens = config.batch * config.length
     operations = step_operations(config, model) / len(devices)
@@ -67,6 +72,8 @@ def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod) -> Report:
         "operations": operations,
         "clock": chip.clock,
     }
+    if room:
+        report |= {"active": active, "room": room}
     if compiled is None:
         return report | {"fits": False, "memory": {"limit": chip.memory, **held(inputs)}, "refused": refused}
     memory = memory_of(compiled, inputs, chip.memory)
@@ -85,6 +92,7 @@ def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod) -> Report:
         "exposed_seconds": line.exposed,
         "floors": floors,
         "moved": line.moved,
+        "kernel_seconds": line.kernels,
         "utilisation": operations / chip.operations / seconds,
         "tokens_per_second": tokens / seconds,
         "chip_hours": config.steps * seconds * len(devices) / 3600,
@@ -191,9 +199,16 @@ def calibrate(pod: Pod) -> Report:
     }
 
 
-def plan(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int) -> Report:
-    """The whole plan: the step, the same estimate of known programs, and the attribution program."""
+def plan(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int, active: float) -> Report:
+    """The whole plan: the step, on the sparse path too if so many features are active at a token, the same estimate of
+    known programs, and the attribution program."""
     report = plan_step(config, model, pod) | {"calibration": calibrate(pod)}
+    if active:
+        report["sparse"] = (
+            {"active": active, "none": against}
+            if (against := reason_against(config))
+            else plan_step(config, model, pod, active)
+        )
     if prompt_length:
         whole = replace(config, coder=config.coder.fitted(model, config.model))
         report["graphs"] = plan_graphs(whole, model, pod.topology, devices_of(pod), prompt_length)

@@ -142,6 +142,7 @@ class Step(NamedTuple):
     stage: str
     begins: Collective | None = None  # what travels from here on
     ends: str | None = None  # the name of the start whose end this is
+    kernel: int = 0  # bytes that a kernel moves that is not the compiler's own
 
 
 class Program:
@@ -177,7 +178,11 @@ class Program:
                 stage = stage_of(own.source) or self._stages[own.calls or ""] or outside or "other"
                 sent = next(filter(None, map(COLLECTIVE.match, (own.line, *(x.line for x in inner)))), None)
                 marks = {mark for x in inner for mark in re.findall(r"AsyncCollective(Start|Done)", x.line)}
-                if "Start" in marks or (sent and own.kind.endswith("-start")):
+                if own.kind == "call-done":
+                    yield Step(own, times, stage, ends=own.operands[0])
+                elif kernel := self._kernel(own):
+                    yield Step(own, times, stage, kernel=kernel)
+                elif "Start" in marks or (sent and own.kind.endswith("-start")):
                     yield Step(own, times, stage, begins=_collective(sent) if sent else None)
                 elif "Done" in marks:
                     yield Step(own, times, stage, ends=own.name.replace("-done", "-start"))
@@ -190,6 +195,13 @@ class Program:
                     yield Step(own, times, stage, begins=scattered, ends=own.name)
                 else:
                     yield Step(own, times, stage)
+
+    def _kernel(self, own: Instruction) -> int:
+        if own.kind == "call-start":
+            called = re.search(r"to_apply=%([\w.\-]+)", own.line)
+            return sum(map(self._kernel, self.computations[called[1]])) if called else 0
+        moves = re.search(r'"bytes_accessed":"(\d+)"', own.line)
+        return int(moves[1]) if moves and '"tpu_custom_call"' in own.line else 0
 
     def _rounds(self, loop: Instruction, condition: str) -> int:
         """How often a loop runs: the bound that its counter, which starts at 0, is compared with."""

@@ -64,6 +64,8 @@ def plan_text(config: TrainConfig, report: Report) -> str:
                 f"  {own['stage']:<16}{own['times']:>6} {own['bytes'] / 1e9:>8.2f} {own['seconds'] * 1e3:>8.2f} "
                 f"{own['exposed'] * 1e3:>8.2f}  {own['kind']} {own['largest']}"
             )
+    if "sparse" in report:
+        lines += ["", sparse_text(report["sparse"], report)]
     off = report.get("calibration")
     if "graphs" in report:
         lines += ["", graphs_text(report["graphs"])]
@@ -77,6 +79,22 @@ def plan_text(config: TrainConfig, report: Report) -> str:
     if memory["headroom"] < HEADROOM:
         lines += [f"to leave {HEADROOM:.0%} free   {line}" for line in advice(config, report)]
     return "\n".join(lines)
+
+
+def sparse_text(own: Report, dense: Report) -> str:
+    if "none" in own:
+        return f"sparse path       none: {own['none']}"
+    room = f"room for {own['room']:g} a token, layer and chip"
+    head = f"sparse path       at {own['active']:g} active features a token, of all layers ({room}): "
+    if "refused" in own:
+        return f"{head}does not fit: {own['refused']}"
+    times = dense["seconds"] / own["seconds"]
+    verdict = f"{times:.2f} times as fast as" if times >= 1 else f"{1 / times:.2f} times as slow as"
+    kernels = f"{milliseconds(own['kernel_seconds'])} of them kernels, by the bytes that full lists would move"
+    return (
+        f"{head}{milliseconds(own['seconds'])} a step, {kernels}; {own['memory']['total'] / GIB:.2f} GiB\n"
+        f"                  {verdict} the dense path: {'--set path=sparse' if times > 1 else 'the dense path wins'}"
+    )
 
 
 def graphs_text(own: Report) -> str:

@@ -23,6 +23,7 @@ class Timeline(NamedTuple):
     stages: dict[str, float]  # seconds of work
     traffic: list[Traffic]
     moved: float  # bytes read from HBM and written there, at least
+    kernels: float  # seconds of work that are those of kernels
 
     @property
     def work(self) -> float:
@@ -42,18 +43,32 @@ class Timeline(NamedTuple):
 
 
 def timeline(program: Program, network: Network) -> Timeline:
-    """Runs through the schedule: work takes its cycles, and of what is on the way as much arrives meanwhile as the
-    links carry, one collective after the other."""
+    """Runs through the schedule: work takes its cycles, a kernel what moving its bytes takes, and of what is on the way
+    as much arrives meanwhile as the links carry, one collective after the other. What SparseCores do beside it is
+    waited for at its end, and then counts as work."""
     stages: defaultdict[str, float] = defaultdict(float)
     on_the_way: dict[str, float] = {}
+    beside: dict[str, float] = {}
     traffic: dict[str, Traffic] = {}
-    moved = 0.0
+    moved = kernels = 0.0
     for step in program.steps():
         own = step.instruction
         seconds = own.cycles / network.chip.clock
+        if step.kernel:
+            moved += step.kernel * step.times
+            seconds = step.kernel / network.chip.bandwidth
+            if own.kind == "call-start":
+                beside[own.name] = seconds
+                continue
+        elif step.ends in beside:
+            seconds = beside.pop(step.ends)
+        if step.kernel or own.kind == "call-done":
+            kernels += seconds * step.times
         stages[step.stage] += seconds * step.times
         bytes_moved = program.moved(own)
         moved += (min(bytes_moved, seconds * network.chip.bandwidth) if own.cycles else bytes_moved) * step.times
+        for name in list(beside)[:1]:
+            beside[name] = max(0.0, beside[name] - seconds)
         for name in on_the_way:
             arrived = min(seconds, on_the_way[name])
             on_the_way[name] -= arrived
@@ -76,4 +91,4 @@ def timeline(program: Program, network: Network) -> Timeline:
                 on_the_way[name] = 0.0
             traffic[step.ends] = traffic[step.ends]._replace(exposed=waited * step.times)
     by_time = dict(sorted(stages.items(), key=lambda stage: -stage[1]))
-    return Timeline(by_time, list(traffic.values()), moved)
+    return Timeline(by_time, list(traffic.values()), moved, kernels)

@@ -46,7 +46,7 @@ def abstract_state(config: TrainConfig, mesh: AnyMesh) -> CoderState:
         return jax.tree.map(placed, jax.eval_shape(made, abstract_coder(config.coder, mesh)))
 
 
-def lower_step(config: TrainConfig, model: ModelConfig, mesh: Mesh, room: int | None = None) -> jax.stages.Lowered:
+def lower_step(config: TrainConfig, model: ModelConfig, mesh: Mesh, room: float | None = None) -> jax.stages.Lowered:
     """The step traced for a mesh, ready to be compiled for its devices; with `room` on the sparse path."""
     inputs = step_inputs(config, model, mesh)
     with jax.set_mesh(mesh):

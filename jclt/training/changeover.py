@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jclt.coders.rows import SPARSE_BELOW
 from jclt.models import ModelConfig
 from jclt.shapes import Array, Params
 from jclt.sharding import AnyMesh
@@ -20,9 +21,8 @@ from jclt.training.step import CoderState, micro_batches, prepare
 log = logging.getLogger(__name__)
 REVIEW = 50
 """Steps between two measurements, each of which costs a harvest and an encoding."""
-SPARSE_BELOW = {"cpu": 0.03}
-"""The share of a device's features that there may be room for while the sparse path is the faster one, by the table of
-`experiments/bench/sparse_step.py`. On other processors it is not measured yet: there `path` must ask for it."""
+LEAST = 2.0**-6
+"""Entries a token that there is room for at least."""
 
 
 @partial(jax.jit, static_argnames=("config", "model"))
@@ -38,24 +38,24 @@ def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Cal
     """The state with room for what `measure()` says is needed, or on the dense path where that pays more."""
     features = config.coder.features // mesh.shape["features"]
     limit = SPARSE_BELOW.get(jax.default_backend(), 0.0) * features
-    before, room, need = int(state.room), 0, 0.0
+    before, room, need = float(state.room), 0.0, 0.0
     if config.path == "sparse" or (config.path == "auto" and limit and not reason_against(config)):
         need = float(measure())
         room = room_for(config.headroom * need, before)
         if config.path == "sparse":
-            room = min(room, features)
+            room = min(room, float(features))
         elif room > limit:
-            room = 0
+            room = 0.0
     if room != before:
-        path = f"the sparse path, with room for {room}" if room else "the dense path"
+        path = f"the sparse path, with room for {room:g}" if room else "the dense path"
         log.info("step %d: %.3g of %d features a device matter at a token: on %s", state.step, need, features, path)
     return state._replace(room=jnp.full_like(state.room, room))
 
 
-def room_for(wanted: float, before: int) -> int:
+def room_for(wanted: float, before: float = 0.0) -> float:
     """As many places, on a scale of powers of 2 and numbers halfway between, since each new number is compiled anew;
     what there was before while that is enough and not far too much."""
     if wanted <= before <= 4 * wanted:
         return before
-    power = 2 ** math.floor(math.log2(max(wanted, 2.0)))
-    return next(size for size in (power, power + power // 2, 2 * power) if size >= wanted)
+    power = 2.0 ** math.floor(math.log2(max(wanted, LEAST)))
+    return next(size for size in (power, 1.5 * power, 2 * power) if size >= wanted)

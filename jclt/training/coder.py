@@ -119,7 +119,7 @@ def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, 
         start = int(state.step)
         buffer = filled(read, start, config.shuffle, config.seed) if config.shuffle > 1 else None
 
-        room = int(state.room)
+        room = float(state.room)
 
         def advance(step: int, state: CoderState, batch: Any) -> tuple[CoderState, dict[str, Any]]:
             nonlocal buffer, room
@@ -127,7 +127,7 @@ def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, 
                 state = reviewed(
                     config, mesh, state, lambda: entries_needed(config, model.config, state, model.params, batch)
                 )
-                room = int(state.room)
+                room = float(state.room)
             ends = step >= config.steps - config.end_to_end_steps
             state, buffer, values = train_step(
                 config, model.config, ends, state, buffer, model.params, batch, room or None

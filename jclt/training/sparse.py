@@ -61,7 +61,7 @@ def choose(
     norms: tuple[Float[Array, "F"], ...],
     x: tuple[Float[Array, "N D"], ...],
     running: Array,
-    room: int,
+    room: float,
 ) -> tuple[tuple[Found, ...], Bool[Array, ""]]:
     """The entries of every layer, and whether they are all that matter. Without a gradient."""
     coder, norms, x = jax.lax.stop_gradient((coder, norms, x))

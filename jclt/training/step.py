@@ -58,7 +58,7 @@ def fresh_state(config: TrainConfig, coder: SparseCoder, scaling: Scaling) -> Co
         running=jnp.zeros(()),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
-        room=jnp.zeros((), jnp.int32),
+        room=jnp.zeros(()),
     )
 
 
@@ -231,7 +231,7 @@ def variance(x: Float[Array, "L B T D"]) -> Float[Array, "L D"]:
 
 
 def gradients(
-    config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array, room: int | None = None
+    config: TrainConfig, share: float, state: CoderState, found: Harvest, ramp: Array, room: float | None = None
 ) -> tuple[Any, Any]:
     """Gradient and report, averaged over micro-batches. Gradients of matrices travel over `data` once, at the end.
 
@@ -286,7 +286,7 @@ def end_to_end(
     """KL(model || replacement model) over all positions, every covered site replaced by the coder as at inference."""
     coder = fold(at_inference(trained, state.running), state.scaling)
     right, _, _ = forward(model, params, tokens)
-    replaced, _, _ = forward(model, params, tokens, edit=replacing(coder), unroll=True)
+    replaced, _, _ = forward(model, params, tokens, edit=replacing(coder, trained=True), unroll=True)
     return jnp.mean(divergence(jax.lax.stop_gradient(right), replaced))
 
 
@@ -328,7 +328,7 @@ def train_step(
     buffer: Harvest | None,
     params: Params,
     batch: Tokens | Harvest,
-    room: int | None = None,
+    room: float | None = None,
 ) -> tuple[CoderState, Harvest | None, dict[str, Any]]:
     """One step on tokens, or on activations that were harvested before; `ends` adds the end-to-end term, `room` takes
     the sparse path."""

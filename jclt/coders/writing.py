@@ -1,0 +1,61 @@
+"""What a coder writes in one pass through the layers."""
+
+import jax
+
+from jclt.coders.coder import Coder, SparseCoder
+from jclt.coders.entries import all_found_places, listed, taken
+from jclt.coders.products import einsum, letters, product
+from jclt.coders.rows import SLOTS, SPARSE_BELOW, Rows, row_sums
+from jclt.shapes import Array, Float
+from jclt.sharding import TOKENS, on_each_device, shard_shape, sum_over
+
+
+class Writing:
+    """Is told each layer's activations once and sums up what they write, by the rows of the features that are active
+    wherever these are few; or `densely`, as `Coder.write` does, with gradients."""
+
+    def __init__(self, coder: Coder, *, densely: bool = False):
+        self.coder = coder
+        self.by_rows = isinstance(coder, SparseCoder) and not densely
+        self.activations: list[Array] = []
+        self.sums: dict[int, Array] = {}
+
+    def add(self, layer: int, a: Float[Array, "*N F"]) -> None:
+        self.activations.append(a)
+        if self.by_rows:
+            written = written_from(self.coder.rows(layer), a)
+            for row in range(written.shape[-2]):
+                own = written[..., row, :]
+                self.sums[layer + row] = self.sums[layer + row] + own if layer + row in self.sums else own
+
+    def to(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        if not self.by_rows:
+            return self.coder.write(layer, self.activations, x)
+        written, skip = self.sums.pop(layer), self.coder.skip(layer)
+        written = written + self.coder.constant(layer).astype(written.dtype)[(None,) * (x.ndim - 1)]
+        if skip is None:
+            return written
+        return written + product(f"{letters(x)}d,ed->{letters(x)}e", x, skip).astype(written.dtype)
+
+
+def written_from(rows: Float[Array, "F R D"], a: Float[Array, "*N F"]) -> Float[Array, "*N R D"]:
+    """What one layer's features write to the layers that they reach."""
+    flat = a.reshape(-1, a.shape[-1])
+
+    def densely() -> Array:
+        return einsum("nf,frd->nrd", flat, rows)
+
+    room = SPARSE_BELOW.get(jax.default_backend(), 0.0) * shard_shape(flat)[-1]
+    if room < SLOTS:
+        return densely().reshape(*a.shape[:-1], *rows.shape[1:])
+    entries = listed(flat != 0, room)
+
+    def by_rows() -> Array:
+        def own(entries, values, rows):
+            each = (Rows(entries.token_starts, entries.feature, rows),)
+            return sum_over("features", row_sums(each, (values,), rows.shape[1]))
+
+        return on_each_device(own, TOKENS)(entries, taken(entries, flat), rows)
+
+    written = jax.lax.cond(all_found_places((entries,)), by_rows, densely)
+    return written.reshape(*a.shape[:-1], *rows.shape[1:])
