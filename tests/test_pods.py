@@ -59,6 +59,19 @@ def test_bytes_moved_count_slices_and_what_lies_in_hbm():
     assert bytes_in_hbm("(f32[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)})") == 2048
 
 
+KERNELS = (Path(__file__).parent / "golden" / "kernels.hlo").read_text()
+
+
+def test_kernels_take_what_moving_their_bytes_takes_and_sparse_cores_work_beside_the_rest():
+    """Of two branches the last counts, which `lax.cond` takes where its condition holds."""
+    line, chip = timeline(Program(KERNELS), NETWORK), CHIPS["v5e"]
+    beside = 600_000 / chip.clock
+    gathers, products = 8.2e8 / chip.bandwidth, 4.1e8 / chip.bandwidth
+    assert line.stages == pytest.approx({"update": beside, "decode": gathers - beside, "encode": products})
+    assert line.kernels == pytest.approx(gathers - beside + products)
+    assert line.seconds == pytest.approx(gathers + products) and line.moved >= 8.2e8 + 4.1e8
+
+
 @pytest.mark.parametrize(
     ("written", "group"),
     [

@@ -139,7 +139,8 @@ def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length:
 
                 @pl.loop(jnp.maximum(first, passed), jnp.minimum(last, passed + STRETCH))
                 def _(group: Array) -> None:
-                    slot, done = jax.lax.rem(group, 2), piece * (last - first) + group - first
+                    done = piece * (last - first) + group - first
+                    slot = jax.lax.rem(done, 2)
 
                     def sending(place: Array | int) -> Any:
                         return pltpu.make_async_copy(sums.at[slot], out.at[place], sent.at[slot])
@@ -176,7 +177,7 @@ def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length:
 
             @pl.when(pieces * (last - first) >= left)
             def _(left: int = left) -> None:
-                slot = jax.lax.rem(last - 1 + left, 2)
+                slot = jax.lax.rem(pieces * (last - first) - left, 2)
                 pltpu.make_async_copy(sums.at[slot], out.at[0], sent.at[slot]).wait()
 
     run: Any = pl.kernel(

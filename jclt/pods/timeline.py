@@ -27,15 +27,15 @@ class Timeline(NamedTuple):
 
     @property
     def work(self) -> float:
-        return sum(self.stages.values())
+        return sum(self.stages.values(), 0.0)
 
     @property
     def sending(self) -> float:
-        return sum(own.seconds for own in self.traffic)
+        return sum((own.seconds for own in self.traffic), 0.0)
 
     @property
     def exposed(self) -> float:
-        return sum(own.exposed for own in self.traffic)
+        return sum((own.exposed for own in self.traffic), 0.0)
 
     @property
     def seconds(self) -> float:
