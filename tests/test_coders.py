@@ -432,10 +432,10 @@ def test_what_follows_from_the_model_is_filled_in():
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
 def test_a_pass_by_active_rows_writes_what_products_do(config, mesh):
     """Few features are active at the first layers, so that their rows are read, and many at the last."""
-    coder = random_coder(replace(config, features=1200, skip=True))
+    coder = random_coder(replace(config, features=4800, skip=True))
     random, x = np.random.default_rng(0), jnp.asarray(normal(4, 4, 6))
-    shares = (0.01, 0.01, 0.5)
-    a = [jnp.asarray(random.random((4, 4, 1200)) * (random.random((4, 4, 1200)) < own), jnp.float32) for own in shares]
+    shares = (0.003, 0.003, 0.5)
+    a = [jnp.asarray(random.random((4, 4, 4800)) * (random.random((4, 4, 4800)) < own), jnp.float32) for own in shares]
     wanted = [coder.write(layer, a[: layer + 1], x) for layer in range(3)]
 
     def written(coder: SparseCoder, a: list, x: jax.Array) -> list:

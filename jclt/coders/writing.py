@@ -5,7 +5,7 @@ import jax
 from jclt.coders.coder import Coder, SparseCoder
 from jclt.coders.entries import all_found_places, listed, taken
 from jclt.coders.products import einsum, letters, product
-from jclt.coders.rows import SLOTS, SPARSE_BELOW, Rows, row_sums
+from jclt.coders.rows import ROUNDS, SLOTS, SPARSE_BELOW, Rows, row_sums
 from jclt.shapes import Array, Float
 from jclt.sharding import TOKENS, on_each_device, shard_shape, sum_over
 
@@ -46,7 +46,7 @@ def written_from(rows: Float[Array, "F R D"], a: Float[Array, "*N F"]) -> Float[
         return einsum("nf,frd->nrd", flat, rows)
 
     room = SPARSE_BELOW.get(jax.default_backend(), 0.0) * shard_shape(flat)[-1]
-    if room < SLOTS:
+    if room < ROUNDS * SLOTS:
         return densely().reshape(*a.shape[:-1], *rows.shape[1:])
     entries = listed(flat != 0, room)
 

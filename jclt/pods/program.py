@@ -24,7 +24,10 @@ SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 UNMOVED = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "custom-call")
 
-STAGES = ("harvest", "shuffle", "reshard", "encode", "decode", "auxiliary", "end_to_end", "spread", "reduce", "update")
+STAGES = (
+    *("harvest", "shuffle", "reshard", "choose", "encode", "decode"),
+    *("auxiliary", "end_to_end", "spread", "reduce", "update"),
+)
 """The named scopes that the time of a step is told by."""
 
 
