@@ -37,7 +37,7 @@ TABLE = [
 """Layers, features a layer, active features a token over all layers."""
 
 
-def measured(layers: int, features: int, active: int, room: int | None, repeats: int) -> dict[str, float]:
+def measured(layers: int, features: int, active: int, room: float | None, repeats: int) -> dict[str, float]:
     """Seconds a step, and this process's peak of memory in GB."""
     model = replace(GPT2, layers=layers)
     config = settings(model, features)
@@ -48,7 +48,7 @@ def measured(layers: int, features: int, active: int, room: int | None, repeats:
     return {"seconds": took, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
-def apart(layers: int, features: int, active: int, room: int | None, repeats: int) -> dict[str, float]:
+def apart(layers: int, features: int, active: int, room: float | None, repeats: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--case", json.dumps([layers, features, active, room, repeats])]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
