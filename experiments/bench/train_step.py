@@ -47,7 +47,7 @@ def seconds(
     mesh: Mesh,
     repeats: int,
     harvests: bool = True,
-    room: int | None = None,
+    room: float | None = None,
 ) -> float:
     """The fastest of some steps on one batch, of tokens or of activations harvested before."""
     dtype = jnp.dtype(config.compute)
