@@ -1,5 +1,4 @@
-"""The sparse path computes what the dense one does: sums and products against numpy, gradients against the dense step,
-on every mesh, for every rule."""
+"""The sparse path computes what the dense one does: gradients against the dense step, on every mesh, for every rule."""
 
 import shutil
 from dataclasses import replace
@@ -17,7 +16,7 @@ from jclt.coders import CoderConfig, load_coder
 from jclt.coders.entries import listed, taken
 from jclt.errors import UserError
 from jclt.sharding import make_mesh, placed
-from jclt.training.changeover import SPARSE_BELOW
+from jclt.training.changeover import SPARSE_BELOW, reviewed
 from jclt.training.coder import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.harvest import Harvest, Scaling
@@ -162,3 +161,16 @@ def test_a_run_resumed_across_the_change_ends_in_the_same_bits(run_sparsely, tmp
 def test_a_setting_without_a_sparse_path_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="setting 'path': sparse, expected auto or dense, since auxiliary_weight"):
         train_coder(replace(RUN, path="sparse", auxiliary_weight=0.1), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "path, backend, room", [("auto", "cpu", 6), ("auto", "tpu", 0), ("sparse", "tpu", 6), ("dense", "cpu", 0)]
+)
+def test_where_nothing_is_measured_it_changes_over_only_when_asked(path, backend, room, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = replace(setting("jumprelu"), path=path)
+    config = replace(config, coder=replace(config.coder, features=256))
+    mesh = make_mesh(1, 1)
+    reached = reviewed(config, mesh, state_of(config, mesh), lambda: jnp.float32(4))
+    assert reached.room == room
+    assert reviewed(config, mesh, reached, lambda: jnp.float32(8)).room == 0  # which are more than 3%

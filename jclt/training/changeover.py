@@ -37,14 +37,13 @@ def entries_needed(config: TrainConfig, model: ModelConfig, state: CoderState, p
 def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Callable[[], Array]) -> CoderState:
     """The state with room for what `measure()` says is needed, or on the dense path where that pays more."""
     features = config.coder.features // mesh.shape["features"]
-    limit = SPARSE_BELOW.get(jax.default_backend(), 0.0) * features
+    unmeasured = SPARSE_BELOW["cpu"] if config.path == "sparse" else 0.0
+    limit = SPARSE_BELOW.get(jax.default_backend(), unmeasured) * features
     before, room, need = float(state.room), 0.0, 0.0
-    if config.path == "sparse" or (config.path == "auto" and limit and not reason_against(config)):
+    if config.path != "dense" and limit and not reason_against(config):
         need = float(measure())
         room = room_for(config.headroom * need, before)
-        if config.path == "sparse":
-            room = min(room, float(features))
-        elif room > limit:
+        if room > limit:
             room = 0.0
     if room != before:
         path = f"the sparse path, with room for {room:g}" if room else "the dense path"

@@ -91,7 +91,7 @@ class TrainConfig:
     compute: Literal["float32", "bfloat16"] = "float32"  # products; sums and master weights are float32 in both
     micro_batches: int = 1
     remat: bool = False  # encode again in the backward pass instead of keeping pre-activations
-    path: Literal["auto", "dense", "sparse"] = "auto"  # sparse: what follows encoding touches active features alone
+    path: Literal["auto", "dense", "sparse"] = "auto"  # sparse: changes over where auto has no measurement too
     headroom: float = 1.5  # of the sparse path, over the active features measured; what needs more is computed densely
     data_shards: int = 1  # all other devices lie on the features axis
     shuffle: int = 1  # batches over which tokens are mixed in a buffer on the device; 1: none
