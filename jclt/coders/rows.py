@@ -17,6 +17,9 @@ from jclt.models.ops import wide
 from jclt.shapes import Array, Float, Int
 from jclt.sharding import device_kind
 
+LANES = 128
+"""Numbers that lie side by side in a TPU's memory."""
+
 
 class Rows(NamedTuple):
     """Rows of a table that entries name; the entries of group g stand from starts[g] to starts[g + 1]."""
@@ -55,7 +58,7 @@ def kernels_for(lists: Sequence[Rows]) -> Any:
     SparseCores, where the chip has them: they work beside the TensorCore.
     """
     kind = device_kind()
-    if not kind.startswith("TPU") or any(own.table.shape[2] % 128 for own in lists):
+    if not kind.startswith("TPU") or any(own.table.shape[2] % LANES for own in lists):
         return None
     from jclt.coders import sparse_core, tensor_core  # which take a while to import
 
@@ -93,8 +96,7 @@ def sums_of_one(rows: Rows, value: Float[Array, "E"], length: int) -> Float[Arra
         at, holds = window(begin, end, count, index.shape[0])
         rows = jnp.where(holds, index[at], 0)  # the same one wherever there is no entry
         weights = jnp.where(holds, value[at].astype(out.dtype), 0.0)
-        across = (slice(None), *(None,) * (table.ndim - 1))
-        terms = [weights[:, j][across] * table[rows[:, j]].astype(out.dtype) for j in range(count)]
+        terms = [weights[:, j, None, None] * table[rows[:, j]].astype(out.dtype) for j in range(count)]
         return sum(terms[1:], terms[0])
 
     for begin in range(0, slots, SLOTS):
@@ -124,8 +126,7 @@ def products_of_one(rows: Rows, held: Float[Array, "G R D"]) -> Float[Array, "E"
         return multiplied(jax.lax.dynamic_slice_in_dim(own, i * block, block), begin[:-1], begin[1:])
 
     first = jax.lax.map(products, jnp.arange(groups // block, dtype=jnp.int32)).reshape(groups, slots)
-    place = jnp.arange(index.shape[0], dtype=jnp.int32)
-    group = jnp.searchsorted(starts, place, side="right").astype(jnp.int32) - 1
+    place, group = places_and_groups(starts, index.shape[0])
     out = first[group, jnp.minimum(place - starts[group], slots - 1)]
 
     def put(group: Array, begin: Array, end: Array, out: Array) -> Array:
@@ -134,6 +135,12 @@ def products_of_one(rows: Rows, held: Float[Array, "G R D"]) -> Float[Array, "E"
         return out.at[jnp.where(at < end, at, index.shape[0])].set(part, mode="drop")
 
     return for_each_piece(starts, slots, put, out)
+
+
+def places_and_groups(starts: Int[Array, "_"], places: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+    """Every place of a list, and the group whose entry stands there; beyond the entries a number too large."""
+    place = jnp.arange(places, dtype=jnp.int32)
+    return place, jnp.searchsorted(starts, place, side="right").astype(jnp.int32) - 1
 
 
 def window(begin: Array, end: Array, slots: int, places: int) -> tuple[Array, Array]:

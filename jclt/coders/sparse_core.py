@@ -14,10 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc
 
-from jclt.coders.rows import Rows
+from jclt.coders.rows import LANES, Rows, places_and_groups
 from jclt.shapes import Array, Float, Int
 
-LANES = 128
 PIECE = 8
 """Longest piece of a row, in as many times LANES."""
 WINDOW = 8
@@ -208,8 +207,7 @@ def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Fl
     table, width, pieces = in_pieces(rows.table)
     held, _, whole = in_pieces(held)
     before = rows.first * rows.table.shape[2] // width if whole > pieces else 0
-    place = jnp.arange(places, dtype=jnp.int32)
-    group = jnp.searchsorted(rows.starts, place, side="right").astype(jnp.int32) - 1
+    place, group = places_and_groups(rows.starts, places)
     numbers = padded(rows.which), padded(jnp.minimum(group, rows.starts.shape[0] - 2))
     bounds = of_each(cores, entry_shares(rows.starts[-1], cores.mesh.size))
 

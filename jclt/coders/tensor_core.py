@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jclt.coders.rows import Rows
+from jclt.coders.rows import LANES, Rows
 from jclt.shapes import Array, Float, Int
 
-LANES, SUBLANES = 128, 8
+SUBLANES = 8
 TILE = 8
 """Groups of one grid step."""
 STRETCH = 256

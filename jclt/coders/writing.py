@@ -16,20 +16,20 @@ class Writing:
 
     def __init__(self, coder: Coder, *, densely: bool = False):
         self.coder = coder
-        self.by_rows = isinstance(coder, SparseCoder) and not densely
+        self.room = 0.0 if densely else room_for_rows(coder)
         self.activations: list[Array] = []
         self.sums: dict[int, Array] = {}
 
     def add(self, layer: int, a: Float[Array, "*N F"]) -> None:
         self.activations.append(a)
-        if self.by_rows:
-            written = written_from(self.coder.rows(layer), a)
+        if self.room:
+            written = written_from(self.coder.rows(layer), a, self.room)
             for row in range(written.shape[-2]):
                 own = written[..., row, :]
                 self.sums[layer + row] = self.sums[layer + row] + own if layer + row in self.sums else own
 
     def to(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-        if not self.by_rows:
+        if not self.room:
             return self.coder.write(layer, self.activations, x)
         written, skip = self.sums.pop(layer), self.coder.skip(layer)
         written = written + self.coder.constant(layer).astype(written.dtype)[(None,) * (x.ndim - 1)]
@@ -38,16 +38,21 @@ class Writing:
         return written + product(f"{letters(x)}d,ed->{letters(x)}e", x, skip).astype(written.dtype)
 
 
-def written_from(rows: Float[Array, "F R D"], a: Float[Array, "*N F"]) -> Float[Array, "*N R D"]:
-    """What one layer's features write to the layers that they reach."""
+def room_for_rows(coder: Coder) -> float:
+    """Entries a token and device up to which reading rows pays; 0 where it does not."""
+    if not isinstance(coder, SparseCoder):
+        return 0.0
+    room = SPARSE_BELOW.get(jax.default_backend(), 0.0) * shard_shape(coder.layers[0].encoder)[0]
+    return room if room >= ROUNDS * SLOTS else 0.0
+
+
+def written_from(rows: Float[Array, "F R D"], a: Float[Array, "*N F"], room: float) -> Float[Array, "*N R D"]:
+    """What one layer's features write to the layers that they reach; densely where there is no room for all."""
     flat = a.reshape(-1, a.shape[-1])
 
     def densely() -> Array:
         return einsum("nf,frd->nrd", flat, rows)
 
-    room = SPARSE_BELOW.get(jax.default_backend(), 0.0) * shard_shape(flat)[-1]
-    if room < ROUNDS * SLOTS:
-        return densely().reshape(*a.shape[:-1], *rows.shape[1:])
     entries = listed(flat != 0, room)
 
     def by_rows() -> Array:
