@@ -295,7 +295,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     from jclt.config import load_settings, override
-    from jclt.models.checkpoint import write_json
+    from jclt.files import write_json
     from jclt.pods import load_pod, plan_run, plan_sweep
     from jclt.training.config import TrainConfig
     from jclt.training.presets import CODER_PRESETS
@@ -314,8 +314,8 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from jclt.coders import load_coder
+    from jclt.files import write_json
     from jclt.models import load_model
-    from jclt.models.checkpoint import write_json
     from jclt.training.evaluate import evaluate
 
     model = load_model(arguments.model)

@@ -5,11 +5,29 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Shown by the command line as one line, without a traceback."""
+    """Shown by the command line as one line, without a traceback.
+
+    Names and contents of files go into the message, and whoever made them may have put line breaks, colours or
+    right-to-left marks into them: signs that do not print are shown as their escapes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
     """A run was asked to stop, and has saved what it needs to go on; no failure."""
+
+
+def printable(text: str) -> str:
+    """The text on one line, signs that do not print as their escapes."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as short as it can be quoted."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

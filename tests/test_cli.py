@@ -3,7 +3,7 @@
 import pytest
 
 from jclt.cli import main, parser
-from jclt.models.checkpoint import read_json
+from jclt.files import read_json
 from jclt.world.tasks import TASKS
 
 

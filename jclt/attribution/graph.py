@@ -38,11 +38,13 @@ class Graph:
     logit_tokens: Int[np.ndarray, "k"]  # -1: an output that is no single token
     logit_names: tuple[str, ...]
     logit_positions: Int[np.ndarray, "k"]
-    logit_probabilities: Float[np.ndarray, "k"]  # what each output counts in influence
+    logit_probabilities: Float[np.ndarray, "k"]  # the model's own; 0 for an output that is no single token
     layers: int  # of the model
     provenance: dict[str, Any] = field(default_factory=dict)  # model, coder, settings, version; JSON
     supernodes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # named sets of nodes
     annotations: dict[str, Any] = field(default_factory=dict)  # what a viewer's file says beyond this; JSON
+    logit_weights: Float[np.ndarray, "k"] | None = None  # what each output counts in influence; None: its probability
+    whole_shares: Float[np.ndarray, "N"] | None = None  # in a pruned graph: `cumulative_share` in the whole graph
 
     def __post_init__(self) -> None:
         sizes = (self.adjacency.shape, *((len(x),) * 2 for x in (self.bias, self.rest, self.rest_mass, self.values)))

@@ -15,9 +15,9 @@ FLOOR = 1e-10
 
 
 def output_weights(graph: Graph) -> Float[np.ndarray, "N"]:
-    """What each node counts by itself: outputs their probability, others nothing."""
+    """What each node counts by itself: outputs their weight, others nothing."""
     weights = np.zeros(len(graph), graph.adjacency.dtype)
-    weights[graph.nodes("output")] = graph.logit_probabilities
+    weights[graph.nodes("output")] = graph.logit_probabilities if graph.logit_weights is None else graph.logit_weights
     return weights
 
 

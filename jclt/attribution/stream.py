@@ -16,8 +16,8 @@ from jclt.attribution.files import load_graph, save_graph
 from jclt.attribution.trace import Options
 from jclt.coders import Coder
 from jclt.errors import UserError
+from jclt.files import read_json, write_json
 from jclt.models import Model
-from jclt.models.checkpoint import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from jclt.coders.layouts import PEER_NAME_OF, our_site, their_name
 from jclt.coders.tensors import Found, LayerSource, Names, found, open_file, published, weights
 from jclt.config import MISFIT, describe_type, fit_type
 from jclt.errors import UserError, nearest
-from jclt.models.checkpoint import read_json
+from jclt.files import read_json
 
 FORMAT, VERSION = "jclt-coder", 1
 

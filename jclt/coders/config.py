@@ -29,6 +29,7 @@ class CoderConfig:
     layers: tuple[int, ...] | None = None  # the model's layers that it covers, in order
     width: int | None = None
     model: str = ""
+    model_fingerprint: str = ""  # of the model's weights (`jclt.fingerprints`); empty where nothing says it
 
     @property
     def rule(self) -> Literal["relu", "jumprelu", "topk"]:
@@ -53,7 +54,7 @@ class CoderConfig:
         """How many of the covered layers the features of one write to: its own, or all from its own on."""
         return len(self.covered) - index if self.kind == "clt" else 1
 
-    def fitted(self, model: ModelConfig, name: str) -> "CoderConfig":
+    def fitted(self, model: ModelConfig, name: str, fingerprint: str = "") -> "CoderConfig":
         """The configuration with everything that follows from the model filled in, or one line on what is wrong."""
         check_sites((self.reads, self.writes), model)
         layers = tuple(range(model.layers)) if self.layers is None else self.layers
@@ -62,6 +63,7 @@ class CoderConfig:
         if self.width not in (None, model.width):
             raise UserError(f"setting 'coder.width': {self.width}, expected {model.width}, the model's")
         fitted = replace(self, layers=layers, width=model.width, model=self.model or name)
+        fitted = replace(fitted, model_fingerprint=self.model_fingerprint or fingerprint)
         fitted.check()
         return fitted
 

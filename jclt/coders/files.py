@@ -1,9 +1,6 @@
 """Coders on disk: our own folder, which circuit-tracer loads too, and the layouts that others publish."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -20,8 +17,8 @@ from jclt.coders.fit import check_fit
 from jclt.coders.layouts import our_site
 from jclt.coders.tensors import Found, place, write_tensors
 from jclt.errors import UserError, nearest
+from jclt.files import new_folder, write_json
 from jclt.models import Model
-from jclt.models.checkpoint import write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -124,7 +121,7 @@ def save_coder(coder: SparseCoder, folder: str | Path, layout: str = "jclt", dty
         for _ in files:
             pass
         return
-    with _new_folder(Path(folder)) as beside:
+    with new_folder(Path(folder)) as beside:
         for name, content in files:
             path = beside / name
             path.parent.mkdir(exist_ok=True)
@@ -141,20 +138,3 @@ def _check_sayings(config: CoderConfig, read: CoderConfig, layout: str) -> None:
         want, got = getattr(config, field), getattr(read, field)
         if want != got:
             raise UserError(f"layout {layout}: cannot say {field}={want!r}, it would be read as {got!r}")
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in that gets its name when all is written, and vanishes when something fails."""
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already, expected a new folder")
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        if folder.exists():
-            folder.rmdir()
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -11,7 +11,7 @@ from jclt.coders.coder import SparseCoder
 from jclt.coders.layouts import PEER_NAME_OF, agreed, check_sayable, our_site, positive, their_name
 from jclt.coders.tensors import Found, LayerSource, Names, found, open_file, published, weights
 from jclt.errors import UserError, nearest
-from jclt.models.checkpoint import read_json
+from jclt.files import read_json
 
 NAMES: Names = {
     "encoder": ("W_enc", "d f -> f d"),

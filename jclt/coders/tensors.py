@@ -1,10 +1,5 @@
 """The weights of coder files under their published names: views of the files, placed on devices, and written."""
 
-import mmap
-import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,54 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from numpy.lib import format as npy
-from safetensors.numpy import save_file
 
+from jclt import files
 from jclt.coders.coder import CoderLayer, SparseCoder, abstract_coder
 from jclt.coders.config import CoderConfig
 from jclt.errors import UserError
-from jclt.models.checkpoint import SafetensorsFile
+from jclt.files import NpzFile, SafetensorsFile
 from jclt.shapes import Array, ArrayLike, DTypeLike
 from jclt.sharding import fetched
 
 Names = Mapping[str, tuple[str, str]]
 """For each weight its published name, with `{}` where the layer's number stands, and how its axes become ours."""
-
-
-class NpzFile:
-    """The arrays of a `.npz` as views of its memory map, as far as they are stored uncompressed."""
-
-    def __init__(self, path: Path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-        except zipfile.BadZipFile:
-            raise UserError(f"{path}: not a .npz file, or cut off ({path.stat().st_size} bytes)") from None
-        self.path, self.header = path, {entry.filename.removesuffix(".npy"): entry for entry in entries}
-        with path.open("rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def tensor(self, name: str) -> np.ndarray:
-        entry = self.header[name]
-        try:
-            if entry.compress_type != zipfile.ZIP_STORED:
-                with np.load(self.path) as arrays:
-                    return arrays[name]
-            with self.path.open("rb") as file:
-                file.seek(entry.header_offset + 26)
-                file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # past the entry's name and extra field
-                version = npy.read_magic(file)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, fortran, dtype = read(file)
-                if dtype.hasobject:
-                    raise ValueError("holds Python objects")
-                return np.ndarray(shape, dtype, self.map, file.tell(), order="F" if fortran else "C")
-        except (ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: array '{name}' is damaged ({error})") from None
-
-    def forget_pages(self) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
 
 
 TensorFile = SafetensorsFile | NpzFile
@@ -198,9 +156,4 @@ def within(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike) -> None:
-    arrays: dict[str, Any] = {name: np.ascontiguousarray(within(array, dtype)) for name, array in tensors.items()}
-    if path.suffix == ".npz":
-        np.savez(path, **arrays)
-    else:
-        save_file(arrays, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # the library leaves it to its owner alone
+    files.write_tensors(path, {name: np.ascontiguousarray(within(array, dtype)) for name, array in tensors.items()})

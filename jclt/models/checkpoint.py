@@ -1,10 +1,6 @@
 """Models on disk in the Hugging Face layout: `config.json`, one or many `.safetensors`, a tokenizer's files."""
 
-import json
 import math
-import mmap
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,81 +8,17 @@ from typing import Any
 
 import einops
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
 from jclt.errors import UserError
+from jclt.files import SafetensorsFile, new_folder, read_json, write_json, write_tensors
 from jclt.models.config import ModelConfig
 from jclt.models.families import Family, Tensor
 from jclt.models.published import family_of, read_config, write_config
 from jclt.models.tokenizer import Tokenizer
 from jclt.models.weights import abstract_params, declare
 from jclt.shapes import Array, DTypeLike, Params
-
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
-
-class SafetensorsFile:
-    """The tensors of one file as views of its memory map: what is not looked at is not read."""
-
-    def __init__(self, path: Path):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(length) if 0 < length <= size - 8 else b"")
-            except ValueError:
-                raise UserError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)") from None
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if not isinstance(header, dict):
-            raise UserError(f"{path}: not a safetensors file")
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if size < end:
-            raise UserError(f"{path}: cut off, has {size} bytes, expected {end}")
-        self.header, self.start, self.path = header, 8 + length, path
-
-    def tensor(self, name: str) -> np.ndarray:
-        entry = self.header[name]
-        first, last = entry["data_offsets"]
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None or math.prod(entry["shape"]) * np.dtype(dtype).itemsize != last - first:
-            raise UserError(
-                f"{self.path}: tensor '{name}' of type {entry['dtype']} and shape {entry['shape']} is damaged"
-            )
-        return np.frombuffer(self.map, dtype, math.prod(entry["shape"]), self.start + first).reshape(entry["shape"])
-
-    def forget_pages(self) -> None:
-        """Lets go of the pages read so far, so that host memory holds no second copy of the checkpoint."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found, expected in a folder in Hugging Face layout") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return found
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -209,15 +141,17 @@ def save_params(
     folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None, shard_bytes: int
 ) -> None:
     """Writes a whole model folder; nothing appears under its name before all is written."""
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: exists already, expected a new folder")
     family = family_of(config)
     dtype = str(params["token_embedding"].dtype)
     raw = write_config(config, dtype)
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    with new_folder(folder) as beside:
+        _write_shards(beside, family, config, params, shard_bytes)
+        write_json(beside / "config.json", raw)
+        if tokenizer is not None:
+            tokenizer.save(beside, config)
 
+
+def _write_shards(folder: Path, family: Family, config: ModelConfig, params: Params, shard_bytes: int) -> None:
     shards: list[dict[str, Callable[[], np.ndarray]]] = [{}]
     size = 0
     for name, nbytes, build in _published_tensors(family, config, params):
@@ -229,23 +163,10 @@ def save_params(
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({name: build() for name, build in shard.items()}, beside / file, metadata={"format": "pt"})
-        (beside / file).chmod(0o644)  # the library leaves it to its owner alone
+        write_tensors(folder / file, {name: build() for name, build in shard.items()})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        write_json(beside / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    write_json(beside / "config.json", raw)
-    if tokenizer is not None:
-        tokenizer.save(beside, config)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(beside, folder)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of several processes each may write it
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(path)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def _published_tensors(

@@ -5,6 +5,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jclt.errors import UserError
+from jclt.fingerprints import fingerprint
 from jclt.models.checkpoint import load_config, load_params, save_params
 from jclt.models.config import ModelConfig
 from jclt.models.generate import generate_tokens
@@ -40,6 +42,12 @@ class Model:
     def mesh(self) -> Mesh | None:
         """The mesh that the weights lie on, if any."""
         return mesh_of(self.params["token_embedding"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model's weights from another's; of several hosts all must ask."""
+        with on_mesh(self):
+            return fingerprint(self.params)
 
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

@@ -9,7 +9,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jclt.errors import UserError
-from jclt.models.checkpoint import read_json
+from jclt.files import read_json
 from jclt.training.metrics import draw_curves, read_metrics
 
 PARAMETERS = ("coder.", "params.")

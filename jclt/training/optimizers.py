@@ -1,5 +1,6 @@
 """Optimizers by name, as optax chains."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,12 +27,28 @@ def lm_optimizer(config: LmConfig) -> optax.GradientTransformation:
             weight_decay_mask=decayed,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
+            adam_weight_decay=0.0,  # optax masks the matrices' decay alone: Adam's weights are decayed below
             adam_learning_rate=lambda step: config.adam_share * rate(step),
             muon_weight_dimension_numbers=matrices,
             consistent_rms=0.2,  # updates as large as Adam's, so that one rate serves both
         )
+        adams = {name: decayed[name] and matrices[name] is None for name in weights}
+        rule = optax.chain(rule, _decay(lambda step: config.adam_share * rate(step) * config.weight_decay, adams))
     return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+
+
+def _decay(rate: optax.Schedule, chosen: Mapping[str, bool]) -> optax.GradientTransformation:
+    """Takes this share of the chosen weights off at each step."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, optax.ScaleByScheduleState]:
+        share = rate(state.count)
+        made = {name: x - share * params[name] if chosen[name] else x for name, x in updates.items()}
+        return made, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
 
 
 def _matrix_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from jclt.config import cache_folder
 from jclt.errors import UserError
+from jclt.files import read_json, write_json
 from jclt.models import Tokenizer
-from jclt.models.checkpoint import read_json, write_json
 from jclt.training.config import LmConfig, TrainConfig
 from jclt.training.data import TokenRows, holds_tokens, load_rows, load_tokens, save_rows, text_rows
 from jclt.training.documents import file_system

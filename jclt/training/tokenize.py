@@ -17,8 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from jclt.errors import UserError
+from jclt.files import read_json
 from jclt.models import Tokenizer, load_tokenizer
-from jclt.models.checkpoint import read_json
 from jclt.training.documents import Input, Piece, file_system, find_inputs, pieces
 from jclt.training.prefetch import mapped_ahead
 
