@@ -72,7 +72,7 @@ def used_memory() -> int | None:
         return None
 
 
-def check_memory(need: float, what: str, remedy: str, *, host: bool = False) -> None:
+def check_memory(need: int | float, what: str, remedy: str, *, host: bool = False) -> None:
     """An error of one line if what is about to be done needs more memory than is free; `remedy` says what would fit."""
     free = free_host_memory() if host else free_memory()
     if free is not None and need > free * (1 - SPARE):
@@ -88,7 +88,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def size_text(size: float) -> str:
+def size_text(size: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

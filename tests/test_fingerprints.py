@@ -1,0 +1,81 @@
+"""Fingerprints and sums of bits: the same wherever weights lie, another one after any change."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jclt
+from jclt import fingerprints
+from jclt.fingerprints import bit_sums, digest, fingerprint
+from jclt.sharding import sharding
+
+TYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
+
+
+def numbers(dtype: str, shape: tuple[int, ...] = (8, 16)) -> np.ndarray:
+    drawn = np.random.default_rng(0).normal(size=shape) * 100
+    return (drawn > 0) if dtype == "bool" else np.asarray(jnp.asarray(drawn).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sums_are_what_their_formula_says(dtype):
+    x = numbers(dtype)
+    bits = x.view(f"u{x.itemsize}").ravel().astype(object)
+    first, second = np.asarray(bit_sums({"x": jnp.asarray(x)})["x"]).tolist()
+    assert first == sum(bits) % 2**32
+    assert second == sum(int(u) * (2 * place + 1) for place, u in enumerate(bits)) % 2**32
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in TYPES if dtype != "bool"])
+def test_every_single_bit_changes_the_sums(dtype):
+    x = numbers(dtype, (4, 4))
+    before = np.asarray(bit_sums({"x": jnp.asarray(x)})["x"])
+    for bit in range(0, x.nbytes * 8, 7):
+        changed = x.copy()
+        changed.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << bit % 8
+        assert (np.asarray(bit_sums({"x": jnp.asarray(changed)})["x"]) != before).all()
+
+
+def test_sums_are_the_same_on_every_mesh():
+    x = numbers("float32", (16, 8))
+    whole = np.asarray(bit_sums({"x": jnp.asarray(x)})["x"])
+    for shape in ((1, 8), (2, 4), (8, 1)):
+        mesh = jclt.make_mesh(*shape)
+        for axes in (("tokens", "features"), ("batch", None), (None, "features")):
+            placed = jax.device_put(x, sharding(mesh, x.shape, axes))
+            assert np.asarray(bit_sums({"x": placed})["x"]).tolist() == whole.tolist()
+
+
+def test_a_scalar_and_an_empty_array_have_sums():
+    found = bit_sums({"scalar": jnp.float32(1), "empty": jnp.zeros((0, 3))})
+    assert np.asarray(found["scalar"]).tolist() == [0x3F800000] * 2 and not np.asarray(found["empty"]).any()
+
+
+def test_a_model_is_the_same_in_either_type_and_on_any_mesh_and_another_after_a_change():
+    model, narrow, split = (
+        jclt.load_model("demo", **given) for given in ({}, {"dtype": "bfloat16"}, {"mesh": jclt.make_mesh(2)})
+    )
+    assert model.fingerprint == narrow.fingerprint == split.fingerprint
+    changed = dict(model.params)
+    changed["up"] = changed["up"].at[0, 0, 0].multiply(1.5)
+    assert fingerprint(changed) != model.fingerprint
+    assert fingerprint({**model.params, "other": model.params["up"]}) != model.fingerprint
+    swapped = {**model.params, "query": model.params["key"], "key": model.params["query"]}
+    assert fingerprint(swapped) != model.fingerprint
+
+
+def test_a_fingerprint_is_kept_as_long_as_its_weights():
+    coder = jclt.load_coder("demo")
+    made = fingerprint(coder)
+    assert fingerprint(coder) == made and id(coder) in fingerprints._known
+    key = id(coder)
+    del coder
+    gc.collect()
+    assert key not in fingerprints._known
+
+
+def test_a_digest_of_settings_does_not_depend_on_their_order():
+    assert digest({"a": 1, "b": (2, 3)}) == digest({"b": [2, 3], "a": 1}) != digest({"a": 1, "b": [3, 2]})
