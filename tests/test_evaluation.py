@@ -209,9 +209,13 @@ def with_nan(model: Model, name: str) -> Model:
 def test_what_is_not_finite_is_named(small, model):
     small, rows = small
     broken = with_nan(small, "token_embedding")
-    with pytest.raises(UserError, match="^model compiled two-hop: what its layers write at 'mlp_out' is not finite"):
+    with pytest.raises(
+        UserError, match="^model compiled two-hop: what its layers write at 'mlp_raw_out' is not finite"
+    ):
         evaluate_reconstruction(broken, neurons(small), rows[:, [1, 0]])
-    with pytest.raises(UserError, match="^model compiled two-hop: what its layers write at 'mlp_out' is not finite"):
+    with pytest.raises(
+        UserError, match="^model compiled two-hop: what its layers write at 'mlp_raw_out' is not finite"
+    ):
         evaluate_replacement(broken, neurons(small), rows)
     with pytest.raises(UserError, match="^model compiled two-hop: its logits are not finite"):
         evaluate_replacement(broken, neurons(small), rows, means=np.zeros((2, small.config.width)))
@@ -222,7 +226,7 @@ def test_what_is_not_finite_is_named(small, model):
     with pytest.raises(UserError, match="^model .*: its logits are not finite"):
         examples = TASKS["closing"].examples("report", 2, seed=0)
         task_agreement(
-            with_nan(model, "final_gain"), neurons(model), np.zeros((4, model.config.width), np.float32), examples
+            with_nan(model, "final_norm_gain"), neurons(model), np.zeros((4, model.config.width), np.float32), examples
         )
 
 
@@ -238,7 +242,7 @@ def test_fewer_rows_at_once_give_the_same_figures(small, monkeypatch):
     assert rows_at_once(small, coder.config, rows, None) == 1
     for measure, (together, alone) in zip(MEASURES, measured, strict=True):
         fewer = measure(small, coder, rows).summary()
-        assert fewer == alone and fewer == pytest.approx(together, rel=1e-5, abs=1e-6)
+        assert fewer == alone and fewer == pytest.approx(together, rel=1e-4, abs=1e-5)
 
 
 def test_rows_of_one_token_have_no_loss_to_recover(small):
@@ -261,12 +265,12 @@ def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
 
 def test_a_layer_that_writes_nothing_has_no_ratios(small):
     small, rows = small
-    silent = replace(small, params=small.params | {n: small.params[n].at[0].set(0.0) for n in ("down", "down_bias")})
+    silent = replace(small, params=small.params | {n: small.params[n].at[1].set(0.0) for n in ("down", "down_bias")})
     found = evaluate_reconstruction(silent, neurons(silent), rows)
-    assert np.isnan(found.nmse[0]) and found.nmse[1] < 1e-9
-    assert "nmse_0" not in found.summary() and found.summary()["nmse"] == found.nmse[1]
+    assert np.isnan(found.nmse[1]) and found.nmse[0] < 1e-9
+    assert "nmse_1" not in found.summary() and found.summary()["nmse"] == found.nmse[0]
     assert not np.isnan(list(found.summary().values())).any()
-    assert found.table().splitlines()[1].split()[:3] == ["0", "-", "-"]
+    assert found.table().splitlines()[2].split()[:3] == ["1", "-", "-"]
 
 
 def test_the_densities_stand_below_their_names():

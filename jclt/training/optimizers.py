@@ -48,7 +48,7 @@ def _decay(rate: optax.Schedule, chosen: Mapping[str, bool]) -> optax.GradientTr
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, optax.ScaleByScheduleState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByScheduleState]:
         share = rate(state.count)
         made = {name: x - share * params[name] if chosen[name] else x for name, x in updates.items()}
         return made, optax.ScaleByScheduleState(optax.safe_increment(state.count))

@@ -318,17 +318,20 @@ def update(config: TrainConfig, state: CoderState, gradient: Any, report: dict[s
     decay = jnp.where(first, 0.0, config.running_decay)
     running = decay * state.running + (1 - decay) * report["least"]
     old = (state.coder, state.optimizer, state.density, state.silent, state.running)
-    kept = jax.tree.map(partial(jnp.where, fine), (coder, inner, density, silent, running), old)
+    kept: Any = jax.tree.map(partial(jnp.where, fine), (coder, inner, density, silent, running), old)
     bad = (~fine).astype(jnp.int32)
+    coder, inner, density, silent, running = kept
     return CoderState(
-        state.step + 1,
-        kept[0],
-        kept[1],
-        state.scaling,
-        *kept[2:],
-        state.skipped + bad,
-        bad * (state.skipped_in_row + 1),
-        state.room,
+        step=state.step + 1,
+        coder=coder,
+        optimizer=inner,
+        scaling=state.scaling,
+        density=density,
+        silent=silent,
+        running=running,
+        skipped=state.skipped + bad,
+        skipped_in_row=bad * (state.skipped_in_row + 1),
+        room=state.room,
     )
 
 

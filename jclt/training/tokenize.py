@@ -172,7 +172,8 @@ def begin(folder: Folder, out: str, wanted: Mapping[str, Any]) -> dict[str, Any]
         folder.write(UNFINISHED, _json(begun := {**wanted, "shards": []}))
         return begun
     for name, value in wanted.items():
-        was, now = found.get(name), value
+        was: Any = found.get(name)
+        now = value
         detail = f" ({was}, now {now})"
         if name == "tokenizer":  # wherever it lies
             was, now, detail = was["digest"], now["digest"], f" ({was['name']}, now {now['name']})"
@@ -191,7 +192,8 @@ def check_manifest(found: Mapping[str, Any], where: str) -> None:
     if found.get("format") != FORMAT:
         what = f"format {found['format']!s:.20}" if "format" in found else "not what `jclt tokenize` writes"
         raise UserError(f"{where}: {what}, expected format {FORMAT}")
-    made_with, dtype, shards = (found.get(name) for name in ("tokenizer", "dtype", "shards"))
+    made_with: Any = found.get("tokenizer")
+    dtype, shards = found.get("dtype"), found.get("shards")
     texts = isinstance(made_with, dict) and all(isinstance(made_with.get(name), str) for name in ("name", "digest"))
     if not (texts and whole(made_with.get("vocabulary"))):
         raise UserError(f"{where}: 'tokenizer' is damaged, expected its name, digest and vocabulary")
