@@ -61,7 +61,7 @@ def encoded(settings: TrainConfig, with_penalties: bool) -> list[Collective]:
     def run(state, x):
         weights, xs = prepare(state.coder), (x,) * LAYERS
         if with_penalties:
-            return encode(settings, weights, xs, state.density, jnp.ones(()))
+            return encode(settings, weights, xs, state.silent, jnp.ones(()))
         h = tuple(weights.coder.preactivation(layer, own) for layer, own in enumerate(xs))
         return activate(weights.coder, h, weights.norms)
 

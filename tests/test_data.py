@@ -1,5 +1,7 @@
 """Rows, their order, where they come to lie, and batches made ahead of time."""
 
+import hashlib
+import json
 import shutil
 import threading
 import time
@@ -20,7 +22,23 @@ from jclt.errors import UserError
 from jclt.models import ModelConfig, Tokenizer, load_tokenizer
 from jclt.sharding import make_mesh, sharding
 from jclt.training.config import LmConfig
-from jclt.training.data import TokenRows, batch_rows, load_tokens, place, shuffled
+from jclt.training.data import (
+    HELD_OUT,
+    RESERVED_MOST,
+    TokenRows,
+    batch_rows,
+    load_rows,
+    load_tokens,
+    packed,
+    place,
+    reserved,
+    reserved_rows,
+    save_rows,
+    shuffled,
+    text_rows,
+    text_tokens,
+    trained_rows,
+)
 from jclt.training.lm import find_tokenizer
 from jclt.training.prefetch import mapped_ahead, prefetched
 from jclt.training.runs import find_rows, place_of
@@ -109,7 +127,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "line"),
     [
-        ("missing", "missing, expected a shard of 124 tokens"),
+        ("missing", "not found, expected a shard of 124 tokens"),
         ("short", "damaged ("),
         ("empty", "damaged ("),
         ("header", "damaged ("),
@@ -138,6 +156,131 @@ def test_tokens_that_do_not_fit_are_refused(folder, tmp_path):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=line):
             load_tokens(tmp_path, 16, 96)
+
+
+def change_manifest(folder: Path, **changes) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_shard(folder: Path, number: int, **changes) -> None:
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    change_manifest(folder, shards=[shard | changes if n == number else shard for n, shard in enumerate(shards)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"tokenizer": None}, "'tokenizer' is damaged, expected its name, digest and vocabulary"),
+        ({"tokenizer": {"name": "a", "digest": "b", "vocabulary": "96"}}, "'tokenizer' is damaged"),
+        ({"dtype": ["uint16"]}, "'dtype' is ['uint16'], expected uint16 or uint32"),
+        ({"shards": {}}, "'shards' is missing, expected a list"),
+        ({"shards": []}, "names no shards, expected at least one"),
+        ({"shards": [7]}, "shard 0 is damaged, expected its name, tokens and digest"),
+        ({"shards": [{"name": "a.npy", "tokens": 1, "digest": "b", "next": [0]}]}, "shard 'a.npy' is damaged"),
+    ],
+)
+def test_a_manifest_that_is_built_otherwise_gets_one_line(folder, tmp_path, changes, line):
+    shutil.copytree(folder, tmp_path / "out")
+    change_manifest(tmp_path / "out", **changes)
+    with pytest.raises(UserError) as error:
+        load_tokens(tmp_path / "out", 16, 96)
+    assert str(error.value).startswith(f"{tmp_path / 'out'}/manifest.json: {line}")
+
+
+def test_a_manifest_may_have_a_byte_order_mark_but_must_be_utf_8(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    text = path.read_text()
+    path.write_text(text, encoding="utf-8-sig")
+    assert len(load_tokens(tmp_path / "out", 16, 96)) == len(load_tokens(folder, 16, 96))
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=r"manifest.json: not UTF-8 text \(byte 0\)"):
+        load_tokens(tmp_path / "out", 16, 96)
+
+
+@pytest.mark.parametrize("name", ["/a.npy", "../a.npy", "..", ".", "", "b/a.npy", "b\\a.npy", "a\n.npy", "a\0.npy"])
+def test_a_shards_name_leads_nowhere_but_into_the_folder(folder, tmp_path, monkeypatch, name):
+    """A folder elsewhere names what is written here: under the cache, and nowhere else."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = f"{tmp_path}/written.npy" if name == "/a.npy" else name
+    shutil.copytree(folder, tmp_path / "out")
+    content = (folder / "tokens-00001.npy").read_bytes()
+    change_shard(tmp_path / "out", 1, name=name, digest=hashlib.sha256(content).hexdigest())
+    memory = fsspec.filesystem("memory")
+    for path in (tmp_path / "out").iterdir():
+        memory.pipe(f"/foreign/{path.name}", path.read_bytes())
+    memory.pipe(f"/foreign/{name}", content)
+    for place_of_tokens in (tmp_path / "out", "memory://foreign"):
+        with pytest.raises(UserError, match="is no file's name, expected one such as tokens-00000.npy"):
+            load_tokens(place_of_tokens, 16, 96)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    memory.store.clear()
+
+
+def test_tokens_are_compared_with_their_digest_and_with_the_vocabulary(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    path = tmp_path / "out" / "tokens-00002.npy"
+    shard = np.load(path)
+    shard[5] ^= 1
+    np.save(path, shard)
+    with pytest.raises(UserError) as error:
+        load_tokens(tmp_path / "out", 16, 96)
+    assert str(error.value) == f"{path}: differs from what manifest.json says of it, expected it as it was written"
+    shard[5] = 60_000
+    np.save(path, shard)
+    change_shard(tmp_path / "out", 2, digest=hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(UserError) as error:
+        load_tokens(tmp_path / "out", 16, 96)
+    assert str(error.value) == f"{path}: holds token id 60000, expected at most 95, the vocabulary's last"
+
+
+def test_tokens_are_read_from_end_to_end_once(folder, monkeypatch):
+    load_tokens(folder, 16, 96)
+    opened: list[str] = []
+    monkeypatch.setattr("jclt.training.data.hashlib.sha256", lambda *x: opened.append("") or hashlib.new("sha256", *x))
+    load_tokens(folder, 7, 96)
+    assert len(opened) == 1, "but for the digest of all shards' digests"
+
+
+@pytest.mark.parametrize("sizes", [[122, 124, 66], [2000, 1300, 30, 5], [6400], [40_000, 3], [16 * RESERVED_MOST, 9]])
+def test_a_run_of_any_length_leaves_alone_what_the_evaluation_reads(sizes):
+    """Of tokens that are all different, in shards of these sizes."""
+    ends = np.cumsum(sizes)
+    shards = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    read = [reserved_rows(shards, length).ravel() for length in (2, 16, 64)]
+    assert reserved(sum(sizes)) - 2 * len(sizes) <= len(read[0]) <= reserved(sum(sizes)) <= RESERVED_MOST
+    for length in (2, 7, 16, 33, 64, 100):
+        rows = packed(shards, length, "")
+        count = trained_rows(TokenRows(rows, np.zeros(rows.shape)), "a folder")
+        assert count <= len(rows) - HELD_OUT
+        if count > 0:
+            assert rows[np.arange(count)].max() < min(own.min() for own in read if len(own))
+        if 0 < count < len(rows) - HELD_OUT:
+            assert rows[np.array([count])].max() >= sum(sizes) - reserved(sum(sizes)), "no row is left out for nothing"
+
+
+def test_of_the_small_world_only_the_runs_own_rows_are_kept_apart():
+    rows = TokenRows(np.zeros((1000, 16), np.uint16), np.zeros((1000, 16)))
+    assert trained_rows(rows, "world") == 1000 - HELD_OUT > trained_rows(rows, "text.txt") == 937
+
+
+def test_a_text_that_is_trained_on_and_evaluated_is_cut_at_one_place(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(f"word{10 + n % 80}" for n in range(3000)))
+    tokenizer = load_tokenizer(TOKENIZER)
+    ids = text_tokens(tmp_path / "a.txt", tokenizer, (2,))
+    for length in (2, 16, 17, 64):
+        rows = TokenRows(*text_rows(tmp_path / "a.txt", tokenizer, length, (2,)))
+        assert trained_rows(rows, "a.txt") * length <= len(ids) - reserved(len(ids))
+        np.testing.assert_array_equal(reserved_rows([ids], length)[0], ids[len(ids) - reserved(len(ids)) :][:length])
+
+
+def test_damaged_rows_of_a_run_get_one_line(tmp_path):
+    save_rows(tmp_path, np.zeros((4, 8), np.uint16), np.ones((4, 8), np.float16))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokens.npy", "weights.npy"]
+    (tmp_path / "tokens.npy").write_bytes((tmp_path / "tokens.npy").read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"tokens.npy: damaged \(.*\), expected a run's rows \[N, T\]"):
+        load_rows(tmp_path)
 
 
 def test_rows_come_to_lie_where_they_belong_and_are_read_once():

@@ -1,16 +1,20 @@
 """The measures of a coder: closed forms, the neurons that make no error, a coder that writes nothing, and any mesh."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_cases import FOLDER
 
 import jclt
 from jclt.coders import AXES, CoderConfig, Neurons, SparseCoder, declare, neurons
 from jclt.errors import UserError
 from jclt.evaluation import (
     Reconstruction,
+    check_replaceable,
     evaluate_reconstruction,
     evaluate_replacement,
     mean_writes,
@@ -18,17 +22,24 @@ from jclt.evaluation import (
     state_exchange,
     world_agreement,
 )
+from jclt.evaluation.batches import BATCH as BATCHES
+from jclt.evaluation.batches import rows_at_once
 from jclt.evaluation.exchange import largest
 from jclt.evaluation.features import with_features
 from jclt.evaluation.reconstruction import Moments, joined, moments
 from jclt.evaluation.world import accuracy, agreement, mean_prompt_writes, task_agreement
 from jclt.models import Model, Replace
 from jclt.sharding import sharding
-from jclt.world import TASKS
+from jclt.training.data import load_shards, text_tokens
+from jclt.training.evaluate import evaluate, evaluation_rows
+from jclt.training.tokenize import tokenize
+from jclt.world import TASKS, corpus
+from jclt.world.compiled import PROMPTS, compiled_two_hop
 from jclt.world.facts import STATES
 from jclt.world.measure import padded
 
 BATCH = 16
+MEASURES = (evaluate_reconstruction, evaluate_replacement)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +191,153 @@ def test_unusable_rows_are_named(model):
         evaluate_replacement(model, neurons(model), rows, mask=np.ones((2, 3)))
     with pytest.raises(UserError, match="expected at least one"):
         evaluate_replacement(model, neurons(model), rows, mask=np.zeros((2, 4)))
+
+
+# ---------------------------------------------------------------- what cannot be measured
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Model, np.ndarray]:
+    """A model of two layers, a few tokens and three positions, and its prompts."""
+    return compiled_two_hop(), np.asarray(PROMPTS, np.int32)
+
+
+def with_nan(model: Model, name: str) -> Model:
+    return replace(model, params=model.params | {name: model.params[name].at[0].set(jnp.nan)})
+
+
+def test_what_is_not_finite_is_named(small, model):
+    small, rows = small
+    broken = with_nan(small, "token_embedding")
+    with pytest.raises(
+        UserError, match="^model compiled two-hop: what its layers write at 'mlp_raw_out' is not finite"
+    ):
+        evaluate_reconstruction(broken, neurons(small), rows[:, [1, 0]])
+    with pytest.raises(
+        UserError, match="^model compiled two-hop: what its layers write at 'mlp_raw_out' is not finite"
+    ):
+        evaluate_replacement(broken, neurons(small), rows)
+    with pytest.raises(UserError, match="^model compiled two-hop: its logits are not finite"):
+        evaluate_replacement(broken, neurons(small), rows, means=np.zeros((2, small.config.width)))
+    with pytest.raises(UserError, match="^coder: what it reconstructs is not finite"):
+        evaluate_reconstruction(small, neurons(with_nan(small, "down")), rows)
+    with pytest.raises(UserError, match="^coder: the logits of its replacement model are not finite"):
+        evaluate_replacement(small, neurons(with_nan(small, "down")), rows)
+    with pytest.raises(UserError, match="^model .*: its logits are not finite"):
+        examples = TASKS["closing"].examples("report", 2, seed=0)
+        task_agreement(
+            with_nan(model, "final_norm_gain"), neurons(model), np.zeros((4, model.config.width), np.float32), examples
+        )
+
+
+def test_fewer_rows_at_once_give_the_same_figures(small, monkeypatch):
+    small, rows = small
+    coder = random_coder(small, features=16, skip=True)
+    assert rows_at_once(small, coder.config, rows, None) == BATCHES
+    measured = [(f(small, coder, rows).summary(), f(small, coder, rows, batch=1).summary()) for f in MEASURES]
+    a_row = 4 * rows.shape[1] * (2 * 16 + 3 * small.config.vocabulary)
+    monkeypatch.setattr("jclt.evaluation.batches.BUDGET", 5 * a_row + 3)
+    assert rows_at_once(small, coder.config, rows, None) == 5
+    monkeypatch.setattr("jclt.evaluation.batches.BUDGET", 1)
+    assert rows_at_once(small, coder.config, rows, None) == 1
+    for measure, (together, alone) in zip(MEASURES, measured, strict=True):
+        fewer = measure(small, coder, rows).summary()
+        assert fewer == alone and fewer == pytest.approx(together, rel=1e-4, abs=1e-5)
+
+
+def test_rows_of_one_token_have_no_loss_to_recover(small):
+    small, rows = small
+    found = evaluate_replacement(small, neurons(small), rows[:, :1])
+    assert np.isnan(found.recovered) and "recovered" not in found.summary()
+    assert found.table().endswith("cross-entropy recovered: the control loses none")
+
+
+def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
+    small, rows = small
+    coder = random_coder(small, reads="resid_post", features=8)
+    line = "^coder: reads 'resid_post', which comes after 'mlp_out', expected a coder that reads before it writes"
+    for measure in (evaluate_replacement, lambda model, coder, rows: world_agreement(model, coder)):
+        with pytest.raises(UserError, match=line):
+            measure(small, coder, rows)
+    for sites in ({"reads": "resid_post", "writes": "resid_post", "kind": "sae"}, {}, {"reads": "resid_mid"}):
+        check_replaceable(random_coder(small, features=8, **sites).config)
+
+
+def test_a_layer_that_writes_nothing_has_no_ratios(small):
+    small, rows = small
+    silent = replace(small, params=small.params | {n: small.params[n].at[1].set(0.0) for n in ("down", "down_bias")})
+    found = evaluate_reconstruction(silent, neurons(silent), rows)
+    assert np.isnan(found.nmse[1]) and found.nmse[0] < 1e-9
+    assert "nmse_1" not in found.summary() and found.summary()["nmse"] == found.nmse[0]
+    assert not np.isnan(list(found.summary().values())).any()
+    assert found.table().splitlines()[2].split()[:3] == ["1", "-", "-"]
+
+
+def test_the_densities_stand_below_their_names():
+    found = Reconstruction(
+        layers=(0, 11),
+        tokens=10,
+        error=np.array([1.0, 3.0]),
+        centred_error=np.array([0.5, 3.0]),
+        spread=np.array([2.0, 30.0]),
+        density=np.repeat([[0.0, 1e-6, 5e-5, 0.02], [0.0, 0.0, 1e-6, 0.5]], 5000, axis=1),
+        mean_activation=np.zeros((2, 20_000)),
+    )
+    lines = found.table().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    for name, count in (("0", "15000"), ("<=1e-05", "10000"), ("<=0.0001", "5000"), ("<=1", "5000")):
+        end = lines[0].rindex(f" {name} " if name == "0" else name) + len(name) + (name == "0")
+        assert lines[-1][:end].endswith(f" {count}")
+
+
+# ---------------------------------------------------------------- the rows of `jclt eval`
+
+
+def test_no_seed_of_training_draws_the_rows_of_an_evaluation(model):
+    rows = {seed: evaluation_rows(model, "world", 40, 64, seed) for seed in (0, 1)}
+    vocabulary = model.tokenizer.backend.get_vocab()
+    for seed in (0, 1):
+        trained = {row.tobytes() for row in corpus(200, 64, seed, vocabulary).tokens}
+        assert not any(row.tobytes() in trained for found in rows.values() for row in found)
+        assert np.array_equal(rows[seed], evaluation_rows(model, "world", 40, 64, seed))
+    assert not np.array_equal(rows[0], rows[1])
+
+
+def test_of_texts_and_folders_only_what_training_leaves_out_is_measured_on(tmp_path):
+    reader = jclt.load_model(FOLDER / "llama3")
+    (tmp_path / "a.txt").write_text(" ".join(f"word{10 + n % 80}" for n in range(3000)))
+    tokenize([str(tmp_path / "a.txt")], FOLDER / "llama3", str(tmp_path / "tokens"), shard_tokens=1000)
+    end = reader.config.stop_tokens[:1]
+    for data, tokens in (
+        (tmp_path / "tokens", np.concatenate(load_shards(tmp_path / "tokens")[0])),
+        (tmp_path / "a.txt", text_tokens(tmp_path / "a.txt", reader.tokenizer, end)),
+    ):
+        left = tokens[len(tokens) - len(tokens) // 16 :]
+        allowed = {left[at : at + 16].astype(np.int32).tobytes() for at in range(len(left))}
+        found = evaluation_rows(reader, str(data), 128, 16, seed=1)
+        assert len(found) == len(left) // 16 and all(row.tobytes() in allowed for row in found)
+        assert len(evaluation_rows(reader, str(data), 3, 16, seed=1)) == 3
+        with pytest.raises(UserError) as error:
+            evaluation_rows(reader, str(data), 128, 200, seed=1)
+        said = f"data '{data}': training leaves out the last {len(left)} of {len(tokens)} tokens"
+        assert str(error.value) == f"{said}, expected 200 of them together (one row)"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"rows": 0}, "rows 0: expected at least 1"),
+        ({"rows": -1}, "rows -1: expected at least 1"),
+        ({"length": 0}, "length 0: expected at least 2"),
+        ({"length": 1}, "length 1: expected at least 2"),
+        ({"seed": -1}, "seed -1: expected at least 0"),
+        ({"length": 65}, "length 65: expected at most 64, the model's context"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused_before_anything_is_measured(model, change, line):
+    with pytest.raises(UserError) as error:
+        evaluate(model, neurons(model), **change)
+    assert str(error.value) == line
 
 
 # ---------------------------------------------------------------- the small world

@@ -12,16 +12,17 @@ import pytest
 from jclt.coders import CoderConfig, SparseCoder, abstract_coder
 from jclt.errors import UserError
 from jclt.evaluation.replacement import divergence
-from jclt.models import ModelConfig
+from jclt.models import ModelConfig, declare
 from jclt.sharding import make_mesh
 from jclt.training import losses
 from jclt.training.checkpoints import Checkpoints
-from jclt.training.config import TrainConfig
-from jclt.training.harvest import Harvest, Scaling, fold, measure_scaling
+from jclt.training.config import LmConfig, TrainConfig, check_ranges
+from jclt.training.harvest import Harvest, Scaling, fold, measure_scaling, silent_layers
 from jclt.training.initial import calibrated_bias, initial_weights
 from jclt.training.loop import fit
 from jclt.training.metrics import Log
-from jclt.training.optimizers import coder_optimizer, coder_rate
+from jclt.training.optimizers import coder_optimizer, coder_rate, lm_optimizer, warmup_steps
+from jclt.training.presets import CODER_PRESETS, LM_PRESETS
 from jclt.training.rules import activate, at_inference, with_thresholds
 from jclt.training.shuffle import filled, mixed
 from jclt.training.speed import coder_operations
@@ -149,14 +150,15 @@ def identity(config: CoderConfig) -> Scaling:
     return Scaling(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(shape), jnp.ones(shape))
 
 
-def state_of(config: TrainConfig, coder: SparseCoder, step: int = 0, density=None) -> CoderState:
+def state_of(config: TrainConfig, coder: SparseCoder, step: int = 0, silent=None) -> CoderState:
     c = config.coder
     return CoderState(
         step=jnp.int32(step),
         coder=coder,
         optimizer=coder_optimizer(config).init(coder),
         scaling=identity(c),
-        density=density or tuple(jnp.full(c.features, 0.1) for _ in c.covered),
+        density=tuple(jnp.zeros(c.features) for _ in c.covered),
+        silent=silent or tuple(jnp.zeros(c.features, jnp.int32) for _ in c.covered),
         running=jnp.zeros(()),
         skipped=jnp.int32(0),
         skipped_in_row=jnp.int32(0),
@@ -196,14 +198,14 @@ def test_the_auxiliary_loss_trains_dead_features_alone():
     config = replace(PLAIN, auxiliary_weight=0.25, auxiliary_k=2, dead_density=1e-3)
     dead = np.zeros((2, 8), bool)
     dead[0, [1, 4, 6]] = dead[1, [0, 2, 7]] = True
-    density = tuple(jnp.asarray(np.where(own, 1e-4, 0.1), jnp.float32) for own in dead)
+    silent = tuple(jnp.asarray(np.where(own, 1000, 999), jnp.int32) for own in dead)
     coder, found = random_coder(config.coder), harvest_of(config.coder)
-    none = tuple(jnp.full(8, 0.1) for _ in range(2))
+    none = tuple(jnp.full(8, 999) for _ in range(2))
     without, _ = gradient_of(replace(config, auxiliary_weight=0.0), 1.0, state_of(config, coder), found)
-    alive, _ = gradient_of(config, 1.0, state_of(config, coder, density=none), found)
+    alive, _ = gradient_of(config, 1.0, state_of(config, coder, silent=none), found)
     for a, b in zip(jax.tree.leaves(alive), jax.tree.leaves(without), strict=True):
         np.testing.assert_array_equal(a, b)  # nothing is dead: nothing is added
-    both, _ = gradient_of(config, 1.0, state_of(config, coder, density=density), found)
+    both, _ = gradient_of(config, 1.0, state_of(config, coder, silent=silent), found)
     more = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), both, without)
 
     x, y = flat(found.reads), flat(found.writes).swapaxes(0, 1)
@@ -260,7 +262,7 @@ def test_a_step_without_a_number_changes_nothing_but_its_count():
         state = step(state, batch)
         counts.append((int(state.step), int(state.skipped), int(state.skipped_in_row)))
         after = jax.device_get(state)
-        kept = [(old, new) for old, new in zip(before[1:6], after[1:6], strict=True)]
+        kept = [(old, new) for old, new in zip(before[1:7], after[1:7], strict=True)]
         same = [
             np.array_equal(a, b)
             for old, new in kept
@@ -274,7 +276,136 @@ def test_a_step_without_a_number_changes_nothing_but_its_count():
     assert counts == [(2, 1, 1), (3, 2, 2), (4, 2, 0), (5, 3, 1), (6, 4, 2)]
 
 
+# Dead features.
+
+
+def test_a_feature_is_dead_when_it_was_silent_for_so_many_tokens_and_unknown_before():
+    config = replace(PLAIN, batch=4, length=10, dead_density=1e-2)
+    coder = random_coder(config.coder)
+    never, always = -1e4 * (np.arange(8) == 3), 1e4 * (np.arange(8) == 5)
+    layers = tuple(replace(own, encoder_bias=own.encoder_bias + jnp.float32(never + always)) for own in coder.layers)
+    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(config.coder))
+    state, dead = state_of(config, SparseCoder(layers, coder.config)), []
+    for tokens in (40, 80, 100, 100):
+        state, _, values = train_step(config, MODEL, False, state, None, {}, batch)
+        assert all(own[3] == tokens and own[5] == 0 for own in state.silent)
+        dead.append(float(values["dead"]))
+        # Its density is known from the first step on, and so is that of the one that always fires.
+        histogram = np.asarray(values["density_histogram"])
+        assert histogram[0] >= 1 / 8 and histogram[-1] >= 1 / 8 and histogram.sum() == pytest.approx(1)
+    assert np.isnan(dead[:2]).all() and dead[2] == dead[3] == float(np.mean([own >= 100 for own in state.silent])) > 0
+    # A dead feature that fires again is none.
+    layers = tuple(replace(own, encoder_bias=own.encoder_bias.at[3].set(1e4)) for own in state.coder.layers)
+    state, _, _ = train_step(
+        config, MODEL, False, state._replace(coder=SparseCoder(layers, coder.config)), None, {}, batch
+    )
+    assert all(own[3] == 0 for own in state.silent)
+
+
+# Layers that write nothing.
+
+
+def test_a_layer_that_writes_nothing_counts_in_no_mean_and_is_named():
+    found = harvest_of(PLAIN.coder)
+    found = Harvest(found.reads, found.writes.at[1].set(0.0))
+    for normalize in ("scale", "standardize"):
+        scaling = measure_scaling(lambda _: found, 2, normalize, (2, 6))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(scaling)) and np.all(
+            np.asarray(scaling.write_scale) > 0
+        )
+        assert np.all(np.asarray(scaling.write_scale[1]) == 1) and silent_layers(scaling) == [1]
+    assert silent_layers(identity(PLAIN.coder)) == []  # none was measured
+    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
+    values = train_step(PLAIN, MODEL, False, state_of(PLAIN, random_coder(PLAIN.coder)), None, {}, batch)[2]
+    assert values["layers_nmse"][1] == 0 and values["nmse"] == values["layers_nmse"][0] > 0
+    assert values["explained"] == values["layers_explained"][0] < 1
+
+
 # Rates and optimizers.
+
+
+def test_muon_decays_what_adamw_decays_and_as_much():
+    """Without a gradient what moves is decayed: by rate times decay, Adam's weights under Muon at their share of it."""
+    model = ModelConfig("gpt2", 8, 4, 1, 2, 8, 8, norm="layer", gated=False, qkv_bias=True, mlp_bias=True)
+    config = LmConfig(model, steps=50, warmup=0, learning_rate=0.1, adam_share=0.5, weight_decay=0.2)
+    params = {name: jnp.ones(weight.shape) for name, weight in declare(model).items()}
+    shrunk = {}
+    for name in ("adamw", "muon"):
+        rule = lm_optimizer(replace(config, optimizer=name))
+        with jax.numpy_dtype_promotion("standard"):
+            moved, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
+        shrunk[name] = {own: -float(jnp.max(jnp.abs(x))) for own, x in moved.items()}
+    assert {own for own, x in shrunk["muon"].items() if x == 0} == {own for own, x in shrunk["adamw"].items() if x == 0}
+    for own, x in shrunk["adamw"].items():
+        decayed = not own.endswith(("_gain", "_bias"))
+        assert x == pytest.approx(-0.1 * 0.2 * decayed)
+        assert shrunk["muon"][own] == pytest.approx(x * (0.5 if "embedding" in own else 1)), own
+
+
+def test_a_short_run_warms_up_for_a_fifth_of_it():
+    short = replace(PLAIN, steps=40, warmup=100, learning_rate=1.0, decay=0.0)
+    assert warmup_steps(short) == 8 and warmup_steps(replace(short, steps=3)) == 0
+    with jax.numpy_dtype_promotion("standard"):
+        assert [float(coder_rate(short)(step)) for step in (0, 4, 8, 39)] == [0, 0.5, 1, 1]
+    for preset in (*LM_PRESETS.values(), *CODER_PRESETS.values()):
+        assert warmup_steps(preset()) == preset().warmup
+
+
+TOPK = replace(PLAIN, coder=replace(PLAIN.coder, activation="topk", k=2), sparsity="auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"steps": 0}, "'steps': 0, expected at least 1"),
+        ({"length": 1}, "'length': 1, expected at least 2"),
+        ({"shuffle": True}, "'shuffle': True, expected a whole number"),
+        ({"seed": -1}, "'seed': -1, expected 0 to 4294967295"),
+        ({"seed": 2**32}, "'seed': 4294967296, expected 0 to 4294967295"),
+        ({"learning_rate": -1.0}, "'learning_rate': -1.0, expected more than 0"),
+        ({"learning_rate": float("nan")}, "'learning_rate': nan, expected a number"),
+        ({"clip": float("inf")}, "'clip': inf, expected a number"),
+        ({"clip": 0.0}, "'clip': 0.0, expected more than 0"),
+        ({"beta1": 1.0}, "'beta1': 1.0, expected at least 0 and less than 1"),
+        ({"beta2": -0.1}, "'beta2': -0.1, expected at least 0 and less than 1"),
+        ({"density_decay": 2.0}, "'density_decay': 2.0, expected at least 0 and less than 1"),
+        ({"running_decay": 1.0}, "'running_decay': 1.0, expected at least 0 and less than 1"),
+        ({"headroom": -1.0}, "'headroom': -1.0, expected at least 1"),
+        ({"dead_density": 0.0}, "'dead_density': 0.0, expected 1e-9 to 1"),
+        ({"decay": 1.5}, "'decay': 1.5, expected 0 to 1"),
+        ({"threshold": 0.0}, "'threshold': 0.0, expected more than 0"),
+        ({"warmup": -1}, "'warmup': -1, expected at least 0"),
+        ({"evaluate_every": -2}, "'evaluate_every': -2, expected at least -1"),
+        ({"weight_decay": 0.5}, "'weight_decay': 0.5, expected 0 under optimizer=adam, or optimizer=adamw or lion"),
+        (
+            {"sparsity_weight": 0.5, "coder": TOPK.coder, "sparsity": "auto"},
+            "'sparsity_weight': 0.5, expected setting 'sparsity' as well: under coder.activation=topk there is no "
+            "penalty by default",
+        ),
+    ],
+)
+def test_a_number_that_no_run_can_work_with_is_refused_in_one_line(change, line):
+    with pytest.raises(UserError) as error:
+        check_ranges(replace(PLAIN, **change))
+    assert str(error.value) == f"setting {line}"
+
+
+def test_what_runs_can_work_with_passes():
+    for config in (PLAIN, TOPK, replace(PLAIN, optimizer="lion", weight_decay=0.5), replace(PLAIN, evaluate_every=-1)):
+        check_ranges(config)
+    for preset in (*LM_PRESETS.values(), *CODER_PRESETS.values()):
+        check_ranges(preset())
+    with pytest.raises(UserError, match="setting 'adam_share': -1.0, expected at least 0"):
+        check_ranges(replace(LM_PRESETS["small-world"](), adam_share=-1.0))
+
+
+def test_the_largest_activations_pay_no_penalty_unless_asked():
+    assert (TOPK.sparsity_term, replace(TOPK, sparsity="l1").sparsity_term) == ("none", "l1")
+    assert replace(PLAIN, sparsity="auto").sparsity_term == "tanh"
+    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(TOPK.coder))
+    for config, pays in ((TOPK, False), (replace(TOPK, sparsity="tanh"), True)):
+        values = train_step(config, MODEL, False, state_of(config, random_coder(config.coder)), None, {}, batch)[2]
+        assert (values["penalty"] > 0) == pays
 
 
 @pytest.mark.parametrize(

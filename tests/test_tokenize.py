@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -246,6 +247,8 @@ def test_a_manifest_of_something_else_is_left_alone(tmp_path, content):
             {"a.jsonl.gz": gzip.compress(b'{"text": "a"}' * 9)[:-12]},
             "a.jsonl.gz: cannot be read (Compressed file ended",
         ),
+        ({"a.jsonl.xz": b"no xz"}, "a.jsonl.xz: cannot be read (Input format not supported by decoder)"),
+        ({"a.jsonl.zip": b"no zip"}, "a.jsonl.zip: cannot be read (File is not a zip file)"),
         ({"a.jsonl.lz4": b"?"}, "a.jsonl.lz4: fsspec finds no package installed that unpacks this"),
     ],
 )
@@ -256,6 +259,53 @@ def test_faulty_inputs_get_one_line(tmp_path, content, line):
         tokenize([str(tmp_path / next(iter(content)))], TOKENIZER, str(tmp_path / "out"))
     assert line in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LONGEST", 1000)
+    monkeypatch.setattr(documents, "BLOCK", 100)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000))
+    with pytest.raises(UserError, match=r"a.jsonl.gz: a line of more than 1000 bytes \(from byte 0 on\)"):
+        list(documents.pieces(documents.find_inputs([str(tmp_path / "a.jsonl.gz")])[0]))
+
+
+def test_json_lines_may_be_as_deep_or_long_as_they_like(tmp_path):
+    for line, said in (
+        ("[" * 100_000, "a.jsonl:1: not valid JSON (nested too deeply)"),
+        ('{"text": ' + "1" * 5000 + "}", "a.jsonl:1: not valid JSON (Exceeds the limit"),
+        ("{", "a.jsonl:1: not valid JSON (Expecting property name"),
+    ):
+        (tmp_path / "a.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError) as error:
+            list(documents.pieces(documents.find_inputs([str(tmp_path / "a.jsonl")])[0]))
+        assert said in str(error.value)
+
+
+def test_a_pipe_among_the_inputs_is_not_waited_for(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("word10")
+    (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "in" / "a.txt")
+    os.mkfifo(tmp_path / "in" / "b.txt")
+    assert [Path(one.path).name for one in documents.find_inputs([str(tmp_path / "in")])] == ["a.txt", "link.txt"]
+
+
+def test_what_a_killed_process_left_is_no_other_folder_and_goes(tmp_path):
+    source, out = str(write_lines(tmp_path / "a.jsonl", texts(10))), tmp_path / "out"
+    out.mkdir()
+    left = out / f"manifest.partial.json.{socket.gethostname()}-{2**22 + 1}.partial"
+    left.write_text("{")
+    tokenize([source], TOKENIZER, str(out))
+    assert sorted(contents(out)) == ["manifest.json", "tokenizer.json", "tokens-00000.npy"]
+
+
+def test_the_librarys_threads_are_left_as_they_were(tmp_path, monkeypatch):
+    source = str(write_lines(tmp_path / "a.jsonl", texts(10)))
+    for before in (None, "true"):
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+        if before:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+        tokenize([source], TOKENIZER, str(tmp_path / f"out {before}"))
+        assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
 def test_half_a_surrogate_pair_is_read_as_other_decoders_read_it(tmp_path):

@@ -2,7 +2,13 @@
 
 from jclt.evaluation.exchange import StateExchange, state_exchange
 from jclt.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
-from jclt.evaluation.replacement import Replacement, evaluate_replacement, mean_writes, replaced_logits
+from jclt.evaluation.replacement import (
+    Replacement,
+    check_replaceable,
+    evaluate_replacement,
+    mean_writes,
+    replaced_logits,
+)
 from jclt.evaluation.world import TaskAgreement, WorldAgreement, world_agreement
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "StateExchange",
     "TaskAgreement",
     "WorldAgreement",
+    "check_replaceable",
     "evaluate_reconstruction",
     "evaluate_replacement",
     "mean_writes",

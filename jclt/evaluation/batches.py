@@ -6,13 +6,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from jclt.coders import CoderConfig
 from jclt.errors import UserError
 from jclt.models import Model, token_array
 from jclt.shapes import Array, ArrayLike
 from jclt.sharding import sharding
 
 BATCH = 32
-"""Rows that go through the model at once, where nothing else is said."""
+"""Rows that go through the model at once at most, where nothing else is said."""
+BUDGET = 1 << 30
+"""Bytes a device that activations and logits of these rows may take; the same on every machine, and so are sums."""
+
+
+def rows_at_once(model: Model, coder: CoderConfig, rows: ArrayLike, mask: ArrayLike | None) -> int:
+    """As many as the budget allows: each has the activations of all layers, and three times the model's logits."""
+    length, pieces = checked(model, rows, mask)[0].shape[1], 1 if model.mesh is None else model.mesh.size
+    a_row = 4 * length * (len(coder.covered) * coder.features + 3 * model.config.vocabulary)
+    return int(np.clip(pieces * BUDGET // max(1, a_row), 1, BATCH))
 
 
 def batches(model: Model, rows: ArrayLike, mask: ArrayLike | None, size: int) -> Iterator[tuple[Array, Array]]:
@@ -48,6 +58,12 @@ def checked(model: Model, rows: ArrayLike, mask: ArrayLike | None) -> tuple[np.n
     if not kept.any():
         raise UserError("mask: leaves no token out of all rows, expected at least one")
     return tokens, kept
+
+
+def check_finite(finite: ArrayLike, what: str) -> None:
+    """An error that names what is not finite: comparing it says nothing, the most probable of such logits agree."""
+    if not np.all(finite):
+        raise UserError(f"{what} not finite, expected numbers: nothing can be measured")
 
 
 def _filled(rows: np.ndarray, size: int) -> np.ndarray:

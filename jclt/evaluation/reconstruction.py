@@ -6,9 +6,10 @@
 | explained variance | 1 - the same ratio with the error's mean taken off too: a constant offset is forgiven |
 | L0 | mean number of active features of a token |
 | density | share of the tokens at which a feature is active |
-| dead | share of the features that are active nowhere |
+| dead | share of the features that are active at none of them |
 
-Of all layers together the ratios are the layers' mean (as in Circuit Tracing, 2025), and L0 is the sum of theirs.
+Of all layers together the ratios are the layers' mean (as in Circuit Tracing, 2025), and L0 is the sum of theirs. A
+layer whose target is the same at every token has no ratios, and the mean is over the others.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 
 from jclt.coders import Coder
 from jclt.coders.writing import Writing
-from jclt.evaluation.batches import BATCH, batches, on_host
+from jclt.evaluation.batches import batches, check_finite, on_host, rows_at_once
 from jclt.models import Model, ModelConfig, forward
 from jclt.models.model import on_mesh
 from jclt.shapes import Array, ArrayLike, Bool, Float, Params, Tokens
@@ -108,11 +109,12 @@ class Reconstruction:
 
     @property
     def nmse(self) -> np.ndarray:
-        return self.error / self.spread
+        """NaN where the target has no spread."""
+        return _ratio(self.error, self.spread)
 
     @property
     def explained_variance(self) -> np.ndarray:
-        return 1 - self.centred_error / self.spread
+        return 1 - _ratio(self.centred_error, self.spread)
 
     @property
     def l0(self) -> np.ndarray:
@@ -129,34 +131,54 @@ class Reconstruction:
         return np.stack([np.bincount(row, minlength=len(EDGES)) for row in bins])
 
     def summary(self) -> dict[str, float]:
-        return {
-            "nmse": float(self.nmse.mean()),
-            "explained_variance": float(self.explained_variance.mean()),
+        found = {
+            "nmse": _mean(self.nmse),
+            "explained_variance": _mean(self.explained_variance),
             "l0": float(self.l0.sum()),
             "dead": float(self.dead.mean()),
             **{f"nmse_{layer}": float(x) for layer, x in zip(self.layers, self.nmse, strict=True)},
             **{f"l0_{layer}": float(x) for layer, x in zip(self.layers, self.l0, strict=True)},
             **{f"dead_{layer}": float(x) for layer, x in zip(self.layers, self.dead, strict=True)},
         }
+        return {name: x for name, x in found.items() if not np.isnan(x)}
 
     def table(self) -> str:
-        s = self.summary()
-        total = ("all", s["nmse"], s["explained_variance"], s["l0"], s["dead"], self.histogram.sum(axis=0))
+        total = (
+            "all",
+            _mean(self.nmse),
+            _mean(self.explained_variance),
+            self.l0.sum(),
+            self.dead.mean(),
+            self.histogram.sum(axis=0),
+        )
         columns = zip(
             map(str, self.layers), self.nmse, self.explained_variance, self.l0, self.dead, self.histogram, strict=True
         )
         names = ["0", *(f"<={edge:g}" for edge in EDGES[1:])]
-        lines = [f"layer      NMSE  explained      L0    dead  features of density {'  '.join(names)}"]
+        widths = [max(len(name), len(str(count))) for name, count in zip(names, total[-1], strict=True)]
+        head = "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+        lines = [f"layer      NMSE  explained      L0    dead  features of density {head}"]
         for layer, nmse, explained, l0, dead, histogram in [*columns, total]:
-            counts = " ".join(f"{count}" for count in histogram)
-            lines.append(f"{layer:5}  {nmse:8.2g}  {explained:9.4f}  {l0:6.1f}  {dead:6.1%}  {counts}")
+            ratios = "       -          -" if np.isnan(nmse) else f"{nmse:8.2g}  {explained:9.4f}"
+            counts = "  ".join(f"{count:>{width}}" for count, width in zip(histogram, widths, strict=True))
+            lines.append(f"{layer:5}  {ratios}  {l0:6.1f}  {dead:6.1%}  {'':19} {counts}")
         return "\n".join(lines)
 
 
+def _ratio(error: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    return np.where(spread > 0, error, np.nan) / np.where(spread > 0, spread, 1)
+
+
+def _mean(ratios: np.ndarray) -> float:
+    return float(np.mean(ratios[~np.isnan(ratios)])) if not np.isnan(ratios).all() else float("nan")
+
+
 def evaluate_reconstruction(
-    model: Model, coder: Coder, rows: ArrayLike, *, mask: ArrayLike | None = None, batch: int = BATCH
+    model: Model, coder: Coder, rows: ArrayLike, *, mask: ArrayLike | None = None, batch: int | None = None
 ) -> Reconstruction:
-    """Streams over token rows `[N, T]`, of which a mask of the same shape may leave some out, such as padding."""
+    """Streams over token rows `[N, T]`, `batch` at once or as many as there is room for. A mask of the same shape may
+    leave some tokens out, such as padding."""
+    own, batch = coder.config, batch or rows_at_once(model, coder.config, rows, mask)
     with on_mesh(model):
         sums = reduce(
             combined,
@@ -166,8 +188,10 @@ def evaluate_reconstruction(
             ),
         )
     count = float(sums.target.number)
+    check_finite(np.isfinite(sums.target.spread), f"model {model.name}: what its layers write at '{own.writes}' is")
+    check_finite(np.isfinite(sums.error.spread), "coder: what it reconstructs is")
     return Reconstruction(
-        layers=coder.config.covered,
+        layers=own.covered,
         tokens=round(count),
         error=np.asarray(sums.error.spread + count * np.sum(np.asarray(sums.error.mean) ** 2, axis=-1)),
         centred_error=np.asarray(sums.error.spread),

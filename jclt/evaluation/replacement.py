@@ -13,12 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.coders import Coder, CoderConfig, replacing
-from jclt.evaluation.batches import BATCH, batches, on_host
+from jclt.errors import UserError
+from jclt.evaluation.batches import BATCH, batches, check_finite, on_host, rows_at_once
 from jclt.evaluation.reconstruction import Moments, joined, moments
 from jclt.models import Edit, Model, ModelConfig, forward
 from jclt.models.model import on_mesh
+from jclt.models.sites import LAYER_SITES
 from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Layer, Logits, Params, Tokens
 from jclt.sharding import placed
+
+
+def check_replaceable(coder: CoderConfig) -> None:
+    """That in one pass of the model the coder has read a layer before it is to write there."""
+    order = list(LAYER_SITES)
+    if coder.reads in order and coder.writes in order and order.index(coder.reads) > order.index(coder.writes):
+        raise UserError(
+            f"coder: reads '{coder.reads}', which comes after '{coder.writes}', expected a coder that reads before it "
+            "writes: there is no replacement model of another"
+        )
 
 
 def replaced_logits(config: ModelConfig, params: Params, coder: Coder, tokens: Tokens) -> Logits:
@@ -69,13 +81,18 @@ def _write_moments(
 def said(
     config: ModelConfig, params: Params, coder: Coder, means: Float[ArrayLike, "L D"], tokens: Tokens
 ) -> Int[Array, "3 B T"]:
-    """The most probable next tokens: the model's, the replacement's, the control's."""
+    """The most probable next tokens: the model's, the replacement's, the control's; -1 where logits are not finite."""
     logits = (
         forward(config, params, tokens)[0],
         replaced_logits(config, params, coder, tokens),
         ablated_logits(config, params, coder.config, means, tokens),
     )
-    return placed(jnp.stack([jnp.argmax(x, axis=-1) for x in logits]), (None, None, None))
+    words = [jnp.where(_finite(x), jnp.argmax(x, axis=-1), -1) for x in logits]
+    return placed(jnp.stack(words), (None, None, None))
+
+
+def _finite(logits: Logits) -> Bool[Array, "B T"]:
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 @eqx.filter_jit
@@ -96,6 +113,8 @@ def _compared(
     weight = mask.astype(own.dtype)
     followed = weight[:, :-1] * weight[:, 1:]
     sums = {"positions": weight.sum(), "followed": followed.sum(), "loss": _loss(own, tokens, followed)}
+    for name, logits in {"model": own, **others}.items():
+        sums[f"{name}_finite"] = jnp.all(_finite(logits) | ~mask)
     for name, logits in others.items():
         sums[f"{name}_agreement"] = jnp.sum((logits.argmax(axis=-1) == own.argmax(axis=-1)).astype(own.dtype) * weight)
         sums[f"{name}_kl"] = jnp.sum(divergence(own, logits) * weight)
@@ -130,11 +149,14 @@ class Replacement:
 
     @property
     def recovered(self) -> float:
-        """The share of the loss, between the control's and the model's, that the replacement makes good."""
-        return (self.ablated_loss - self.replaced_loss) / (self.ablated_loss - self.loss)
+        """The share of the loss, between the control's and the model's, that the replacement makes good; NaN where the
+        control loses nothing."""
+        lost = self.ablated_loss - self.loss
+        return (self.ablated_loss - self.replaced_loss) / lost if lost else float("nan")
 
     def summary(self) -> dict[str, float]:
-        return {name: float(x) for name, x in asdict(self).items()} | {"recovered": self.recovered}
+        found = {name: float(x) for name, x in asdict(self).items()}
+        return found if np.isnan(self.recovered) else found | {"recovered": self.recovered}
 
     def table(self) -> str:
         lines = [
@@ -143,7 +165,8 @@ class Replacement:
             f"replacement      {self.agreement:8.2%}  {self.kl:6.3f}  {self.replaced_loss:6.3f}",
             f"mean-ablated     {self.ablated_agreement:8.2%}  {self.ablated_kl:6.3f}  {self.ablated_loss:6.3f}",
         ]
-        return "\n".join([*lines, f"cross-entropy recovered: {self.recovered:.2%}"])
+        recovered = "the control loses none" if np.isnan(self.recovered) else f"{self.recovered:.2%}"
+        return "\n".join([*lines, f"cross-entropy recovered: {recovered}"])
 
 
 def evaluate_replacement(
@@ -153,19 +176,23 @@ def evaluate_replacement(
     *,
     mask: ArrayLike | None = None,
     means: Float[ArrayLike, "L D"] | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> Replacement:
-    """Streams over token rows `[N, T]`; the control's means are those of the same tokens unless given."""
+    """Streams over token rows `[N, T]`, `batch` at once or as many as there is room for; the control's means are those
+    of the same tokens unless given."""
+    check_replaceable(coder.config)
+    batch = batch or rows_at_once(model, coder.config, rows, mask)
     if means is None:
         means = mean_writes(model, coder.config, rows, mask=mask, batch=batch)
+    check_finite(np.isfinite(means), f"model {model.name}: what its layers write at '{coder.config.writes}' is")
+    sums: dict[str, float] = {}
     with on_mesh(model):
-        sums = reduce(
-            lambda a, b: {name: a[name] + b[name] for name in a},
-            (
-                on_host(_compared(model.config, model.params, coder, means, tokens, kept))
-                for tokens, kept in batches(model, rows, mask, batch)
-            ),
-        )
+        for tokens, kept in batches(model, rows, mask, batch):
+            found = on_host(_compared(model.config, model.params, coder, means, tokens, kept))
+            check_finite(found.pop("model_finite"), f"model {model.name}: its logits are")
+            check_finite(found.pop("replaced_finite"), "coder: the logits of its replacement model are")
+            check_finite(found.pop("ablated_finite"), f"model {model.name}: its logits with the means written are")
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
 
     def mean(name: str, count: str) -> float:
         return float(sums[name] / np.maximum(sums[count], 1))

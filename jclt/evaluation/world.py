@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jclt.coders import Coder
-from jclt.evaluation.batches import batches
-from jclt.evaluation.replacement import mean_writes, said
+from jclt.evaluation.batches import batches, check_finite
+from jclt.evaluation.replacement import check_replaceable, mean_writes, said
 from jclt.models import Model
 from jclt.models.model import on_mesh
 from jclt.shapes import Float
@@ -78,6 +78,7 @@ def world_agreement(
     model: Model, coder: Coder, count: int = 400, seed: int = 0, *, split: Split = "report"
 ) -> WorldAgreement:
     """On up to `count` held-out examples of every task; the control writes the means over the prompts of all tasks."""
+    check_replaceable(coder.config)
     examples = {name: task.examples(split, count, seed) for name, task in TASKS.items()}
     means = mean_prompt_writes(model, coder, [e.prompt for found in examples.values() for e in found])
     return WorldAgreement({name: task_agreement(model, coder, means, found) for name, found in examples.items()})
@@ -122,5 +123,9 @@ def last_words(
             np.asarray(said(model.config, model.params, coder, means, rows))
             for rows, _ in batches(model, tokens, None, BATCH)
         ]
-    words = np.concatenate(found, axis=1)
-    return tuple(words[:, np.arange(len(ends)), ends])
+    words = np.concatenate(found, axis=1)[:, np.arange(len(ends)), ends]
+    for own, whose in zip(
+        words, (f"model {model.name}: its", "coder: its replacement model's", "the control's"), strict=True
+    ):
+        check_finite(own >= 0, f"{whose} logits are")
+    return tuple(words)

@@ -125,7 +125,7 @@ def held(inputs: StepInputs) -> dict[str, float]:
         )
 
     state = inputs.state
-    rest = (state.scaling, state.density, inputs.tokens)
+    rest = (state.scaling, state.density, state.silent, inputs.tokens)
     return {
         "parameters": own(state.coder),
         "optimizer": own(state.optimizer),

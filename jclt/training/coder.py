@@ -21,7 +21,7 @@ from jclt.training.abstract import abstract_state
 from jclt.training.changeover import REVIEW, entries_needed, reviewed
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.config import TrainConfig
-from jclt.training.data import TokenRows
+from jclt.training.data import HELD_OUT, TokenRows, trained_rows
 from jclt.training.harvest import Harvest, Scaling, as_tokens, fold, measure_scaling
 from jclt.training.initial import calibrated_bias, first_density, initial_weights
 from jclt.training.loop import fit
@@ -36,8 +36,6 @@ from jclt.training.speed import machine_rate, step_operations
 from jclt.training.step import CoderState, fresh_state, train_step
 
 SCALING_BATCHES = 8
-HELD_OUT = 32
-"""Rows, the last of the data, that the evaluations read and training never sees."""
 WORLD_ROWS = 32_768
 """Rows of the small world that are generated at most; beyond that they come again in another order."""
 
@@ -104,10 +102,11 @@ def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, 
     model = load_model(config.model, dtype=config.compute, mesh=mesh)
     config = fitted(config, model.config, mesh)
     rows = run_rows(config, model, folder)
-    count = len(rows) - HELD_OUT
+    count = trained_rows(rows, config.data)
     if count < config.batch:
-        raise UserError(f"data '{config.data}': {len(rows)} rows, expected at least {config.batch + HELD_OUT}")
-    held_out = rows.read(np.arange(count, len(rows)))[0]
+        least = f"expected at least batch={config.batch}"
+        raise UserError(f"data '{config.data}': {max(0, count)} of {len(rows)} rows to train on, {least}")
+    held_out = rows.read(np.arange(len(rows) - HELD_OUT, len(rows)))[0]
     with jax.set_mesh(mesh), Checkpoints(home.checkpoints, home.publish) as checkpoints:
         source = (stored_source if config.store else token_source)(config, model, rows, count)
         harvested = jax.jit(partial(activations, config, model.config))

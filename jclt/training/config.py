@@ -1,9 +1,18 @@
-"""The settings of training runs."""
+"""The settings of training runs.
 
-from dataclasses import dataclass
+Defaults name where they come from: Circuit Tracing 2025 (Ameisen et al., "Circuit Tracing: Revealing Computational
+Graphs in Language Models"); January 2025 (Anthropic, "Circuits Updates - January 2025"); Gao et al. 2024 ("Scaling and
+evaluating sparse autoencoders"); Gemma Scope 2 (Google DeepMind 2025); "The Circuits Research Landscape" (August 2025);
+and the code of CLT-Forge (arXiv 2603.21014) and of crosslayer-transcoder.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from jclt.coders import CoderConfig
+from jclt.errors import UserError
 from jclt.models import ModelConfig
 
 
@@ -22,7 +31,7 @@ class LmConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
     adam_share: float = 0.6  # under Muon: Adam's rate for all that is no matrix, as a share of the learning rate
-    warmup: int = 100
+    warmup: int = 100  # steps, but no more than a fifth of the run
     final_rate: float = 0.0  # the cosine's last rate, as a share of the first
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -38,7 +47,7 @@ class LmConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A coder's training. Each default names where it comes from; sources as in the README's list of papers."""
+    """A coder's training."""
 
     coder: CoderConfig
     model: str = "demo"  # what `load_model` takes
@@ -49,7 +58,8 @@ class TrainConfig:
     seed: int = 0
 
     # The loss: squared error plus these terms.
-    sparsity: Literal["tanh", "l1", "l0", "kl", "none"] = "tanh"  # Circuit Tracing 2025
+    # auto: tanh (Circuit Tracing 2025), but none under topk and batchtopk, whose k says how many are active.
+    sparsity: Literal["auto", "tanh", "l1", "l0", "kl", "none"] = "auto"
     sparsity_weight: float = 1.0  # no published value carries over: it depends on width and features
     sparsity_ramp: float = 1.0  # share of the run over which it grows from 0: all of it (Circuit Tracing 2025)
     tanh_scale: float = 4.0  # Anthropic's update of January 2025
@@ -59,8 +69,8 @@ class TrainConfig:
     preactivation_weight: float = 3e-6  # January 2025
     auxiliary_weight: float = 0.0  # of the auxiliary TopK loss; Gao et al. 2024 take 1/32 with TopK
     auxiliary_k: int = 512  # dead features that try to write what is missing (Gao et al. 2024)
-    dead_density: float = 1e-5  # below this average density a feature is called dead
-    density_decay: float = 0.99  # of that average, a step ("Circuits Research Landscape" advises an average)
+    dead_density: float = 1e-5  # a feature is dead when it was silent for the last 1 / dead_density tokens
+    density_decay: float = 0.99  # of the average density in the histogram, a step (Circuits Research Landscape)
     end_to_end_steps: int = 0  # the last steps, which add KL(model || replacement model)
     end_to_end_weight: float = 1.0
 
@@ -78,12 +88,12 @@ class TrainConfig:
     optimizer: Literal["adam", "adamw", "adafactor", "lion", "rmsprop", "sgd"] = "adam"
     learning_rate: float = 4e-4  # CLT-Forge on GPT-2
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: int = 100
+    warmup: int = 100  # steps, but no more than a fifth of the run
     decay: float = 0.2  # the share of the run, at its end, over which the rate falls to 0 (January 2025)
     beta1: float = 0.0  # January 2025, Gemma Scope 2
     beta2: float = 0.999
     epsilon: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # under adamw and lion
     clip: float = 1.0  # January 2025
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second needs float32
 
@@ -100,5 +110,68 @@ class TrainConfig:
 
     save_every: int = 500
     log_every: int = 10
-    evaluate_every: int = 0  # steps between evaluations of the replacement model; 0: at the end only
+    evaluate_every: int = 0  # steps between evaluations of the replacement model; 0: at the end only; -1: never
     skips: int = 20  # steps in a row with a loss that is not finite, after which the run stops
+
+    @property
+    def sparsity_term(self) -> str:
+        """The sparsity penalty of this activation, where no other is asked for."""
+        if self.sparsity != "auto":
+            return self.sparsity
+        return "none" if self.coder.activation in ("topk", "batchtopk") else "tanh"
+
+
+Range = tuple[str, Callable[[float], bool]]
+"""What is expected of a number, and whether one is so."""
+
+
+def _at_least(least: int) -> Range:
+    return f"at least {least}", lambda x: x >= least
+
+
+_COUNT, _NOT_NEGATIVE, _POSITIVE = _at_least(1), _at_least(0), ("more than 0", lambda x: x > 0)
+_SHARE = "0 to 1", lambda x: 0 <= x <= 1
+_SOME_SHARE = "more than 0 and at most 1", lambda x: 0 < x <= 1
+_BELOW_1 = "at least 0 and less than 1", lambda x: 0 <= x < 1
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("steps", "batch", "data_shards", "save_every", "log_every"), _COUNT),
+    **dict.fromkeys(("auxiliary_k", "micro_batches", "shuffle", "store_rows", "headroom"), _COUNT),
+    **dict.fromkeys(("warmup", "end_to_end_steps", "skips"), _NOT_NEGATIVE),
+    **dict.fromkeys(("adam_share", "weight_decay", "text_weight", "sparsity_weight"), _NOT_NEGATIVE),
+    **dict.fromkeys(("preactivation_weight", "auxiliary_weight", "end_to_end_weight"), _NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "clip", "epsilon", "threshold", "tanh_scale", "target_l0"), _POSITIVE),
+    **dict.fromkeys(("initial_rate",), _POSITIVE),
+    **dict.fromkeys(("beta1", "beta2", "density_decay", "running_decay"), _BELOW_1),
+    **dict.fromkeys(("final_rate", "decay", "sparsity_ramp"), _SHARE),
+    "initial_density": _SOME_SHARE,
+    "target_density": ("more than 0 and less than 1", lambda x: 0 < x < 1),
+    "dead_density": ("1e-9 to 1", lambda x: 1e-9 <= x <= 1),
+    "length": _at_least(2),
+    "seed": ("0 to 4294967295", lambda x: 0 <= x < 1 << 32),
+    "evaluate_every": _at_least(-1),
+}
+
+
+def check_ranges(config: LmConfig | TrainConfig) -> None:
+    """Refuses numbers that no run can work with, and those that would change nothing."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and type(value) is not int:
+            raise UserError(f"setting '{field.name}': {value!r}, expected a whole number")
+        if field.type is float and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"setting '{field.name}': {value!r}, expected a number")
+        expected, is_so = RANGES.get(field.name, ("", lambda x: True))
+        if not is_so(value):
+            raise UserError(f"setting '{field.name}': {value}, expected {expected}")
+    if config.weight_decay and config.optimizer in ("adam", "adafactor", "rmsprop", "sgd"):
+        raise UserError(
+            f"setting 'weight_decay': {config.weight_decay}, expected 0 under optimizer={config.optimizer}, or "
+            "optimizer=adamw or lion"
+        )
+    if isinstance(config, TrainConfig) and config.sparsity == "auto" and config.sparsity_term == "none":
+        if config.sparsity_weight != TrainConfig.sparsity_weight:
+            raise UserError(
+                f"setting 'sparsity_weight': {config.sparsity_weight}, expected setting 'sparsity' as well: under "
+                f"coder.activation={config.coder.activation} there is no penalty by default"
+            )

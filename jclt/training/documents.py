@@ -1,8 +1,6 @@
 """Documents of text files, JSON lines and Parquet, streamed from any place that fsspec opens."""
 
 import io
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -13,9 +11,11 @@ from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from jclt.errors import UserError
+from jclt.errors import UserError, first_line
+from jclt.files import parse_json
 
 BLOCK = 1 << 24  # bytes read at once; a longer text is given in pieces of about this size
+LONGEST = 1 << 30  # bytes of a line: what a small packed file unpacks to may have no end
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".bz2", ".xz", ".lzma", ".zip", ".zst", ".lz4", ".snappy")
 
@@ -65,7 +65,9 @@ def find_inputs(patterns: Sequence[str]) -> list[Input]:
         if system.isfile(path):
             paths = [path]
         elif system.isdir(path):
-            paths = [p for p in system.find(path) if Input(system, p).suffix in (".txt", ".parquet", *JSON_LINES)]
+            # In a folder on this machine there may be pipes too, which would be waited for.
+            paths = [p for p in system.find(path) if not isinstance(system, LocalFileSystem) or system.isfile(p)]
+            paths = [p for p in paths if Input(system, str(p)).suffix in (".txt", ".parquet", *JSON_LINES)]
         else:
             paths = [p for p in system.glob(path) if system.isfile(p)] if fsspec.core.has_magic(path) else []
         if not paths:
@@ -89,8 +91,10 @@ def pieces(source: Input, field: str = "text") -> Iterator[Piece]:
                 yield from _json_lines(stream, opened, source.name, field)
             else:
                 yield from _text(stream, opened, source.name)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{source.name}: cannot be read ({error})") from None
+    except UserError:
+        raise
+    except Exception as error:  # of what unpacks a file each part fails in a way of its own
+        raise UserError(f"{source.name}: cannot be read ({first_line(error)})") from None
 
 
 def _text(stream: Any, opened: OpenFile, name: str) -> Iterator[Piece]:
@@ -114,10 +118,8 @@ def _json_lines(stream: Any, opened: OpenFile, name: str, field: str) -> Iterato
 
 
 def _field(line: str, field: str, where: str) -> str:
-    try:
-        text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError):
-        text = None
+    found = parse_json(line, where)
+    text = found.get(field) if isinstance(found, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{where}: expected a JSON object with '{field}'")
     # JSON can write half a surrogate pair, which is no text: it is read as other decoders read it.
@@ -128,7 +130,10 @@ def _blocks(stream: Any, opened: OpenFile, name: str) -> Iterator[tuple[str, int
     """Whole lines of about `BLOCK` bytes together, and how much of the file as it lies has been read."""
     done = 0
     while block := stream.read(BLOCK):
-        block += stream.readline()
+        line = stream.readline(LONGEST + 1)
+        if len(line) > LONGEST:
+            raise UserError(f"{name}: a line of more than {LONGEST} bytes (from byte {done} on), expected shorter ones")
+        block += line
         try:
             text = block.decode()
         except UnicodeDecodeError as error:

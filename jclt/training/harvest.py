@@ -6,6 +6,7 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jclt.coders import CoderConfig, CoderLayer, SparseCoder
 from jclt.models import ModelConfig, forward
@@ -55,7 +56,7 @@ def measure_scaling(
     harvested: Callable[[int], Harvest], batches: int, normalize: str, shape: tuple[int, int]
 ) -> Scaling:
     """Statistics of the first batches: "scale" brings each layer's mean square to one (Gemma Scope 2), "standardize"
-    each dimension to mean zero and variance one (crosslayer-transcoder)."""
+    each dimension to mean zero and variance one (crosslayer-transcoder). What is 0 throughout is left as it is."""
 
     @jax.jit
     def moments(found: Harvest) -> list[Array]:
@@ -72,11 +73,23 @@ def measure_scaling(
         if normalize == "standardize":
             deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0))  # below it only by rounding
             # A dimension that hardly varies is left small instead of being blown up.
-            parts += [mean, jnp.maximum(deviation, 1e-3 * deviation.max(axis=1, keepdims=True))]
+            parts += [mean, _or_one(jnp.maximum(deviation, 1e-3 * deviation.max(axis=1, keepdims=True)))]
         else:
             root = jnp.sqrt(square.mean(axis=1, keepdims=True))
-            parts += [jnp.zeros(shape), jnp.broadcast_to(root, shape)]
+            parts += [jnp.zeros(shape), jnp.broadcast_to(_or_one(root), shape)]
     return Scaling(*parts)
+
+
+def _or_one(scale: Array) -> Array:
+    return jnp.where(scale > 0, scale, 1.0)
+
+
+def silent_layers(scaling: Scaling) -> list[int]:
+    """Which of the covered layers wrote nothing but one constant vector when scales were measured, if they were."""
+    scales = np.stack([np.asarray(jax.device_get(x)) for x in (scaling.read_scale, scaling.write_scale)])
+    if np.all(scales == 1):  # none were
+        return []
+    return np.flatnonzero(np.all(scales[1] == 1, axis=1)).tolist()
 
 
 def fold(coder: SparseCoder, scaling: Scaling) -> SparseCoder:

@@ -62,7 +62,8 @@ def fit(
     def record(step: int, values: Mapping[str, Array]) -> None:
         nonlocal bad, written
         fetched = {name: plain(value) for name, value in values.items()}
-        broken = [name for name, value in fetched.items() if not np.all(np.isfinite(value))]
+        # Of other figures some may be unknown yet.
+        broken = [name for name in ("loss", "gradient_norm") if not np.all(np.isfinite(fetched.get(name, 0.0)))]
         bad = bad + 1 if broken else 0
         if bad > skips:
             if skips:  # each of these steps was skipped: the state is the one from before them

@@ -11,9 +11,14 @@ from jclt.models import Weight, declare
 from jclt.training.config import LmConfig, TrainConfig
 
 
+def warmup_steps(config: LmConfig | TrainConfig) -> int:
+    """Over how many steps the rate rises: in a short run no more than a fifth of them, so that most learn at it."""
+    return min(config.warmup, config.steps // 5)
+
+
 def lm_optimizer(config: LmConfig) -> optax.GradientTransformation:
     rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup, config.steps, config.learning_rate * config.final_rate
+        0.0, config.learning_rate, warmup_steps(config), config.steps, config.learning_rate * config.final_rate
     )
     weights = declare(config.model)
     decayed = {name: not name.endswith(("_gain", "_bias")) for name in weights}
@@ -43,7 +48,7 @@ def _decay(rate: optax.Schedule, chosen: Mapping[str, bool]) -> optax.GradientTr
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, optax.ScaleByScheduleState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByScheduleState]:
         share = rate(state.count)
         made = {name: x - share * params[name] if chosen[name] else x for name, x in updates.items()}
         return made, optax.ScaleByScheduleState(optax.safe_increment(state.count))
@@ -61,16 +66,16 @@ def _matrix_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | None:
 
 def coder_rate(config: TrainConfig) -> optax.Schedule:
     """Warm-up, then constant, then the decay over the last share of the run."""
-    rate, end = config.learning_rate, config.steps
-    rise = optax.schedules.linear_schedule(0.0, rate, config.warmup)
+    rate, end, warmup = config.learning_rate, config.steps, warmup_steps(config)
+    rise = optax.schedules.linear_schedule(0.0, rate, warmup)
     if config.schedule == "constant":
-        return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate)], [config.warmup])
+        return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate)], [warmup])
     if config.schedule == "cosine":
-        fall = optax.schedules.cosine_decay_schedule(rate, max(1, end - config.warmup))
-        return optax.schedules.join_schedules([rise, fall], [config.warmup])
-    start = max(config.warmup, round(end * (1 - config.decay)))
+        fall = optax.schedules.cosine_decay_schedule(rate, max(1, end - warmup))
+        return optax.schedules.join_schedules([rise, fall], [warmup])
+    start = max(warmup, round(end * (1 - config.decay)))
     fall = optax.schedules.linear_schedule(rate, 0.0, max(1, end - start))
-    return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate), fall], [config.warmup, start])
+    return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate), fall], [warmup, start])
 
 
 def coder_optimizer(config: TrainConfig) -> optax.GradientTransformation:

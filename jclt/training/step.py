@@ -3,6 +3,9 @@
 Where things lie: the language model's tokens are split over every chip; its activations then move once, so that each
 feature shard has all tokens of its data shard. From there on nothing with a feature axis ever leaves its chip. What
 travels is the sum of the partial reconstructions, once a micro-batch, and some scalars.
+
+On CPUs and TPUs the same state and batch give the same bits. On GPUs the sums over entries of the sparse path are made
+by atomic additions, in no fixed order: there a run that is resumed may differ in its last bits from one that is not.
 """
 
 from collections.abc import Callable
@@ -20,12 +23,11 @@ from jclt.coders.products import decode
 from jclt.coders.sparse import Found, sensed
 from jclt.evaluation.replacement import divergence
 from jclt.models import ModelConfig, forward
-from jclt.shapes import Array, Float, Params, Tokens
+from jclt.shapes import Array, Float, Int, Params, Tokens
 from jclt.sharding import as_placed, placed, reduced_later
 from jclt.training import losses
 from jclt.training.config import TrainConfig
 from jclt.training.harvest import Harvest, Scaling, as_tokens, fold
-from jclt.training.initial import first_density
 from jclt.training.optimizers import coder_optimizer
 from jclt.training.rules import activate, at_inference, with_thresholds
 from jclt.training.shuffle import mixed
@@ -40,7 +42,8 @@ class CoderState(NamedTuple):
     coder: SparseCoder  # on scaled activations; under JumpReLU `threshold` holds the threshold's logarithm
     optimizer: Any
     scaling: Scaling
-    density: tuple[Float[Array, "F"], ...]  # running share of tokens on which each feature fires
+    density: tuple[Float[Array, "F"], ...]  # running share of tokens on which each feature fires, from 0 on
+    silent: tuple[Int[Array, "F"], ...]  # tokens since each feature last fired, counted up to `dead_after`
     running: Float[Array, ""]  # BatchTopK's running threshold
     skipped: Array  # steps whose loss was not finite
     skipped_in_row: Array
@@ -54,12 +57,18 @@ def fresh_state(config: TrainConfig, coder: SparseCoder, scaling: Scaling) -> Co
         coder=coder,
         optimizer=jax.jit(coder_optimizer(config).init)(coder),
         scaling=scaling,
-        density=tuple(jnp.full_like(own.encoder_bias, first_density(config)) for own in coder.layers),
+        density=tuple(jnp.zeros_like(own.encoder_bias) for own in coder.layers),
+        silent=tuple(jnp.zeros_like(own.encoder_bias, jnp.int32) for own in coder.layers),
         running=jnp.zeros(()),
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
         room=jnp.zeros(()),
     )
+
+
+def dead_after(config: TrainConfig) -> int:
+    """A feature that is silent on so many tokens is dead."""
+    return round(1 / config.dead_density)
 
 
 class Weights(NamedTuple):
@@ -104,14 +113,14 @@ def sparsity_penalty(
     config: TrainConfig, each: list[Sensed], tokens: int, mean: Callable[[int, Array], Array]
 ) -> Float[Array, ""]:
     """`mean(layer, values)` is each feature's mean over tokens."""
-    if config.sparsity == "tanh":
+    if config.sparsity_term == "tanh":
         return sum((losses.tanh_penalty(own.a, own.norms, config.tanh_scale, tokens) for own in each), jnp.zeros(()))
-    if config.sparsity == "l1":
+    if config.sparsity_term == "l1":
         return sum((losses.l1_penalty(own.a, own.norms, tokens) for own in each), jnp.zeros(()))
-    if config.sparsity == "kl":
+    if config.sparsity_term == "kl":
         means = (mean(layer, jnp.tanh(own.a)) for layer, own in enumerate(each))
         return sum((losses.kl_penalty(own, config.target_density) for own in means), jnp.zeros(()))
-    if config.sparsity == "l0":
+    if config.sparsity_term == "l0":
         c = config.coder
         gates: list[Any] = [gate(own.h, own.threshold, c.bandwidth, c.through) for own in each]
         return losses.l0_penalty(jnp.stack([jnp.sum(g) for g in gates]).sum() / tokens, config.target_l0)
@@ -119,7 +128,7 @@ def sparsity_penalty(
 
 
 def encode(
-    config: TrainConfig, weights: Weights, x: tuple[Array, ...], density: tuple[Array, ...], ramp: Array
+    config: TrainConfig, weights: Weights, x: tuple[Array, ...], silent: tuple[Array, ...], ramp: Array
 ) -> Features:
     """Activations and every penalty on them, each feature shard by itself."""
     coder, norms = weights
@@ -142,7 +151,7 @@ def encode(
     spare = ()
     if config.auxiliary_weight:
         k = min(config.auxiliary_k, config.coder.features)
-        dead = tuple(losses.dead_values(h_, seen < config.dead_density) for h_, seen in zip(h, density, strict=True))
+        dead = tuple(losses.dead_values(h_, own >= dead_after(config)) for h_, own in zip(h, silent, strict=True))
         spare = tuple(top_k(own, k) for own in dead)
     low = x[0].dtype
     return Features(tuple(own.astype(low) for own in a), penalty, tuple(own.astype(low) for own in spare), fired, least)
@@ -180,7 +189,7 @@ def objective(
     share: float,
     weights: Weights,
     batch: Batch,
-    density: tuple[Array, ...],
+    silent: tuple[Array, ...],
     ramp: Array,
     chosen: tuple[Found, ...] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
@@ -192,7 +201,7 @@ def objective(
             entries = tuple(own.entries for own in chosen)
         else:
             encoder = jax.checkpoint(encode, static_argnums=0) if config.remat else encode
-            found = encoder(config, weights, batch.x, density, ramp)
+            found = encoder(config, weights, batch.x, silent, ramp)
     with jax.named_scope("decode"):
         written = weights.coder.decode(found.a, batch.x, entries)
     error = jnp.stack([losses.squared_error(y_, y) for y_, y in zip(written, batch.y, strict=True)])
@@ -245,13 +254,13 @@ def gradients(
 
     def one(own: Batch) -> tuple[Any, Any]:
         def densely() -> tuple[Any, Any]:
-            return differentiate(once, own, state.density, ramp)
+            return differentiate(once, own, state.silent, ramp)
 
         if room is None:
             return densely()
         with jax.named_scope("choose"):
             chosen, fits = choose(config, weights.coder, weights.norms, own.x, state.running, room)
-        gradient, report = jax.lax.cond(fits, lambda: differentiate(once, own, state.density, ramp, chosen), densely)
+        gradient, report = jax.lax.cond(fits, lambda: differentiate(once, own, state.silent, ramp, chosen), densely)
         return gradient, report | {"overflow": 1.0 - fits.astype(jnp.float32)}
 
     first = batch(0)
@@ -300,22 +309,29 @@ def update(config: TrainConfig, state: CoderState, gradient: Any, report: dict[s
         coder = optax.apply_updates(params, moved)
     keep = config.density_decay
     density = tuple(keep * old + (1 - keep) * new for old, new in zip(state.density, report["fired"], strict=True))
+    tokens, most = config.batch * config.length, dead_after(config)
+    silent = tuple(
+        jnp.where(new > 0, 0, jnp.minimum(old + tokens, most))
+        for old, new in zip(state.silent, report["fired"], strict=True)
+    )
     first = state.running == 0
     decay = jnp.where(first, 0.0, config.running_decay)
     running = decay * state.running + (1 - decay) * report["least"]
-    old = (state.coder, state.optimizer, state.density, state.running)
-    kept = jax.tree.map(partial(jnp.where, fine), (coder, inner, density, running), old)
+    old = (state.coder, state.optimizer, state.density, state.silent, state.running)
+    kept: Any = jax.tree.map(partial(jnp.where, fine), (coder, inner, density, silent, running), old)
     bad = (~fine).astype(jnp.int32)
+    coder, inner, density, silent, running = kept
     return CoderState(
-        state.step + 1,
-        kept[0],
-        kept[1],
-        state.scaling,
-        kept[2],
-        kept[3],
-        state.skipped + bad,
-        bad * (state.skipped_in_row + 1),
-        state.room,
+        step=state.step + 1,
+        coder=coder,
+        optimizer=inner,
+        scaling=state.scaling,
+        density=density,
+        silent=silent,
+        running=running,
+        skipped=state.skipped + bad,
+        skipped_in_row=bad * (state.skipped_in_row + 1),
+        room=state.room,
     )
 
 
@@ -362,17 +378,28 @@ def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm
     """What a step reports: numbers for all layers together, and lists with one for each.
 
     Normalised error is ||y - y'||^2 over the spread of y about its mean on these tokens; explained variance forgives
-    the part of the error that is constant.
+    the part of the error that is constant. A layer without spread has an error of 0 and does not count in the mean.
+    How many features are dead is NaN until there have been as many tokens as it takes to tell.
     """
     l0 = jnp.stack([jnp.sum(fired) for fired in report["fired"]])
-    nmse = report["error"] / report["spread"]
-    explained = 1 - (report["error"] - report["drift"]) / report["spread"]
-    below = [jnp.stack([jnp.mean(seen < edge, dtype=jnp.float32) for seen in state.density]).mean() for edge in DECADES]
-    dead = jnp.stack([jnp.mean(seen < config.dead_density, dtype=jnp.float32) for seen in state.density])
+    spread = report["spread"]
+    varies = spread > 0
+    layers = jnp.maximum(1, jnp.sum(varies, dtype=jnp.float32))
+    nmse, unexplained = (
+        jnp.where(varies, error / jnp.where(varies, spread, 1.0), 0.0)
+        for error in (report["error"], report["error"] - report["drift"])
+    )
+    steps = jnp.maximum(1, state.step - state.skipped)
+    # Of an average that started at 0 only so much is made of densities.
+    seen = 1 - jnp.power(jnp.float32(config.density_decay), steps.astype(jnp.float32))
+    below = [jnp.stack([jnp.mean(own < edge * seen, dtype=jnp.float32) for own in state.density]) for edge in DECADES]
+    most = dead_after(config)
+    dead = jnp.stack([jnp.mean(own >= most, dtype=jnp.float32) for own in state.silent])
+    dead = jnp.where(steps >= -(-most // (config.batch * config.length)), dead, jnp.nan)
     return {
         "loss": report["loss"],
-        "nmse": jnp.mean(nmse),
-        "explained": jnp.mean(explained),
+        "nmse": jnp.sum(nmse) / layers,
+        "explained": 1 - jnp.sum(unexplained) / layers,
         "l0": jnp.sum(l0),
         "dead": jnp.mean(dead),
         "penalty": report["penalty"],
@@ -382,8 +409,8 @@ def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm
         "skipped_in_row": state.skipped_in_row,
         **{name: report[name] for name in ("kl", "overflow") if name in report},
         "layers_nmse": nmse,
-        "layers_explained": explained,
+        "layers_explained": 1 - unexplained,
         "layers_l0": l0,
         "layers_dead": dead,
-        "density_histogram": jnp.diff(jnp.stack(below), prepend=0.0, append=1.0),
+        "density_histogram": jnp.diff(jnp.stack(below).mean(axis=1), prepend=0.0, append=1.0),
     }

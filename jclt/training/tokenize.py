@@ -5,6 +5,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -17,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from jclt.errors import UserError
-from jclt.files import read_json
+from jclt.files import parse_object, read_json, write_bytes
 from jclt.models import Tokenizer, load_tokenizer
 from jclt.training.documents import Input, Piece, file_system, find_inputs, pieces
 from jclt.training.prefetch import mapped_ahead
@@ -39,28 +40,31 @@ class Folder:
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         target = f"{self.path}/{name}"
-        self.system.makedirs(self.path, exist_ok=True)
         if isinstance(self.system, LocalFileSystem):
-            beside = Path(target + ".partial")
-            beside.write_bytes(content)
-            beside.replace(target)
+            write_bytes(Path(target), content)
         else:
+            self.system.makedirs(self.path, exist_ok=True)
             with TemporaryDirectory() as scratch:
                 (Path(scratch) / name).write_bytes(content)
                 self.system.put_file(str(Path(scratch) / name), target)
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def manifest(self, name: str) -> dict[str, Any] | None:
+        """One of ours, or None where there is no file of this name."""
         path = f"{self.path}/{name}"
-        try:
-            found = json.loads(self.system.cat_file(path)) if self.system.isfile(path) else None
-        except ValueError:
-            found = {}
-        return found if found is None or isinstance(found, dict) else {}
+        if not self.system.isfile(path):
+            return None
+        content: Any = self.system.cat_file(path)
+        found = parse_object(content, path)
+        check_manifest(found, path)
+        return found
 
     @property
     def is_empty(self) -> bool:
-        return not self.system.exists(self.path) or (
-            self.system.isdir(self.path) and not self.system.ls(self.path, detail=False)
+        """But for what a process that was killed left."""
+        if not self.system.exists(self.path):
+            return True
+        return self.system.isdir(self.path) and all(
+            str(name).endswith(".partial") for name in self.system.ls(self.path, detail=False)
         )
 
 
@@ -85,16 +89,15 @@ def tokenize(
             raise UserError(f"{name}: {value}, expected at least 1")
     loaded = load_tokenizer(tokenizer)
     if loaded is None:
-        raise UserError(f"tokenizer '{tokenizer}': no tokenizer.json there")
+        raise UserError(f"tokenizer '{tokenizer}': no tokenizer.json there, expected the folder of a model")
     folder, sources = Folder(*file_system(out)), find_inputs(inputs)
     end_token = find_end(loaded, tokenizer, end)
     begun = begin(folder, out, settings(loaded, str(tokenizer), end_token, field, shard_tokens, sources))
     if "tokens" in begun:
         return begun
     folder.write("tokenizer.json", loaded.backend.to_str(pretty=True).encode())
-    # Our threads are the parallel ones; the library's own would come on top of them.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    shards = fill(folder, begun, sources, encoder(loaded, end_token, begun["dtype"]), workers)
+    with one_thread_each():
+        shards = fill(folder, begun, sources, encoder(loaded, end_token, begun["dtype"]), workers)
     totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents")}
     if not totals["tokens"]:
         raise UserError(f"{sources[0].name}{' and the other inputs' * (len(sources) > 1)}: empty, expected text")
@@ -102,6 +105,21 @@ def tokenize(
     folder.write(MANIFEST, _json(manifest))
     folder.system.rm_file(f"{folder.path}/{UNFINISHED}")
     return manifest
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Our threads are the parallel ones; the library's own would come on top of them."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def settings(
@@ -143,22 +161,60 @@ def find_end(tokenizer: Tokenizer, folder: Path, given: str | None) -> int:
 
 def begin(folder: Folder, out: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of what the folder holds already, finished or not; an error if it holds anything else."""
-    found = folder.read_json(MANIFEST)
-    found = folder.read_json(UNFINISHED) if found is None else found
-    ours = folder.is_empty if found is None else "shards" in found
+    try:
+        found = folder.manifest(MANIFEST) or folder.manifest(UNFINISHED)
+        ours = found is not None or folder.is_empty
+    except UserError:  # another program's file
+        found, ours = None, False
     if not ours:
         raise UserError(f"{out}: exists and holds no tokens, expected a new folder or one to resume")
     if found is None or not found["shards"]:
         folder.write(UNFINISHED, _json(begun := {**wanted, "shards": []}))
         return begun
     for name, value in wanted.items():
-        was, now, detail = found[name], value, f" ({found[name]}, now {value})"
+        was: Any = found.get(name)
+        now = value
+        detail = f" ({was}, now {now})"
         if name == "tokenizer":  # wherever it lies
             was, now, detail = was["digest"], now["digest"], f" ({was['name']}, now {now['name']})"
         if was != now:
             detail = "" if name == "inputs" else detail
             raise UserError(f"{out}: was begun with another '{name}'{detail}, expected the same or a new folder")
     return found
+
+
+def check_manifest(found: Mapping[str, Any], where: str) -> None:
+    """That it is built as `tokenize` builds it. The name of a shard is one within the folder, whoever wrote it."""
+
+    def whole(x: Any, least: int = 1) -> bool:
+        return type(x) is int and x >= least
+
+    if found.get("format") != FORMAT:
+        what = f"format {found['format']!s:.20}" if "format" in found else "not what `jclt tokenize` writes"
+        raise UserError(f"{where}: {what}, expected format {FORMAT}")
+    made_with: Any = found.get("tokenizer")
+    dtype, shards = found.get("dtype"), found.get("shards")
+    texts = isinstance(made_with, dict) and all(isinstance(made_with.get(name), str) for name in ("name", "digest"))
+    if not (texts and whole(made_with.get("vocabulary"))):
+        raise UserError(f"{where}: 'tokenizer' is damaged, expected its name, digest and vocabulary")
+    if dtype not in ("uint16", "uint32"):
+        raise UserError(f"{where}: 'dtype' is {dtype!r:.40}, expected uint16 or uint32")
+    if not isinstance(shards, list):
+        raise UserError(f"{where}: 'shards' is missing, expected a list")
+    for number, shard in enumerate(shards):
+        own: dict[str, Any] = shard if isinstance(shard, dict) else {}
+        name, follows = own.get("name"), own.get("next")
+        if not (isinstance(name, str) and isinstance(own.get("digest"), str) and whole(own.get("tokens"))):
+            raise UserError(f"{where}: shard {number} is damaged, expected its name, tokens and digest")
+        if not is_file_name(name):
+            raise UserError(f"{where}: shard {name!r:.200} is no file's name, expected one such as tokens-00000.npy")
+        if not (isinstance(follows, list) and len(follows) == 2 and all(whole(x, 0) for x in follows)):
+            raise UserError(f"{where}: shard '{name}' is damaged, expected `next`, the place where the next one begins")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it names a file in a folder and nothing elsewhere."""
+    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\:")
 
 
 def encoder(tokenizer: Tokenizer, end: int, dtype: str) -> Callable[[Sequence[Piece]], list[np.ndarray]]:

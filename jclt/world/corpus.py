@@ -67,8 +67,9 @@ def text(lines: int, seed: int) -> str:
     return "".join("".join(draw_line(random)) + "\n" for _ in range(lines))
 
 
-def corpus(rows: int, length: int, seed: int, vocabulary: Mapping[str, int], text_weight: float = 0.03) -> Batch:
-    """`rows` sequences of whole lines, filled up with line ends that do not count."""
+def corpus(rows: int, length: int, seed: int | str, vocabulary: Mapping[str, int], text_weight: float = 0.03) -> Batch:
+    """`rows` sequences of whole lines, filled up with line ends that do not count. A seed that is a text draws others
+    than any number does."""
     random = Random(seed)
     tokens = np.full((rows, length), vocabulary["\n"], np.int32)
     weights = np.zeros((rows, length), np.float32)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jclt.errors import UserError
 from jclt.models import Model, Replace, run
 from jclt.world.example import Example, Split, after
 from jclt.world.facts import ASKED, CITIES, CITY_SPLIT, STATE_OF, STATES, value_of
@@ -34,6 +35,8 @@ def predictions(model: Model, prompts: Sequence[str]) -> np.ndarray:
         rows, last = tokens[start : start + BATCH], ends[start : start + BATCH]
         logits, _ = run(model, rows)
         found.append(np.asarray(jax.nn.softmax(logits[np.arange(len(rows)), last], axis=-1)))
+        if not np.isfinite(found[-1]).all():
+            raise UserError(f"model {model.name}: its logits are not finite, expected numbers")
     return np.concatenate(found)
 
 
