@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jclt.attribution.graph import Graph
-from jclt.attribution.influence import row_blocks
+from jclt.attribution.influence import row_blocks, rows_at_once
 from jclt.attribution.paths import name_of
 from jclt.errors import UserError, first_line
 from jclt.files import Archive, NpzFile, check_file, new_file, parse_json, to_json
@@ -271,7 +271,7 @@ def _unpack(path: Path, file: NpzFile, size: int) -> Float[np.ndarray, "N N"]:
 
 def _byte_rows(size: int) -> list[tuple[int, int]]:
     """Ranges of rows whose bits begin at whole bytes."""
-    many = max((1 << 26) // max(size, 1) // 8, 1) * 8
+    many = -(-rows_at_once(size, 1) // 8) * 8
     return [(first, min(first + many, size)) for first in range(0, size, many)]
 
 

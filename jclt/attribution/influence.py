@@ -24,9 +24,13 @@ def output_weights(graph: Graph) -> Float[np.ndarray, "N"]:
     return weights
 
 
+def rows_at_once(width: int, itemsize: int) -> int:
+    """How many rows make up `BLOCK` bytes; at least one."""
+    return max(BLOCK // max(width * itemsize, 1), 1)
+
+
 def row_blocks(width: int, itemsize: int, rows: Int[np.ndarray, "r"]) -> Iterator[Int[np.ndarray, "_"]]:
-    """These rows in parts of `BLOCK` bytes, at least one row each."""
-    many = max(BLOCK // max(width * itemsize, 1), 1)
+    many = rows_at_once(width, itemsize)
     return (rows[start : start + many] for start in range(0, len(rows), many))
 
 

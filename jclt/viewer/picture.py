@@ -17,7 +17,7 @@ from jclt.shapes import Float, Int
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EDGES, LABELS, LETTERS = 500, 90, 26  # more only blacken the picture
+EDGES, LABELS, LETTERS, LONGEST = 500, 90, 26, 60  # more only blacken the picture; letters of a label, a token
 RAISES, LOWERS, FEATURE, ERROR, INPUT = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c"
 POINTS = 72  # in an inch
 DOTS, LARGEST = 200, 60_000  # of a picture's side in an inch, and in all; what draws it ends at 65,536
@@ -222,7 +222,8 @@ def _draw_frame(axes: "Axes", plan: _Plan, title: str | None) -> None:
     )
     if title is not None:
         place = {"ha": "left", "va": "top", "fontsize": 11}
-        axes.text(left, top + TOP - 0.1, _shown(title), parse_math=False, **place)
+        room = int((right - left) * POINTS / (11 * 0.6))
+        axes.text(left, top + TOP - 0.1, _shown(title, most=room), parse_math=False, **place)
 
 
 def _draw_tokens(axes: "Axes", graph: Graph, plan: _Plan) -> None:
@@ -277,12 +278,13 @@ def _names(graph: Graph, labels: Mapping[tuple[int, int], str]) -> list[str]:
     notes: Sequence[dict[str, Any]] = graph.annotations.get("nodes") or [{}] * len(graph)
     names = []
     for (layer, _, feature), note in zip(graph.features.tolist(), notes[: len(graph.features)], strict=True):
-        name = _shown(str(labels.get((layer, feature)) or note.get("clerp") or f"{layer}/{feature}"))
-        names.append(name if len(name) <= LETTERS else name[: LETTERS - 1] + "…")
+        name = str(labels.get((layer, feature)) or note.get("clerp") or f"{layer}/{feature}")
+        names.append(_shown(name, most=LETTERS))
     return names
 
 
-def _shown(text: str, strip: bool = True) -> str:
-    """A text on one line, with what is not to be seen in it made visible."""
+def _shown(text: str, strip: bool = True, most: int = LONGEST) -> str:
+    """A text on one line, cut to so many letters, with what is not to be seen in it made visible."""
+    text = text if len(text) <= most else text[: most - 1] + "…"
     shown = "".join(letter if letter.isprintable() else "·" for letter in text.replace("\n", "⏎").replace("\t", "→"))
     return (shown.strip() or "␣" * len(shown)) if strip else shown
