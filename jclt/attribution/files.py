@@ -402,7 +402,8 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _check_numbering(content: bytes) -> None:
     """Things in a pickle are numbered, and Python takes memory for all numbers up to the highest."""
     for operation, argument, _ in pickletools.genops(content):
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(content):
+        numbered = operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int)
+        if numbered and argument > len(content):
             raise ValueError(f"thing number {argument} in {len(content)} bytes")
 
 

@@ -66,6 +66,6 @@ def free_name(folder: Path, slug: str) -> str:
 
 
 def _checked(name: str) -> str:
-    if not name or Path(name).name != name:
+    if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"name '{name}': expected the name of a file, without folders")
     return name
