@@ -629,6 +629,7 @@ def put(name, place, value):
             about(annotations={"nodes": [{}]}),
             "annotations of nodes are damaged, expected an object for each of 6 nodes",
         ),
+        (about(annotations={"nodes": [{"node_id": []}] * 6}), "annotations of nodes are damaged"),
         (about(annotations={"metadata": 1}), "annotations of metadata are damaged"),
         (about(supernodes={"a": 5}), "supernode 'a' names nodes that are not there"),
         (about(layers=10**15), "1000000000000000 layers, expected 0 to 10000"),

@@ -265,7 +265,10 @@ def test_provenance_of_any_kind_is_written(value):
     graph = small_graph(
         provenance=dict.fromkeys(names, value), annotations={"qParams": {"pinnedIds": [[], "x"], "supernodes": [5]}}
     )
-    assert json.loads(json.dumps(export_json(graph)))["qParams"]["pinnedIds"] == ["0_1_2", "1_90000_2", "err_1_2"]
+    ids = ["0_1_2", "1_90000_2", "err_1_2"]
+    assert json.loads(json.dumps(export_json(graph)))["qParams"]["pinnedIds"] == ids
+    graph = replace(graph, annotations={"qParams": {"pinnedIds": value, "supernodes": value}})
+    assert export_json(graph)["qParams"]["pinnedIds"] == ids
 
 
 HOSTILE = ("\x00\x1b[31m\x9b", "\u202e\u2066abc\n\r\t\u2028", "\ud800$x_{\\", "\U0001f600\u0644\u0627" * 400)

@@ -149,7 +149,9 @@ def check_graph(graph: Graph, where: object) -> None:
             raise UserError(f"{where}: array '{name}' holds {wrong[0]}, expected {expected}")
     notes = graph.annotations.get("nodes")
     if notes is not None and not (
-        isinstance(notes, list) and len(notes) == len(graph) and all(isinstance(note, dict) for note in notes)
+        isinstance(notes, list)
+        and len(notes) == len(graph)
+        and all(isinstance(note, dict) and isinstance(note.get("node_id", ""), str) for note in notes)
     ):
         raise UserError(f"{where}: annotations of nodes are damaged, expected an object for each of {len(graph)} nodes")
     for name in ("metadata", "qParams"):
@@ -402,8 +404,8 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _check_numbering(content: bytes) -> None:
     """Things in a pickle are numbered, and Python takes memory for all numbers up to the highest."""
     for operation, argument, _ in pickletools.genops(content):
-        numbered = operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int)
-        if numbered and argument > len(content):
+        number = argument if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0
+        if number is not None and number > len(content):
             raise ValueError(f"thing number {argument} in {len(content)} bytes")
 
 

@@ -384,6 +384,7 @@ def _view(graph: Graph, ids: Sequence[str]) -> Json:
     groups = [[name, *(ids[node] for node in members)] for name, members in graph.supernodes.items()]
     pinned = saved.get("pinnedIds") or []
     pinned = pinned.split(",") if isinstance(pinned, str) else pinned  # as viewers save them
+    pinned = pinned if isinstance(pinned, list) else []
     pinned = [node_id for node_id in pinned if isinstance(node_id, str) and node_id in number]
     known = saved.get("supernodes", [])
     if _are_groups(known) and _supernodes(known, number) == graph.supernodes:
