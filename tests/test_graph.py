@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import tracemalloc
 import zipfile
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -11,9 +12,17 @@ import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
 
-from jclt.attribution.files import load_graph, read_circuit_tracer, save_graph
+from jclt.attribution import influence as influence_module
+from jclt.attribution.files import _pack, load_graph, read_circuit_tracer, save_graph
 from jclt.attribution.graph import Graph
-from jclt.attribution.influence import missing, node_influence, normalized, output_weights, scores
+from jclt.attribution.influence import (
+    cumulative_share,
+    missing,
+    node_influence,
+    normalized,
+    output_weights,
+    scores,
+)
 from jclt.attribution.paths import (
     between_supernodes,
     describe,
@@ -118,6 +127,7 @@ def assert_same_graph(got: Graph, want: Graph):
     for field in fields(Graph):
         a, b = getattr(got, field.name), getattr(want, field.name)
         if isinstance(b, np.ndarray):
+            assert isinstance(a, np.ndarray), field.name
             assert a.dtype == b.dtype, field.name
             np.testing.assert_array_equal(a, b, err_msg=field.name)
         else:
@@ -264,6 +274,66 @@ def test_edges_are_kept_up_to_the_threshold(seed):
         want &= nodes[:, None] & nodes
     np.testing.assert_array_equal(found.edges, want)
     np.testing.assert_array_equal(found.nodes, nodes)
+
+
+def peak_of(function, *arguments) -> int:
+    """Bytes taken at most beyond those that were taken before."""
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.5])
+def test_blocks_of_rows_change_nothing(rest, monkeypatch):
+    graph = random_graph(3, features=60, layers=4, rest=rest)
+    want, masked, pruned = scores(graph), masks(graph), prune(graph)
+    for size in (1, 8 * len(graph) * 7):
+        monkeypatch.setattr(influence_module, "BLOCK", size)
+        for name in ("replacement", "completeness", "replacement_interval", "completeness_interval"):
+            assert getattr(scores(graph), name) == pytest.approx(getattr(want, name), rel=1e-12)
+        found = masks(graph)
+        assert (found.nodes == masked.nodes).all() and (found.edges == masked.edges).all()
+        np.testing.assert_allclose(prune(graph).rest_mass, pruned.rest_mass, rtol=1e-12)
+
+
+def test_scores_and_pruning_need_no_second_matrix(monkeypatch, tmp_path):
+    graph = random_graph(0, features=900, layers=6, tokens=10, density=1.0)
+    graph = replace(graph, adjacency=graph.adjacency.astype(np.float32))
+    monkeypatch.setattr(influence_module, "BLOCK", 1 << 16)
+    size = graph.adjacency.nbytes
+    assert peak_of(scores, graph) < 0.15 * size
+    assert peak_of(prune, graph) < 0.85 * size
+    assert peak_of(_pack, graph.adjacency) < 0.6 * size  # half of them are there, and as many bits as there may be
+    save_graph(graph, tmp_path / "graph.npz")
+    assert peak_of(load_graph, tmp_path / "graph.npz") < 2 * size
+
+
+def test_a_pruned_graph_keeps_the_shares_and_scores_of_the_whole():
+    graph = random_graph(2, features=60)
+    shares = cumulative_share(node_influence(graph))
+    once = prune(graph, 0.8, 0.95)
+    twice = prune(once, 0.6, 0.95)
+    found = masks(graph, 0.8, 0.95).nodes
+    np.testing.assert_array_equal(once.whole_shares, shares[found])
+    np.testing.assert_array_equal(twice.whole_shares, shares[found][masks(once, 0.6, 0.95).nodes])
+    assert not np.allclose(cumulative_share(node_influence(once)), once.whole_shares)
+    kept = np.arange(len(graph)) % 2 == 0
+    part = graph.keep(kept)
+    np.testing.assert_array_equal(part.whole_shares, shares[kept | np.isin(graph.kinds, (2, 3, 4))])
+    assert once.provenance["whole_graph_scores"] == twice.provenance["whole_graph_scores"] == scores(graph).both
+    assert graph.whole_shares is None and "whole_graph_scores" not in graph.provenance
+
+
+def test_outputs_count_by_their_weights():
+    graph = random_graph(1)
+    weighted = replace(graph, logit_weights=np.array([0.2, 0.8]), logit_probabilities=np.array([0.0, 0.3]))
+    as_weights = replace(graph, logit_probabilities=np.array([0.2, 0.8]))
+    np.testing.assert_array_equal(node_influence(weighted), node_influence(as_weights))
+    assert scores(weighted) == scores(as_weights) and not np.allclose(node_influence(weighted), node_influence(graph))
+    assert strongest_paths(weighted) == strongest_paths(as_weights)
 
 
 def test_equal_influences_stay_or_go_together():
@@ -454,7 +524,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(np, "savez_compressed", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"{path}: cannot be written .*disk full"):
         save_graph(hand_graph(), path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
@@ -465,6 +535,55 @@ def test_a_saved_graph_replaces_the_old_file_at_once(tmp_path):
     old.hardlink_to(path)
     save_graph(replace(hand_graph(), provenance={"model": "new"}), path)
     assert (load_graph(old).provenance, load_graph(path).provenance) == ({}, {"model": "new"})
+
+
+def test_optional_arrays_are_saved_and_files_without_them_are_read(tmp_path):
+    path = tmp_path / "graph.npz"
+    graph = random_graph(9)
+    save_graph(graph, path)
+    version = json.loads(np.load(path)["about"].tobytes())["version"]
+    assert version == 1 and {"logit_weights", "whole_shares"}.isdisjoint(np.load(path).files)
+    assert load_graph(path).logit_weights is None and load_graph(path).whole_shares is None
+    pruned = prune(graph)
+    save_graph(pruned, path)  # an older jclt passes over the shares, and nothing else of it is new
+    assert json.loads(np.load(path)["about"].tobytes())["version"] == 1
+    assert_same_graph(load_graph(path), pruned)
+    weighted = replace(pruned, logit_weights=np.array([1.0, 0.0]))
+    save_graph(weighted, path)
+    assert json.loads(np.load(path)["about"].tobytes())["version"] == 2
+    assert_same_graph(load_graph(path), weighted)
+
+
+def test_numpys_numbers_in_provenance_are_written_as_plain_ones(tmp_path):
+    settings = {"targets": [np.int64(5), (np.int32(1), " a")], "tolerance": np.float32(0.5), "all": np.bool_(1)}
+    graph = replace(hand_graph(), provenance={"settings": settings, "vector": np.arange(2)})
+    save_graph(graph, tmp_path / "graph.npz")
+    want = {"settings": {"targets": [5, [1, " a"]], "tolerance": 0.5, "all": True}, "vector": [0, 1]}
+    assert load_graph(tmp_path / "graph.npz").provenance == want
+    for wrong, message in (({"a": object()}, "hold a object, expected what JSON can"), ({"a": np.nan}, "not finite")):
+        with pytest.raises(UserError, match=message):
+            save_graph(replace(hand_graph(), provenance=wrong), tmp_path / "other.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["graph.npz"]
+
+
+def test_a_graph_is_shown_in_a_line():
+    assert repr(hand_graph()) == "<Graph of ' South Creek': 2 features, 1 error, 2 tokens, 1 output, 6 edges>"
+    hostile = replace(hand_graph(), token_texts=("\x1b[31m\n\u202e\ud800", "x" * 5000))
+    assert repr(hostile).isprintable() and len(repr(hostile)) < 200
+
+
+@pytest.mark.parametrize("name", ["token_texts", "logit_names"])
+def test_texts_of_other_lengths_are_refused(name):
+    with pytest.raises(UserError, match=rf"graph: {name} of shape \[7\], expected \[\d\]: its lists have 6 nodes"):
+        replace(hand_graph(), **{name: ("a",) * 7})
+
+
+def test_words_for_nodes_hold_no_signs_that_do_not_print():
+    texts = ("\x9b\u202e", "\ud800\x7f")
+    graph = replace(hand_graph(), token_texts=texts, logit_names=("\x1b[31m\n",), logit_tokens=np.array([-1]))
+    path = strongest_paths(graph, 1)[0]
+    assert describe(graph, path, {(0, 17): "a\u202eb"}).isprintable()
+    assert all(name_of(graph, node).isprintable() for node in range(6))
 
 
 def damaged(path, change):
@@ -482,23 +601,60 @@ def about(**said):
     return change
 
 
+def put(name, place, value):
+    def change(arrays):
+        arrays[name] = arrays[name].copy()
+        arrays[name][place] = value
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (about(version=2), "version 2, expected 1, the one that this jclt reads: written by a newer jclt"),
+        (about(version=3), "version 3, expected 1 or 2, those that this jclt reads: written by a newer jclt"),
         (about(format="other"), "not a graph that jclt saved, expected format 'jclt-graph'"),
         (about(token_texts=["one"]), "'token_texts' in 'about' has 1 entries, expected 2"),
         (about(token_texts=[1, 2]), "expected texts"),
         (about(layers="3"), "'layers' in 'about' is damaged or missing, expected int"),
         (about(supernodes={"a": [99]}), "supernode 'a' names nodes that are not there"),
         (lambda arrays: arrays.pop("about"), "not a graph that jclt saved, holds the arrays bias"),
-        (lambda arrays: arrays.update(about=np.zeros(5, np.uint8)), "'about' is damaged, expected JSON"),
+        (lambda arrays: arrays.update(about=np.zeros(5, np.uint8)), "'about' is damaged: not valid JSON"),
         (lambda arrays: arrays.pop("rest"), "array 'rest' is missing"),
         (lambda arrays: arrays.update(rest=np.zeros(5)), r"array 'rest' has shape \[5\], expected \[6\]"),
         (lambda arrays: arrays.update(tokens=np.zeros(2)), "array 'tokens' is damaged: float64"),
         (lambda arrays: arrays.update(edges=arrays["edges"][1:]), "5 edges have values, expected 6"),
         (lambda arrays: arrays.update(edges_present=np.zeros(9, np.uint8)), "edges of another number of nodes"),
-        (lambda arrays: arrays.update(edges=np.array([print])), "not a graph that jclt saved, or damaged"),
+        (
+            about(annotations={"nodes": [{}]}),
+            "annotations of nodes are damaged, expected an object for each of 6 nodes",
+        ),
+        (about(annotations={"nodes": [{"node_id": []}] * 6}), "annotations of nodes are damaged"),
+        (about(annotations={"metadata": 1}), "annotations of metadata are damaged"),
+        (about(supernodes={"a": 5}), "supernode 'a' names nodes that are not there"),
+        (about(layers=10**15), "1000000000000000 layers, expected 0 to 10000"),
+        (about(layers=2), "array 'features, layer' holds 2, expected 0 to 1"),
+        (put("bias", 2, np.nan), "array 'bias' holds nan, expected numbers"),
+        (put("values", 0, np.inf), "array 'values' holds inf"),
+        (put("rest_mass", 0, -1), "array 'rest_mass' holds -1.0, expected at least 0"),
+        (put("activations", 0, np.nan), "array 'activations' holds nan"),
+        (put("edges", 3, np.nan), "the edge .* -> .* is not finite"),
+        (put("logit_probabilities", 0, -0.5), "array 'logit_probabilities' holds -0.5, expected at least 0"),
+        (put("logit_probabilities", 0, 1.5), "array 'logit_probabilities of tokens' holds 1.5, expected 0 to 1.0"),
+        (put("features", (0, 0), -5), "array 'features, layer' holds -5, expected 0 to 2"),
+        (put("features", (0, 1), 10**6), "array 'features, position' holds 1000000, expected 0 to 1"),
+        (put("features", (1, 2), -1), "array 'features, feature' holds -1"),
+        (put("errors", (0, 0), 3), "array 'errors, layer' holds 3"),
+        (put("errors", (0, 1), 2), "array 'errors, position' holds 2"),
+        (put("logit_positions", 0, 2), "array 'logit_positions' holds 2, expected 0 to 1"),
+        (put("tokens", 0, -2), "array 'tokens' holds -2"),
+        (
+            put("features", (0, 0), 2),
+            'the edge layer 2 feature 17 at " South" .* leads from layer 2 to 2, expected into a',
+        ),
+        (lambda arrays: arrays.update(logit_weights=np.array([-1.0])), "array 'logit_weights' holds -1.0"),
+        (lambda arrays: arrays.update(whole_shares=np.full(6, 2.0)), "array 'whole_shares' holds 2.0"),
+        (lambda arrays: arrays.update(edges=np.array([print])), "'edges' is damaged .*Python objects"),
     ],
 )
 def test_damaged_files_are_told_in_one_line(change, message, tmp_path):
@@ -508,6 +664,38 @@ def test_damaged_files_are_told_in_one_line(change, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_graph(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "fails"),
+    [
+        ("unknown", np.zeros(20_000_000), False),
+        ("features", np.zeros((2_000_000, 3), np.int64), True),
+        ("about", np.full(300_000_000, ord(" "), np.uint8), True),
+        ("edges", np.zeros(20_000_000, np.float32), True),
+    ],
+)
+def test_a_small_file_takes_little_memory(name, array, fails, tmp_path):
+    path = tmp_path / "graph.npz"
+    save_graph(hand_graph(), path)
+    damaged(path, lambda arrays: arrays.update({name: array}))
+    assert path.stat().st_size < 400_000
+
+    def load():
+        if fails:
+            with pytest.raises(UserError, match=rf"{path}: .*(expected|edges of another number of nodes)"):
+                load_graph(path)
+        else:
+            assert_same_graph(load_graph(path), hand_graph())
+
+    assert peak_of(load) < 3_000_000
+
+
+def test_a_graph_larger_than_memory_is_refused_at_once(tmp_path, monkeypatch):
+    save_graph(hand_graph(), tmp_path / "graph.npz")
+    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 300)
+    with pytest.raises(UserError, match="graph.npz: 6 nodes: needs .* B of memory, expected at most 300 B"):
+        load_graph(tmp_path / "graph.npz")
 
 
 @pytest.mark.parametrize("read", [load_graph, read_circuit_tracer])
@@ -578,6 +766,23 @@ def test_tensors_may_be_views_but_reach_past_nothing(tmp_path):
         torch_file(tmp_path / "a.pt", tensor_bytes(shape, strides, offset, 12), **{"0": data.tobytes()})
         with pytest.raises(UserError, match="reaches past its 12 numbers"):
             _unpickle(tmp_path / "a.pt")
+
+
+def test_tensors_take_no_more_than_the_file(tmp_path):
+    path = tmp_path / "a.pt"
+    numbers = np.zeros(12, np.float32).tobytes()
+    for shape, strides in (((10**5, 10**5), (0, 0)), ((13, 1), (0, 1))):
+        torch_file(path, tensor_bytes(shape, strides, 0, 12), **{"0": numbers})
+        with pytest.raises(UserError, match="repeats its 12 numbers"):
+            read_circuit_tracer(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("graph/data.pkl", tensor_bytes((1,), (1,), 0, 1))
+        archive.writestr("graph/data/0", bytes(50_000_000))
+    with pytest.raises(UserError, match="'graph/data/0' unpacks to 50000000 bytes, expected at most"):
+        read_circuit_tracer(path)
+    torch_file(path, b"\x80\x02}r" + (2**31).to_bytes(4, "little") + b".")
+    with pytest.raises(UserError, match="thing number 2147483648 in"):
+        read_circuit_tracer(path)
 
 
 @pytest.mark.parametrize("folder", GRAPHS)

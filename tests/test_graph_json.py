@@ -4,6 +4,7 @@ import gzip
 import json
 import struct
 import time
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from test_graph import random_graph
 
 import jclt
+from jclt.attribution import attribute, load_graph, node_influence, prune, save_graph
 from jclt.attribution.graph import Graph
+from jclt.attribution.influence import cumulative_share
+from jclt.coders import load_coder
 from jclt.errors import UserError
-from jclt.viewer import draw_graph, export_json, import_json, write_index
-from jclt.viewer.graph_json import cantor, cumulative_share
-from jclt.viewer.picture import _draw_labels, _overlap, _plan
+from jclt.models import load_model
+from jclt.viewer import (
+    draw_graph,
+    export_json,
+    import_json,
+    slug_of,
+    summary,
+    write_graph,
+    write_index,
+    write_viewer_json,
+)
+from jclt.viewer.graph_json import cantor
+from jclt.viewer.picture import _draw_labels, _draw_outputs, _overlap, _plan
+from jclt.world import TASKS
 
 PUBLISHED = Path(__file__).parents[2] / "shared/datasets/graphs"
 NAMES = ("dallas-austin-gemma-2-2b-clt", "dollar-gemma-2-2b", "meow-gemma-2-2b-clt")
@@ -107,7 +123,7 @@ def test_every_node_is_written_as_viewers_expect_it():
     ]
     assert [node["clerp"] for node in nodes] == [
         *("", "a label", "", "", "", "", "", "", "Position 2"),
-        *('Output " "mat"" (p=0.100)', 'Output "one - other" (p=0.600)'),
+        *('Output " "mat"" (p=0.100)', 'Output "one - other" (p=)'),
     ]
     assert [node["token_prob"] for node in nodes] == [0] * 9 + [0.1, 0.6]
     assert [node["is_target_logit"] for node in nodes] == [False] * 10 + [True]
@@ -140,7 +156,7 @@ def test_links_metadata_and_view_are_written():
     assert view["linkType"] == "both"
     assert view["supernodes"] == [["cats", "0_1_2", "1_90000_2"], ["end", "err_1_2"]]
     assert view["pinnedIds"] == ["0_1_2", "1_90000_2", "err_1_2"]
-    assert export_json(graph)["metadata"]["slug"] == "bos-the-cat"
+    assert export_json(graph)["metadata"]["slug"] == "the-cat"
 
 
 def test_influence_is_the_share_of_all_that_matters_at_least_as_much():
@@ -152,6 +168,183 @@ def test_influence_is_the_share_of_all_that_matters_at_least_as_much():
     assert min(shares, key=shares.__getitem__) == "1_7_2"  # all but 1e-7 of the likelier output comes from it
 
 
+def distinct_graph(seed: int, **options) -> Graph:
+    """A random graph whose features all have other numbers."""
+    graph = random_graph(seed, **options)
+    graph.features[:, 2] = 100 + np.arange(len(graph.features))  # no number of a layer, and so no id of an error
+    return graph
+
+
+def shown(content: dict, threshold: float | None = None) -> set[str]:
+    """What circuit-tracer's viewer shows, errors by the same rule as features; its slider begins at the graph's own."""
+    threshold = content["metadata"]["node_threshold"] if threshold is None else threshold
+    return {
+        node["node_id"]
+        for node in content["nodes"]
+        if node["feature_type"] in ("embedding", "logit") or node["influence"] <= threshold
+    }
+
+
+@pytest.mark.parametrize("rule", ["paper", "circuit-tracer"])
+@pytest.mark.parametrize("threshold", [0.5, 0.8123456789, 1.0])
+def test_viewers_show_all_that_pruning_kept(rule, threshold):
+    graph = distinct_graph(3, features=60, layers=4)
+    whole = {node["node_id"]: node["influence"] for node in export_json(graph)["nodes"]}
+    for small in (once := prune(graph, threshold, rule=rule), prune(once, 0.9, rule=rule), prune(once, 0.2, rule=rule)):
+        content = export_json(small)
+        assert len(content["nodes"]) == len(small) and len(shown(content)) == len(small)
+        limit = content["metadata"]["node_threshold"]
+        own = {node["node_id"]: node["influence"] for node in content["nodes"] if node["influence"] is not None}
+        assert own == {node_id: min(whole[node_id], limit) for node_id in own}
+    assert 0 < len(shown(export_json(once), threshold / 2)) < len(once)  # and fewer where the user asks for fewer
+    assert all(type(node["influence"]) in (float, type(None)) for node in export_json(once)["nodes"])
+
+
+@pytest.mark.parametrize("task", ["two_hop", "ioi"])
+def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
+    model = load_model("demo")
+    coder = load_coder("demo", model=model, check=False)
+    graph = attribute(model, coder, TASKS[task].examples("report", 1, 0)[0].prompt)
+    small = prune(graph)
+    assert write_graph(graph, small, tmp_path, task) == task
+    content = json.loads((tmp_path / f"{task}.json").read_text())
+    assert len(shown(content)) == len(small) and len(small.features) >= 10
+    index = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
+    assert index == [content["metadata"]] and index[0]["slug"] == task and index[0]["scan"] == "demo"
+    metadata = content["metadata"]
+    assert metadata["replacement_score"] == metadata["whole_graph_scores"]["replacement"] == graph.scores.replacement
+    assert metadata["completeness_score"] == graph.scores.completeness > small.scores.completeness
+    assert metadata["pruned_graph_scores"] == small.scores.both
+    lines = summary(graph, small).splitlines()
+    assert f"completeness {graph.scores.completeness:.2f} (of what" in lines[1] and "active features" in lines[1]
+    assert f"completeness {small.scores.completeness:.2f}, replacement {small.scores.replacement:.2f} (what" in lines[2]
+
+
+def test_a_file_that_is_pruned_after_it_was_read_is_shown_whole(tmp_path):
+    export_json(distinct_graph(3, features=60), tmp_path / "one.json")
+    small = prune(import_json(tmp_path / "one.json"), 0.7)
+    content = export_json(small)
+    assert content["metadata"]["node_threshold"] == 0.7 and len(shown(content)) == len(content["nodes"]) == len(small)
+
+
+def test_only_tokens_are_shown_with_probabilities(tmp_path):
+    graph = small_graph(
+        logit_probabilities=np.array([0.1, 0], np.float32), logit_weights=np.array([0.25, 0.75], np.float32)
+    )
+    content = export_json(graph, slug="one")
+    nodes = content["nodes"][-2:]
+    assert [node["clerp"] for node in nodes] == ['Output " "mat"" (p=0.100)', 'Output "one - other" (p=)']
+    assert [node["token_prob"] for node in nodes] == [0.1, 0]
+    assert [node["is_target_logit"] for node in nodes] == [True, False]
+    assert summary(graph, prune(graph)).splitlines()[0] == "explains ' \"mat\"' 0.100, 'one - other'"
+    axes = Figure().add_axes((0, 0, 1, 1))
+    _draw_outputs(axes, graph, _plan(graph, np.ones(11)))
+    assert [text.get_text() for text in axes.texts] == ['“ "mat"”\n10.0%', "one - other"]
+    export_json(graph, tmp_path / "one.json")
+    back = import_json(tmp_path / "one.json")  # by weights, what counts stays the same
+    assert back.logit_weights.tolist() == [0.25, 0.75] and back.logit_names == graph.logit_names
+    np.testing.assert_array_equal(node_influence(back), node_influence(graph))
+    assert export_json(back) == content
+
+
+def test_a_models_path_is_no_part_of_a_graph():
+    for name in ("/home/someone/models/tiny", "/home/someone/models/tiny/", "someone/tiny", "models/tiny/."):
+        assert export_json(small_graph(provenance={"model": name}))["metadata"]["scan"] == "tiny"
+
+
+def test_numpys_numbers_are_written_as_plain_ones(tmp_path):
+    provenance = {"model": "m", "settings": {"targets": [np.int64(5)], "tolerance": np.float32(0.5)}}
+    content = export_json(small_graph(provenance=provenance))
+    assert content["metadata"]["generation_settings"] == {"targets": [5], "tolerance": 0.5}
+    export_json(small_graph(provenance=provenance), tmp_path / "one.json")
+
+
+@pytest.mark.parametrize("value", [5, [], "text", None])
+def test_provenance_of_any_kind_is_written(value):
+    names = ("settings", "pruning_settings", "whole_graph_scores", "model", "coder", "prompt")
+    graph = small_graph(
+        provenance=dict.fromkeys(names, value), annotations={"qParams": {"pinnedIds": [[], "x"], "supernodes": [5]}}
+    )
+    ids = ["0_1_2", "1_90000_2", "err_1_2"]
+    assert json.loads(json.dumps(export_json(graph)))["qParams"]["pinnedIds"] == ids
+    graph = replace(graph, annotations={"qParams": {"pinnedIds": value, "supernodes": value}})
+    assert export_json(graph)["qParams"]["pinnedIds"] == ids
+
+
+HOSTILE = ("\x00\x1b[31m\x9b", "\u202e\u2066abc\n\r\t\u2028", "\ud800$x_{\\", "\U0001f600\u0644\u0627" * 400)
+
+
+def test_texts_of_any_kind_are_written_and_drawn(tmp_path):
+    for text in HOSTILE:
+        graph = small_graph(token_texts=(text,) * 3, logit_names=(text,) * 2, supernodes={text: (0,)})
+        labels = {(0, 1): text, (1, 7): text}
+        name = write_graph(graph, prune(graph), tmp_path, labels=labels)
+        assert import_json(tmp_path / f"{name}.json").token_texts == (text,) * 3
+        assert load_graph(tmp_path / f"{name}.npz").logit_names == (text,) * 2
+        assert summary(graph, prune(graph)).isprintable() is False  # its lines
+        assert all(line.isprintable() for line in summary(graph, prune(graph)).split("\n"))
+        draw_graph(graph, tmp_path / "one.svg", labels=labels, title=text)
+
+
+def test_a_picture_of_very_many_rows_is_drawn_small(tmp_path):
+    graph = small_graph(layers=3000)
+    draw_graph(graph, tmp_path / "one.png")
+    _, height = struct.unpack(">II", (tmp_path / "one.png").read_bytes()[16:24])
+    assert 30_000 < height <= 60_000
+
+
+# The files of one graph.
+
+
+def test_graphs_are_named_by_their_prompts(tmp_path):
+    graph, other = small_graph(), small_graph(token_texts=("<bos>", "A", " dog"))
+    small = prune(graph)
+    assert [write_graph(g, small, tmp_path) for g in (graph, other, graph)] == ["the-cat", "a-dog", "the-cat-2"]
+    assert write_graph(graph, small, tmp_path, "graph") == "graph"
+    slugs = ["a-dog", "graph", "the-cat-2", "the-cat"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "graph-metadata.json",
+        *(f"{slug}{suffix}" for slug in slugs for suffix in (".npz", ".json", ".png")),
+    }
+    index = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
+    assert sorted(entry["slug"] for entry in index) == sorted(slugs)
+    long = small_graph(token_texts=("<|endoftext|>", "word " * 50, "\u4e2d"))
+    assert slug_of(long).endswith("word") and 35 < len(slug_of(long)) <= 45
+    assert slug_of(small_graph(token_texts=("<s>", "\u4e2d", "!"))) == "graph"
+    for name in ("", "a/b", "..", "/tmp/x"):
+        with pytest.raises(UserError, match="expected the name of a file"):
+            write_graph(graph, small, tmp_path, name)
+
+
+def test_a_graph_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    twice = small_graph(logit_tokens=np.array([77, 77]))
+    with pytest.raises(UserError, match="two nodes have the id '3_77_2'"):
+        write_graph(twice, twice, tmp_path / "new", "one")
+    assert not (tmp_path / "new").exists()
+    write_graph(small_graph(), small_graph(), tmp_path, "one")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(UserError, match="cannot be written .No space left"):
+        write_graph(small_graph(layers=5), small_graph(layers=5), tmp_path, "one")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_saved_graphs_becomes_a_viewers(tmp_path):
+    for number in range(2):
+        save_graph(distinct_graph(number), tmp_path / f"00000{number}.npz")
+    for path in sorted(tmp_path.glob("*.npz")):
+        write_viewer_json(load_graph(path), tmp_path, path.stem)
+    write_index(tmp_path)
+    index = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
+    assert [entry["slug"] for entry in index] == ["000000", "000001"] and index[0]["node_threshold"] == 0.8
+    content = json.loads((tmp_path / "000000.json").read_text())
+    assert len(shown(content)) == len(content["nodes"]) == len(prune(distinct_graph(0)))
+
+
 def test_cantor_numbers_tell_layers_and_features_apart():
     numbers = [cantor(layer, feature) for layer in range(30) for feature in range(40)]
     assert len(set(numbers)) == len(numbers) and cantor(0, 2334) == 2727279
@@ -159,8 +352,8 @@ def test_cantor_numbers_tell_layers_and_features_apart():
 
 def test_our_own_file_is_read_back(tmp_path):
     graph = small_graph()
-    content = export_json(graph, tmp_path / "new" / "one.json")
-    assert content["metadata"]["slug"] == "one" and not list(tmp_path.rglob("*.partial"))
+    content = export_json(graph, slug="one")
+    assert export_json(graph, tmp_path / "new" / "one.json") is None and not list(tmp_path.rglob("*.partial"))
     text = (tmp_path / "new" / "one.json").read_text()
     assert json.loads(text) == content and text.startswith('{"metadata":{"slug":"one",') and "\n" not in text
     back = import_json(tmp_path / "new" / "one.json")
@@ -174,9 +367,9 @@ def test_our_own_file_is_read_back(tmp_path):
 
 
 def test_gzip_where_the_name_asks_for_it(tmp_path):
-    content = export_json(small_graph(), tmp_path / "one.json.gz")
-    assert json.loads(gzip.decompress((tmp_path / "one.json.gz").read_bytes())) == content
-    assert content["metadata"]["slug"] == "one"
+    export_json(small_graph(), tmp_path / "one.json.gz")
+    content = json.loads(gzip.decompress((tmp_path / "one.json.gz").read_bytes()))
+    assert content == export_json(small_graph(), slug="one")
     assert len(import_json(tmp_path / "one.json.gz")) == 11
 
 
@@ -217,7 +410,8 @@ def test_a_large_graph_is_written_small_and_fast(tmp_path):
     )
     features = features[np.lexsort(features.T[[2, 1, 0]])]
     adjacency = np.zeros((n, n), np.float32)
-    rows, columns = np.tril_indices(count, -1)
+    below = features[:, 0][:, None] > features[:, 0]
+    rows, columns = np.nonzero(below)
     chosen = rng.choice(len(rows), 500_000, replace=False)
     adjacency[rows[chosen], columns[chosen]] = rng.standard_normal(500_000)
     nothing = np.zeros(n, np.float32)
@@ -342,6 +536,7 @@ def test_nodes_of_a_file_in_any_order(tmp_path):
 
 
 LINK = {"source": "E_9_0", "target": "0_5_1", "weight": 0.5}
+METADATA = {"slug": "a", "scan": "m", "prompt_tokens": ["a", "b"], "prompt": "ab", "schema_version": 1}
 NODE = {"node_id": "0_5_1", "feature": 20, "layer": "0", "ctx_idx": 1, "feature_type": "cross layer transcoder"}
 
 
@@ -359,6 +554,30 @@ NODE = {"node_id": "0_5_1", "feature": 20, "layer": "0", "ctx_idx": 1, "feature_
         ({"links": [LINK | {"weight": None}]}, "has weight None"),
         ({"links": [LINK, LINK]}, "is there twice"),
         ({"links": ["x"]}, "a link is x"),
+        ({"links": [LINK | {"source": ["E_9_0"]}]}, "expected ids of nodes as source and target"),
+        ({"links": [LINK | {"weight": 10**400}]}, "E_9_0 -> 0_5_1 has weight inf"),
+        (
+            {"links": [LINK | {"source": "0_5_1", "target": "E_9_0"}]},
+            "0_5_1 -> E_9_0 leads from layer 0 to -1, expected",
+        ),
+        (
+            {"links": [LINK | {"source": "0_5_1", "target": "0_5_1"}]},
+            "0_5_1 -> 0_5_1 leads from layer 0 to 0, expected",
+        ),
+        ({"nodes": [NODE | {"feature_type": []}]}, r"is of feature_type \[\], expected one of"),
+        ({"nodes": [NODE | {"node_id": f"0_{10**30}_1"}]}, "is a feature, expected an id like"),
+        ({"nodes": [NODE | {"node_id": "123456_5_1"}], "links": []}, "123457 layers, expected 0 to 10000"),
+        ({"nodes": [NODE | {"activation": 10**400}], "links": []}, "array 'activations' holds inf"),
+        (
+            {"nodes": [NODE | {"feature_type": "logit", "layer": "1", "token_prob": 7}], "links": []},
+            "holds 7.0, expected 0",
+        ),
+        ({"nodes": [NODE | {"feature_type": "logit", "layer": "9" * 99}], "links": []}, "has layer '999"),
+        (
+            {"metadata": METADATA | {"output_weights": [1, 2]}},
+            r"metadata.output_weights is \[1, 2\], expected 1 numbers",
+        ),
+        ({"metadata": METADATA | {"output_weights": [-1]}}, "array 'logit_weights' holds -1.0"),
         ({"nodes": [NODE | {"feature_type": "lorsa"}]}, "is of feature_type 'lorsa', expected one of 'cross layer"),
         ({"nodes": [NODE | {"node_id": "abc"}]}, "'abc' is a feature, expected an id like"),
         ({"nodes": [NODE | {"ctx_idx": 2}]}, "has ctx_idx 2, expected one of 2 positions"),
@@ -384,6 +603,51 @@ def test_what_is_no_graph_is_refused(tmp_path):
             import_json(tmp_path / name)
     with pytest.raises(UserError, match="not found"):
         import_json(tmp_path / "none.json")
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+    path = write(tmp_path / "many.json", nodes=[], links=[], metadata=METADATA | {"prompt_tokens": ["a"] * 20_000})
+    bomb = tmp_path / "bomb.json.gz"
+    bomb.write_bytes(gzip.compress(bytes(500_000_000), 1))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="20000 of 20000 prompt_tokens have no node, expected one for each"):
+        import_json(path)
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    with pytest.raises(UserError, match="unpacks to more than .* bytes, expected at most 100 times its size"):
+        import_json(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 400 * bomb.stat().st_size < 1_000_000_000
+    tracemalloc.stop()
+    few = write(tmp_path / "few.json", metadata=METADATA | {"prompt_tokens": ["a"] * 3000})
+    assert len(import_json(few)) == 3002
+
+
+def test_files_nested_deeply_are_refused(tmp_path):
+    (tmp_path / "deep.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        import_json(tmp_path / "deep.json")
+    within: list = []
+    for _ in range(600):
+        within = [within]
+    try:
+        graph = import_json(write(tmp_path / "less.json", more=within))
+        export_json(graph, tmp_path / "again.json")
+    except UserError as error:
+        assert "nested too deeply" in str(error)
+
+
+def test_the_index_passes_over_what_is_no_graph(tmp_path, caplog):
+    write(tmp_path / "a.json")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "cut.json").write_text('{"metadata": ')
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "other.json").write_text('{"metadata": 5, "nodes": [], "links": []}')
+    write_index(tmp_path)
+    graphs = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
+    assert [graph["slug"] for graph in graphs] == ["a"]
+    for name in ("list", "cut", "latin", "folder"):
+        assert sum(f"{name}.json" in message for message in caplog.messages) == 1
+    assert len(caplog.messages) == 4
 
 
 def test_the_index_lists_the_graphs_of_a_folder(tmp_path):

@@ -149,5 +149,5 @@ def test_edges_against_the_order_of_layers_are_refused(tmp_path):
     graph = random_graph(0)
     graph.adjacency[0, graph.features[:, 0].argmax()] = 1.0
     theirs(graph).to_pt(str(tmp_path / "graph.pt"))
-    with pytest.raises(UserError, match="an edge into layer 0 comes from no lower layer"):
+    with pytest.raises(UserError, match="leads from layer [0-9] to 0, expected into a higher layer"):
         read_circuit_tracer(tmp_path / "graph.pt")

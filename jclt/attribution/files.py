@@ -1,20 +1,26 @@
 """Graphs on disk: one compressed `.npz` of ours, and circuit-tracer's `.pt`, read without torch."""
 
-import json
-import os
+import io
+import math
 import pickle
-import zipfile
+import pickletools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jclt.attribution.graph import Graph
-from jclt.errors import UserError
+from jclt.attribution.influence import row_blocks, rows_at_once
+from jclt.attribution.paths import name_of
+from jclt.errors import UserError, first_line
+from jclt.files import Archive, NpzFile, check_file, new_file, parse_json, to_json
+from jclt.memory import check_memory
 from jclt.shapes import Float
 
-FORMAT, VERSION = "jclt-graph", 1
+FORMAT, VERSIONS = "jclt-graph", (1, 2)
+"""In version 2 outputs have weights beside their probabilities, without which influences would be others."""
 
 AXES = {
     "bias": "N",
@@ -31,120 +37,244 @@ AXES = {
     "logit_probabilities": "k",
 }
 """The arrays beside the edges; a digit is a length."""
+OPTIONAL = {"logit_weights": "k", "whole_shares": "N"}
 WHOLE_NUMBERS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions")
 TEXTS = {"token_texts": "T", "logit_names": "k"}
 SAID: dict[str, type] = {"layers": int, "provenance": dict, "supernodes": dict, "annotations": dict}
+MOST_SAID = 1 << 28
+"""Bytes of texts, provenance and annotations in a file: those of a hundred thousand nodes take a tenth of it."""
+MOST_LAYERS = 10_000
+SUMMED = 1e-3
+"""By how much a probability or share may exceed 1 for rounding."""
 
 
 def save_graph(graph: Graph, path: str | Path) -> None:
     """Writes all of the graph in one file, which replaces an older one when it is complete."""
-    path = Path(path)
-    present = graph.adjacency != 0
+    with new_file(Path(path)) as beside:
+        write_arrays(graph, beside)
+
+
+def write_arrays(graph: Graph, path: Path) -> None:
+    """The file itself, under this very name."""
     said = {name: getattr(graph, name) for name in (*TEXTS, *SAID)}
-    about = json.dumps({"format": FORMAT, "version": VERSION} | said)
+    version = 1 if graph.logit_weights is None else 2
+    about = to_json(plain({"format": FORMAT, "version": version} | said, "graph"), "graph").encode()
+    if len(about) > MOST_SAID:
+        raise UserError(f"graph: its texts and annotations take {len(about)} bytes, expected at most {MOST_SAID}")
     arrays = {name: getattr(graph, name) for name in AXES}
-    arrays |= {
-        "about": np.frombuffer(about.encode(), np.uint8),
-        "edges_present": np.packbits(present),
-        "edges": graph.adjacency[present],
-    }
-    for name, array in arrays.items():
+    arrays |= {name: array for name in OPTIONAL if (array := getattr(graph, name)) is not None}
+    arrays |= {"about": np.frombuffer(about, np.uint8)}
+    for name, array in (arrays | {"edges": graph.adjacency}).items():
         if array.dtype.kind not in "fiu":  # numpy would write other numbers as bytes of no type
             raise UserError(f"graph: {name} is of type {array.dtype}, expected one of numpy's own number types")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    try:
-        with beside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    arrays |= _pack(graph.adjacency)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_graph(path: str | Path) -> Graph:
     """Reads what `save_graph` wrote; nothing in the file is run."""
     path = Path(path)
-    arrays = _read_arrays(path)
-    about = _read_about(path, arrays)
-    sizes = _check_lengths(path, arrays, about)
-    adjacency = _unpack(path, arrays, sizes["N"])
-    return Graph(
-        adjacency=adjacency,
-        **{name: arrays[name] for name in AXES},
+    file = NpzFile(path, "a graph that jclt saved")
+    about = _read_about(path, file)
+    axes = AXES | {name: axis for name, axis in OPTIONAL.items() if name in file.header}
+    nodes = _check_lengths(path, file, about, axes)
+    arrays = {name: np.require(file.tensor(name), requirements="W") for name in axes}
+    graph = Graph(
+        adjacency=_unpack(path, file, nodes),
+        **arrays,
         **{name: tuple(about[name]) for name in TEXTS},
         **{name: about[name] for name in ("layers", "provenance", "annotations")},
         supernodes={name: tuple(nodes) for name, nodes in about["supernodes"].items()},
     )
+    check_graph(graph, path)
+    return graph
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a graph that jclt saved")
+def plain(value: Any, where: object) -> Any:
+    """The same in Python's own numbers, lists and dictionaries, which JSON can say."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if "about" not in archive.files:
-                raise UserError(f"{path}: not a graph that jclt saved, holds the arrays {', '.join(archive.files)}")
-            return {name: archive[name] for name in archive.files}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive fails in as many ways as there are parts of it
-        raise UserError(f"{path}: not a graph that jclt saved, or damaged ({_first_line(error)})") from None
+        return _plain(value)
+    except RecursionError:
+        raise UserError(f"{where}: provenance or annotations are nested too deeply to be written") from None
+    except TypeError as error:
+        raise UserError(f"{where}: provenance or annotations hold {error}, expected what JSON can say") from None
 
 
-def _read_about(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    try:
-        about = json.loads(arrays["about"].tobytes())
-    except ValueError as error:
-        raise UserError(f"{path}: 'about' is damaged, expected JSON ({_first_line(error)})") from None
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy's and JAX's arrays and numbers
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def check_graph(graph: Graph, where: object) -> None:
+    """An error of one line unless all numbers are finite, all places exist and each edge leads into a higher layer, on
+    which everything that walks a graph relies."""
+    layers, length = graph.layers, len(graph.tokens)
+    if not 0 <= layers <= MOST_LAYERS:
+        raise UserError(f"{where}: {layers} layers, expected 0 to {MOST_LAYERS}")
+    large = np.iinfo(np.int64).max
+    single = graph.logit_tokens >= 0
+    limits = {
+        "bias": (graph.bias, -np.inf, np.inf),
+        "rest": (graph.rest, -np.inf, np.inf),
+        "rest_mass": (graph.rest_mass, 0, np.inf),
+        "values": (graph.values, -np.inf, np.inf),
+        "activations": (graph.activations, -np.inf, np.inf),
+        "features, layer": (graph.features[:, 0], 0, layers - 1),
+        "features, position": (graph.features[:, 1], 0, length - 1),
+        "features, feature": (graph.features[:, 2], 0, large),
+        "errors, layer": (graph.errors[:, 0], 0, layers - 1),
+        "errors, position": (graph.errors[:, 1], 0, length - 1),
+        "tokens": (graph.tokens, -1, large),
+        "positions": (graph.positions, 0, length - 1),
+        "logit_tokens": (graph.logit_tokens, -1, large),
+        "logit_positions": (graph.logit_positions, 0, length - 1),
+        "logit_probabilities": (graph.logit_probabilities, 0, np.inf),
+        "logit_probabilities of tokens": (graph.logit_probabilities[single], 0, 1 + SUMMED),
+        "logit_weights": (graph.logit_weights, 0, np.inf),
+        "whole_shares": (graph.whole_shares, 0, 1 + SUMMED),
+    }
+    for name, (values, low, high) in limits.items():
+        wrong = [] if values is None else values[~(np.isfinite(values) & (values >= low) & (values <= high))]
+        if len(wrong):
+            expected = "numbers" if low == -np.inf else f"at least {low}" if high in (np.inf, large) else None
+            expected = expected or f"{low} to {round(high, 2)}"
+            raise UserError(f"{where}: array '{name}' holds {wrong[0]}, expected {expected}")
+    notes = graph.annotations.get("nodes")
+    if notes is not None and not (
+        isinstance(notes, list)
+        and len(notes) == len(graph)
+        and all(isinstance(note, dict) and isinstance(note.get("node_id", ""), str) for note in notes)
+    ):
+        raise UserError(f"{where}: annotations of nodes are damaged, expected an object for each of {len(graph)} nodes")
+    for name in ("metadata", "qParams"):
+        if not isinstance(graph.annotations.get(name, {}), dict):
+            raise UserError(f"{where}: annotations of {name} are damaged, expected an object")
+    _check_edges(graph, where)
+
+
+def _check_edges(graph: Graph, where: object) -> None:
+    """A few rows at a time: edges may fill half of the memory."""
+    layers = graph.node_layers
+    for rows in row_blocks(len(graph), graph.adjacency.itemsize, np.arange(len(graph))):
+        block = graph.adjacency[rows]
+        for wrong, reason in (
+            (~np.isfinite(block), "is not finite, expected a number"),
+            ((block != 0) & (layers >= layers[rows, None]), ""),
+        ):
+            if wrong.any():
+                place, source = np.argwhere(wrong)[0]
+                target = rows[place]
+                along = f"leads from layer {layers[source]} to {layers[target]}, expected into a higher layer"
+                names = f"{_called(graph, int(source))} -> {_called(graph, int(target))}"
+                raise UserError(f"{where}: the edge {names} {reason or along}")
+
+
+def _called(graph: Graph, node: int) -> str:
+    """The node as the file that it came from calls it, or in words."""
+    notes = graph.annotations.get("nodes")
+    return str((notes[node] if notes else {}).get("node_id") or name_of(graph, node))
+
+
+def _read_about(path: Path, file: NpzFile) -> dict[str, Any]:
+    if "about" not in file.header:
+        raise UserError(f"{path}: not a graph that jclt saved, holds the arrays {', '.join(list(file.header)[:9])}")
+    shape, dtype = file.shape("about")
+    if len(shape) != 1 or dtype != np.uint8 or shape[0] > MOST_SAID:
+        raise UserError(f"{path}: 'about' is damaged: {dtype}{list(shape)}, expected at most {MOST_SAID} bytes")
+    about = parse_json(file.tensor("about").tobytes(), f"{path}: 'about' is damaged")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{path}: not a graph that jclt saved, expected format '{FORMAT}' in 'about'")
     version = about.get("version")
-    if version != VERSION:
-        newer = ": written by a newer jclt" if isinstance(version, int) and version > VERSION else ""
-        raise UserError(f"{path}: version {version}, expected {VERSION}, the one that this jclt reads{newer}")
+    if type(version) is not int or version not in VERSIONS:
+        newer = ": written by a newer jclt" if type(version) is int and version > max(VERSIONS) else ""
+        known = " or ".join(map(str, VERSIONS))
+        raise UserError(f"{path}: version {version}, expected {known}, those that this jclt reads{newer}")
     for name, kind in SAID.items() | dict.fromkeys(TEXTS, list).items():
-        if not isinstance(about.get(name), kind):
+        if type(about.get(name)) is not kind:
             raise UserError(f"{path}: '{name}' in 'about' is damaged or missing, expected {kind.__name__}")
     if not all(isinstance(text, str) for name in TEXTS for text in about[name]):
         raise UserError(f"{path}: {' or '.join(TEXTS)} in 'about' is damaged, expected texts")
     return about
 
 
-def _check_lengths(path: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> dict[str, int]:
-    """The number of nodes of each kind and in all, after a check that everything in the file agrees on them."""
-    for name in (*AXES, "edges", "edges_present"):
-        if name not in arrays:
+def _check_lengths(path: Path, file: NpzFile, about: dict[str, Any], all_axes: dict[str, str]) -> int:
+    """The number of nodes, after a check that everything in the file agrees on it and that there is memory for it:
+    nothing is unpacked before."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    need = 0
+    for name in (*all_axes, "edges", "edges_present"):
+        if name not in file.header:
             raise UserError(f"{path}: array '{name}' is missing, expected in a saved graph")
         kind = "u" if name == "edges_present" else "iu" if name in WHOLE_NUMBERS else "f"
-        if arrays[name].dtype.kind not in kind or arrays[name].ndim != len(AXES.get(name, "1")):
-            raise UserError(f"{path}: array '{name}' is damaged: {arrays[name].dtype}{list(arrays[name].shape)}")
+        shape, dtype = file.shape(name)
+        if dtype.kind not in kind or len(shape) != len(all_axes.get(name, "1")):
+            raise UserError(f"{path}: array '{name}' is damaged: {dtype}{list(shape)}")
+        shapes[name] = shape
+        need += math.prod(shape) * dtype.itemsize
     lists = ("features", "errors", "tokens", "positions", "logit_tokens")
-    sizes = {AXES[name][0]: len(arrays[name]) for name in lists}
-    sizes["N"] = sum(sizes.values())
-    for name, axes in AXES.items():
+    sizes = {AXES[name][0]: shapes[name][0] for name in lists}
+    nodes = sizes["N"] = sum(sizes.values())
+    for name, axes in all_axes.items():
         expected = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
-        if arrays[name].shape != expected:
-            shapes = f"{list(arrays[name].shape)}, expected {list(expected)}"
-            raise UserError(f"{path}: array '{name}' has shape {shapes}")
+        if shapes[name] != expected:
+            raise UserError(f"{path}: array '{name}' has shape {list(shapes[name])}, expected {list(expected)}")
     for name, axis in TEXTS.items():
         if len(about[name]) != sizes[axis]:
             raise UserError(f"{path}: '{name}' in 'about' has {len(about[name])} entries, expected {sizes[axis]}")
-    for name, nodes in about["supernodes"].items():
-        if not all(isinstance(node, int) and 0 <= node < sizes["N"] for node in nodes):
-            raise UserError(f"{path}: supernode '{name}' names nodes that are not there, expected below {sizes['N']}")
-    return sizes
+    for name, members in about["supernodes"].items():
+        if not isinstance(members, list) or not all(type(node) is int and 0 <= node < nodes for node in members):
+            raise UserError(f"{path}: supernode '{name}' names nodes that are not there, expected below {nodes}")
+    if shapes["edges_present"][0] != -(-nodes * nodes // 8):
+        raise UserError(f"{path}: edges of another number of nodes, expected those of {nodes}")
+    if shapes["edges"][0] > nodes * nodes:
+        raise UserError(f"{path}: {shapes['edges'][0]} edges have values, expected at most those among {nodes} nodes")
+    need += nodes * nodes * file.shape("edges")[1].itemsize
+    check_memory(need, f"{path}: {nodes} nodes", "load it where there is more, or prune it there first", host=True)
+    return nodes
 
 
-def _unpack(path: Path, arrays: dict[str, np.ndarray], size: int) -> Float[np.ndarray, "N N"]:
-    bits = arrays["edges_present"]
-    if len(bits) != -(-size * size // 8):
-        raise UserError(f"{path}: edges of another number of nodes, expected those of {size}")
-    present = np.unpackbits(bits, count=size * size).astype(bool).reshape(size, size)
-    if present.sum() != len(arrays["edges"]):
-        raise UserError(f"{path}: {len(arrays['edges'])} edges have values, expected {present.sum()}")
-    adjacency = np.zeros((size, size), arrays["edges"].dtype)
-    adjacency[present] = arrays["edges"]
+def _pack(adjacency: Float[np.ndarray, "N N"]) -> dict[str, np.ndarray]:
+    """The edges that are there, and a bit for each possible one; a few rows at a time."""
+    size = len(adjacency)
+    edges = np.empty(np.count_nonzero(adjacency), adjacency.dtype)
+    bits, start = [], 0
+    for first, last in _byte_rows(size):
+        block = adjacency[first:last]
+        present = block != 0
+        found = block[present]
+        edges[start : start + len(found)] = found
+        start += len(found)
+        bits.append(np.packbits(present))
+    return {"edges_present": np.concatenate([np.zeros(0, np.uint8), *bits]), "edges": edges}
+
+
+def _unpack(path: Path, file: NpzFile, size: int) -> Float[np.ndarray, "N N"]:
+    bits, edges = file.tensor("edges_present"), file.tensor("edges")
+    adjacency, start = np.zeros((size, size), edges.dtype), 0
+    for first, last in _byte_rows(size):
+        packed = bits[first * size // 8 : -(-last * size // 8)]
+        present = np.unpackbits(packed, count=(last - first) * size).view(bool).reshape(last - first, size)
+        count = int(np.count_nonzero(present))
+        if start + count <= len(edges):
+            adjacency[first:last][present] = edges[start : start + count]
+        start += count
+    if start != len(edges):
+        raise UserError(f"{path}: {len(edges)} edges have values, expected {start}")
     return adjacency
+
+
+def _byte_rows(size: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose bits begin at whole bytes."""
+    many = -(-rows_at_once(size, 1) // 8) * 8
+    return [(first, min(first + many, size)) for first in range(0, size, many)]
 
 
 def read_circuit_tracer(path: str | Path) -> Graph:
@@ -156,11 +286,13 @@ def read_circuit_tracer(path: str | Path) -> Graph:
     path = Path(path)
     found = _unpickle(path)
     try:
-        return _graph_of(path, found)
+        graph = _graph_of(path, found)
     except UserError:
         raise
     except Exception as error:  # what is in it is whatever someone pickled
-        raise UserError(f"{path}: not a graph that circuit-tracer saved ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a graph that circuit-tracer saved ({first_line(error)})") from None
+    check_graph(graph, path)
+    return graph
 
 
 NEEDED = {
@@ -182,6 +314,8 @@ def _graph_of(path: Path, found: dict[str, Any]) -> Graph:
     model = vars(found["cfg"])
     layers, selected = int(model["n_layers"]), _whole(found["selected_features"])
     features = _whole(found["active_features"]).reshape(-1, 3)
+    if len(selected) and not 0 <= selected.min() <= selected.max() < len(features):
+        raise UserError(f"{path}: selected_features names others than the {len(features)} active ones")
     activations = _real(found["activation_values"])
     if len(activations) == len(features):  # of all active features, as version 0.5 saves them; else of those selected
         activations = activations[selected]
@@ -198,7 +332,7 @@ def _graph_of(path: Path, found: dict[str, Any]) -> Graph:
     lengths = (*adjacency.shape, len(activations), len(probabilities))
     if lengths != (nodes, nodes, len(selected), len(targets)):
         raise UserError(f"{path}: lists of {nodes} nodes do not go with edges {list(adjacency.shape)}, or their values")
-    graph = Graph(
+    return Graph(
         adjacency=adjacency,
         bias=np.zeros(nodes, adjacency.dtype),
         rest=np.zeros(nodes, adjacency.dtype),
@@ -222,16 +356,6 @@ def _graph_of(path: Path, found: dict[str, Any]) -> Graph:
             "prompt": found.get("input_string"),
         },
     )
-    _check_order(path, graph)
-    return graph
-
-
-def _check_order(path: Path, graph: Graph) -> None:
-    """Everything that walks a graph relies on sources lying in lower layers than their targets."""
-    layers = graph.node_layers
-    for layer in np.unique(layers):
-        if graph.adjacency[np.ix_(layers == layer, layers >= layer)].any():
-            raise UserError(f"{path}: an edge into layer {layer} comes from no lower layer, expected none")
 
 
 class _Target(NamedTuple):
@@ -254,33 +378,48 @@ STORAGES = {
 TORCH_TYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
+MOST_PICKLED = 1 << 22
+"""Bytes of the pickle itself, beside which the tensors lie: a few names, and the outputs' texts."""
+
+
 def _unpickle(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected a graph that circuit-tracer saved")
+    size = check_file(path, "a graph that circuit-tracer saved")
+    archive = Archive(path, "a file that torch saved")
+    inside = [name for name in archive.entries if name.endswith("/data.pkl")]
+    if len(inside) != 1:
+        raise UserError(f"{path}: not a graph that circuit-tracer saved, expected one data.pkl in it")
+    content = archive.read(inside[0], MOST_PICKLED)
     try:
-        with zipfile.ZipFile(path) as archive:
-            inside = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(inside) != 1:
-                raise UserError(f"{path}: not a graph that circuit-tracer saved, expected one data.pkl in it")
-            with archive.open(inside[0]) as file:
-                found = _Reader(file, archive, inside[0].removesuffix("data.pkl"), path).load()
+        _check_numbering(content)
+        found = _Reader(content, archive, inside[0].removesuffix("data.pkl"), size).load()
     except UserError:
         raise
-    except Exception as error:  # a damaged archive or pickle fails in as many ways as there are parts of it
-        raise UserError(f"{path}: not a file that torch saved, or damaged ({_first_line(error)})") from None
+    except Exception as error:  # a damaged pickle fails in as many ways as there are parts of it
+        raise UserError(f"{path}: not a file that torch saved, or damaged ({first_line(error)})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a graph that circuit-tracer saved, expected a dictionary in it")
     return found
 
 
+def _check_numbering(content: bytes) -> None:
+    """Things in a pickle are numbered, and Python takes memory for all numbers up to the highest."""
+    for operation, argument, _ in pickletools.genops(content):
+        number = argument if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") else 0
+        if number is not None and number > len(content):
+            raise ValueError(f"thing number {argument} in {len(content)} bytes")
+
+
 class _Reader(pickle.Unpickler):
     """Knows stand-ins for the few names that such a file holds, all of them harmless, and refuses any other name."""
 
-    def __init__(self, file: BinaryIO | Any, archive: zipfile.ZipFile, folder: str, path: Path):
-        super().__init__(file)
-        self.archive, self.folder, self.path = archive, folder, path
-        if folder + "byteorder" in archive.namelist() and archive.read(folder + "byteorder") != b"little":
-            raise UserError(f"{path}: numbers in big-endian order, expected little-endian")
+    def __init__(self, content: bytes, archive: Archive, folder: str, size: int):
+        super().__init__(io.BytesIO(content))
+        self.archive, self.folder, self.path = archive, folder, archive.path
+        self.room = size  # torch stores tensors as they are: all together are no larger than the file
+        self.storages: dict[str, bytes] = {}
+        order = folder + "byteorder"
+        if order in archive.entries and archive.read(order, 16) != b"little":
+            raise UserError(f"{self.path}: numbers in big-endian order, expected little-endian")
 
         # Made anew for each file: a pickle may set attributes of what it is given.
         class Settings:
@@ -313,8 +452,11 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         _, kind, key, _, count = pid
-        content = self.archive.read(f"{self.folder}data/{key}")
-        return np.frombuffer(content, STORAGES[kind], count)
+        if key not in self.storages:
+            name = f"{self.folder}data/{key}"
+            self.storages[key] = self.archive.read(name, self.room)
+            self.room -= len(self.storages[key])
+        return np.frombuffer(self.storages[key], STORAGES[kind], count)
 
 
 def _view(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
@@ -324,6 +466,8 @@ def _view(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tup
         return np.zeros(shape, storage.dtype)
     if min(offset, *shape, *strides) < 0 or last >= len(storage):
         raise ValueError(f"a tensor of shape {list(shape)} reaches past its {len(storage)} numbers")
+    if math.prod(shape) > len(storage):
+        raise ValueError(f"a tensor of shape {list(shape)} repeats its {len(storage)} numbers")
     step = storage.itemsize
     return np.lib.stride_tricks.as_strided(
         storage[offset:], shape, tuple(stride * step for stride in strides), writeable=False
@@ -339,7 +483,3 @@ def _whole(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "b":  # a mask of those selected
         return np.flatnonzero(array)
     return np.array(array, np.int64)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jclt.errors import UserError
+from jclt.errors import UserError, printable
 from jclt.shapes import Bool, Float, Int
 
 if TYPE_CHECKING:
@@ -47,10 +47,28 @@ class Graph:
     whole_shares: Float[np.ndarray, "N"] | None = None  # in a pruned graph: `cumulative_share` in the whole graph
 
     def __post_init__(self) -> None:
-        sizes = (self.adjacency.shape, *((len(x),) * 2 for x in (self.bias, self.rest, self.rest_mass, self.values)))
-        expected = (sum(self.counts.values()),) * 2
-        if any(size != expected for size in sizes):
-            raise UserError(f"graph: arrays of {sizes[0][0]} nodes, expected {expected[0]} by its lists of nodes")
+        counts = self.counts
+        nodes, features, outputs = sum(counts.values()), counts["feature"], counts["output"]
+        expected = {
+            "adjacency": (nodes, nodes),
+            **dict.fromkeys(("bias", "rest", "rest_mass", "values", "whole_shares"), (nodes,)),
+            "features": (features, 3),
+            "activations": (features,),
+            "errors": (counts["error"], 2),
+            "token_texts": (counts["token"],),
+            **dict.fromkeys(("logit_names", "logit_positions", "logit_probabilities", "logit_weights"), (outputs,)),
+        }
+        for name, shape in expected.items():
+            found = getattr(self, name)
+            if found is not None and (len(found),) + np.shape(found)[1:] != shape:
+                size = f"{name} of shape {list(np.shape(found))}, expected {list(shape)}"
+                raise UserError(f"graph: {size}: its lists have {nodes} nodes")
+
+    def __repr__(self) -> str:
+        text = printable("".join(self.token_texts))
+        shown = text if len(text) <= 60 else text[:59] + "…"
+        parts = [f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in self.counts.items() if count]
+        return f"<Graph of '{shown}': {', '.join(parts)}, {np.count_nonzero(self.adjacency)} edges>"
 
     @property
     def counts(self) -> dict[Kind, int]:
@@ -115,21 +133,30 @@ class Graph:
     def keep(self, nodes: Bool[np.ndarray, "N"], edges: Bool[np.ndarray, "N N"] | None = None) -> "Graph":
         """The graph of some nodes and edges; what the others brought is added to `rest`. Embeddings and outputs
         stay."""
+        from jclt.attribution.influence import row_blocks, whole_shares
+
         nodes = np.asarray(nodes) | np.isin(self.kinds, (2, 3, 4))
-        inside = nodes[:, None] & nodes[None]
-        inside = inside if edges is None else inside & edges
-        lost = np.where(inside, 0, self.adjacency)
+        kept = np.flatnonzero(nodes)
         renumbered = np.cumsum(nodes) - 1
+        adjacency = np.zeros((len(kept), len(kept)), self.adjacency.dtype)
+        lost, lost_mass = np.zeros(len(self), adjacency.dtype), np.zeros(len(self), adjacency.dtype)
+        for rows in row_blocks(len(self), self.adjacency.itemsize, kept):
+            block = self.adjacency[rows]
+            inside = np.broadcast_to(nodes, block.shape) if edges is None else edges[rows] & nodes
+            adjacency[renumbered[rows]] = np.where(inside, block, 0)[:, kept]
+            block[inside] = 0
+            lost[rows] = block.sum(axis=1)
+            lost_mass[rows] = np.abs(block, out=block).sum(axis=1)
         features, errors = nodes[self.nodes("feature")], nodes[self.nodes("error")]
         kept_nodes = None
         if "nodes" in self.annotations:
             kept_nodes = [note for note, kept in zip(self.annotations["nodes"], nodes, strict=True) if kept]
         return replace(
             self,
-            adjacency=np.where(inside, self.adjacency, 0)[np.ix_(nodes, nodes)],
+            adjacency=adjacency,
             bias=self.bias[nodes],
-            rest=(self.rest + lost.sum(axis=1))[nodes],
-            rest_mass=(self.rest_mass + np.abs(lost).sum(axis=1))[nodes],
+            rest=(self.rest + lost)[nodes],
+            rest_mass=(self.rest_mass + lost_mass)[nodes],
             values=self.values[nodes],
             features=self.features[features],
             activations=self.activations[features],
@@ -139,4 +166,5 @@ class Graph:
                 for name, members in self.supernodes.items()
             },
             annotations=self.annotations if kept_nodes is None else self.annotations | {"nodes": kept_nodes},
+            whole_shares=whole_shares(self)[nodes],
         )

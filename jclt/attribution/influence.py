@@ -4,6 +4,7 @@ Everything here reads |edges|, divided by all that reaches their target, as a wa
 node goes to each source with that share, stops at embeddings and errors, and leaves the graph into `rest`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,8 @@ from jclt.attribution.graph import Graph
 from jclt.shapes import Float, Int
 
 FLOOR = 1e-10
+BLOCK = 1 << 26
+"""Bytes of edges that are worked on at once, so that scores and pruning need no second matrix of all edges."""
 
 
 def output_weights(graph: Graph) -> Float[np.ndarray, "N"]:
@@ -21,36 +24,81 @@ def output_weights(graph: Graph) -> Float[np.ndarray, "N"]:
     return weights
 
 
-def shares_of_rows(
-    adjacency: Float[np.ndarray, "N N"], rest_mass: Float[np.ndarray, "N"]
-) -> tuple[Float[np.ndarray, "N N"], Float[np.ndarray, "N"]]:
-    """Each edge's and the rest's share of the absolute values that reach a target; nothing where nothing does."""
-    shares = np.abs(adjacency)
-    mass = np.maximum(shares.sum(axis=1, dtype=np.float64) + rest_mass, FLOOR)
-    shares /= mass.astype(shares.dtype)[:, None]
-    return shares, rest_mass / mass
+def rows_at_once(width: int, itemsize: int) -> int:
+    """How many rows make up `BLOCK` bytes; at least one."""
+    return max(BLOCK // max(width * itemsize, 1), 1)
 
 
-def visits_below(
-    shares: Float[np.ndarray, "N N"], layers: Int[np.ndarray, "N"], start: Float[np.ndarray, "N"]
-) -> Float[np.ndarray, "N"]:
-    """start A + start A^2 + ..., exact in one pass: every source lies in a lower layer than its target."""
-    visits = start.astype(np.float64)
-    for layer in np.unique(layers)[::-1]:
-        rows = np.flatnonzero((layers == layer) & (visits != 0))
-        if len(rows):
-            visits += visits[rows].astype(shares.dtype) @ shares[rows]
-    return (visits - start).astype(shares.dtype)
+def row_blocks(width: int, itemsize: int, rows: Int[np.ndarray, "r"]) -> Iterator[Int[np.ndarray, "_"]]:
+    many = rows_at_once(width, itemsize)
+    return (rows[start : start + many] for start in range(0, len(rows), many))
+
+
+class Steps:
+    """|Edges| among some nodes, or all, each divided by all that reaches its target from these or from outside; of a
+    few rows at a time."""
+
+    def __init__(self, graph: Graph, nodes: Int[np.ndarray, "n"] | None = None):
+        self.edges, self.nodes = graph.adjacency, nodes
+        self.layers = graph.node_layers if nodes is None else graph.node_layers[nodes]
+        rest_mass = graph.rest_mass if nodes is None else graph.rest_mass[nodes]
+        self.mass = np.empty(len(self), np.result_type(rest_mass, np.float64))
+        for rows in self.blocks():
+            self.mass[rows] = self._sizes(rows).sum(axis=1, dtype=np.float64)
+        self.mass = np.maximum(self.mass + rest_mass, FLOOR)
+        self.rest = rest_mass / self.mass
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def blocks(self, rows: Int[np.ndarray, "r"] | None = None) -> Iterator[Int[np.ndarray, "_"]]:
+        return row_blocks(len(self), self.edges.itemsize, np.arange(len(self)) if rows is None else rows)
+
+    def rows(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
+        """Each row's shares, which sum to at most 1; nothing where nothing reaches the target."""
+        shares = self._sizes(rows)
+        shares /= self.mass[rows].astype(shares.dtype)[:, None]
+        return shares
+
+    def visits_below(self, start: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        """start A + start A^2 + ..., exact in one pass: every source lies in a lower layer than its target."""
+        visits = start.astype(np.float64)
+        for layer in np.unique(self.layers)[::-1]:
+            for rows in self.blocks(np.flatnonzero((self.layers == layer) & (visits != 0))):
+                shares = self.rows(rows)
+                visits += visits[rows].astype(shares.dtype) @ shares
+        return (visits - start).astype(self.edges.dtype)
+
+    def _sizes(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
+        found = self.edges[rows] if self.nodes is None else self.edges[np.ix_(self.nodes[rows], self.nodes)]
+        return np.abs(found, out=found)
 
 
 def normalized(graph: Graph) -> Float[np.ndarray, "N N"]:
     """|Edges|, each divided by all that reaches its target, from the graph or from outside."""
-    return shares_of_rows(graph.adjacency, graph.rest_mass)[0]
+    return Steps(graph).rows(np.arange(len(graph)))
 
 
 def node_influence(graph: Graph) -> Float[np.ndarray, "N"]:
-    """How often walks from the outputs, as many as each output's probability, come to each node."""
-    return visits_below(normalized(graph), graph.node_layers, output_weights(graph))
+    """How often walks from the outputs, as many as each output's weight, come to each node."""
+    return Steps(graph).visits_below(output_weights(graph))
+
+
+def cumulative_share(influence: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """For each node the share of all influence that it and the stronger ones have: the smaller, the more important.
+
+    Rounded where circuit-tracer rounds.
+    """
+    order = np.argsort(-influence, kind="stable")
+    sums = np.cumsum(influence[order], dtype=np.float64).astype(influence.dtype)
+    shares = np.empty_like(influence)
+    shares[order] = sums / (sums[-1] or 1) if len(sums) else sums
+    return shares
+
+
+def whole_shares(graph: Graph) -> Float[np.ndarray, "N"]:
+    """Each node's cumulative share of the influence in the whole graph, from which this one may have been pruned."""
+    return cumulative_share(node_influence(graph)) if graph.whole_shares is None else graph.whole_shares
 
 
 def missing(graph: Graph) -> float:
@@ -77,6 +125,11 @@ class Scores:
     replacement_interval: tuple[float, float]
     completeness: float
     completeness_interval: tuple[float, float]
+
+    @property
+    def both(self) -> dict[str, float]:
+        """Without the intervals."""
+        return {"replacement": self.replacement, "completeness": self.completeness}
 
 
 def scores(graph: Graph) -> Scores:
@@ -106,11 +159,12 @@ class _Flow:
 
 
 def _flow(graph: Graph) -> _Flow:
-    shares, rest_shares = shares_of_rows(graph.adjacency, graph.rest_mass)
-    weights = output_weights(graph)
-    visits = visits_below(shares, graph.node_layers, weights).astype(np.float64) + weights
-    error_shares = shares[:, graph.nodes("error")].sum(axis=1, dtype=np.float64)
-    return _Flow(visits, visits * rest_shares, error_shares, float(weights.sum(dtype=np.float64)))
+    steps, weights, errors = Steps(graph), output_weights(graph), graph.nodes("error")
+    visits = steps.visits_below(weights).astype(np.float64) + weights
+    error_shares = np.zeros(len(graph))
+    for rows in steps.blocks(np.flatnonzero(visits)):
+        error_shares[rows] = steps.rows(rows)[:, errors].sum(axis=1, dtype=np.float64)
+    return _Flow(visits, visits * steps.rest, error_shares, float(weights.sum(dtype=np.float64)))
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from jclt.attribution.graph import KINDS, Graph, Kind
 from jclt.attribution.influence import FLOOR, node_influence, normalized, output_weights
-from jclt.errors import UserError
+from jclt.errors import UserError, printable
 from jclt.shapes import Float
 
 
@@ -39,7 +39,7 @@ def name_of(graph: Graph, node: int) -> str:
             return f"position {position}"
         case _:
             name, token = graph.logit_names[number], int(graph.logit_tokens[number])
-            return name if token < 0 else _quoted(name, token)
+            return printable(name) if token < 0 else _quoted(name, token)
 
 
 def describe(graph: Graph, path: Path, labels: Mapping[tuple[int, int], str] | None = None) -> str:
@@ -50,7 +50,7 @@ def describe(graph: Graph, path: Path, labels: Mapping[tuple[int, int], str] | N
         if labels and node < len(graph.features):
             layer, _, feature = (int(x) for x in graph.features[node])
             label = labels.get((layer, feature))
-            name = name.replace(" at ", f" ({label}) at ", 1) if label else name
+            name = name.replace(" at ", f" ({printable(label)}) at ", 1) if label else name
         names.append(name)
     return f"{' -> '.join(names)} {path.share:.1%}{', against it' if path.sign < 0 else ''}"
 
@@ -171,4 +171,4 @@ def _token(graph: Graph, position: int) -> str:
 
 def _quoted(text: str, token: int) -> str:
     """The text as it would be written in a program, or the token's number where no text is known."""
-    return json.dumps(text, ensure_ascii=False) if text else f"token {token}"
+    return printable(json.dumps(text, ensure_ascii=False)) if text else f"token {token}"

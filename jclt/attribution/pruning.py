@@ -1,15 +1,22 @@
 """The few nodes and edges that carry most of the influence on the outputs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jclt.attribution.graph import KINDS, Graph
-from jclt.attribution.influence import Scores, node_influence, output_weights, scores, shares_of_rows, visits_below
+from jclt.attribution.influence import (
+    Scores,
+    Steps,
+    cumulative_share,
+    node_influence,
+    output_weights,
+    scores,
+)
 from jclt.errors import UserError, nearest
-from jclt.shapes import Bool, Float
+from jclt.shapes import Bool, Float, Int
 
 Rule = Literal["paper", "circuit-tracer"]
 NEVER_REMOVED = {
@@ -37,10 +44,15 @@ class CurvePoint:
 
 def prune(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.98, rule: Rule = "paper") -> Graph:
     """The graph of the nodes, then of the edges among them, that make up these shares of the influence; what the
-    others brought is added to `rest`."""
+    others brought is added to `rest`. Nodes' `whole_shares` and the scores in `provenance` are those of the whole
+    graph, also where that was pruned before."""
     found = masks(graph, node_threshold, edge_threshold, rule)
-    settings = {"node_threshold": node_threshold, "edge_threshold": edge_threshold, "rule": rule}
-    return replace(graph.keep(found.nodes, found.edges), provenance=graph.provenance | {"pruning_settings": settings})
+    settings = {"node_threshold": float(node_threshold), "edge_threshold": float(edge_threshold), "rule": rule}
+    known = graph.provenance | {"pruning_settings": settings}
+    if "whole_graph_scores" not in known:
+        known["whole_graph_scores"] = scores(graph).both
+    shares = found.cumulative if graph.whole_shares is None else graph.whole_shares
+    return replace(graph, whole_shares=shares, provenance=known).keep(found.nodes, found.edges)
 
 
 def masks(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.98, rule: Rule = "paper") -> Masks:
@@ -56,17 +68,21 @@ def masks(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.9
         raise UserError(f"rule '{rule}' is unknown; {nearest(rule, NEVER_REMOVED)}")
     influence = node_influence(graph)
     fixed = np.isin(graph.kinds, [KINDS.index(kind) for kind in NEVER_REMOVED[rule]])
-    nodes = fixed | (influence >= _threshold_value(influence, node_threshold))
+    nodes = fixed | (influence >= _threshold_value(influence[influence > 0], node_threshold))
 
     chosen = np.flatnonzero(nodes)
-    among = _edge_scores(graph, chosen)
-    edges = among >= _threshold_value(among, edge_threshold)
+    among = _EdgeScores(graph, chosen)
+    least = _threshold_value(among.positive(), edge_threshold)
+    edges = np.empty((len(chosen), len(chosen)), bool)
+    for rows, values in among.blocks():
+        edges[rows] = values >= least
     alive = _without_dead_ends(edges, fixed[chosen], graph.kinds[chosen] == KINDS.index("feature"))
-    edges &= alive[:, None] & alive
+    edges &= alive[:, None]
+    edges &= alive
     nodes[chosen] = alive
     all_edges = np.zeros(graph.adjacency.shape, bool)
     all_edges[np.ix_(chosen, chosen)] = edges
-    return Masks(nodes, all_edges, _cumulative(influence))
+    return Masks(nodes, all_edges, cumulative_share(influence))
 
 
 def curve(
@@ -81,34 +97,61 @@ def curve(
     return points
 
 
-def _edge_scores(graph: Graph, chosen: np.ndarray) -> np.ndarray:
-    """The influence that flows through each edge among the chosen nodes when there are no others."""
-    shares, _ = shares_of_rows(graph.adjacency[np.ix_(chosen, chosen)], graph.rest_mass[chosen])
-    weights = output_weights(graph)[chosen]
-    shares *= (visits_below(shares, graph.node_layers[chosen], weights) + weights)[:, None]
-    return shares
+class _EdgeScores:
+    """The influence that flows through each edge among the chosen nodes when there are no others; never all at once."""
+
+    def __init__(self, graph: Graph, chosen: Int[np.ndarray, "c"]):
+        self.steps = Steps(graph, chosen)
+        weights = output_weights(graph)[chosen]
+        self.flow = self.steps.visits_below(weights) + weights
+
+    def blocks(self) -> Iterator[tuple[Int[np.ndarray, "r"], Float[np.ndarray, "r c"]]]:
+        """Some rows, and what flows through their edges."""
+        for rows in self.steps.blocks():
+            values = self.steps.rows(rows)
+            values *= self.flow[rows][:, None]
+            yield rows, values
+
+    def positive(self) -> Float[np.ndarray, "_"]:
+        counts = [int(np.count_nonzero(values > 0)) for _, values in self.blocks()]
+        found, start = np.empty(sum(counts), self.flow.dtype), 0
+        for (_, values), count in zip(self.blocks(), counts, strict=True):
+            found[start : start + count] = values[values > 0]
+            start += count
+        return found
 
 
 def _threshold_value(values: np.ndarray, share: float) -> float:
-    """The largest value such that those not below it make up this share of the sum; at share 1 the least above 0."""
-    ordered = np.sort(values[values > 0])[::-1]  # most values are 0, and sorting is what takes time
-    if not len(ordered):
+    """The largest of these positive values such that those not below it make up this share of the sum; at share 1 the
+    least. The values are sorted in place."""
+    if not len(values):
         return np.inf
-    index = np.searchsorted(_shares_up_to(ordered), ordered.dtype.type(share)) if share < 1 else len(ordered)
-    return float(ordered[min(int(index), len(ordered) - 1)])
+    if share == 1:
+        return float(values.min())
+    values.sort()
+    ordered = values[::-1]
+    # Rounded where circuit-tracer rounds, so that the same values are the last ones in.
+    total = ordered.dtype.type(0)
+    for sums in _running_sums(ordered):
+        total = sums[-1]
+    place = 0
+    for sums in _running_sums(ordered):
+        sums /= total or 1
+        place += int(np.searchsorted(sums, ordered.dtype.type(share)))
+        if sums[-1] >= share:
+            break
+    return float(ordered[min(place, len(ordered) - 1)])
 
 
-def _shares_up_to(ordered: np.ndarray) -> np.ndarray:
-    """Rounded where circuit-tracer rounds, so that the same values are the last ones in."""
-    sums = np.cumsum(ordered, dtype=np.float64).astype(ordered.dtype)
-    return sums / (sums[-1] or 1)
-
-
-def _cumulative(influence: np.ndarray) -> np.ndarray:
-    order = np.argsort(-influence, kind="stable")
-    found = np.empty_like(influence)
-    found[order] = _shares_up_to(influence[order])
-    return found
+def _running_sums(values: Float[np.ndarray, "n"], size: int = 1 << 22) -> Iterator[Float[np.ndarray, "_"]]:
+    """The sums of all values up to each one, added in double precision, a part of them at a time."""
+    total = 0.0
+    for start in range(0, len(values), size):
+        part = values[start : start + size].astype(np.float64)
+        part[0] += total
+        sums = np.cumsum(part)
+        total = sums[-1]
+        yield sums.astype(values.dtype)
 
 
 def _without_dead_ends(edges: np.ndarray, fixed: np.ndarray, features: np.ndarray) -> np.ndarray:

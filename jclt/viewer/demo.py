@@ -7,7 +7,6 @@ from tqdm import tqdm
 from jclt.attribution import attribute_batch, prune
 from jclt.coders import load_coder
 from jclt.models import load_model
-from jclt.viewer.graph_json import write_index
 from jclt.viewer.report import summary, write_graph
 from jclt.world import TASKS
 from jclt.world.measure import answers
@@ -35,7 +34,6 @@ def demo(out: Path, seed: int = 0) -> str:
             head = f"{example.task}: {example.prompt!r} -> {answer.said!r} {answer.probability:.3f} {verdict}"
             blocks.append(f"{head}\n{summary(graph, small)}")
             progress.update()
-    write_index(out)
     right = sum(answer.right for answer in given)
     blocks.append(
         f"{right} of {len(given)} right; none of these prompts was in the training data. Graphs in {out}: NAME.npz "

@@ -1,18 +1,27 @@
 """The JSON that published graph viewers read: a graph written in schema version 1, and any such file read back."""
 
 import gzip
+import io
 import json
+import logging
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, overload
 
 import numpy as np
 
+from jclt.attribution.files import check_graph, plain
 from jclt.attribution.graph import Graph, Kind
-from jclt.errors import UserError
+from jclt.attribution.influence import scores, whole_shares
+from jclt.errors import UserError, first_line
+from jclt.files import parse_object, read_bytes, write_bytes
+from jclt.memory import check_memory
 from jclt.shapes import Float, Int
+
+log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 Labels = Mapping[tuple[int, int], str]
@@ -27,6 +36,30 @@ TYPES: dict[Kind, str] = {
     "output": "logit",
 }
 FIELDS = ("metadata", "qParams", "nodes", "links")
+UNPACKED, PARSED = 100, 10
+"""How many times its size a gzipped graph may unpack to, where graphs do some ten times; and how many times a text's
+size it may take as objects, where links take some six times."""
+SLUG = 40
+"""Letters of a graph's name, or a few more."""
+NODELESS = 4096
+"""Tokens for which a file has no node, beyond as many as it has nodes: each is a row and a column of the graph's."""
+
+
+@overload
+def export_json(
+    graph: Graph,
+    path: None = None,
+    *,
+    slug: str | None = None,
+    title: str | None = None,
+    labels: Labels | None = None,
+) -> Json: ...
+
+
+@overload
+def export_json(
+    graph: Graph, path: str | Path, *, slug: str | None = None, title: str | None = None, labels: Labels | None = None
+) -> None: ...
 
 
 def export_json(
@@ -36,26 +69,33 @@ def export_json(
     slug: str | None = None,
     title: str | None = None,
     labels: Labels | None = None,
-) -> Json:
-    """The graph as published viewers read it, written to `path` if there is one, with gzip if that ends in .gz.
+) -> Json | None:
+    """Writes the graph as published viewers read it, with gzip if the name ends in .gz; without a path, returns it.
 
-    What `graph.annotations` says takes the place of what is made here, and `slug`, `title` and `labels` of both.
+    What `graph.annotations` says takes the place of what is made here, and `slug`, `title` and `labels` of both. A
+    node's influence is its share in the whole graph, so that viewers, which show what lies within `node_threshold`,
+    show all that pruning kept, and less where the user asks for less.
     """
+    if path is None:
+        return _content(graph, slug, title, labels or {}, slug_of(graph))
+    path = Path(path)
+    write_bytes(path, encoded(_content(graph, slug, title, labels or {}, path.name.split(".json")[0]), path))
+    return None
+
+
+def _content(graph: Graph, slug: str | None, title: str | None, labels: Labels, default_slug: str) -> Json:
     saved, ids = graph.annotations, _node_ids(graph)
-    default_slug = _slug("".join(graph.token_texts)) if path is None else Path(path).name.split(".json")[0]
     nodes = [node | note for node, note in zip(_nodes(graph), _notes(graph), strict=True)]
-    for node, node_id, name in zip(nodes, ids, _feature_labels(graph, labels or {}), strict=True):
+    for node, node_id, name in zip(nodes, ids, _feature_labels(graph, labels), strict=True):
         node |= {"node_id": node_id} if name is None else {"node_id": node_id, "clerp": name}
-    content = {
+    _show_kept(graph, nodes)
+    content: Json = {
         "metadata": _metadata(graph, slug, title, default_slug),
         "qParams": _view(graph, ids),
         **{key: value for key, value in saved.items() if key not in FIELDS},
         "nodes": [node for node, absent in zip(nodes, _absent(graph), strict=True) if not absent],
-        "links": _links(graph.adjacency, ids),
     }
-    if path is not None:
-        _write(Path(path), content)
-    return content
+    return plain(content, "graph") | {"links": _links(graph.adjacency, ids)}
 
 
 def import_json(path: str | Path) -> Graph:
@@ -94,19 +134,24 @@ def import_json(path: str | Path) -> Graph:
     number = {entry.id: place for place, entry in enumerate(in_order) if entry is not None}
     place_of = np.array([number[entry.id] for entry in entries], np.int64)
 
+    nodeless = len(in_order) - len(entries)
+    if nodeless > NODELESS + len(entries):
+        raise UserError(f"{path}: {nodeless} of {len(texts)} prompt_tokens have no node, expected one for each")
     dtype = _weight_dtype(weights)
+    need = len(in_order) ** 2 * np.dtype(dtype).itemsize
+    check_memory(need, f"{path}: {len(in_order)} nodes", "read it where there is more", host=True)
     adjacency = np.zeros((len(in_order),) * 2, dtype)
     adjacency[place_of[targets], place_of[sources]] = weights
     nothing = np.zeros(len(in_order), dtype)
     supernodes = _read_supernodes(path, view.get("supernodes", []), number)
-    return Graph(
+    graph = Graph(
         adjacency=adjacency,
         bias=nothing,
         rest=nothing,
         rest_mass=nothing,
         values=adjacency.sum(axis=1, dtype=np.float64).astype(dtype),
         features=_array([(entry.layer, entry.position, entry.feature) for entry in features], 3),
-        activations=np.array([entry.number("activation") for entry in features], np.float32),
+        activations=_single([entry.number("activation") for entry in features]),
         errors=_array([(entry.layer, entry.position) for entry in errors], 2),
         tokens=np.array([entry.feature if (entry := tokens.get(t)) else -1 for t in range(len(texts))], np.int64),
         token_texts=tuple(texts),
@@ -114,7 +159,8 @@ def import_json(path: str | Path) -> Graph:
         logit_tokens=np.array([entry.feature for entry in outputs], np.int64),
         logit_names=tuple(_output_name(entry.text) for entry in outputs),
         logit_positions=np.array([entry.position for entry in outputs], np.int64),
-        logit_probabilities=np.array([entry.number("token_prob") for entry in outputs], np.float32),
+        logit_probabilities=_single([entry.number("token_prob") for entry in outputs]),
+        logit_weights=_output_weights(path, metadata, len(outputs)),
         # Outputs are published two layers above the last.
         layers=max([e.layer - 1 for e in outputs] + [e.layer + 1 for e in features + errors], default=0),
         provenance={
@@ -127,19 +173,49 @@ def import_json(path: str | Path) -> Graph:
         | {"metadata": metadata, "qParams": view}
         | {"nodes": [{} if entry is None else entry.node | {"node_id": entry.id} for entry in in_order]},
     )
+    check_graph(graph, path)
+    return graph
 
 
-def write_index(folder: str | Path) -> Json:
+def write_index(folder: str | Path) -> None:
     """Writes `graph-metadata.json`, the list of the graphs in a folder that the published viewers choose from.
 
-    They look for a graph in the file of its slug, so the index gives each the name of its file.
+    They look for a graph in the file of its slug, so the index gives each the name of its file. Files that are no
+    graphs are left out, with a warning where they are no JSON objects either.
     """
-    graphs = []
-    for path in sorted(Path(folder).glob("*.json")):
-        if path.name != INDEX and {"metadata", "nodes", "links"} <= set(content := _read(path)):
-            graphs.append(content["metadata"] | {"slug": path.stem})
-    _write(Path(folder) / INDEX, {"graphs": graphs})
-    return {"graphs": graphs}
+    folder, graphs = Path(folder), []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == INDEX:
+            continue
+        try:
+            content = _read(path)
+        except UserError as error:
+            log.warning("left out of %s: %s", INDEX, error)
+            continue
+        metadata = content.get("metadata")
+        if isinstance(metadata, dict) and {"nodes", "links"} <= set(content):
+            graphs.append(metadata | {"slug": path.stem})
+    write_bytes(folder / INDEX, encoded({"graphs": graphs}, folder / INDEX))
+
+
+def slug_of(graph: Graph) -> str:
+    """A name for the graph's files and for viewers: the first words of its prompt, without tokens like <bos>."""
+    prompt = "".join(text for text in graph.token_texts if not re.fullmatch(r"<.*>", text))
+    words, slug = re.findall(r"[a-z0-9]+", prompt.lower()), ""
+    for word in words:
+        if slug and len(slug) + len(word) > SLUG:
+            break
+        slug = f"{slug}-{word}" if slug else word[:SLUG]
+    return slug or "graph"
+
+
+def encoded(content: Json, path: Path) -> bytes:
+    """The JSON file's bytes, gzipped if its name says so."""
+    try:
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError as error:
+        raise UserError(f"{path}: not written, a number is not finite ({error})") from None
+    return gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text
 
 
 # Writing.
@@ -148,14 +224,6 @@ def write_index(folder: str | Path) -> Json:
 def cantor(layer: int, feature: int) -> int:
     """One number for a layer and a feature, as the dashboards of schema version 1 are numbered."""
     return (layer + feature) * (layer + feature + 1) // 2 + feature
-
-
-def cumulative_share(influence: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """For each node the share of all influence that it and the stronger ones have: the smaller, the more important."""
-    order = np.argsort(-influence, kind="stable")
-    shares = np.empty(len(influence))
-    shares[order] = np.cumsum(influence[order], dtype=np.float64) / max(influence.sum(dtype=np.float64), 1e-30)
-    return np.minimum(shares, 1)
 
 
 def _node_ids(graph: Graph) -> list[str]:
@@ -201,10 +269,7 @@ def _feature_labels(graph: Graph, labels: Labels) -> list[str | None]:
 
 def _nodes(graph: Graph) -> Iterator[Json]:
     """Every node without its id and any label, in the graph's order."""
-    from jclt.attribution.influence import node_influence
-
-    influence = np.where(graph.kinds == 4, 0, node_influence(graph))
-    shares = iter(_plain(cumulative_share(influence).astype(np.float32)))
+    shares = iter(_plain(whole_shares(graph).astype(np.float32)))
 
     for (layer, position, feature), activation in zip(graph.features.tolist(), _plain(graph.activations), strict=True):
         js_id, number = f"{layer}_{feature}-0", cantor(layer, feature)
@@ -219,7 +284,9 @@ def _nodes(graph: Graph) -> Iterator[Json]:
     probabilities = _plain(graph.logit_probabilities)
     for place, (token, position) in enumerate(_outputs(graph)):
         probability = probabilities[place]
-        clerp = f'Output "{graph.logit_names[place]}" (p={probability:.3f})'
+        # Viewers stop where there is no "(p=", and take the empty number for 0.
+        shown = f"{probability:.3f}" if token >= 0 else ""
+        clerp = f'Output "{graph.logit_names[place]}" (p={shown})'
         js_id, layer = f"L_{token}-{position}", graph.layers + 1
         target = probability == max(probabilities) and probability not in probabilities[:place]
         yield _node("output", js_id, layer, position, token, None, None, clerp, probability, target)
@@ -254,17 +321,25 @@ def _node(
     }
 
 
+def _show_kept(graph: Graph, nodes: Sequence[Json]) -> None:
+    """Viewers show what lies within the node threshold. The last node to come in passes it, and errors stay whatever
+    their influence: all that pruning kept is put within."""
+    threshold = _said(graph, "pruning_settings").get("node_threshold")
+    for node in nodes:
+        if isinstance(threshold, int | float) and isinstance(node["influence"], int | float):
+            node["influence"] = min(node["influence"], float(threshold))
+
+
 def _metadata(graph: Graph, slug: str | None, title: str | None, default_slug: str) -> Json:
     chosen = {key: value for key, value in (("slug", slug), ("title_prefix", title)) if value is not None}
     saved, known = graph.annotations.get("metadata", {}), graph.provenance
     if "slug" in saved:  # a file's own, which tells also by what it leaves out: an old one has no schema version
-        return saved | chosen
+        return saved | _pruning(_said(graph, "pruning_settings")) | chosen
 
     from jclt import __version__
-    from jclt.attribution.influence import scores
 
-    found, settings = scores(graph), known.get("settings", {})
-    pruning = known.get("pruning_settings") or {
+    settings, own, whole = _said(graph, "settings"), scores(graph).both, _said(graph, "whole_graph_scores")
+    pruning = _said(graph, "pruning_settings") or {
         key: source[key]
         for key in ("node_threshold", "edge_threshold")
         for source in (known, settings)
@@ -275,19 +350,31 @@ def _metadata(graph: Graph, slug: str | None, title: str | None, default_slug: s
         info["description"] = known["coder"]
     made = {
         "slug": default_slug,
-        "scan": str(known.get("model", "")).rstrip("/").rpartition("/")[2],  # viewers know models without owner
+        "scan": PurePath(str(known.get("model", ""))).name,  # viewers know models without owner or folder
         "transcoder_list": [],
         "prompt_tokens": list(graph.token_texts),
         "prompt": known.get("prompt", "".join(graph.token_texts)),
-        **({"node_threshold": pruning["node_threshold"]} if "node_threshold" in pruning else {}),
         "schema_version": 1,
         "info": info,
         "generation_settings": settings,
-        **({"pruning_settings": pruning} if pruning else {}),
-        "replacement_score": float(found.replacement),
-        "completeness_score": float(found.completeness),
+        **_pruning(pruning),
+        # As circuit-tracer computes them, before it prunes.
+        **{f"{name}_score": score for name, score in (own | whole).items()},
+        **({"whole_graph_scores": whole, "pruned_graph_scores": own} if whole else {}),
+        **({} if graph.logit_weights is None else {"output_weights": _plain(graph.logit_weights)}),
     }
     return made | saved | chosen
+
+
+def _pruning(settings: Json) -> Json:
+    threshold = {key: value for key, value in settings.items() if key == "node_threshold"}
+    return threshold | ({"pruning_settings": settings} if settings else {})
+
+
+def _said(graph: Graph, name: str) -> Json:
+    """What the graph's provenance says under this name, if that is an object."""
+    said = graph.provenance.get(name)
+    return said if isinstance(said, dict) else {}
 
 
 def _view(graph: Graph, ids: Sequence[str]) -> Json:
@@ -295,10 +382,13 @@ def _view(graph: Graph, ids: Sequence[str]) -> Json:
     saved = graph.annotations.get("qParams", {})
     number = {node_id: node for node, node_id in enumerate(ids)}
     groups = [[name, *(ids[node] for node in members)] for name, members in graph.supernodes.items()]
-    pinned = [node_id for node_id in saved.get("pinnedIds", []) if node_id in number]
-    if _supernodes(saved.get("supernodes", []), number) == graph.supernodes:
+    pinned = saved.get("pinnedIds") or []
+    pinned = pinned.split(",") if isinstance(pinned, str) else pinned  # as viewers save them
+    pinned = pinned if isinstance(pinned, list) else []
+    pinned = [node_id for node_id in pinned if isinstance(node_id, str) and node_id in number]
+    known = saved.get("supernodes", [])
+    if _are_groups(known) and _supernodes(known, number) == graph.supernodes:
         # Where groups share a name, only the file still has it.
-        known = saved.get("supernodes", [])
         groups = [[name, *(node_id for node_id in members if node_id in number)] for name, *members in known]
     else:
         pinned += [node_id for _, *members in groups for node_id in members]
@@ -327,21 +417,6 @@ def _plain(values: Float[np.ndarray, "n"]) -> list[float]:
     return values.astype(np.float32).astype("U32").astype(np.float64).tolist()
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "graph"
-
-
-def _write(path: Path, content: Json) -> None:
-    try:
-        text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError as error:
-        raise UserError(f"{path}: not written, a number is not finite ({error})") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text)
-    beside.replace(path)
-
-
 # Reading.
 
 
@@ -353,19 +428,20 @@ class _Entry:
             raise UserError(f"{path}: a node has no node_id, expected an object with one")
         self.path, self.node, self.id = path, node, node["node_id"]
         kinds: dict[Any, Kind] = {name: kind for kind, name in TYPES.items() if kind != "position"}
-        kind = kinds.get(node.get("feature_type"))
+        kind = kinds.get(str(node.get("feature_type")))
         if kind is None:
             types = ", ".join(f"'{name}'" for name in kinds)
-            raise UserError(
-                f"{path}: node '{self.id}' is of feature_type {node.get('feature_type')!r}, expected one of {types}"
-            )
+            found = repr(node.get("feature_type"))[:80]
+            raise UserError(f"{path}: node '{self.id}' is of feature_type {found}, expected one of {types}")
         self.kind: Kind = "position" if kind == "token" and self.id.startswith("P_") else kind
         position = node.get("ctx_idx")
         if type(position) is not int or not 0 <= position < length:
-            raise UserError(f"{path}: node '{self.id}' has ctx_idx {position!r}, expected one of {length} positions")
+            raise UserError(
+                f"{path}: node '{self.id}' has ctx_idx {str(position)[:80]}, expected one of {length} positions"
+            )
         self.position: int = position
         # The id says it in every version; the field `feature` means something else in each.
-        parts = re.fullmatch(r"(E|\d+)_(-?\d+)_\d+", self.id)
+        parts = re.fullmatch(r"(E|\d{1,9})_(-?\d{1,18})_\d{1,18}", self.id)
         if kind == "feature" and (parts is None or parts[1] == "E" or int(parts[2]) < 0):
             raise UserError(f"{path}: node '{self.id}' is a feature, expected an id like layer_feature_position")
         self.feature = max(int(parts[2]), -1) if parts else -1
@@ -374,7 +450,7 @@ class _Entry:
             self.layer = int(parts[1])
         elif kind in ("error", "output"):
             layer = str(node.get("layer"))
-            if not layer.isdecimal():
+            if not re.fullmatch(r"\d{1,9}", layer, re.ASCII):
                 raise UserError(f"{path}: node '{self.id}' has layer {node.get('layer')!r}, expected a number")
             self.layer = int(layer)
 
@@ -390,21 +466,50 @@ class _Entry:
     def number(self, name: str) -> float:
         value = self.node.get(name)
         if value is not None and type(value) not in (int, float):
-            raise UserError(f"{self.path}: node '{self.id}' has {name} {value!r}, expected a number")
-        return float(value or 0)
+            raise UserError(f"{self.path}: node '{self.id}' has {name} {str(value)[:80]!r}, expected a number")
+        return _float(value or 0)
+
+
+def _float(number: int | float) -> float:
+    """Infinity for a whole number that is too large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return np.inf
+
+
+def _single(numbers: Sequence[float]) -> Float[np.ndarray, "n"]:
+    with np.errstate(over="ignore"):
+        return np.array(numbers, np.float64).astype(np.float32)
 
 
 def _read(path: Path) -> Json:
+    data = read_bytes(path, "a graph's JSON file")
+    if data[:2] == b"\x1f\x8b":
+        data = _unpacked(path, data)
+    check_memory(PARSED * len(data), f"{path}: {len(data)} bytes of JSON", "read it where there is more", host=True)
+    return parse_object(data, path)
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    most = UNPACKED * len(data) + 1_000_000
     try:
-        data = path.read_bytes()
-        content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found, expected a graph's JSON file") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return content
+        with gzip.open(io.BytesIO(data)) as file:
+            found = file.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not valid gzip ({first_line(error)})") from None
+    if len(found) > most:
+        raise UserError(f"{path}: unpacks to more than {most} bytes, expected at most {UNPACKED} times its size")
+    return found
+
+
+def _output_weights(path: Path, metadata: Json, count: int) -> Float[np.ndarray, "k"] | None:
+    weights = metadata.get("output_weights")
+    if weights is None:
+        return None
+    if not isinstance(weights, list) or len(weights) != count or not all(type(x) in (int, float) for x in weights):
+        raise UserError(f"{path}: metadata.output_weights is {str(weights)[:80]}, expected {count} numbers")
+    return _single([_float(weight) for weight in weights])
 
 
 def _read_graph(path: Path) -> Json:
@@ -425,13 +530,16 @@ def _read_links(
     for link in links:
         try:
             source_id, target_id, weight = link["source"], link["target"], link["weight"]
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, IndexError):
             raise UserError(f"{path}: a link is {str(link)[:80]}, expected source, target and weight") from None
+        if not isinstance(source_id, str) or not isinstance(target_id, str):
+            raise UserError(f"{path}: a link is {str(link)[:80]}, expected ids of nodes as source and target")
         if target_id not in place or source_id not in place:
             unknown = source_id if source_id not in place else target_id
             raise UserError(f"{path}: a link names the node '{unknown}', expected the id of one in its list")
         if type(weight) not in (int, float):
-            raise UserError(f"{path}: the link {source_id} -> {target_id} has weight {weight!r}, expected a number")
+            value = str(weight)[:80]
+            raise UserError(f"{path}: the link {source_id} -> {target_id} has weight {value}, expected a number")
         (source, *other), target = place[source_id], place[target_id][0]
         before = last.get(target, -1)
         if other:
@@ -446,7 +554,7 @@ def _read_links(
         last[target] = source
         sources.append(source)
         targets.append(target)
-        weights.append(weight)
+        weights.append(_float(weight))
     found = np.array(weights, np.float64)
     if len(found) and not np.isfinite(found).all():
         worst = int(np.argmin(np.isfinite(found)))
@@ -488,11 +596,15 @@ def _weight_dtype(weights: Float[np.ndarray, "n"]) -> type[np.floating]:
 
 
 def _read_supernodes(path: Path, groups: Any, number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    if not isinstance(groups, list) or not all(
-        isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups
-    ):
+    if not _are_groups(groups):
         raise UserError(f"{path}: qParams.supernodes is {str(groups)[:80]}, expected lists of a name and node ids")
     return _supernodes(groups, number)
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, list) and all(
+        isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups
+    )
 
 
 def _supernodes(groups: Sequence[Sequence[str]], number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

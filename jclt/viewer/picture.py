@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jclt.attribution.graph import Graph
+from jclt.attribution.influence import node_influence, normalized, output_weights
 from jclt.errors import UserError
+from jclt.files import new_file
 from jclt.shapes import Float, Int
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EDGES, LABELS, LETTERS = 500, 90, 26  # more only blacken the picture
+EDGES, LABELS, LETTERS, LONGEST = 500, 90, 26, 60  # more only blacken the picture; letters of a label, a token
 RAISES, LOWERS, FEATURE, ERROR, INPUT = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c"
 POINTS = 72  # in an inch
+DOTS, LARGEST = 200, 60_000  # of a picture's side in an inch, and in all; what draws it ends at 65,536
 
 # All places are in inches, from the picture's lower left.
 LEFT, RIGHT, BOTTOM, TOP = 0.55, 0.2, 0.95, 1.25
@@ -46,14 +49,31 @@ def draw_graph(
     labels: Mapping[tuple[int, int], str] | None = None,
     title: str | None = None,
 ) -> None:
-    """Draws a graph into a file of the type that its name ends in; blue edges raise their target, orange lower it.
+    """Draws a graph into a file of the type that its name ends in: blue edges raise their target, orange lower it.
 
     Of very many edges only those are drawn over which most influence flows. Features that nothing names in `labels`
     go by the name that they have in a viewer's file, or by layer and number.
     """
     from matplotlib.figure import Figure
 
-    from jclt.attribution.influence import node_influence
+    path = Path(path)
+    kind, known = path.suffix.removeprefix(".").lower() or "png", Figure().canvas.get_supported_filetypes()
+    if kind not in known:
+        raise UserError(f"{path}: cannot draw '{kind}', expected one of {', '.join(sorted(known))}")
+    with new_file(path) as beside:
+        write_picture(graph, beside, kind, labels=labels, title=title)
+
+
+def write_picture(
+    graph: Graph,
+    path: Path,
+    kind: str = "png",
+    *,
+    labels: Mapping[tuple[int, int], str] | None = None,
+    title: str | None = None,
+) -> None:
+    """The picture itself, a file of this very name."""
+    from matplotlib.figure import Figure
 
     influence = np.where(graph.kinds == 4, 0, node_influence(graph)).astype(np.float64)
     plan = _plan(graph, influence)
@@ -67,7 +87,9 @@ def draw_graph(
     dots = _draw_nodes(axes, graph, influence, plan)
     _draw_outputs(axes, graph, plan)
     _draw_labels(axes, _names(graph, labels or {}), influence, plan, dots)
-    _save(figure, Path(path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing")  # a script the font lacks is no failure
+        figure.savefig(path, dpi=min(DOTS, LARGEST / max(figure.get_size_inches())), format=kind)
 
 
 def _plan(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Plan:
@@ -113,10 +135,7 @@ def _place_outputs(graph: Graph, x: Float[np.ndarray, "N"], columns: Float[np.nd
 
 def _strongest(graph: Graph, influence: Float[np.ndarray, "N"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
     """Targets and sources of the edges over which most influence flows, the weakest first."""
-    sizes = np.abs(graph.adjacency)
-    flow = influence.copy()
-    flow[graph.nodes("output")] += graph.logit_probabilities
-    importance = sizes / np.maximum(sizes.sum(axis=1, keepdims=True), 1e-30) * flow[:, None]
+    importance = normalized(graph) * (influence + output_weights(graph))[:, None]
     targets, sources = np.nonzero(importance)
     order = np.argsort(importance[targets, sources], kind="stable")[-EDGES:]
     return targets[order], sources[order]
@@ -203,7 +222,8 @@ def _draw_frame(axes: "Axes", plan: _Plan, title: str | None) -> None:
     )
     if title is not None:
         place = {"ha": "left", "va": "top", "fontsize": 11}
-        axes.text(left, top + TOP - 0.1, _shown(title), parse_math=False, **place)
+        room = int((right - left) * POINTS / (11 * 0.6))
+        axes.text(left, top + TOP - 0.1, _shown(title, most=room), parse_math=False, **place)
 
 
 def _draw_tokens(axes: "Axes", graph: Graph, plan: _Plan) -> None:
@@ -216,13 +236,11 @@ def _draw_tokens(axes: "Axes", graph: Graph, plan: _Plan) -> None:
 def _draw_outputs(axes: "Axes", graph: Graph, plan: _Plan) -> None:
     outputs = graph.nodes("output")
     room = float(plan.columns[-1] - plan.columns[0]) / max(len(outputs), 1)
-    shares = graph.logit_probabilities.tolist()
-    for name, share, x, y in zip(
-        graph.logit_names, shares, plan.x[outputs].tolist(), plan.y[outputs].tolist(), strict=True
-    ):
+    lists = (graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities.tolist())
+    for name, token, probability, x, y in zip(*lists, plan.x[outputs].tolist(), plan.y[outputs].tolist(), strict=True):
         name = _shown(name, strip=False)
         size = float(np.clip(room * POINTS / (len(name) + 2) / 0.62, 3.5, 8))
-        text = f"“{name}”\n{share:.1%}"
+        text = f"“{name}”\n{probability:.1%}" if token >= 0 else name  # only a token has a probability
         axes.text(x, y + 0.08, text, ha="center", va="bottom", fontsize=size, parse_math=False)
 
 
@@ -260,26 +278,13 @@ def _names(graph: Graph, labels: Mapping[tuple[int, int], str]) -> list[str]:
     notes: Sequence[dict[str, Any]] = graph.annotations.get("nodes") or [{}] * len(graph)
     names = []
     for (layer, _, feature), note in zip(graph.features.tolist(), notes[: len(graph.features)], strict=True):
-        name = _shown(labels.get((layer, feature)) or note.get("clerp") or f"{layer}/{feature}")
-        names.append(name if len(name) <= LETTERS else name[: LETTERS - 1] + "…")
+        name = str(labels.get((layer, feature)) or note.get("clerp") or f"{layer}/{feature}")
+        names.append(_shown(name, most=LETTERS))
     return names
 
 
-def _shown(text: str, strip: bool = True) -> str:
-    """A text on one line, with what is not to be seen in it made visible."""
+def _shown(text: str, strip: bool = True, most: int = LONGEST) -> str:
+    """A text on one line, cut to so many letters, with what is not to be seen in it made visible."""
+    text = text if len(text) <= most else text[: most - 1] + "…"
     shown = "".join(letter if letter.isprintable() else "·" for letter in text.replace("\n", "⏎").replace("\t", "→"))
     return (shown.strip() or "␣" * len(shown)) if strip else shown
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Writes the picture beside its place, then puts it there."""
-    kind = path.suffix.removeprefix(".").lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
-    if kind not in known:
-        raise UserError(f"{path}: cannot draw '{kind}', expected one of {', '.join(sorted(known))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing")  # a script the font lacks is no failure
-        figure.savefig(beside, dpi=200, format=kind)
-    beside.replace(path)

@@ -5,32 +5,67 @@ from pathlib import Path
 
 import numpy as np
 
-from jclt.attribution import Graph, describe, save_graph, strongest_paths
-from jclt.viewer.graph_json import export_json
-from jclt.viewer.picture import draw_graph
+from jclt.attribution import Graph, describe, prune, strongest_paths
+from jclt.attribution.files import write_arrays
+from jclt.errors import UserError
+from jclt.files import new_file, write_bytes
+from jclt.viewer.graph_json import encoded, export_json, slug_of, write_index
+from jclt.viewer.picture import write_picture
 
 PATHS = 3
+SUFFIXES = (".npz", ".json", ".png")
+
+Labels = Mapping[tuple[int, int], str]
 
 
 def summary(graph: Graph, small: Graph, paths: int = PATHS) -> str:
-    """What the graph explains, and the strongest paths of its pruned form."""
-    outputs = zip(graph.logit_names, graph.logit_probabilities, strict=True)
-    named = ", ".join(f"{name!r} {weight:.3f}" for name, weight in outputs)
-    scores, edges = graph.scores, int(np.count_nonzero(small.adjacency))
+    """What the graph explains, how much of it, and the strongest paths of its pruned form."""
+    outputs = zip(graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities, strict=True)
+    # Only a token has a probability; a difference or a direction has a name alone.
+    named = ", ".join(f"{name!r} {chance:.3f}" if token >= 0 else repr(name) for name, token, chance in outputs)
+    whole, pruned, edges = graph.scores, small.scores, int(np.count_nonzero(small.adjacency))
     lines = [
         f"explains {named}",
-        f"{len(graph.features)} active features; completeness {scores.completeness:.2f}, replacement "
-        f"{scores.replacement:.2f}; pruned to {len(small.features)} features and {edges} edges",
+        f"{len(graph.features)} active features; completeness {whole.completeness:.2f} (of what reaches its nodes, the "
+        f"part that is no error), replacement {whole.replacement:.2f} (of what reaches the outputs, the part that "
+        "comes from the prompt and not from errors)",
+        f"pruned to {len(small.features)} features and {edges} edges; completeness {pruned.completeness:.2f}, "
+        f"replacement {pruned.replacement:.2f} (what was pruned counts as error)",
         *(f"  {describe(small, path)}" for path in strongest_paths(small, paths)),
     ]
     return "\n".join(lines)
 
 
-def write_graph(
-    graph: Graph, small: Graph, folder: Path, name: str, labels: Mapping[tuple[int, int], str] | None = None
-) -> None:
-    """The whole graph as `NAME.npz`; its pruned form as a viewer's `NAME.json` and as a picture, `NAME.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_graph(graph, folder / f"{name}.npz")
-    export_json(small, folder / f"{name}.json", slug=name, labels=labels)
-    draw_graph(small, folder / f"{name}.png", labels=labels, title="".join(graph.token_texts))
+def write_graph(graph: Graph, small: Graph, folder: Path, name: str | None = None, labels: Labels | None = None) -> str:
+    """The whole graph as `NAME.npz`; its pruned form as a viewer's `NAME.json`, listed in the folder's index, and as a
+    picture, `NAME.png`: all of them or none. Returns the name, by default one made from the prompt that no file in the
+    folder has."""
+    name = _checked(name) if name is not None else free_name(folder, slug_of(graph))
+    arrays, content, picture = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    viewed = encoded(export_json(small, slug=name, labels=labels), content)
+    with new_file(arrays) as beside, new_file(picture) as drawn:
+        write_arrays(graph, beside)
+        write_picture(small, drawn, labels=labels, title="".join(graph.token_texts))
+        write_bytes(content, viewed)
+    write_index(folder)
+    return name
+
+
+def write_viewer_json(graph: Graph, folder: Path, name: str, labels: Labels | None = None) -> None:
+    """The graph's pruned form as a viewer's `NAME.json`; `write_index` lists those of a folder when all are there."""
+    export_json(prune(graph), folder / f"{_checked(name)}.json", slug=name, labels=labels)
+
+
+def free_name(folder: Path, slug: str) -> str:
+    """The slug, numbered if the folder has files of this name."""
+    number, name = 1, slug
+    while any((folder / f"{name}{suffix}").exists() for suffix in SUFFIXES):
+        number += 1
+        name = f"{slug}-{number}"
+    return name
+
+
+def _checked(name: str) -> str:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"name '{name}': expected the name of a file, without folders")
+    return name
