@@ -127,7 +127,9 @@ def read_state(
 
     def load() -> tuple[Any, Any]:
         metadata = checkpointer.metadata(step)
-        held: Any = metadata.metadata["state"]
+        held: Any = (metadata.metadata or {}).get("state")
+        if held is None:
+            raise UserError("damaged: nothing says which arrays it holds")
         if target is not None:
             _check_names(held, target)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
