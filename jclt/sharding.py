@@ -10,7 +10,9 @@ data without saying so does not trace.
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import jax
@@ -90,34 +92,82 @@ def join_hosts() -> None:
 
 
 def _meet(meeting: str, count: int, own: int) -> None:
+    """Joins the others once all are there: JAX, which aborts where one stays away, need not wait for any."""
+    host, _, port = meeting.rpartition(":")
+    deadline = time.monotonic() + MEETING
     if own == 0:
-        _check_port(int(meeting.rpartition(":")[2]))
+        _wait_for_guests(int(port), count, deadline)
+    else:
+        _wait_at(host.strip("[]"), int(port), own, deadline)
+    jax.distributed.initialize(meeting, count, own, heartbeat_timeout_seconds=HEARTBEAT)
+
+
+def _wait_for_guests(port: int, count: int, deadline: float) -> None:
+    """Until all other processes have come to this port, each saying its number; then they are told to go on."""
+    here: dict[int, socket.socket] = {}
     try:
-        jax.distributed.initialize(
-            meeting, count, own, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=MEETING
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"JCLT_COORDINATOR: process {own} of {count} found no meeting of all at '{meeting}' within {MEETING} s "
-            f"({first_line(error)}), expected every process to be started"
-        ) from None
+        with _listening(port) as door:
+            while missing := sorted({*range(1, count)} - here.keys()):
+                door.settimeout(max(deadline - time.monotonic(), 0.001))
+                try:
+                    guest, _ = door.accept()
+                except TimeoutError:
+                    absent = ", ".join(map(str, missing))
+                    raise UserError(
+                        f"JCLT_PROCESSES: of {count} processes {absent} did not come to port {port} within {MEETING} "
+                        "s, expected all to be started"
+                    ) from None
+                guest.settimeout(5)
+                try:
+                    number = int.from_bytes(guest.recv(4))
+                except OSError:
+                    number = 0
+                if 0 < number < count:
+                    here[number] = guest
+                else:  # whoever else may knock
+                    guest.close()
+        for guest in here.values():  # the port is free again for JAX
+            with suppress(OSError):
+                guest.sendall(b"!")
+    finally:
+        for guest in here.values():
+            guest.close()
 
 
-def _check_port(port: int) -> None:
-    """That the first process can listen where the others are to find it; JAX itself may crash where it cannot."""
-    kind, everywhere = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "")
-    with socket.socket(kind, socket.SOCK_STREAM) as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as one who was here a moment ago
+def _wait_at(host: str, port: int, own: int, deadline: float) -> None:
+    """Until the first process, which waits for all others there, says that they have come."""
+    why = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
         try:
-            if kind == socket.AF_INET6:
-                tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            tried.bind((everywhere, port))
-            tried.listen()
+            with socket.create_connection((host, port), timeout=left) as door:
+                door.sendall(own.to_bytes(4))
+                door.settimeout(max(deadline - time.monotonic(), 0.001))
+                if door.recv(1) == b"!":
+                    return
         except OSError as error:
-            reason = error.strerror or first_line(error)
-            raise UserError(
-                f"JCLT_COORDINATOR: port {port} cannot be used here ({reason}), expected a free one"
-            ) from None
+            why = error.strerror or first_line(error)
+        time.sleep(min(0.2, max(left, 0)))
+    raise UserError(
+        f"JCLT_COORDINATOR: process {own} did not meet all others at {host}:{port} within {MEETING} s ({why}), "
+        "expected every process to be started"
+    )
+
+
+def _listening(port: int) -> socket.socket:
+    """The door that the first process opens; JAX itself may crash where it cannot."""
+    both = socket.has_dualstack_ipv6()
+    door = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as one who was here a moment ago
+        if both:
+            door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        door.bind(("::" if both else "", port))
+        door.listen(1000)
+    except OSError as error:
+        door.close()
+        why = error.strerror or first_line(error)
+        raise UserError(f"JCLT_COORDINATOR: port {port} cannot be used here ({why}), expected a free one") from None
+    return door
 
 
 def agreed(said: bool) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from short_run import CONFIG
 
+import jclt.sharding
 import jclt.training.coder as training
 from jclt.coders import CoderConfig
 from jclt.errors import Interrupted, UserError
@@ -516,6 +518,12 @@ def test_a_place_in_the_run_that_makes_no_sense_is_refused(place, monkeypatch):
     assert str(error.value).startswith(PLACES[place])
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
+
+
 def test_a_port_in_use_is_said_before_jax_takes_it(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -527,6 +535,38 @@ def test_a_port_in_use_is_said_before_jax_takes_it(monkeypatch):
             join_hosts()
     said = f"JCLT_COORDINATOR: port {port} cannot be used here (Address already in use), expected a free one"
     assert str(error.value) == said
+
+
+def test_processes_meet_or_say_who_is_missing(monkeypatch):
+    monkeypatch.setattr(jclt.sharding, "MEETING", 2)
+
+    def meeting(count: int, *numbers: int) -> list[str]:
+        """What each of these processes of so many says of the meeting."""
+        port, said = free_port(), dict.fromkeys(numbers, "")
+
+        def process(own: int) -> None:
+            deadline = time.monotonic() + (60 if count == len(numbers) else 2)
+            try:
+                if own == 0:
+                    jclt.sharding._wait_for_guests(port, count, deadline)
+                else:
+                    jclt.sharding._wait_at("localhost", port, own, deadline)
+            except UserError as error:
+                said[own] = str(error).replace(str(port), "PORT")
+
+        threads = [threading.Thread(target=process, args=(own,)) for own in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return list(said.values())
+
+    assert meeting(3, 0, 1, 2) == ["", "", ""] and meeting(1, 0) == [""]
+    first, second = meeting(3, 0, 1)
+    assert first == "JCLT_PROCESSES: of 3 processes 2 did not come to port PORT within 2 s, expected all to be started"
+    assert second.startswith("JCLT_COORDINATOR: process 1 did not meet all others at localhost:PORT within 2 s (")
+    (alone,) = meeting(2, 1)
+    assert "within 2 s (Connection refused), expected every process to be started" in alone
 
 
 def test_a_run_ends_with_its_coder_whatever_its_evaluation_does_and_can_be_made_longer(tmp_path, monkeypatch, caplog):
