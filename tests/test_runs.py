@@ -7,10 +7,12 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import fsspec
@@ -26,17 +28,19 @@ import jclt.training.coder as training
 from jclt.coders import CoderConfig
 from jclt.errors import Interrupted, UserError
 from jclt.files import read_json, write_json
-from jclt.models import ModelConfig
+from jclt.models import ModelConfig, load_model
 from jclt.shapes import Array
 from jclt.sharding import join_hosts, make_mesh, said_place, sharding
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.coder import check_state_memory, conclusions, describe, fitted
 from jclt.training.config import LmConfig
+from jclt.training.data import TokenRows
 from jclt.training.extension import reason_against_more_steps
 from jclt.training.inspect import inspect_run
 from jclt.training.loop import Progress, fit, stop_requests
 from jclt.training.metrics import Log, draw_curves, read_metrics
 from jclt.training.runs import LOCK, find_rows, held_place, is_begun, place_of, replaced_folder
+from jclt.training.source import stored_source
 
 MODEL = ModelConfig("llama", 96, 16, 4, 2, 32, 32)
 RUN = replace(CONFIG, coder=CoderConfig(features=64).fitted(MODEL, "demo", "a" * 16))
@@ -301,6 +305,29 @@ def test_what_a_run_shows_and_says_at_its_end():
     assert not any("dead" in line or "hardly" in line for line in conclusions(coder, "batchtopk", fine))
 
 
+def test_weights_and_biases_knows_a_run_by_its_place(tmp_path, monkeypatch):
+    ids: list[str] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            assert numbers == {"loss": 1.0} and step == 1
+
+        def finish(self) -> None:
+            pass
+
+    def init(**options) -> Run:
+        ids.append(options["id"])
+        return Run()
+
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a/run", "b/run", "a/run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        with Log(tmp_path / folder, 0) as log:
+            log.write({"step": 1, "loss": 1.0, "dead": float("nan")})
+    assert ids[0] == ids[2] != ids[1] and all(own.startswith("run-") for own in ids)
+
+
 # The folder.
 
 
@@ -449,6 +476,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_shown(tmp_path, mon
 
     monkeypatch.setattr("jclt.training.inspect.draw_curves", read_only)
     assert "curves could not be drawn" in inspect_run(tmp_path) and "sha256" in inspect_run(tmp_path)
+
+
+def test_a_store_is_known_by_the_models_weights(tmp_path, monkeypatch):
+    def made(_: str, description: dict[str, object], *others: object) -> None:
+        raise UserError(json.dumps(description))
+
+    monkeypatch.setattr("jclt.training.source.create_store", made)
+    model = load_model("demo", mesh=make_mesh(1, 8))
+    coder = CONFIG.coder.fitted(model.config, "demo", model.fingerprint)
+    config = replace(CONFIG, coder=coder, store=str(tmp_path / "store"))
+    rows = TokenRows(np.zeros((8, 16), np.uint16), np.ones((8, 16), np.float16))
+    with pytest.raises(UserError) as error:
+        stored_source(config, model, rows, 8)
+    assert json.loads(str(error.value))["model_weights"] == model.fingerprint
 
 
 # What cannot work.

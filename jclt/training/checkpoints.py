@@ -48,7 +48,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         found = leaves(state)
         self.wait()
-        sums = plain_sums(found)
+        sums: Any = plain_sums(found)
         with self._writing():
             self.checkpointer.save_async(
                 step, {"state": found}, force=True, overwrite=True, custom_metadata={SUMS: sums}
@@ -134,7 +134,8 @@ def read_state(
             _check_names(held, target)
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = target or {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in held.items()}
-        return checkpointer.load(step, {"state": dict(wanted)})["state"], (metadata.custom_metadata or {}).get(SUMS)
+        beside: Any = metadata.custom_metadata or {}
+        return checkpointer.load(step, {"state": dict(wanted)})["state"], beside.get(SUMS)
 
     found, sums = together(load)
     if sums is None:
