@@ -142,6 +142,8 @@ def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     place = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "2"}
+    # The first alone finds programs in the cache, and the other one must not come to a collective half a minute later.
+    place["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     return [start(config, folder, **place, JCLT_PROCESS=str(process)) for process in range(2)]
 
 
