@@ -82,6 +82,8 @@ def test_a_store_made_from_something_else_is_refused(tmp_path):
     assert str(error.value) == f"store '{path}': {expected}"
     with pytest.raises(UserError, match="was made with data=abc, expected data=abd"):
         create_store(path, ABOUT | {"data": "abd"}, 1, SHAPE)
+    with pytest.raises(UserError, match="does not say with which model_weights it was made, expected model_weights=a1"):
+        create_store(path, ABOUT | {"model_weights": "a1"}, 1, SHAPE)
     with pytest.raises(UserError, match="was made with rows=1, expected rows=2"):
         create_store(path, ABOUT, 2, SHAPE)
     with pytest.raises(UserError, match="was made with dtype=bfloat16, expected dtype=float32"):

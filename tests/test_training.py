@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,8 +131,20 @@ def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
-def start(config: LmConfig, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(command(config, folder), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+def start(config: LmConfig, folder: Path, **environment: str) -> subprocess.Popen:
+    own = ENVIRONMENT | environment
+    return subprocess.Popen(command(config, folder), env=own, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
+    """Two processes of one run, of two devices each."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    place = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "2"}
+    # The first alone finds programs in the cache, and the other one must not come to a collective half a minute later.
+    place["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    return [start(config, folder, **place, JCLT_PROCESS=str(process)) for process in range(2)]
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
@@ -179,6 +192,23 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(config, tmp_path):
     assert curve("killed") == curve("whole")
 
 
+def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_path):
+    config = replace(config, steps=8)
+    for process in start_two(config, tmp_path / "run"):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    alone = train_lm(config, tmp_path / "alone").params
+    for name, value in final_params(tmp_path / "run").items():
+        np.testing.assert_allclose(value, alone[name], atol=1e-5)
+    # Only the first looks at the folder, and the other one learns of it.
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for process in start_two(config, tmp_path / "full"):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 2 and "exists and is not a run of jclt, expected" in said, said
+        assert "Traceback" not in said
+
+
 def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
     whole = train_lm(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
@@ -205,7 +235,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
     [
         ({"length": 33}, "setting 'length': 33, expected at most 32, the model's context"),
         ({"steps": 0}, "setting 'steps': 0, expected at least 1"),
-        ({"warmup": 24}, "setting 'warmup': 24, expected less than steps=24"),
+        ({"warmup": -1}, "setting 'warmup': -1, expected at least 0"),
         ({"data": "none.txt"}, "data 'none.txt': not found, expected 'world', a text file or JSON lines"),
         (
             {"tokenizer": None},

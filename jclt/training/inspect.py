@@ -1,16 +1,17 @@
 """What a run's folder holds: its settings, how far it came, its newest checkpoint and a digest of the parameters."""
 
 import hashlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jclt.errors import UserError
+from jclt.errors import UserError, first_line
 from jclt.files import read_json
-from jclt.training.metrics import draw_curves, read_metrics
+from jclt.training.checkpoints import read_state
+from jclt.training.metrics import describe_evaluation, draw_curves, is_finite, kind_of, read_metrics
 
 PARAMETERS = ("coder.", "params.")
 CURVES = ("loss", "nmse", "l0", "dead", "gradient_norm", "tokens_per_second")
@@ -24,41 +25,70 @@ def inspect_run(folder: Path) -> str:
     config = read_json(folder / "config.json")
     lines += [f"  {name} = {value}" for name, value in sorted(config.items())]
     metrics = folder / "metrics.jsonl"
-    entries = [e for e in read_metrics(metrics) if "loss" in e] if metrics.exists() else []
-    if entries:
-        last = entries[-1]
+    entries = read_metrics(metrics) if metrics.exists() else []
+    steps = [entry for entry in entries if kind_of(entry) == "step"]
+    if steps:
+        last = steps[-1]
         lines.append(f"step {last['step']} of {config.get('steps')}")
         lines += [f"  {name} = {value:.6g}" for name, value in last.items() if isinstance(value, float)]
-        draw_curves(entries, tuple(name for name in CURVES if name in last), folder / "curves.png")
-        lines.append(f"curves in {folder / 'curves.png'}")
+    if evaluations := [entry for entry in entries if kind_of(entry) == "evaluation"]:
+        lines.append(describe_evaluation(evaluations[-1]))
+    if steps:
+        names = tuple(name for name in CURVES if any(is_finite(entry.get(name)) for entry in steps))
+        try:
+            draw_curves(steps, names, folder / "curves.png")
+            lines.append(f"curves in {folder / 'curves.png'}")
+        except (UserError, OSError) as error:  # a run that one may only read
+            lines.append(f"curves could not be drawn ({first_line(error)})")
     lines += describe_checkpoints(folder / "checkpoints")
     return "\n".join(lines)
 
 
 def describe_checkpoints(folder: Path) -> list[str]:
-    """Of which steps there are checkpoints, and what the newest holds."""
+    """Of which steps there are checkpoints, and what the newest one that can be read holds."""
     if not folder.is_dir():
         return ["no checkpoint yet"]
-    with ocp.training.Checkpointer(str(folder.absolute())) as checkpointer:
-        steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
-        if not steps:
-            return ["no checkpoint yet"]
-        held: Any = checkpointer.metadata(steps[-1]).metadata["state"]
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in held.items()}
-        state: Any = checkpointer.load(steps[-1], {"state": wanted})["state"]
-    found = {name: np.asarray(x) for name, x in state.items()}
-    own = {name: x for name, x in found.items() if name.startswith(PARAMETERS)}
-    rest = [x for name, x in found.items() if name not in own]
+    lines: list[str] = []
+    try:
+        with ocp.training.Checkpointer(str(folder.absolute())) as checkpointer:
+            steps = sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
+            if not steps:
+                return ["no checkpoint yet"]
+            lines.append(f"checkpoints of steps {', '.join(map(str, steps))}")
+            for step in reversed(steps):
+                try:
+                    found = {name: np.asarray(x) for name, x in read_state(checkpointer, step).items()}
+                except Exception as error:  # a damaged checkpoint can fail in any layer below
+                    lines.append(f"that of step {step} cannot be read ({first_line(error)})")
+                    continue
+                return [*lines, f"in that of step {step}:", *describe_state(found)]
+    except Exception as error:  # of the file system, whichever it is
+        lines.append(f"checkpoints cannot be read ({first_line(error)})")
+    return lines
+
+
+def describe_state(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    own = {name: x for name, x in arrays.items() if name.startswith(PARAMETERS)}
+    rest = [x for name, x in arrays.items() if name not in own]
+    kinds: dict[str, list[np.ndarray]] = {}
+    for name, x in sorted(own.items()):
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(x)
     return [
-        f"checkpoints of steps {', '.join(map(str, steps))}; in the newest:",
-        *(f"  {name:32} {x.dtype!s:9} {list(x.shape)}" for name, x in sorted(own.items())),
+        *(f"  {name:32} {len(alike):4} x {alike[0].dtype!s:9} {shapes(alike)}" for name, alike in kinds.items()),
         f"  {len(rest)} more arrays (optimizer, running averages), {sum(x.nbytes for x in rest) / 1e6:.1f} MB",
         f"parameters: {sum(x.size for x in own.values()):,}, sha256 {digest(own)}",
     ]
 
 
-def digest(arrays: dict[str, np.ndarray]) -> str:
+def shapes(arrays: list[np.ndarray]) -> str:
+    """The shape of arrays of one kind, with the range of each axis that they differ in."""
+    if len({x.ndim for x in arrays}) > 1:
+        return "of several shapes"
+    axes = [(min(sizes), max(sizes)) for sizes in zip(*(x.shape for x in arrays), strict=True)]
+    return f"[{', '.join(str(least) if least == most else f'{least} to {most}' for least, most in axes)}]"
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Of names, types, shapes and bytes: equal where every bit is."""
     whole = hashlib.sha256()
     for name, x in sorted(arrays.items()):

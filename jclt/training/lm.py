@@ -1,12 +1,13 @@
 """Training a language model: its settings, its loss, its step, and the run from the first step to the saved model."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -14,14 +15,22 @@ from jclt.errors import UserError
 from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
 from jclt.models.published import write_config
 from jclt.shapes import Array, Float, Params, Tokens
-from jclt.sharding import make_mesh, sharding
+from jclt.sharding import fetched, make_mesh, sharding, together
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.config import LmConfig
 from jclt.training.data import batch_rows, holds_tokens, local_tokens, place
 from jclt.training.loop import fit
 from jclt.training.metrics import Log, draw_curves, read_metrics
 from jclt.training.optimizers import lm_optimizer
-from jclt.training.runs import check_settings, find_rows, place_of, world_rows
+from jclt.training.runs import (
+    Place,
+    check_settings,
+    find_rows,
+    held_place,
+    replaced_folder,
+    rows_begun_with,
+    world_rows,
+)
 from jclt.world.tokenizer import build_tokenizer
 
 
@@ -88,16 +97,24 @@ def find_tokenizer(config: LmConfig) -> Tokenizer:
 def train_lm(config: LmConfig, out: str | Path) -> Model:
     """Trains from nothing, or from where the run in `out`, a folder or a URL, stopped; the model ends up in
     `out/model`."""
-    home = place_of(out)
-    out = home.folder
+    with held_place(out) as home:
+        return _train(config, home)
+
+
+def _train(config: LmConfig, home: Place) -> Model:
+    folder = home.folder
     mesh = make_mesh(config.data_shards)
     check_settings(config, config.model.context, mesh)
     write_config(config.model, "float32")  # a model that its family cannot express could not be saved
-    tokenizer = find_tokenizer(config)
+    tokenizer = together(lambda: find_tokenizer(config))
     vocabulary, end = config.model.vocabulary, config.model.stop_tokens[:1]
-    one_epoch = (config.steps * config.batch, config.length, config.seed)
-    world = partial(world_rows, tokenizer, *one_epoch, text_weight=config.text_weight)
-    rows = find_rows(out, config, vocabulary, tokenizer, end, world)
+
+    def world() -> tuple[np.ndarray, np.ndarray]:
+        count = rows_begun_with(folder) or config.steps * config.batch  # one epoch
+        return world_rows(tokenizer, count, config.length, config.seed, text_weight=config.text_weight)
+
+    shared = home.url is None
+    rows = find_rows(folder, config, vocabulary, tokenizer, end, world, shared=shared, reached=home.reached)
     placement = sharding(mesh, (config.batch, config.length), ("batch", None))
 
     def batch(step: int) -> tuple[Array, Array]:
@@ -106,7 +123,7 @@ def train_lm(config: LmConfig, out: str | Path) -> Model:
     with jax.set_mesh(mesh), Checkpoints(home.checkpoints, home.publish) as checkpoints:
         state = init_state(config, mesh)
         state = checkpoints.restore(state) or state
-        with Log(out, int(state.step), asdict(config)) as metrics:
+        with Log(folder, int(state.step), asdict(config), home.name) as metrics:
             state = fit(
                 state,
                 lambda _, state, data: train_step(config, state, *data),
@@ -117,10 +134,21 @@ def train_lm(config: LmConfig, out: str | Path) -> Model:
                 log_every=config.log_every,
                 save_every=config.save_every,
                 describe=lambda values: f"loss {values['loss']:.3f}",
+                speed=lambda steps: {"tokens_per_second": steps * config.batch * config.length},
             )
-    draw_curves(read_metrics(out / "metrics.jsonl"), ("loss",), out / "loss.png")
-    model = Model(config.model, state.params, tokenizer, str(out / "model"))
-    if not (out / "model").exists():
-        save_model(model, out / "model")
+    model = Model(config.model, state.params, tokenizer, str(folder / "model"))
+    replaced_folder(folder / "model", partial(_save, model))
+    if jax.process_index() == 0:
+        draw_curves(read_metrics(folder / "metrics.jsonl"), ("loss",), folder / "loss.png")
     home.publish()
     return model
+
+
+def _save(model: Model, folder: Path) -> None:
+    """The first host writes what all of them hand it."""
+    if jax.process_count() > 1:
+        here = jax.local_devices()[0]
+        params = {name: jax.device_put(fetched(x), here) for name, x in sorted(model.params.items())}
+        model = replace(model, params=params)
+    if jax.process_index() == 0:
+        save_model(model, folder)

@@ -1,48 +1,81 @@
 """Metrics of a run: JSON lines always, TensorBoard and Weights & Biases where they are installed, and a picture."""
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol, TypeGuard
 
 import jax
 
+from jclt.errors import UserError
+from jclt.files import new_file, read_bytes, to_json, write_json_lines
+from jclt.fingerprints import digest
+
 Entry = dict[str, Any]
+
+
+class Writer(Protocol):
+    """Something else that is told the numbers."""
+
+    def write(self, entry: Entry) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Log:
     """Appends one JSON object a line; on resume, what a killed run logged beyond its checkpoint is dropped.
 
     Only the first host writes. TensorBoard events go to the run's folder where `tensorboardX` can be imported;
-    Weights & Biases gets the run where `wandb` can and WANDB_PROJECT is set.
+    Weights & Biases gets the run where `wandb` can and WANDB_PROJECT is set, known there by `place`, the run's URL or
+    else its folder. Numbers that are not finite are written as null: JSON has no others.
     """
 
-    def __init__(self, folder: Path, step: int, settings: Entry | None = None):
-        self.path, self.others = folder / "metrics.jsonl", []
-        self.file = None
+    def __init__(self, folder: Path, step: int, settings: Entry | None = None, place: str | None = None):
+        self.path = folder / "metrics.jsonl"
+        self.others: list[Writer] = []
+        self.file: IO[str] | None = None
+        self.last: dict[str, Entry] = {}
+        """Of each kind, "step" or "evaluation", the entry that was written last."""
         if jax.process_index() > 0:
             return
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= step] if self.path.exists() else []
-        beside = self.path.with_suffix(".partial")
-        beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        beside.replace(self.path)
-        self.file = self.path.open("a", buffering=1)
+        write_json_lines(self.path, map(finite, kept))
+        for entry in kept:
+            self.last[kind_of(entry)] = entry
+        try:
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from None
         with suppress(ImportError):
             self.others.append(_TensorBoard(folder, step))
         if "WANDB_PROJECT" in os.environ:
             with suppress(ImportError):
-                self.others.append(_WeightsAndBiases(folder, settings or {}))
+                self.others.append(_WeightsAndBiases(folder, settings or {}, place or str(folder.resolve())))
 
     def write(self, entry: Entry) -> None:
+        entry = finite(entry)
+        self.last[kind_of(entry)] = entry
         if self.file is not None:
-            self.file.write(json.dumps(entry) + "\n")
+            try:
+                self.file.write(to_json(entry, self.path) + "\n")
+            except OSError as error:
+                raise self._failed(error) from None
         for other in self.others:
             other.write(entry)
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the last evaluation that was written is of this step."""
+        return self.last.get("evaluation", {}).get("step") == step
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: cannot be written ({error.strerror or error})")
+
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written has been said
+                self.file.close()
         for other in self.others:
             other.close()
 
@@ -68,10 +101,13 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    def __init__(self, folder: Path, settings: Entry):
+    def __init__(self, folder: Path, settings: Entry, place: str):
         import wandb
 
-        self.run = wandb.init(dir=str(folder), config=settings, id=folder.name, resume="allow")
+        # Folders of one name in different places are different runs.
+        self.run = wandb.init(
+            dir=str(folder), config=settings, id=f"{folder.name}-{digest(place)}", name=folder.name, resume="allow"
+        )
 
     def write(self, entry: Entry) -> None:
         self.run.log(numbers(entry), step=entry["step"])
@@ -80,38 +116,70 @@ class _WeightsAndBiases:
         self.run.finish()
 
 
+def kind_of(entry: Entry) -> str:
+    return "step" if "loss" in entry else "evaluation"
+
+
+def finite(value: Any) -> Any:
+    """The value with null for every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def numbers(entry: Entry) -> dict[str, float]:
     """An entry's numbers by name, those of a list under the name and their place."""
-    flat: dict[str, float] = {}
+    flat: dict[str, Any] = {}
     for name, value in entry.items():
         if isinstance(value, list):
             flat |= {f"{name}/{place}": item for place, item in enumerate(value)}
         elif name != "step":
             flat[name] = value
-    return flat
+    return {name: value for name, value in flat.items() if value is not None}
 
 
 def read_metrics(path: Path) -> list[Entry]:
-    """Every complete line; a run killed while it wrote leaves half a one."""
-    entries = []
-    for line in path.read_text().splitlines():
+    """Every whole line; a run killed while it wrote leaves half a one, and a damaged one is passed over."""
+    entries: list[Entry] = []
+    for line in read_bytes(path, "the metrics of a run").split(b"\n"):
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            entries.append(entry)
     return entries
 
 
 def draw_curves(entries: list[Entry], names: tuple[str, ...], path: Path) -> None:
-    """A picture of the numbers of these names over the steps, one below the other."""
+    """A picture of the numbers of these names over the steps, one below the other; what is not finite is left out."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 2.5 * len(names)), layout="constrained")
     rows = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(rows, names, strict=True):
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        axes.plot(*zip(*points, strict=True), linewidth=1)
-        axes.set(ylabel=name, yscale="log" if all(y > 0 for _, y in points) else "linear")
+        points = [(entry["step"], entry[name]) for entry in entries if is_finite(entry.get(name))]
+        axes.plot([step for step, _ in points], [y for _, y in points], linewidth=1)
+        axes.set(ylabel=name, yscale="log" if points and all(y > 0 for _, y in points) else "linear")
         axes.grid(alpha=0.3)
     rows[-1].set(xlabel="step")
-    figure.savefig(path, dpi=120)
+    with new_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
+
+
+def describe_evaluation(entry: Entry) -> str:
+    """How well a replacement model stood in for the model, in one line."""
+
+    def number(name: str, form: str) -> str:
+        return format(entry[name], form) if is_finite(entry.get(name)) else "-"
+
+    return (
+        f"step {entry['step']}: the replacement model agrees with the model on {number('agreement', '.1%')} of the "
+        f"tokens, KL {number('kl_replaced', '.3f')}, recovered {number('recovered', '.1%')} of the loss"
+    )
+
+
+def is_finite(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,6 +39,7 @@ def stored_source(config: TrainConfig, model: Model, rows: TokenRows, count: int
     count = min(count, config.store_rows) // config.batch * config.batch
     description = {
         "model": config.model,
+        "model_weights": c.model_fingerprint,
         "data": rows.digest,
         "reads": c.reads,
         "writes": c.writes,

@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from jclt.errors import UserError
+from jclt.files import parse_object
 
 DTYPES = ("bfloat16", "float16", "float32")
 CONTEXT: Any = ts.Context()  # one for all, so that every store of a process shares its threads and connections
@@ -137,13 +138,15 @@ def _folder(path: str | Path) -> Any:
 
 def _description(folder: Any) -> dict[str, Any] | None:
     found = folder.read("description.json").result()
-    return json.loads(found.value) if found.state == "value" else None
+    return parse_object(found.value, f"{folder.path}description.json") if found.state == "value" else None
 
 
 def _check(path: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name, value in json.loads(json.dumps(dict(wanted))).items():
-        if found.get(name) != value:
-            raise UserError(f"store '{path}': was made with {name}={found.get(name)}, expected {name}={value}")
+        if name not in found:
+            raise UserError(f"store '{path}': does not say with which {name} it was made, expected {name}={value}")
+        if found[name] != value:
+            raise UserError(f"store '{path}': was made with {name}={found[name]}, expected {name}={value}")
 
 
 def _brief(error: Exception) -> str:

@@ -1,0 +1,630 @@
+"""A run's folder and what is kept in it: checkpoints that are what was saved, rows, settings, metrics, a lock."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from short_run import CONFIG
+
+import jclt.sharding
+import jclt.training.coder as training
+from jclt.coders import CoderConfig
+from jclt.errors import Interrupted, UserError
+from jclt.files import read_json, write_json
+from jclt.models import ModelConfig, load_model
+from jclt.shapes import Array
+from jclt.sharding import join_hosts, make_mesh, said_place, sharding
+from jclt.training.checkpoints import Checkpoints
+from jclt.training.coder import check_state_memory, conclusions, describe, fitted
+from jclt.training.config import LmConfig
+from jclt.training.data import TokenRows
+from jclt.training.extension import reason_against_more_steps
+from jclt.training.inspect import inspect_run
+from jclt.training.loop import Progress, fit, stop_requests
+from jclt.training.metrics import Log, draw_curves, read_metrics
+from jclt.training.runs import LOCK, find_rows, held_place, is_begun, place_of, replaced_folder
+from jclt.training.source import stored_source
+
+MODEL = ModelConfig("llama", 96, 16, 4, 2, 32, 32)
+RUN = replace(CONFIG, coder=CoderConfig(features=64).fitted(MODEL, "demo", "a" * 16))
+
+
+# Checkpoints.
+
+LOADS_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Where one array cannot be loaded Orbax leaves the others' loads behind, which find its loop closed."""
+
+
+def weights(seed: float, mesh: jax.sharding.Mesh | None = None) -> dict[str, Array]:
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32) * np.float32(seed)
+    placed = sharding(mesh, x.shape, ("features", None)) if mesh else None
+    return {"w": jax.device_put(x, placed), "low": jnp.asarray(x[0], jnp.bfloat16), "n": jnp.int32(seed)}
+
+
+def saved(path: Path, *seeds: int, mesh: jax.sharding.Mesh | None = None) -> None:
+    with Checkpoints(str(path)) as checkpoints:
+        for seed in seeds:
+            checkpoints.save(seed, weights(seed, mesh))
+
+
+def same(a: dict[str, Array], b: dict[str, Array]) -> bool:
+    return all(np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes() for name in b)
+
+
+def numbers_of(path: Path) -> list[Path]:
+    """The files of a checkpoint that hold its numbers."""
+    return sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name == "d")
+
+
+@LOADS_LEFT
+def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
+    saved(tmp_path / "whole", 1, 2)
+    rng, passed_over = random.Random(0), 0
+    for number in range(40):
+        damaged = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", damaged)
+        file = rng.choice(numbers_of(damaged / "2"))
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        with Checkpoints(str(damaged)) as checkpoints:
+            found = checkpoints.restore(weights(0))
+        assert found is not None and (same(found, weights(1)) or same(found, weights(2))), file
+        passed_over += same(found, weights(1))
+        shutil.rmtree(damaged)
+    assert passed_over > 5
+    assert "checkpoint of step 2 cannot be read, passing over it" in caplog.text
+    assert "are not those that were saved" in caplog.text
+
+
+def test_sums_are_the_same_on_any_mesh_and_what_was_saved_without_them_is_said(tmp_path, caplog):
+    two, eight = make_mesh(1, 2), make_mesh(1, 8)
+    with jax.set_mesh(two):
+        saved(tmp_path / "run", 3, mesh=two)
+    with jax.set_mesh(eight), Checkpoints(str(tmp_path / "run")) as checkpoints:
+        found = checkpoints.restore(weights(0, eight))
+    assert found is not None and same(found, weights(3)) and len(found["w"].sharding.device_set) == 8
+    assert not caplog.text
+    with ocp.training.Checkpointer(str(tmp_path / "old")) as checkpointer:
+        checkpointer.save(4, {"state": weights(4)}, force=True)
+    with Checkpoints(str(tmp_path / "old")) as checkpoints:
+        found = checkpoints.restore(weights(0))
+    assert found is not None and same(found, weights(4))
+    assert "checkpoint of step 4 was saved without sums: nothing can tell whether it is damaged" in caplog.text
+
+
+@LOADS_LEFT
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew(tmp_path, monkeypatch):
+    saved(tmp_path / "run", 1, 2)
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    other = weights(0) | {"more": jnp.zeros(3)}
+    with Checkpoints(str(tmp_path / "run")) as checkpoints, pytest.raises(UserError) as error:
+        checkpoints.restore(other)
+    assert "none of the checkpoints can be read, of step 2 for this reason: holds no array 'more'" in str(error.value)
+    for step in ("1", "2"):
+        for file in numbers_of(tmp_path / "run" / step):
+            file.write_bytes(file.read_bytes()[:10])
+    with Checkpoints(str(tmp_path / "run")) as checkpoints, pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.restore(weights(0))
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+    with Checkpoints(str(tmp_path / "new")) as checkpoints:
+        assert checkpoints.restore(weights(0)) is None
+    monkeypatch.setattr(ocp.training, "Checkpointer", lambda *_, **__: (_ for _ in ()).throw(OSError("no answer")))
+    with pytest.raises(UserError, match=r"checkpoints cannot be listed \(no answer\)"):
+        Checkpoints(str(tmp_path / "run"))
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError) as error, Checkpoints(str(tmp_path / "run")) as checkpoints:
+        checkpoints.save(1, weights(1))
+        checkpoints.wait()
+
+        def full(*_: object, **__: object) -> None:
+            raise ValueError("RESOURCE_EXHAUSTED: Failed writing:\n  No space left on device [os_error_code='28']")
+
+        monkeypatch.setattr(checkpoints.checkpointer, "save_async", full)
+        checkpoints.save(2, weights(2))
+    said = "a checkpoint cannot be written (No space left on device); the newest checkpoint is of step 1"
+    assert str(error.value) == f"{tmp_path / 'run'}: {said}"
+    with Checkpoints(str(tmp_path / "run")) as checkpoints:
+        found = checkpoints.restore(weights(0))
+    assert found is not None and same(found, weights(1))
+
+
+# The loop.
+
+
+class Counting(NamedTuple):
+    step: Array
+
+
+def counted(tmp_path: Path, steps: int = 4, **options):
+    """A run that only counts; the entries that it logs."""
+
+    def advance(step: int, state: Counting, _: int) -> tuple[Counting, dict[str, Array]]:
+        return Counting(state.step + 1), {"loss": jnp.float32(step), **options.get("metrics", {})}
+
+    with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
+        state = checkpoints.restore(Counting(jnp.int32(0))) or Counting(jnp.int32(0))
+        with Log(tmp_path, int(state.step)) as log:
+            fit(
+                state,
+                advance,
+                lambda step: step,
+                steps,
+                checkpoints,
+                log,
+                log_every=1,
+                save_every=options.get("save_every", 100),
+                describe=str,
+                measure=options.get("measure"),
+                measure_every=options.get("measure_every", 0),
+            )
+    return read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_an_evaluation_comes_after_the_checkpoint_and_may_fail(tmp_path, caplog):
+    seen: list[tuple[int, bool]] = []
+
+    def measure(state: Counting) -> dict[str, float]:
+        step = int(state.step)
+        seen.append((step, (tmp_path / "checkpoints").exists() and any((tmp_path / "checkpoints").glob(f"{step}*"))))
+        if step == 2:
+            raise ZeroDivisionError("division\nby zero")
+        return {"agreement": 0.5}
+
+    entries = counted(tmp_path, 8, measure=measure, measure_every=2, save_every=2)
+    assert seen == [(2, True), (4, True), (6, True)]
+    assert [entry["step"] for entry in entries if "agreement" in entry] == [4, 6]
+    assert "step 2 could not be evaluated, the run goes on without (division)" in caplog.text
+    assert len([entry for entry in entries if "loss" in entry]) == 8
+
+    def stop(state: Counting) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        counted(tmp_path / "other", 8, measure=stop, measure_every=2, save_every=2)
+    # What ended between its checkpoint and the evaluation is evaluated when it goes on.
+    entries = counted(tmp_path / "other", 8, measure=lambda state: {"agreement": 1.0}, measure_every=2, save_every=2)
+    assert [entry["step"] for entry in entries if "agreement" in entry] == [2, 4, 6]
+
+
+def test_only_the_loss_and_the_gradient_stop_a_run(tmp_path):
+    entries = counted(tmp_path, metrics={"nmse": jnp.float32(np.nan), "layers_nmse": jnp.array([1.0, np.inf])})
+    assert [entry["nmse"] for entry in entries] == [None] * 4 and entries[0]["layers_nmse"] == [1.0, None]
+    with pytest.raises(UserError, match="gradient_norm is inf at step 1; no checkpoint has been saved yet"):
+        counted(tmp_path / "other", metrics={"gradient_norm": jnp.float32(np.inf)})
+
+
+def test_metrics_on_a_full_disk_say_which_checkpoint_there_is(tmp_path, monkeypatch):
+    counted(tmp_path, 2)
+    opened = Path.open
+    full = lambda path, mode="r", *a, **k: opened(Path("/dev/full") if mode == "a" else path, mode, *a, **k)  # noqa: E731
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError) as error:
+        counted(tmp_path, 4)
+    said = "metrics.jsonl: cannot be written (No space left on device); the newest checkpoint is of step 2"
+    assert str(error.value) == f"{tmp_path}/{said}"
+
+
+def test_a_signal_is_noted_and_a_second_one_obeyed():
+    with pytest.raises(KeyboardInterrupt), stop_requests() as asked:
+        assert not asked(0)
+        signal.raise_signal(signal.SIGINT)
+        assert asked(1)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one has no effect")
+    # Two that come while no handler runs are two all the same.
+    with pytest.raises(KeyboardInterrupt), stop_requests() as asked:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        os.kill(os.getpid(), signal.SIGINT)
+        asked(1)
+        pytest.fail("the second one has no effect")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_thread_has_no_signals_of_its_own():
+    said: list[bool] = []
+
+    def work() -> None:
+        with stop_requests() as asked:
+            said.append(asked(0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said == [False]
+
+
+def test_a_file_of_logs_gets_lines_and_no_bar(capsys, caplog):
+    caplog.set_level(logging.INFO)
+    with Progress(0, 100) as progress:
+        for step in range(1, 101):
+            progress.say(step, "nmse 0.5", 1000.0)
+            progress.update(step)
+    lines = [record.message for record in caplog.records]
+    assert lines[0] == "step 1 of 100: compiling" and len(lines) == 11
+    assert lines[1].startswith("step 10 of 100: nmse 0.5 1,000 tokens/s") and lines[1].endswith("B")
+    assert "it/s" not in capsys.readouterr().err
+
+
+# Metrics.
+
+
+def test_metrics_are_json_and_damaged_lines_are_passed_over(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": NaN}\n\xff{"step": 2}\n[3]\n{"loss": 4}\n{"step": 3, "loss": 2.0}\n{"st')
+    with Log(tmp_path, 3) as log:
+        log.write({"step": 4, "loss": float("inf"), "layers": [1.0, float("nan")], "dead": None})
+        log.write({"step": 4, "agreement": 0.5})
+        assert log.evaluated(4) and not log.evaluated(3)
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 4, 4]
+    assert lines[0]["loss"] is None and lines[2] == {"step": 4, "loss": None, "layers": [1.0, None], "dead": None}
+    draw_curves(read_metrics(file), ("loss", "dead"), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_what_a_run_shows_and_says_at_its_end():
+    values = {"nmse": 0.5, "l0": 12.0, "dead": float("nan"), "skipped": 0}
+    assert describe(values) == "nmse 0.5000 L0 12.0 dead -" == describe(values | {"dead": None})
+    assert describe(values | {"dead": 0.25}) == "nmse 0.5000 L0 12.0 dead 25%"
+    last = {
+        "step": {"step": 9, "loss": 1.0, "dead": 0.62, "layers_l0": [20.6, 10.7, 6.1, 0.04]},
+        "evaluation": {"step": 9, "agreement": 0.5, "kl_replaced": 1.25, "recovered": None},
+    }
+    coder = replace(RUN.coder, activation="jumprelu")
+    evaluated, dead, starved, *_ = conclusions(coder, "batchtopk", last)
+    assert evaluated.endswith("agrees with the model on 50.0% of the tokens, KL 1.250, recovered - of the loss")
+    assert dead.startswith("62% of the features are dead")
+    assert starved.startswith("hardly a feature is active in layer 3: under batchtopk")
+    fine = {"step": {"step": 9, "loss": 1.0, "dead": None, "layers_l0": [20.6, 10.7, 6.1, 4.0]}}
+    assert not any("dead" in line or "hardly" in line for line in conclusions(coder, "batchtopk", fine))
+
+
+def test_weights_and_biases_knows_a_run_by_its_place(tmp_path, monkeypatch):
+    ids: list[str] = []
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            assert numbers == {"loss": 1.0} and step == 1
+
+        def finish(self) -> None:
+            pass
+
+    def init(**options) -> Run:
+        ids.append(options["id"])
+        return Run()
+
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a/run", "b/run", "a/run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        with Log(tmp_path / folder, 0) as log:
+            log.write({"step": 1, "loss": 1.0, "dead": float("nan")})
+    assert ids[0] == ids[2] != ids[1] and all(own.startswith("run-") for own in ids)
+
+
+# The folder.
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path):
+    with held_place(tmp_path / "run") as home:
+        assert [path.name for path in home.folder.iterdir()] == [LOCK]
+        assert not is_begun(home.folder, RUN)  # the lock is nobody's work
+        with pytest.raises(UserError) as error, held_place(tmp_path / "run"):
+            pass
+        said = f"in use by another run (process {os.getpid()} of {socket.gethostname()}), expected it to end first"
+        assert str(error.value) == f"{tmp_path / 'run'}: {said}"
+    assert not (tmp_path / "run").exists()  # nothing was begun
+    with held_place(tmp_path / "run") as home:
+        write_json(home.folder / "config.json", asdict(RUN))
+    with held_place(tmp_path / "run") as home:
+        assert is_begun(home.folder, RUN)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="exists and is not a run of jclt"), held_place(tmp_path / "file"):
+        pass
+    with pytest.raises(UserError, match=r"a\\udcff': not a UTF-8 name"), held_place(tmp_path / "a\udcff"):
+        pass
+    assert place_of(f"file://{tmp_path}/run") == place_of(tmp_path / "run")
+
+
+def test_a_run_of_other_settings_is_named_by_the_one_that_differs(tmp_path):
+    write_json(tmp_path / "config.json", asdict(RUN))
+    with pytest.raises(UserError) as error:
+        is_begun(tmp_path, replace(RUN, coder=replace(RUN.coder, features=128)))
+    said = "holds a run with coder.features=64, expected coder.features=128"
+    assert str(error.value) == f"{tmp_path}: {said}"
+    with pytest.raises(UserError, match="the weights of model 'demo' are others than when the run began"):
+        is_begun(tmp_path, replace(RUN, coder=replace(RUN.coder, model_fingerprint="b" * 16)))
+    older = asdict(RUN)
+    del older["coder"]["model_fingerprint"]
+    write_json(tmp_path / "config.json", older)
+    assert is_begun(tmp_path, RUN)
+
+
+def test_a_run_is_made_longer_where_no_step_of_it_would_have_been_another(tmp_path):
+    constant = replace(RUN, steps=100, schedule="constant", sparsity="none", warmup=5)
+    write_json(tmp_path / "config.json", asdict(constant))
+    assert is_begun(tmp_path, replace(constant, steps=200), lambda: 100)
+    with pytest.raises(UserError, match="holds a run with steps=100, expected steps=50$"):
+        is_begun(tmp_path, replace(constant, steps=50), lambda: 100)
+    linear = replace(constant, schedule="linear", decay=0.2)
+    assert reason_against_more_steps(replace(linear, steps=200), 100, 80) is None
+    write_json(tmp_path / "config.json", asdict(linear))
+    with pytest.raises(UserError) as error:
+        is_begun(tmp_path, replace(linear, steps=200), lambda: 90)
+    reason = "(it cannot be made longer, its learning rate up to step 90 would have been another)"
+    assert str(error.value) == f"{tmp_path}: holds a run with steps=100, expected steps=200 {reason}"
+    cosine = replace(constant, schedule="cosine")
+    assert reason_against_more_steps(replace(cosine, steps=200), 100, 50) is not None
+    ramp = replace(constant, sparsity="tanh", sparsity_ramp=0.1)
+    assert reason_against_more_steps(replace(ramp, steps=200), 100, 50) == "sparsity_ramp=0.1 is a share of all steps"
+    ends = replace(constant, end_to_end_steps=20)
+    assert reason_against_more_steps(replace(ends, steps=200), 100, 80) is None
+    assert reason_against_more_steps(replace(ends, steps=200), 100, 81) == "its end-to-end steps have begun"
+    assert reason_against_more_steps(replace(LmConfig(MODEL), steps=200), 100, 10) is not None
+    assert reason_against_more_steps(replace(LmConfig(MODEL), steps=200), 100, 0) is None
+
+
+def test_rows_are_those_that_the_run_began_with(tmp_path):
+    made = np.arange(640, dtype=np.uint16).reshape(40, 16) % 90, np.ones((40, 16), np.float16)
+
+    def rows(config=RUN, reached=lambda: 0):
+        return find_rows(tmp_path, config, 96, None, (), lambda: made, reached=reached)
+
+    assert len(rows()) == len(rows()) == 40
+    assert read_json(tmp_path / "data.json")["rows"] == 40
+    for name in ("tokens", "weights"):
+        file = tmp_path / "data" / f"{name}.npy"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"data 'world': other tokens than those .* began with; where .* is damaged"
+        ):
+            rows()
+        content[-1] ^= 1
+        file.write_bytes(content)
+    rows(replace(RUN, steps=100))
+    assert read_json(tmp_path / "config.json")["steps"] == 100
+
+
+def test_nothing_of_a_run_that_is_not_the_one_at_the_url_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = "memory://bucket/anew"
+    with held_place(url) as home:
+        for name in ("config.json", "coder/W", "data/tokens.npy", LOCK, "coder.old/W"):
+            (home.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (home.folder / name).write_text(name)
+        home.publish()
+        system, path = fsspec.url_to_fs(url)
+        there = {name.removeprefix(f"{path}/") for name in system.find(path)}
+        assert there == {"config.json", "coder/W"}
+        with pytest.raises(UserError, match="in use by another run"), held_place(url):
+            pass
+    assert (place_of(url).folder / "data" / "tokens.npy").exists()
+    (home.folder / "elsewhere").symlink_to(tmp_path)
+    system.pipe_file(f"{path}/config.json", b"{}")  # begun anew on another host
+    again = place_of(url)
+    assert sorted(item.name for item in again.folder.iterdir()) == ["config.json"]
+    (again.folder / "data").mkdir()
+    system.rm(path, recursive=True)
+    assert not list(place_of(url).folder.iterdir()) and tmp_path.exists()
+
+
+def test_what_was_just_made_takes_an_older_folders_place(tmp_path):
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "new").write_text("")
+
+    (tmp_path / "coder.new").mkdir()  # of a run that was killed
+    for _ in range(2):
+        replaced_folder(tmp_path / "coder", write)
+        assert [path.name for path in tmp_path.iterdir()] == ["coder"]
+    (tmp_path / "coder" / "old").write_text("")
+    with pytest.raises(Interrupted):
+        replaced_folder(tmp_path / "coder", lambda folder: (_ for _ in ()).throw(Interrupted()))
+    assert (tmp_path / "coder" / "old").exists()
+
+
+@LOADS_LEFT
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_shown(tmp_path, monkeypatch):
+    write_json(tmp_path / "config.json", {"steps": 2})
+    layers = {f"coder.layers.{n}.encoder": jnp.zeros((4, 2)) for n in range(30)}
+    layers |= {f"coder.layers.{n}.decoder": jnp.zeros((4, 30 - n, 2)) for n in range(30)}
+    with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(1, layers)
+        checkpoints.save(2, layers)
+    for file in numbers_of(tmp_path / "checkpoints" / "2"):
+        file.write_bytes(file.read_bytes()[:10])
+    with Log(tmp_path, 0) as log:
+        log.write({"step": 2, "loss": 1.0})
+        log.write({"step": 2, "agreement": 0.75, "kl_replaced": 0.5, "recovered": 0.25})
+    text = inspect_run(tmp_path)
+    assert "that of step 2 cannot be read (" in text and "in that of step 1:" in text
+    assert "agrees with the model on 75.0% of the tokens, KL 0.500, recovered 25.0% of the loss" in text
+    assert "coder.layers.*.encoder             30 x float32   [4, 2]" in text
+    assert "coder.layers.*.decoder             30 x float32   [4, 1 to 30, 2]" in text
+    assert len(text.splitlines()) < 20
+
+    def read_only(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("jclt.training.inspect.draw_curves", read_only)
+    assert "curves could not be drawn" in inspect_run(tmp_path) and "sha256" in inspect_run(tmp_path)
+
+
+def test_a_store_is_known_by_the_models_weights(tmp_path, monkeypatch):
+    def made(_: str, description: dict[str, object], *others: object) -> None:
+        raise UserError(json.dumps(description))
+
+    monkeypatch.setattr("jclt.training.source.create_store", made)
+    model = load_model("demo", mesh=make_mesh(1, 8))
+    coder = CONFIG.coder.fitted(model.config, "demo", model.fingerprint)
+    config = replace(CONFIG, coder=coder, store=str(tmp_path / "store"))
+    rows = TokenRows(np.zeros((8, 16), np.uint16), np.ones((8, 16), np.float16))
+    with pytest.raises(UserError) as error:
+        stored_source(config, model, rows, 8)
+    assert json.loads(str(error.value))["model_weights"] == model.fingerprint
+
+
+# What cannot work.
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"seed": -1}, "setting 'seed': -1, expected 0 to 2^63 - 1"),
+        ({"length": 1}, "setting 'length': 1, expected at least 2"),
+        ({"learning_rate": 0.0}, "setting 'learning_rate': 0.0, expected more than 0"),
+        ({"beta1": 1.0}, "setting 'beta1': 1.0, expected at least 0 and less than 1"),
+        ({"density_decay": 2.0}, "setting 'density_decay': 2.0, expected at least 0 and less than 1"),
+        ({"headroom": -1.0}, "setting 'headroom': -1.0, expected at least 1"),
+        ({"evaluate_every": -2}, "setting 'evaluate_every': -2, expected at least -1"),
+        ({"sparsity_ramp": 1.5}, "setting 'sparsity_ramp': 1.5, expected 0 to 1"),
+        ({"clip": float("nan")}, "setting 'clip': nan, expected more than 0"),
+        ({"store": "s", "store_rows": 3}, "setting 'store_rows': 3, expected at least batch=8"),
+        (
+            {"weight_decay": 0.5},
+            "setting 'weight_decay': 0.5, expected 0 under optimizer 'adam', which decays nothing (adamw and lion do)",
+        ),
+        ({"reads": "queries"}, "setting 'coder.reads': queries is no vector of the model's width, expected one of: "),
+        ({"writes": "mlp_denominator"}, "setting 'coder.writes': mlp_denominator is no vector of the model's width"),
+        ({"writes": "logits"}, "setting 'coder.writes': logits is no vector of the model's width"),
+        (
+            {"reads": "resid_post"},
+            "setting 'coder.reads': resid_post comes after mlp_out, which the coder writes, expected a site before it",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change, line):
+    sites = {name: change[name] for name in ("reads", "writes") if name in change}
+    others = {name: value for name, value in change.items() if name not in sites}
+    config = replace(CONFIG, coder=replace(CONFIG.coder, **sites), **others)
+    with pytest.raises(UserError) as error:
+        fitted(config, MODEL, make_mesh(1, 8))
+    assert str(error.value).startswith(line)
+
+
+def test_a_coder_that_no_memory_holds_is_refused():
+    config = replace(RUN, coder=replace(RUN.coder, features=8_000_000_000))
+    with pytest.raises(UserError) as error:
+        check_state_memory(config, make_mesh(1, 8))
+    assert "setting 'coder.features': 8000000000 of 4 layers: needs" in str(error.value)
+    fits = int(str(error.value).split("; ")[1].split(" ")[0].replace(",", ""))
+    assert 1000 < fits < 8_000_000_000
+    check_state_memory(replace(config, coder=replace(config.coder, features=512)), make_mesh(1, 8))
+
+
+PLACES = {
+    ("nonsense", "2", "0"): "JCLT_COORDINATOR: 'nonsense', expected host:port, a port from 1 to 65535",
+    ("localhost:99999", "2", "0"): "JCLT_COORDINATOR: 'localhost:99999', expected host:port, a port from 1 to 65535",
+    ("localhost:0", "1", "0"): "JCLT_COORDINATOR: 'localhost:0', expected host:port, a port from 1 to 65535",
+    ("localhost:1", "0", "0"): "JCLT_PROCESSES: 0, expected at least 1",
+    ("localhost:1", "2", "7"): "JCLT_PROCESS: 7, expected 0 to 1, of 2 processes",
+    ("localhost:1", "2", "-1"): "JCLT_COORDINATOR, JCLT_PROCESSES, JCLT_PROCESS: expected all three",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_in_the_run_that_makes_no_sense_is_refused(place, monkeypatch):
+    for name, value in zip(("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS"), place, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        said_place()
+    assert str(error.value).startswith(PLACES[place])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
+
+
+def test_a_port_in_use_is_said_before_jax_takes_it(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"COORDINATOR": f"localhost:{port}", "PROCESSES": "2", "PROCESS": "0"}.items():
+            monkeypatch.setenv(f"JCLT_{name}", value)
+        with pytest.raises(UserError) as error:
+            join_hosts()
+    said = f"JCLT_COORDINATOR: port {port} cannot be used here (Address already in use), expected a free one"
+    assert str(error.value) == said
+
+
+def test_processes_meet_or_say_who_is_missing(monkeypatch):
+    monkeypatch.setattr(jclt.sharding, "MEETING", 2)
+
+    def meeting(count: int, *numbers: int) -> list[str]:
+        """What each of these processes of so many says of the meeting."""
+        port, said = free_port(), dict.fromkeys(numbers, "")
+
+        def process(own: int) -> None:
+            deadline = time.monotonic() + (60 if count == len(numbers) else 2)
+            try:
+                if own == 0:
+                    jclt.sharding._wait_for_guests(port, count, deadline)
+                else:
+                    jclt.sharding._wait_at("localhost", port, own, deadline)
+            except UserError as error:
+                said[own] = str(error).replace(str(port), "PORT")
+
+        threads = [threading.Thread(target=process, args=(own,)) for own in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return list(said.values())
+
+    assert meeting(3, 0, 1, 2) == ["", "", ""] and meeting(1, 0) == [""]
+    first, second = meeting(3, 0, 1)
+    assert first == "JCLT_PROCESSES: of 3 processes 2 did not come to port PORT within 2 s, expected all to be started"
+    assert second.startswith("JCLT_COORDINATOR: process 1 did not meet all others at localhost:PORT within 2 s (")
+    (alone,) = meeting(2, 1)
+    assert "within 2 s (Connection refused), expected every process to be started" in alone
+
+
+def test_a_run_ends_with_its_coder_whatever_its_evaluation_does_and_can_be_made_longer(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    short = replace(CONFIG, steps=3, warmup=1, schedule="constant", sparsity="none")
+
+    def fails(*_: object, **__: object) -> None:
+        raise IndexError("list index out of range")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate_replacement", fails)
+        training.train_coder(short, tmp_path / "run", make_mesh(1, 8))
+    assert "step 3 could not be evaluated, the run goes on without (list index out of range)" in caplog.text
+    before = (tmp_path / "run" / "coder" / "W_enc_0.safetensors").read_bytes()
+    training.train_coder(replace(short, steps=6), tmp_path / "run", make_mesh(1, 8))
+    assert "evaluating the replacement model" in caplog.text and "agrees with the model on" in caplog.text
+    entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6, 6] and "agreement" in entries[-1]
+    assert (tmp_path / "run" / "coder" / "W_enc_0.safetensors").read_bytes() != before
+    assert not (tmp_path / "run" / LOCK).exists()
