@@ -131,7 +131,7 @@ def _typed(values: Mapping[str, Any], family: Family, where: str) -> dict[str, A
     expected, typed = get_type_hints(ModelConfig), {}
     for name, value in values.items():
         key = family.keys.get(name, (name, None))[0]
-        typed[name] = MISFIT if _is_beyond(value) else fit_type(value, expected[name])
+        typed[name] = MISFIT if is_beyond(value) else fit_type(value, expected[name])
         if typed[name] is MISFIT or (name in POSITIVE and value < 1):
             wanted = "a positive whole number" if name in POSITIVE else describe_type(expected[name])
             raise UserError(f"{where}: '{key}' is {short(value)}, expected {wanted}")
@@ -142,10 +142,10 @@ def _typed(values: Mapping[str, Any], family: Family, where: str) -> dict[str, A
     return typed
 
 
-def _is_beyond(value: Any) -> bool:
+def is_beyond(value: Any) -> bool:
     """Whether it is, or holds, a number that no model has: not finite, or too large a whole one."""
     if isinstance(value, tuple | list):
-        return any(map(_is_beyond, value))
+        return any(map(is_beyond, value))
     return abs(value) > MOST if isinstance(value, int) else isinstance(value, float) and not math.isfinite(value)
 
 
@@ -169,7 +169,7 @@ def _windows(raw: Mapping[str, Any], family: Family, values: Mapping[str, Any], 
         raise UserError(f"{where}: 'layer_types' is {short(listed)}, expected {wanted}")
 
     def whole(key: str, value: Any) -> int:
-        if not isinstance(value, int) or value < 0 or _is_beyond(value):
+        if not isinstance(value, int) or value < 0 or is_beyond(value):
             raise UserError(f"{where}: '{key}' is {short(value)}, expected a whole number")
         return value
 
@@ -214,7 +214,7 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict
         raise UserError(f"{where}: rope scaling '{called}' is unknown; {nearest(str(called), keys)}")
     for key in keys[kind]:
         value = scaling.get(key)
-        if not isinstance(value, int | float) or _is_beyond(value) or value <= 0:
+        if not isinstance(value, int | float) or is_beyond(value) or value <= 0:
             raise UserError(f"{where}: '{key}' of rope scaling '{kind}' is {short(value)}, expected a number above 0")
     if kind != "default":
         factor, *bands = (scaling[key] for key in keys[kind])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from jclt.errors import UserError, first_line
-from jclt.files import check_file, read_bytes, write_json, write_text
+from jclt.files import check_file, read_bytes, read_json, write_json, write_text
 from jclt.models.config import ModelConfig
 
 Read = TypeVar("Read")
@@ -76,9 +76,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         return Tokenizer(backend)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if os.path.lexists(vocabulary) and os.path.lexists(merges):
-        for path in (vocabulary, merges):
-            check_file(path)
+        check_file(merges)
         what = f"{vocabulary}: not a byte-pair vocabulary with {merges.name}"
+        if not all(isinstance(number, int) for number in read_json(vocabulary).values()):  # the library skips others
+            raise UserError(f"{what} (a token without its number)")
         backend = Backend(_read(lambda: models.BPE.from_file(str(vocabulary), str(merges)), what))
         backend.add_special_tokens([token for token in ("<|endoftext|>",) if backend.token_to_id(token) is not None])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
