@@ -105,7 +105,7 @@ def _rule(said: Mapping[str, Any], layers: list[LayerSource], where: Path) -> di
     activation = text_of(said, "activation", where)
     if activation and activation not in ACTIVATIONS:
         raise UserError(f"{where}: activation '{activation}' is unknown; {nearest(activation, ACTIVATIONS)}")
-    stored = {_stored_k(file) for layer in layers for file in layer.files} - {None}
+    stored = {k for layer in layers for file in layer.files if (k := _stored_k(file)) is not None}
     if not stored and ACTIVATIONS.get(activation) != "topk":
         return {"activation": ACTIVATIONS[activation]} if activation else {}
     if activation not in ("", "topk"):

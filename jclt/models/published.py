@@ -203,7 +203,7 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict
         if key in settings:
             found[name] = settings[key]
     scaling = settings or _nested(raw, "rope_scaling", where)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind: Any = scaling.get("rope_type", scaling.get("type", "default"))
     keys = {
         "default": (),
         "linear": ("factor",),
