@@ -110,7 +110,7 @@ def _rule(said: Mapping[str, Any], layers: list[LayerSource], where: Path) -> di
         return {"activation": ACTIVATIONS[activation]} if activation else {}
     if activation not in ("", "topk"):
         raise UserError(f"{where}: activation '{activation}', but the files hold a tensor 'k', expected topk")
-    numbers = [*sorted(stored), *([said["k"]] if "k" in said else [])] or [None]
+    numbers = [*sorted(stored), *([said["k"]] if said.get("k") is not None else [])] or [None]
     if any(number != numbers[0] for number in numbers):
         raise UserError(f"{where}: k is {short(numbers[-1])}, {sorted(stored)} in the files, expected one number")
     k = numbers[0]
