@@ -284,7 +284,7 @@ class NpzFile(Archive):
 def _read_array(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool) -> np.ndarray:
     """The numbers after the header, read straight to their place; to the end, where the checksum is looked at."""
     array = np.empty(shape, dtype, order="F" if fortran else "C")
-    left = memoryview(array.reshape(-1, order="A").view(np.uint8))
+    left = array.reshape(-1, order="A").view(np.uint8).data
     while len(left):
         block = file.read(min(len(left), 1 << 24))
         if not block:

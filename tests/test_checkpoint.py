@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from golden_cases import CASES, FOLDER, golden_model, reference
+from safetensors import SafetensorError
 
 import jclt
 from jclt.errors import UserError
@@ -27,13 +28,28 @@ def broken(tmp_path):
     return folder
 
 
-def header_and_data(path: Path) -> tuple[dict, bytes]:
+def tensors_of(path: Path) -> dict[str, dict]:
+    """Each tensor's type, shape and bytes."""
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    return {
+        name: {"dtype": entry["dtype"], "shape": entry["shape"], "data": data[slice(*entry["data_offsets"])]}
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
-def write(path: Path, header: dict, data: bytes) -> None:
+def write(path: Path, tensors: dict[str, dict]) -> None:
+    """One after the other, as the format wants them."""
+    header, end = {}, 0
+    for name, own in tensors.items():
+        header[name] = {"dtype": own["dtype"], "shape": own["shape"], "data_offsets": [end, end + len(own["data"])]}
+        end += len(own["data"])
+    write_raw(path, header, b"".join(own["data"] for own in tensors.values()))
+
+
+def write_raw(path: Path, header: object, data: bytes) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
@@ -78,26 +94,26 @@ def test_what_a_family_cannot_express_is_refused(tmp_path):
 
 
 def test_missing_tensor(broken):
-    header, data = header_and_data(broken / "model.safetensors")
-    del header["model.layers.1.mlp.up_proj.weight"]
-    write(broken / "model.safetensors", header, data)
+    tensors = tensors_of(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    write(broken / "model.safetensors", tensors)
     with pytest.raises(UserError, match=r"tensor 'model.layers.1.mlp.up_proj.weight' is missing, expected of a llama"):
         jclt.load_model(broken)
 
 
 def test_unexpected_tensor(broken):
-    header, data = header_and_data(broken / "model.safetensors")
-    header["model.layers.1.mlp.side_proj.weight"] = header["model.layers.1.mlp.up_proj.weight"]
-    write(broken / "model.safetensors", header, data)
+    tensors = tensors_of(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.side_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"]
+    write(broken / "model.safetensors", tensors)
     with pytest.raises(UserError, match=r"tensor 'model.layers.1.mlp.side_proj.weight' has no place in a llama model"):
         jclt.load_model(broken)
 
 
 def test_wrong_shape(broken):
-    header, data = header_and_data(broken / "model.safetensors")
-    entry = header["model.layers.1.mlp.up_proj.weight"]
+    tensors = tensors_of(broken / "model.safetensors")
+    entry = tensors["model.layers.1.mlp.up_proj.weight"]
     entry["shape"] = entry["shape"][::-1]
-    write(broken / "model.safetensors", header, data)
+    write(broken / "model.safetensors", tensors)
     with pytest.raises(
         UserError,
         match=r"'model.layers.1.mlp.up_proj.weight' gives weight 'up' the shape \[36, 24\], expected \[24, 36\]",
@@ -211,15 +227,15 @@ def test_published_variants_of_configurations_read_alike(tmp_path):
 def test_prefixes_of_hub_files(tmp_path):
     """GPT-2's first files have no prefix and carry masks; Gemma 3's carry images' tensors beside the text model's."""
     shutil.copytree(FOLDER / "gpt2", tmp_path / "gpt2")
-    header, data = header_and_data(tmp_path / "gpt2" / "model.safetensors")
-    renamed = {name.removeprefix("transformer."): entry for name, entry in header.items()}
+    tensors = tensors_of(tmp_path / "gpt2" / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): entry for name, entry in tensors.items()}
     renamed["h.0.attn.bias"] = renamed["h.0.ln_1.bias"]
-    write(tmp_path / "gpt2" / "model.safetensors", renamed, data)
+    write(tmp_path / "gpt2" / "model.safetensors", renamed)
     shutil.copytree(FOLDER / "gemma3", tmp_path / "gemma3")
-    header, data = header_and_data(tmp_path / "gemma3" / "model.safetensors")
-    nested = {f"language_model.{name}": entry for name, entry in header.items() if name != "__metadata__"}
+    tensors = tensors_of(tmp_path / "gemma3" / "model.safetensors")
+    nested = {f"language_model.{name}": entry for name, entry in tensors.items()}
     nested["vision_tower.weight"] = nested["language_model.model.norm.weight"]
-    write(tmp_path / "gemma3" / "model.safetensors", nested, data)
+    write(tmp_path / "gemma3" / "model.safetensors", nested)
     for case in ("gpt2", "gemma3"):
         again = jclt.load_model(tmp_path / case)
         for name, value in golden_model(case).params.items():
@@ -287,3 +303,183 @@ def test_peak_host_memory_stays_below_the_weights_and_a_shard(tmp_path):
     )
     grown, held = map(int, done.stdout.split())
     assert grown < held + 1.3 * max(shards), (grown, held, max(shards))
+
+
+# Damage of every kind: one line, at once.
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model_type": ["llama"]}, r"architecture '\['llama'\]' is unknown"),
+        ({"text_config": [1]}, r"'text_config' is \[1\], expected settings by name"),
+        ({"rope_scaling": 5}, "'rope_scaling' is 5, expected settings by name"),
+        ({"rope_parameters": "x"}, "'rope_parameters' is 'x', expected settings by name"),
+        ({"rope_scaling": {"rope_type": 7}}, "rope scaling '7' is unknown"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "'factor' of rope scaling 'linear' is 1000"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' .* is 0, expected a number above 0"),
+        ({"rope_theta": -1.0}, "'rope_theta' is -1.0, expected a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan, expected a number"),
+        ({"rms_norm_eps": 10**400}, r"'rms_norm_eps' is 1000\S*\.\.\.\S*, expected a number"),
+        ({"hidden_size": 10**400}, r"'hidden_size' is 1000\S*\.\.\.\S*, expected a positive whole number"),
+        ({"num_hidden_layers": 4 * 10**12}, "'num_hidden_layers' is 4000000000000, expected a positive whole number"),
+        ({"num_hidden_layers": 4 * 10**7}, "'num_hidden_layers' is 40000000, expected at most 10000"),
+        ({"num_hidden_layers": 9999}, "tensor 'model.layers.3.input_layernorm.weight' is missing"),
+        ({"num_attention_heads": [4]}, r"'num_attention_heads' is \[4\], expected a positive whole number"),
+    ],
+)
+def test_a_damaged_configuration_gets_one_line_at_once(broken, changes, line):
+    raw = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(UserError, match=line) as error:
+        jclt.load_model(broken)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "line"),
+    [
+        (
+            "gemma3",
+            {"layer_types": None, "sliding_window_pattern": "six"},
+            "'sliding_window_pattern' is 'six', expected",
+        ),
+        ("gemma3", {"layer_types": 5}, "'layer_types' is 5, expected full_attention or sliding_attention for each"),
+        (
+            "gemma3",
+            {"layer_types": [["full_attention"]]},
+            "'layer_types' is .*, expected full_attention or",
+        ),
+        ("gemma3", {"query_pre_attn_scalar": "big"}, "'query_pre_attn_scalar' is 'big', expected a number"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is 0, expected a number above 0"),
+        ("gpt2", {"n_embd": "big", "n_inner": None}, "'n_embd' is 'big', expected a positive whole number"),
+    ],
+)
+def test_damage_that_only_some_families_can_have(case, changes, line, tmp_path):
+    raw = json.loads((FOLDER / case / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(UserError, match=line):
+        load_config(tmp_path)
+
+
+def test_an_index_names_files_beside_it_alone(tmp_path):
+    shutil.copytree(FOLDER / "llama2", tmp_path / "model")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    shutil.copy(tmp_path / "model" / "model-00002-of-00002.safetensors", tmp_path / "x.safetensors")
+
+    def refused(weight_map: object) -> str:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError) as error:
+            jclt.load_model(tmp_path / "model")
+        return str(error.value).removeprefix(f"{index}: ")
+
+    first = next(iter(raw["weight_map"]))
+    for name in ("../x.safetensors", "/etc/x.safetensors", "..", 3, {"a": 1}, "a\0.safetensors"):
+        assert refused(raw["weight_map"] | {first: name}).startswith(f"tensor '{first}' is in ")
+    assert refused(list(raw["weight_map"])).startswith("'weight_map' is [")
+    assert refused({}) == "'weight_map' is {}, expected each tensor's file"
+
+
+def test_a_tensor_in_two_files_is_refused(broken):
+    (broken / "model.safetensors").rename(broken / "a.safetensors")
+    shutil.copy(broken / "a.safetensors", broken / "b.safetensors")
+    with pytest.raises(UserError, match="b.safetensors: tensor '.*' is in a.safetensors too, expected it once"):
+        jclt.load_model(broken)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mesh", [False, True])
+def test_weights_that_are_not_finite_are_refused(broken, number, mesh):
+    tensors = tensors_of(broken / "model.safetensors")
+    entry = tensors["model.layers.1.mlp.up_proj.weight"]
+    values = np.frombuffer(entry["data"], jax.numpy.bfloat16).copy()
+    values[-3] = number
+    entry["data"] = values.tobytes()
+    write(broken / "model.safetensors", tensors)
+    with pytest.raises(UserError, match="model.safetensors: tensor 'model.layers.1.mlp.up_proj.weight' holds NaN"):
+        jclt.load_model(broken, mesh=jclt.make_mesh(data=2) if mesh else None)
+
+
+def test_weights_of_whole_numbers_are_refused(broken):
+    tensors = tensors_of(broken / "model.safetensors")
+    tensors["model.norm.weight"]["dtype"] = "I16"
+    write(broken / "model.safetensors", tensors)
+    with pytest.raises(UserError, match="tensor 'model.norm.weight' is of type int16, expected floating-point numbers"):
+        jclt.load_model(broken)
+
+
+def test_what_is_no_plain_file_gets_one_line(broken):
+    kept = {path.name: path.read_bytes() for path in broken.iterdir()}
+
+    def refused(name: str) -> str:
+        with pytest.raises(UserError) as error:
+            jclt.load_model(broken)
+        path = broken / name
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        path.write_bytes(kept[name])
+        return str(error.value)
+
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (broken / name).unlink()
+        (broken / name).mkdir()
+        assert f"{name}: is a folder, expected a" in refused(name)
+        (broken / name).unlink()
+        (broken / name).symlink_to(name)
+        assert f"{name}: cannot be read (" in refused(name)
+        (broken / name).unlink()
+        os.mkfifo(broken / name)
+        assert f"{name}: is no plain file" in refused(name)
+    jclt.load_model(broken)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"model": {}}', b"null"])
+def test_damaged_tokenizers(broken, content):
+    (broken / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer that the library reads"):
+        jclt.load_model(broken)
+    (broken / "tokenizer.json").unlink()
+    (broken / "vocab.json").write_bytes(content)
+    (broken / "merges.txt").write_bytes(b"#version: 0.2\n")
+    with pytest.raises(
+        UserError, match="vocab.json: (not a byte-pair vocab|not UTF-8|not valid JSON|expected a JSON object)"
+    ):
+        jclt.load_model(broken)
+
+
+def test_a_prompt_with_a_byte_that_is_no_text():
+    tokenizer = jclt.load_model("demo").tokenizer
+    for encode in (tokenizer.encode, tokenizer.plain):
+        with pytest.raises(UserError, match=r"^text 'a\\udcff': '\\udcff' is no character, expected UTF-8 text$"):
+            encode("a\udcff")
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(broken, monkeypatch):
+    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 1000)
+    monkeypatch.setattr("jclt.models.checkpoint._piece", None)
+    with pytest.raises(UserError, match="needs .* kB of memory, expected at most 1 kB; dtype='bfloat16' takes half"):
+        jclt.load_model(broken)
+
+
+def test_a_model_is_shown_in_one_line():
+    model = golden_model("llama3")
+    count = sum(x.size for x in model.params.values())
+    assert repr(model) == f"<Model '{model.name}': llama, 3 layers of width 24, {count:,} parameters>"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("IoError: No space left")])
+def test_a_full_disk_gets_one_line_and_leaves_nothing(error, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("jclt.files.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
+        jclt.save_model(golden_model("llama3"), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_working_folder_cannot_be_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^.: is the working folder, expected the name of a new one$"):
+        jclt.save_model(golden_model("llama3"), ".")
+    assert not list(tmp_path.iterdir())

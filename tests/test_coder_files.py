@@ -10,11 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import golden_model
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import jclt
 from jclt.cli import main
-from jclt.coders import CoderConfig, SparseCoder, abstract_coder, check_fit, measure_fit, neurons
+from jclt.coders import (
+    CoderConfig,
+    SparseCoder,
+    abstract_coder,
+    check_fit,
+    coder_model,
+    measure_fit,
+    misread_by_circuit_tracer,
+    neurons,
+)
+from jclt.coders.fit import _probe_tokens
 from jclt.errors import UserError
 
 PEERS = Path(__file__).parents[2] / "shared" / "golden"
@@ -83,7 +94,7 @@ ELSEWHERE = [
     ("circuit-tracer", CLT),
     ("circuit-tracer", replace(CLT, **RULES["relu"])),
     ("circuit-tracer", replace(PLT, skip=True)),
-    ("circuit-tracer", replace(SAE, **RULES["topk"])),
+    ("circuit-tracer", replace(SAE, tied=False)),
     ("gemma-scope", replace(PLT, **SCOPE, layers=(3, 12))),
     ("gemma-scope-2", replace(PLT, **HF, skip=True, layers=(3, 12))),
     ("gemma-scope-2", replace(CLT, **HF, skip=True)),
@@ -118,6 +129,8 @@ def test_a_tied_sae_is_written_with_its_decoder_where_none_are_known(tmp_path):
 
 
 NOT_SAYABLE = [
+    ("circuit-tracer", replace(CLT, **RULES["topk"]), "has no TopK: its loaders would read a ReLU"),
+    ("circuit-tracer", replace(PLT, **RULES["topk"]), "has no TopK: its loaders would read a ReLU"),
     ("circuit-tracer", replace(CLT, skip=True), "has no place for a cross-layer transcoder's skip"),
     ("circuit-tracer", replace(PLT, layers=(0, 2)), r"expected all layers from 0 on, got layers=\(0, 2\)"),
     ("circuit-tracer", replace(CLT, reads="attn_in"), "has no name for the site 'attn_in', expected one of: "),
@@ -448,7 +461,9 @@ def test_what_does_not_fit_a_model_by_its_shape(tmp_path):
             jclt.load_coder(folder, model=model)
         return str(error.value).removeprefix(f"{folder}: ")
 
-    assert refused(width=64) == "setting 'coder.width': 64, expected 128, the model's"
+    assert refused(width=64, model="demo") == "setting 'coder.width': 64, expected 128, the model's"
+    other = "was trained on model 'a/model', not on 'demo': "
+    assert refused(width=64) == f"{other}setting 'coder.width': 64, expected 128, the model's"
     assert "setting 'coder.layers': (2, 4), expected layers from 0 to 3, in order" in refused(layers=(2, 4))
     assert "a gpt_neox model of this configuration has none" in refused(reads="mlp_post_denominator")
 
@@ -503,7 +518,7 @@ FAULTS = [
     ("jclt", lambda f: (f / "W_enc_2.safetensors").unlink(), "W_enc_2.safetensors: not found, expected beside"),
     ("jclt", lambda f: cut(f / "W_dec_1.safetensors", -1), "W_dec_1.safetensors: cut off"),
     ("jclt", lambda f: cut(f / "W_dec_1.safetensors", 9), "W_dec_1.safetensors: not a safetensors file, or cut off"),
-    ("jclt", lambda f: break_header(f / "W_dec_1.safetensors"), "of type F99 and shape .* is damaged"),
+    ("jclt", lambda f: break_header(f / "W_dec_1.safetensors"), "'W_dec_1' is of type 'F99', expected one that"),
     ("jclt", lambda f: edit_json(f / "config.json", version=2), "config.json: version 2, expected 1"),
     ("jclt", lambda f: edit_json(f / "config.json", rule="relu"), "rule 'relu' under activation 'jumprelu'"),
     ("jclt", lambda f: edit_json(f / "config.json", k=3), "coder.k': 3, expected none under activation 'jumprelu'"),
@@ -537,7 +552,7 @@ FAULTS = [
         lambda f: edit_json(f / "config.yaml", transcoders=["hf://a/b/layer_0.safetensors"]),
         "lists 'hf://a/b/layer_0.safetensors', expected files on this machine",
     ),
-    ("gemma-scope", lambda f: cut(f / "layer_1" / "params.npz", -40), "params.npz: not a .npz file, or cut off"),
+    ("gemma-scope", lambda f: cut(f / "layer_1" / "params.npz", -40), "params.npz: damaged, or not a .npz file"),
     (
         "gemma-scope",
         lambda f: (f / "layer_1" / "params.npz").rename(f / "params.npz"),
@@ -551,7 +566,7 @@ FAULTS = [
     (
         "gemma-scope",
         lambda f: resave(f / "layer_1" / "params.npz", lambda tensors: tensors | {"b_enc": np.array([None])}),
-        "params.npz: array 'b_enc' is damaged",
+        "params.npz: 'b_enc' is damaged",
     ),
     (
         "gemma-scope-2",
@@ -639,3 +654,278 @@ def test_convert(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     assert "example: jclt convert" in capsys.readouterr().out
+
+
+# Damage of every kind: one line, before memory is taken.
+
+
+def poison(name: str, number: float):
+    def change(tensors: dict) -> dict:
+        array = np.array(tensors[name])
+        array.reshape(-1)[-1] = number
+        return tensors | {name: array}
+
+    return change
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["W_enc_1", "b_enc_1", "threshold_1", "W_dec_1", "b_dec_1", "W_skip_1"])
+def test_weights_that_are_not_finite_are_refused(name, number, tmp_path):
+    jclt.save_coder(random_coder(replace(CLT, skip=True)), tmp_path / "saved")
+    file = tmp_path / "saved" / f"{'W_dec' if name == 'W_dec_1' else 'W_enc'}_1.safetensors"
+    resave(file, poison(name, number))
+    with pytest.raises(UserError, match=f"{file}: tensor '{name}' holds NaN or infinity as float32, expected finite"):
+        jclt.load_coder(tmp_path / "saved")
+    with pytest.raises(UserError, match="holds NaN or infinity as bfloat16"):
+        jclt.load_coder(tmp_path / "saved", dtype="bfloat16", mesh=jclt.make_mesh(features=2))
+
+
+def test_a_narrow_type_holds_thresholds_to_its_range_and_refuses_other_numbers_beyond_it(tmp_path):
+    coder = random_coder(PLT)
+    own = replace(coder.layers[0], threshold=coder.layers[0].threshold.at[0].set(1e6))
+    high = SparseCoder((own, *coder.layers[1:]), coder.config)
+    jclt.save_coder(high, tmp_path / "wide")
+    jclt.save_coder(high, tmp_path / "narrow", dtype="float16")
+    for folder, dtype in (("wide", "float16"), ("narrow", "float32")):
+        assert float(jclt.load_coder(tmp_path / folder, dtype=dtype).layers[0].threshold[0]) == 65504.0
+    own = replace(own, encoder=own.encoder.at[0, 0].set(1e6))
+    large = SparseCoder((own, *coder.layers[1:]), coder.config)
+    with pytest.raises(
+        UserError, match="layer_0.safetensors: tensor 'W_enc' exceeds float16, expected a dtype of a wid"
+    ):
+        jclt.save_coder(large, tmp_path / "none", dtype="float16")
+    assert not (tmp_path / "none").exists()
+    jclt.save_coder(large, tmp_path / "large")
+    with pytest.raises(UserError, match="tensor 'W_enc' holds NaN or infinity as float16"):
+        jclt.load_coder(tmp_path / "large", dtype="float16")
+
+
+DAMAGED = [
+    ("saelens", "layer_0/cfg.json", {"metadata": "text"}, "'metadata' is 'text', expected settings by name"),
+    ("saelens", "layer_0/cfg.json", {"architecture": {"a": 1}}, "'architecture' is {'a': 1}, expected text"),
+    ("saelens", "layer_0/cfg.json", {"activation_fn_kwargs": [3]}, "'activation_fn_kwargs' is .3., expected settings"),
+    ("gemma-scope-2", "layer_0/config.json", {"architecture": [1]}, "'architecture' is .1., expected text"),
+    ("gemma-scope-2", "layer_0/config.json", {"hf_hook_point_in": 5}, "'hf_hook_point_in' is 5, expected text"),
+    ("circuit-tracer", "config.yaml", {"model_kind": ["clt"]}, "'model_kind' is .'clt'., expected text"),
+    ("circuit-tracer", "config.yaml", {"feature_input_hook": {}}, "'feature_input_hook' is {}, expected text"),
+    ("circuit-tracer", "config.yaml", {"activation": "gelu"}, "activation 'gelu' is unknown; did you mean 'relu'"),
+    ("circuit-tracer", "config.yaml", {"activation": "relu"}, "tensor 'threshold_0' has no place in this coder"),
+    ("circuit-tracer", "config.yaml", {"activation": "topk", "k": [3]}, "setting 'coder.k': .3., expected a number"),
+    (
+        "circuit-tracer",
+        "config.yaml",
+        {"activation": "topk", "k": 3},
+        "tensor 'threshold_0' has no place in this coder",
+    ),
+    ("circuit-tracer set", "config.yaml", {"transcoders": [{"a": 1}]}, "transcoders lists {'a': 1}, expected the path"),
+    ("jclt", "config.json", {"bandwidth": 10**400}, r"'coder.bandwidth' is 1000\S*, expected a number"),
+    ("jclt", "config.json", {"bandwidth": -1.0}, "'coder.bandwidth': -1.0, expected a number above 0"),
+    ("jclt", "config.json", {"features": 10**12}, "'coder.features' is 1000000000000, expected a whole number"),
+    ("jclt", "config.json", {"features": 10**9}, r"the shape \[16, 6\], expected \[1000000000, 6\]"),
+    ("jclt", "config.json", {"width": 0}, "'coder.width': 0, expected at least 1"),
+    ("jclt", "config.json", {"layers": [-1, 0, 1]}, r"'coder.layers' is \[-1, 0, 1\], expected layers in order"),
+    ("jclt", "config.json", {"kind": ["clt"]}, r"'coder.kind' is \['clt'\], expected one of: clt, "),
+    ("jclt", "config.json", {"version": {}}, "version {}, expected 1"),
+    ("jclt", "config.json", {"rule": []}, r"rule \[\] under activation 'jumprelu'"),
+]
+
+
+@pytest.mark.parametrize(("layout", "name", "changes", "line"), DAMAGED)
+def test_damaged_settings_get_one_line(layout, name, changes, line, tmp_path):
+    jclt.save_coder(random_coder(SPOILED[layout]), tmp_path / "saved", layout.removesuffix(" set"))
+    edit_json(tmp_path / "saved" / name, **changes)
+    with pytest.raises(UserError, match=line) as error:
+        jclt.load_coder(tmp_path / "saved")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("layout", SPOILED)
+def test_what_is_no_plain_file_gets_one_line(layout, tmp_path):
+    folder = tmp_path / "saved"
+    jclt.save_coder(random_coder(SPOILED[layout]), folder, layout.removesuffix(" set"))
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        kept = path.read_bytes()
+        path.unlink()
+        path.mkdir()
+        if not (layout == "jclt" and path.name == "config.yaml"):  # which only circuit-tracer reads
+            with pytest.raises(UserError, match="is a folder, expected"):
+                jclt.load_coder(folder)
+        path.rmdir()
+        path.write_bytes(kept)
+
+
+def test_an_archive_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
+    """Of members that nothing reads, and of ones that no memory holds, the names and shapes are enough."""
+    jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "saved", "gemma-scope")
+    path = tmp_path / "saved" / "layer_1" / "params.npz"
+    tensors = dict(np.load(path))
+    np.savez_compressed(path, **tensors, more=np.zeros(1000))
+    monkeypatch.setattr("jclt.files._read_array", None)
+    with pytest.raises(UserError, match="params.npz: tensor 'more' has no place in this coder"):
+        jclt.load_coder(tmp_path / "saved")
+    np.savez_compressed(path, **tensors | {"W_enc": np.zeros((6, 5000))})
+    with pytest.raises(
+        UserError, match=r"params.npz: tensor 'W_enc' gives the encoder the shape \[5000, 6\], expected"
+    ):
+        jclt.load_coder(tmp_path / "saved")
+    np.savez_compressed(path, **tensors)
+    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 1000)
+    with pytest.raises(UserError, match="coder .*: needs .* kB of memory, expected at most 1 kB; dtype='bfloat16'"):
+        jclt.load_coder(tmp_path / "saved")
+
+
+def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path):
+    jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "saved", "gemma-scope")
+    path = tmp_path / "saved" / "layer_1" / "params.npz"
+    weight = np.load(path)["W_dec"].tobytes()
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(weight) + 5] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(UserError, match="params.npz: 'W_dec' is damaged .(its checksum differs|Bad CRC-32)"):
+        jclt.load_coder(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("IoError: No space left")])
+@pytest.mark.parametrize("layout", ["jclt", "saelens"])
+def test_a_full_disk_gets_one_line_and_leaves_nothing(error, layout, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("jclt.files.save_file", full)
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
+        jclt.save_coder(random_coder(PLT), tmp_path / "saved", layout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_working_folder_cannot_be_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "demo", ".", "--to", "jclt"]) == 2
+    assert capsys.readouterr().err == "jclt: .: is the working folder, expected the name of a new one\n"
+    assert not list(tmp_path.iterdir())
+
+
+# What circuit-tracer makes of a folder, and we of its.
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (CLT, None),
+        (PLT, None),
+        (replace(PLT, skip=True), None),
+        (replace(CLT, **RULES["topk"]), "has no TopK: its loaders would read a ReLU"),
+        (replace(SAE, **RULES["topk"]), "has no TopK: its loaders would read a ReLU"),
+        (replace(CLT, layers=(1, 2, 3)), "expected all layers from 0 on, got layers=(1, 2, 3)"),
+        (replace(CLT, skip=True), "has no place for a cross-layer transcoder's skip"),
+    ],
+)
+def test_our_folder_is_no_folder_of_circuit_tracers_where_it_would_be_misread(config, reason, tmp_path):
+    assert misread_by_circuit_tracer(config) == reason
+    coder = random_coder(config)
+    jclt.save_coder(coder, tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.yaml").exists() == (reason is None)
+    assert_same(jclt.load_coder(tmp_path / "saved"), coder)
+
+
+def test_a_topk_of_circuit_tracers_is_never_a_relu(tmp_path, caplog):
+    """It writes a tensor `k` into each file, whether or not its settings say so; and its TopK has no ReLU."""
+    w = arrays()
+    write_circuit_tracer_set(tmp_path / "set", w, rule="topk")
+
+    def with_k(*numbers: object) -> None:
+        for i, number in enumerate(numbers):
+            resave(tmp_path / "set" / f"layer_{i}.safetensors", lambda t, k=number: t | {"k": np.array(k)})
+
+    with_k(4, 4, 4)
+    coder = jclt.load_coder(tmp_path / "set")
+    assert (coder.config.activation, coder.config.k) == ("topk", 4)
+    assert "circuit-tracer's TopK keeps negative activations among the k largest, here they are 0" in caplog.text
+    said = (tmp_path / "set" / "config.yaml").read_text()
+
+    def refused(more: str) -> str:
+        (tmp_path / "set" / "config.yaml").write_text(said + more)
+        with pytest.raises(UserError) as error:
+            jclt.load_coder(tmp_path / "set")
+        return str(error.value)
+
+    assert "k is 5, [4] in the files, expected one number" in refused("activation: topk\nk: 5\n")
+    assert "activation 'relu', but the files hold a tensor 'k', expected topk" in refused("activation: relu\n")
+    with_k(4, 3, 4)
+    assert "k is 4, [3, 4] in the files, expected one number" in refused("")
+    with_k(4, 4, 2.5)
+    assert "tensor 'k' is of type float64 and shape [], expected a whole number" in refused("")
+
+
+def test_gemma_scopes_other_coders_are_no_transcoders(tmp_path):
+    for name in ("res", "mlp", "att", "transcoders"):
+        folder = tmp_path / f"gemma-scope-2b-pt-{name}"
+        jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "saved", "gemma-scope")
+        (tmp_path / "saved").rename(folder)
+        if name == "transcoders":
+            assert jclt.load_coder(folder).config.kind == "transcoder"
+            continue
+        with pytest.raises(UserError, match="says which sites the coder reads and writes, expected reads= and writes="):
+            jclt.load_coder(folder)
+        own = jclt.load_coder(folder / "layer_1", reads="resid_post", writes="resid_post")
+        assert (own.config.kind, own.config.covered) == ("sae", (1,))
+
+
+def test_files_that_are_links_into_a_cache(tmp_path):
+    """As huggingface_hub keeps what it fetches."""
+    jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "saved", "gemma-scope")
+    coder = jclt.load_coder(tmp_path / "saved")
+    for i, path in enumerate(sorted((tmp_path / "saved").rglob("params.npz"))):
+        path.rename(tmp_path / f"blob{i}")
+        path.symlink_to(tmp_path / f"blob{i}")
+    assert_same(jclt.load_coder(tmp_path / "saved"), coder)
+
+
+# Whose coder it is.
+
+
+def test_the_name_of_a_coders_model(tmp_path):
+    jclt.save_coder(random_coder(CLT), tmp_path / "run" / "coder")
+    (tmp_path / "run" / "config.json").write_text('{"model": "other"}')
+    assert coder_model(tmp_path / "run" / "coder") == coder_model(tmp_path / "run") == "a/model"
+    assert jclt.load_coder(tmp_path / "run").config == CLT
+    jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "scope", "gemma-scope")
+    assert coder_model(tmp_path / "scope") == ""
+    (tmp_path / "run" / "coder" / "W_dec_1.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cut off in its header"):
+        coder_model(tmp_path / "run")
+
+
+def test_a_models_own_coder_that_fits_badly_is_warned_of(tmp_path, caplog):
+    model = jclt.load_model("demo")
+    config = replace(exact_coder(model).config, model_fingerprint=model.fingerprint)
+    jclt.save_coder(random_coder(config), tmp_path / "early")
+    assert_same(jclt.load_coder(tmp_path / "early", model=model), random_coder(config))
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert "early' fits model 'demo' badly, which it was trained on: on a short text it misses" in warned
+    jclt.save_coder(random_coder(replace(config, model_fingerprint="0" * 16, model="smol")), tmp_path / "other")
+    said = f"it was trained on model 'smol' .fingerprint {'0' * 16}., not on this one .{model.fingerprint}.; on a short"
+    with pytest.raises(UserError, match=said):
+        jclt.load_coder(tmp_path / "other", model=model)
+    # A model trained on from that one may still do.
+    exact = exact_coder(model)
+    tuned = SparseCoder(exact.layers, replace(exact.config, model_fingerprint="0" * 16))
+    jclt.save_coder(tuned, tmp_path / "tuned")
+    assert jclt.load_coder(tmp_path / "tuned", model=model).config.model_fingerprint == "0" * 16
+
+
+@pytest.mark.parametrize("config", [CLT, replace(CLT, skip=True, layers=(0, 2)), replace(PLT, skip=True)])
+@pytest.mark.parametrize("mesh", [False, True])
+def test_fit_is_that_of_what_the_coder_writes(config, mesh):
+    """Measured a layer at a time, from its rows; here from whole activations by `write`."""
+    model = golden_model("llama3")
+    coder = random_coder(replace(config, width=model.config.width))
+    _, seen = jclt.run(model, _probe_tokens(model), capture=("mlp_in", "mlp_out"))
+    x, y = (np.asarray(seen[site])[list(config.covered), 1:] for site in ("mlp_in", "mlp_out"))
+    activations, written = outputs(coder, x)
+    if mesh:
+        devices = jclt.make_mesh(data=2, features=4)
+        coder = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), coder, abstract_coder(coder.config, devices))
+    error, active = measure_fit(coder, model)
+    spread = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
+    np.testing.assert_allclose(error, np.square(y - np.stack(written)).sum((1, 2)) / spread, rtol=1e-4)
+    np.testing.assert_allclose(active, [(a != 0).sum(-1).mean() for a in activations])

@@ -383,6 +383,55 @@ def test_replacing_changes_the_covered_layers_alone():
         np.testing.assert_allclose(got[layer], want, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("low", ["bfloat16", "float16"])
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
+def test_half_precision_weights_compute_as_the_same_weights_in_float32(config, low):
+    """What a float32 model gives them is not rounded, in a pass of few active features neither."""
+    narrow = random_coder(replace(config, features=4800 // len(config.covered)), low)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
+    x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(len(config.covered))]
+
+    def passed(coder: SparseCoder) -> list:
+        a = [coder.encode(layer, own) for layer, own in enumerate(x)]
+        writing, found = Writing(coder), []
+        for layer, own in enumerate(x):
+            writing.add(layer, jnp.where(jnp.arange(own.shape[0])[:, None] < 4, 0, a[layer]))
+            found.append(writing.to(layer, own))
+        return [*a, *found, *(coder.write(layer, a, own) for layer, own in enumerate(x))]
+
+    for got, want in zip(passed(narrow), passed(wide), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("low", [jnp.bfloat16, jnp.float16])
+def test_neither_side_of_a_product_is_rounded_at_inference_and_both_are_in_training(low):
+    coder = random_coder(CLT)
+    x = jnp.asarray(normal(4, 6)).astype(low)
+    np.testing.assert_array_equal(coder.encode(0, x), coder.encode(0, x.astype(jnp.float32)))
+    rounded = jax.tree.map(lambda w: w.astype(low).astype(jnp.float32), coder)
+    bias, of_rounded = coder.layers[0].encoder_bias, rounded.preactivation(0, x) - rounded.layers[0].encoder_bias[None]
+    np.testing.assert_allclose(coder.preactivation(0, x) - bias[None], of_rounded, atol=2e-6)
+    assert not np.array_equal(coder.preactivation(0, x), coder.preactivation(0, x.astype(jnp.float32)))
+
+
+def test_neurons_of_a_bfloat16_model_read_float32():
+    model = golden_model("llama3")
+    params = {name: x.astype(jnp.bfloat16) for name, x in model.params.items()}
+    wide = {name: x.astype(jnp.float32) for name, x in params.items()}
+    x = jnp.asarray(normal(4, model.config.width))
+    narrow, want = (neurons(replace(model, params=own)) for own in (params, wide))
+    np.testing.assert_array_equal(narrow.encode(1, x), want.encode(1, x))
+    a = [narrow.encode(layer, x) for layer in range(2)]
+    np.testing.assert_array_equal(narrow.write(1, a, x), want.write(1, a, x))
+
+
+def test_a_coder_is_shown_in_one_line():
+    assert repr(random_coder(CLT)) == "<SparseCoder: clt of '', 3 layers of 10 jumprelu features, mlp_in to mlp_out>"
+    topk = repr(random_coder(replace(PLT, activation="topk", k=3, model="a/b")))
+    assert topk == "<SparseCoder: transcoder of 'a/b', 3 layers of 10 topk features (k=3), mlp_in to mlp_out>"
+
+
 # Settings.
 
 MODEL = replace(golden_model("llama3").config, layers=4)

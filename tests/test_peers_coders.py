@@ -7,6 +7,7 @@ import pytest
 from test_coder_files import CLT, PLT, RULES, SAE, outputs, random_coder
 
 import jclt
+from jclt.coders.circuit_tracer import _settings
 
 torch = pytest.importorskip("torch", reason="needs circuit-tracer")
 hub = pytest.importorskip("circuit_tracer.utils.hf_utils", reason="needs circuit-tracer")
@@ -55,13 +56,36 @@ def test_circuit_tracer_loads_what_is_saved(config, layout, lazy, tmp_path):
     assert 0 < (np.stack(activations) != 0).mean() < 1
 
 
-def test_the_skip_of_a_clt_survives_beside_what_circuit_tracer_loads(tmp_path):
-    coder = random_coder(replace(CLT, skip=True))
+@pytest.mark.parametrize("config", [replace(PLT, **RULES["topk"]), replace(CLT, **RULES["topk"])], ids=["plt", "clt"])
+def test_why_no_topk_is_written_for_circuit_tracer(config, tmp_path):
+    """With the settings that it would have to go by, its loaders make a ReLU of it."""
+    coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.yaml").exists()
+    _, settings = _settings(config)
+    (tmp_path / "saved" / "config.yaml").write_text(hub.yaml.safe_dump(dict(settings) | {"activation": "topk", "k": 5}))
     peer = theirs(tmp_path / "saved", False)
     with torch.no_grad():
         features = torch.stack([peer.encode_layer(torch.tensor(X[i]), i) for i in range(3)])
-        assert_close(features, np.stack(outputs(coder, X)[0]))
+    relu = [np.maximum(coder.preactivation(i, X[i]), 0) for i in range(3)]
+    assert_close(features, np.stack(relu))
+
+
+def test_what_a_topk_of_circuit_tracers_saves_is_read(tmp_path):
+    """To its sign: of the k largest it keeps negative ones too, and these alone differ."""
+    single = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
+    topk = pytest.importorskip("circuit_tracer.transcoder.activation_functions").TopK(5)
+    peer = single.SingleLayerTranscoder(6, 16, topk, 0, device=CPU, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.4)
+        features = peer.encode(torch.tensor(X[0]))
+    (tmp_path / "theirs").mkdir()
+    peer.to_safetensors(str(tmp_path / "theirs" / "layer_0.safetensors"))
+    coder = jclt.load_coder(tmp_path / "theirs", reads="mlp_in", writes="mlp_out")
+    assert (coder.config.rule, coder.config.k) == ("topk", 5)
+    assert_close(outputs(coder, X[:1])[0][0], np.maximum(features, 0))
 
 
 @pytest.mark.parametrize("rule", ["relu", "jump_relu"])

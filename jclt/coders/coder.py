@@ -16,7 +16,7 @@ from jclt.coders import products, sparse
 from jclt.coders.activations import jump_relu, top_k
 from jclt.coders.config import CoderConfig
 from jclt.coders.entries import Entries
-from jclt.coders.products import letters, product
+from jclt.coders.products import exact, letters, product
 from jclt.shapes import Array, DTypeLike, Float
 from jclt.sharding import AnyMesh, placed, sharding
 
@@ -84,8 +84,14 @@ class SparseCoder(eqx.Module):
     layers: tuple[CoderLayer, ...]
     config: CoderConfig = eqx.field(static=True)
 
+    def __repr__(self) -> str:
+        c = self.config
+        where = "no layers yet" if c.layers is None else f"{len(c.layers)} layers"
+        rule = f"{c.rule} features{'' if c.k is None else f' (k={c.k})'}"
+        return f"<SparseCoder: {c.kind} of '{c.model}', {where} of {c.features} {rule}, {c.reads} to {c.writes}>"
+
     def preactivation(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
-        """In at least float32."""
+        """In at least float32, of products in the type of x."""
         own = self.layers[layer]
         h = product(f"{letters(x)}d,fd->{letters(x)}f", x, own.encoder)
         return h + own.encoder_bias.astype(h.dtype)[(None,) * (x.ndim - 1)]
@@ -103,7 +109,8 @@ class SparseCoder(eqx.Module):
         return jump_relu(h, threshold, self.config.bandwidth, self.config.through)
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
-        return self.activate(layer, self.preactivation(layer, x))
+        """Of the weights as they are: neither they nor x are rounded to the other's type."""
+        return self.activate(layer, self.preactivation(layer, exact(x, self.layers[layer].encoder)))
 
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
@@ -112,8 +119,11 @@ class SparseCoder(eqx.Module):
         out = own.decoder_bias.astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
         for source, a in enumerate(activations[: layer + 1]):
             if layer - source < self.config.reach(source):
-                out = out + product(f"{n}f,fd->{n}d", a, self.layers[source].rows[:, layer - source])
-        return out if own.skip is None else out + product(f"{n}d,ed->{n}e", x, own.skip).astype(out.dtype)
+                rows = self.layers[source].rows[:, layer - source]
+                out = out + product(f"{n}f,fd->{n}d", exact(a, rows), rows)
+        if own.skip is None:
+            return out
+        return out + product(f"{n}d,ed->{n}e", exact(x, own.skip), own.skip).astype(out.dtype)
 
     def rows(self, layer: int) -> Float[Array, "F R D"]:
         return self.layers[layer].rows

@@ -1,5 +1,6 @@
 """What a sparse coder is: its kind, its size, where it reads and writes, and its rule at inference."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,6 +71,10 @@ class CoderConfig:
     def check(self) -> None:
         if self.features < 1:
             raise UserError(f"setting 'coder.features': {self.features}, expected at least 1")
+        if self.width is not None and self.width < 1:
+            raise UserError(f"setting 'coder.width': {self.width}, expected at least 1")
+        if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
+            raise UserError(f"setting 'coder.bandwidth': {self.bandwidth}, expected a number above 0")
         if (self.k is None) == (self.activation in ("topk", "batchtopk")):
             wanted = "a number of active features" if self.k is None else "none"
             raise UserError(f"setting 'coder.k': {self.k}, expected {wanted} under activation '{self.activation}'")

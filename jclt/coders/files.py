@@ -1,5 +1,6 @@
 """Coders on disk: our own folder, which circuit-tracer loads too, and the layouts that others publish."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import resources
@@ -16,7 +17,7 @@ from jclt.coders.config import CoderConfig
 from jclt.coders.fit import check_fit
 from jclt.coders.layouts import our_site
 from jclt.coders.tensors import Found, place, write_tensors
-from jclt.errors import UserError, nearest
+from jclt.errors import UserError, first_line, nearest
 from jclt.files import new_folder, write_json
 from jclt.models import Model
 
@@ -58,18 +59,16 @@ def load_coder(
     writes: str | None = None,
     check: bool = True,
 ) -> SparseCoder:
-    """Loads "demo" or a folder in any of `LAYOUTS`; on a mesh every weight is read straight to its place there.
+    """Loads "demo" or a folder in any of `LAYOUTS`; the folder of a training run stands for the coder in it. On a mesh
+    every weight is read straight to its place there.
 
     With its model at hand the coder must fit it: in layers, width and sites, and, unless `check=False`, in what it
-    reconstructs of a short text. `reads` and `writes` name the sites where the files do not, or are wrong.
+    reconstructs of a short text; one whose files name this very model may do badly, and a warning says so. `reads` and
+    `writes` name the sites where the files do not, or are wrong.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(DTYPES)}")
-    folder = find_coder(str(name))
-    layout = next((layout for layout in LAYOUTS.values() if layout.is_in(folder)), None)
-    if layout is None:
-        raise UserError(f"coder '{name}': no coder's files found, expected one of the layouts {', '.join(LAYOUTS)}")
-    config, layers = layout.read(folder)
+    folder, (config, layers) = _found(name)
     config = _completed(config, reads, writes, model, folder)
     coder = place(config, layers, jnp.dtype(dtype), mesh)
     if model is not None and check:
@@ -77,18 +76,37 @@ def load_coder(
     return coder
 
 
+def coder_model(name: str | Path) -> str:
+    """The name of the model that a coder was trained on, empty where its files do not say it; no weight is read."""
+    return _found(name)[1].config.model
+
+
+def _found(name: str | Path) -> tuple[Path, Found]:
+    """The folder of a coder and what is in it."""
+    folder = find_coder(str(name))
+    layout = next((layout for layout in LAYOUTS.values() if layout.is_in(folder)), None)
+    if layout is None:
+        raise UserError(f"coder '{name}': no coder's files found, expected one of the layouts {', '.join(LAYOUTS)}")
+    return folder, layout.read(folder)
+
+
 def find_coder(name: str) -> Path:
-    """The folder that holds the coder of this name."""
+    """The folder that holds the coder of this name; in a training run's it is `coder`."""
     if name == "demo":
         folder = Path(str(resources.files("jclt"))) / "world" / "coder"
         if not folder.is_dir():
             raise UserError("coder 'demo': this installation ships none, expected it in jclt/world/coder")
         return folder
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        found = "is a file" if folder.exists() else "no such folder"
+    try:
+        folder = Path(name).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"coder '{name}': cannot be read ({first_line(error)})") from None
+    if not is_folder:
+        found = "is a file" if os.path.lexists(folder) else "no such folder"
         raise UserError(f"coder '{name}': {found}, expected 'demo' or the folder that holds the coder's files")
-    return folder
+    inner = folder / "coder"
+    return inner if circuit_tracer.is_ours(inner) and not circuit_tracer.is_ours(folder) else folder
 
 
 def _completed(
@@ -98,14 +116,24 @@ def _completed(
     sites = [our_site(given, "coder")[0] if given else None for given in (reads, writes)]
     config = replace(config, reads=sites[0] or config.reads, writes=sites[1] or config.writes)
     if not (config.reads and config.writes):
-        raise UserError(f"{folder}: no file in it says which sites the coder reads and writes, expected them as well")
+        raise UserError(
+            f"{folder}: no file in it says which sites the coder reads and writes, expected reads= and writes= "
+            "(of a transcoder, mlp_in and mlp_out)"
+        )
     if any(sites) and config.kind != "clt":
         config = replace(config, kind="sae" if config.reads == config.writes else "transcoder")
     try:
         config.check()
-        return config if model is None else config.fitted(model.config, model.name)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    if model is None:
+        return config
+    try:
+        return config.fitted(model.config, model.name)
+    except UserError as error:
+        other = f"was trained on model '{config.model}', not on '{model.name}': "
+        said = other if config.model not in ("", model.name) else ""
+        raise UserError(f"{folder}: {said}{error}") from None
 
 
 def save_coder(coder: SparseCoder, folder: str | Path, layout: str = "jclt", dtype: str = "float32") -> None:

@@ -1,5 +1,6 @@
 """Does a coder belong to a model: what it reconstructs of a short text."""
 
+import logging
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -8,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.coders.coder import Coder
+from jclt.coders.products import einsum, exact
 from jclt.errors import UserError
 from jclt.models import Model, run
-from jclt.sharding import mesh_of
+from jclt.shapes import Array, ArrayLike, Float, Int
+from jclt.sharding import fetched, mesh_of
 from jclt.world import TASKS
+
+log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 128
 
@@ -24,34 +29,62 @@ class Fit(NamedTuple):
 
 
 def measure_fit(coder: Coder, model: Model) -> Fit:
-    """On text that ships, or random tokens where the model has no tokenizer."""
+    """On text that ships, or random tokens where the model has no tokenizer; a layer at a time, so that beside the
+    coder there is room for little more."""
     config = coder.config
     _, seen = run(model, _probe_tokens(model), capture=(config.reads, config.writes))
     # Models treat the first position as no other: it is a place to rest attention on.
-    x, y = (np.asarray(seen[site], np.float32)[list(config.covered), 1:] for site in (config.reads, config.writes))
+    x, y = (fetched(seen[site]).astype(np.float32)[list(config.covered), 1:] for site in (config.reads, config.writes))
     mesh = mesh_of(jax.tree.leaves(coder)[0])
+    written, active = np.zeros_like(y), np.zeros(len(y))
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        inputs = [jnp.asarray(own) for own in x]
-        activations = [coder.encode(layer, own) for layer, own in enumerate(inputs)]
-        written = [coder.write(layer, activations, own) for layer, own in enumerate(inputs)]
-    left = np.square(y - np.stack([np.asarray(own, np.float32) for own in written])).sum((1, 2))
+        for layer, own in enumerate(map(jnp.asarray, x)):
+            a = coder.encode(layer, own)
+            active[layer] = np.asarray(jnp.sum(a != 0, axis=-1)).mean()
+            rows = coder.rows(layer)
+            for row in range(rows.shape[1]):
+                written[layer + row] += np.asarray(_added(a, rows, np.int32(row)), np.float32)
+            written[layer] += np.asarray(coder.constant(layer), np.float32)
+            if (skip := coder.skip(layer)) is not None:
+                written[layer] += x[layer] @ np.asarray(skip, np.float32).T
+    left = np.square(y - written).sum((1, 2))
     spread = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
-    return Fit(
-        left / np.maximum(spread, np.finfo(np.float32).tiny),
-        np.array([(np.asarray(a) != 0).sum(-1).mean() for a in activations]),
-    )
+    return Fit(left / np.maximum(spread, np.finfo(np.float32).tiny), active)
+
+
+@jax.jit
+def _added(a: Float[Array, "N F"], rows: Float[Array, "F R D"], row: Int[ArrayLike, ""]) -> Float[Array, "N D"]:
+    """What features write to one of the layers that they reach."""
+    own = jax.lax.dynamic_index_in_dim(rows, row, axis=1, keepdims=False)
+    return einsum("nf,fd->nd", exact(a, own), own)
 
 
 def check_fit(coder: Coder, model: Model, name: str) -> None:
-    """An error saying plainly that the coder is not this model's."""
+    """An error saying plainly that the coder is not this model's; a warning where its files name this very model, and
+    it has not learnt enough yet."""
     error, active = measure_fit(coder, model)
-    fires = 0 < active.mean() < coder.config.features or coder.config.kind == "neurons"
-    if not (error.mean() < 1 and fires):
-        raise UserError(
-            f"coder '{name}' does not fit model '{model.name}': on a short text it misses {error.mean():.3g} of the "
-            f"variance with {active.mean():.3g} of {coder.config.features} features active a token and layer, "
-            "expected less than 1 and some but not all (check=False loads it all the same)"
+    c = coder.config
+    fires = 0 < active.mean() < c.features or c.kind == "neurons"
+    if error.mean() < 1 and fires:
+        return
+    found = (
+        f"on a short text it misses {error.mean():.3g} of the variance with {active.mean():.3g} of {c.features} "
+        "features active a token and layer, expected less than 1 and some but not all"
+    )
+    if c.model_fingerprint and c.model_fingerprint == model.fingerprint and np.isfinite(error).all():
+        log.warning("coder '%s' fits model '%s' badly, which it was trained on: %s", name, model.name, found)
+        return
+    other = ""
+    if c.model_fingerprint and c.model_fingerprint != model.fingerprint:
+        other = (
+            f"it was trained on model '{c.model}' (fingerprint {c.model_fingerprint}), not on this one "
+            f"({model.fingerprint}); "
         )
+    elif c.model not in ("", model.name):
+        other = f"its files name model '{c.model}'; "
+    raise UserError(
+        f"coder '{name}' does not fit model '{model.name}': {other}{found} (check=False loads it all the same)"
+    )
 
 
 def _probe_tokens(model: Model) -> np.ndarray:

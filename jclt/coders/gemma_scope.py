@@ -1,5 +1,6 @@
 """Coders in the layouts of Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`, `params_layer_N.safetensors`)."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jclt.coders.coder import SparseCoder
-from jclt.coders.layouts import MODULE_NAME_OF, agreed, check_sayable, our_site, positive, their_name
+from jclt.coders.layouts import MODULE_NAME_OF, agreed, check_sayable, our_site, positive, text_of, their_name
 from jclt.coders.tensors import Found, LayerSource, Names, found, open_file, published, weights
 from jclt.errors import UserError
 from jclt.files import read_json
@@ -35,7 +36,8 @@ def by_layer(paths: Iterable[Path]) -> dict[int, Path]:
     """Files by the last `layer_N` in their paths, in order."""
     numbered: dict[int, Path] = {}
     for path in sorted(paths):
-        numbers = re.findall(r"layer_(\d+)", str(path.resolve()))
+        # The file itself may be a link to where its content is kept, under another name.
+        numbers = re.findall(r"layer_(\d+)", str(path.parent.resolve() / path.name))
         if not numbers:
             raise UserError(f"{path}: nothing in its path says which layer it is of, expected 'layer_N' in it")
         if int(numbers[-1]) in numbered:
@@ -49,10 +51,16 @@ def is_gemma_scope(folder: Path) -> bool:
     return any(folder.rglob("params.npz"))
 
 
+SAES = re.compile(r"gemma-scope-[\w.]+-\w+-(res|mlp|att)\b")
+"""The published folders whose `params.npz` are SAEs of the residual stream, of MLPs and of attention."""
+
+
 def read_gemma_scope(folder: Path) -> Found:
-    """Nothing in the files names the sites; these are the transcoders'."""
+    """Nothing in the files names the sites; these are the transcoders', unless the path says that they are none."""
     paths = by_layer(folder.rglob("params.npz"))
     layers = (LayerSource(number, (open_file(path),), GEMMA_SCOPE, positive) for number, path in paths.items())
+    if SAES.search(str(folder.resolve())):
+        return found(layers, kind="sae", reads="", writes="")
     return found(layers, kind="transcoder", reads="mlp_normalized", writes="mlp_out")
 
 
@@ -76,31 +84,30 @@ def read_gemma_scope_2(folder: Path) -> Found:
         said = [_gemma_scope_2_config(path.parent / "config.json", number) for number, path in paths.items()]
         return found(layers, **agreed(said, [path.parent / "config.json" for path in paths.values()]))
     first = LayerSource(0, (open_file(folder / "params_layer_0.safetensors"),), GEMMA_SCOPE_2_CLT)
-    layers = [_clt_layer(folder, number) for number in range(first["decoder"].array.shape[1])]
+    layers = [_clt_layer(folder, number) for number in range(first.shape("decoder")[1])]
     said = {"reads": "mlp_in", "writes": "mlp_out"} | _gemma_scope_2_config(folder / "config.json", None)
     return found(layers, **said | {"kind": "clt"})
 
 
 def _clt_layer(folder: Path, number: int) -> LayerSource:
-    def change(weight: str, array: np.ndarray) -> np.ndarray:
-        """Stored are rows for every layer, of which those before the feature's own mean nothing."""
-        return array[:, number:] if weight == "decoder" else positive(weight, array)
-
-    return LayerSource(number, (open_file(folder / f"params_layer_{number}.safetensors"),), GEMMA_SCOPE_2_CLT, change)
+    """Stored are decoder rows for every layer, of which those before the feature's own mean nothing."""
+    file = open_file(folder / f"params_layer_{number}.safetensors")
+    return LayerSource(number, (file,), GEMMA_SCOPE_2_CLT, positive, first_row=number)
 
 
 def _gemma_scope_2_config(path: Path, number: int | None) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {"kind": "transcoder"}
     said = read_json(path)
-    if said.get("architecture", "jump_relu") != "jump_relu":
-        raise UserError(f"{path}: architecture '{said['architecture']}', expected 'jump_relu'")
-    known: dict[str, Any] = {"model": str(said.get("model_name", ""))}
-    if said.get("hf_hook_point_in"):
-        known["reads"], layer = our_site(str(said["hf_hook_point_in"]), path)
-        known["writes"] = our_site(str(said.get("hf_hook_point_out") or said["hf_hook_point_in"]), path)[0]
+    architecture = text_of(said, "architecture", path) or "jump_relu"
+    if architecture != "jump_relu":
+        raise UserError(f"{path}: architecture '{architecture}', expected 'jump_relu'")
+    known: dict[str, Any] = {"model": text_of(said, "model_name", path)}
+    if hook := text_of(said, "hf_hook_point_in", path):
+        known["reads"], layer = our_site(hook, path)
+        known["writes"] = our_site(text_of(said, "hf_hook_point_out", path) or hook, path)[0]
         if number is not None and layer not in (None, number):
-            raise UserError(f"{path}: '{said['hf_hook_point_in']}' is in layer {layer}, expected layer {number}")
+            raise UserError(f"{path}: '{hook}' is in layer {layer}, expected layer {number}")
     return known | {"kind": "sae" if "reads" in known and known["reads"] == known["writes"] else "transcoder"}
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ MODULE_NAMES: dict[str, str] = {
 def our_site(name: str, where: Path | str) -> tuple[str, int | None]:
     """Our name of a site, and the layer if the name has one: `blocks.3.hook_mlp_out`, `model.layers.3.mlp.output`,
     circuit-tracer's `hook_mlp_out` or ours."""
-    parts = re.fullmatch(r"(?:.*\.)?(blocks|layers|h)\.(\d+)\.?(.*)", name)
+    parts = re.fullmatch(r"(?:.*\.)?(blocks|layers|h)\.(\d{1,9})\.?(.*)", name)
     prefix, number, rest = parts.groups() if parts else ("", None, name)
     known = PEER_NAMES if prefix == "blocks" else MODULE_NAMES if prefix else PEER_NAMES | {s: s for s in LAYER_SITES}
     if known.get(rest) not in LAYER_SITES:
@@ -64,10 +65,20 @@ def check_sayable(coder: SparseCoder, layout: str, clt: bool, rules: tuple[str, 
         raise UserError(f"layout {layout}: a threshold is below 0, expected none: its JumpReLU is never negative")
 
 
+def text_of(said: Mapping[str, Any], key: str, where: Path | str) -> str:
+    """The text that a setting holds, empty where it is absent."""
+    value = said.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: '{key}' is {short(value)}, expected text")
+    return value or ""
+
+
 def agreed(said: list[dict[str, Any]], paths: list[Path]) -> dict[str, Any]:
     """What the files of all layers say alike."""
     for other, path in zip(said, paths, strict=True):
         for name in said[0]:
             if other.get(name) != said[0].get(name):
-                raise UserError(f"{path}: {name} is {other.get(name)!r}, expected {said[0][name]!r} as in {paths[0]}")
+                raise UserError(
+                    f"{path}: {name} is {short(other.get(name))}, expected {said[0][name]!r} as in {paths[0]}"
+                )
     return said[0]

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from jclt.coders.config import CoderConfig
-from jclt.coders.products import letters
+from jclt.coders.products import exact, letters
 from jclt.models import Model
 from jclt.models.config import ModelConfig
 from jclt.models.ops import ACTIVATIONS, contract
@@ -23,10 +23,12 @@ class Neurons(eqx.Module):
     config: CoderConfig = eqx.field(static=True)
 
     def _project(self, name: str, layer: int, x: Array) -> Array:
-        n = letters(x)
-        out = contract(f"{n}d,dm->{n}m", x, self.params[name][layer]).astype(x.dtype)
+        """In the type of x, or a wider one of the weights."""
+        n, weight = letters(x), self.params[name][layer]
+        x = exact(x, weight)
+        out = contract(f"{n}d,de->{n}e", x, weight.astype(x.dtype)).astype(x.dtype)
         bias = self.params.get(f"{name}_bias")
-        return out if bias is None else out + bias[layer][(None,) * (x.ndim - 1)]
+        return out if bias is None else out + bias[layer].astype(x.dtype)[(None,) * (x.ndim - 1)]
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
         act, up = ACTIVATIONS[self.model.activation], self._project("up", layer, x)
@@ -35,10 +37,7 @@ class Neurons(eqx.Module):
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
     ) -> Float[Array, "*N D"]:
-        n = letters(x)
-        out = contract(f"{n}m,md->{n}d", activations[layer], self.params["down"][layer]).astype(x.dtype)
-        bias = self.params.get("down_bias")
-        return out if bias is None else out + bias[layer][(None,) * (x.ndim - 1)]
+        return self._project("down", layer, activations[layer])
 
     def rows(self, layer: int) -> Float[Array, "F R D"]:
         return self.params["down"][layer][:, None]

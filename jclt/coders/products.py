@@ -17,13 +17,13 @@ from jclt.sharding import einsum_spec, placed, shard_shape
 
 
 def einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
-    """Both operands in the type of the narrower one, the sum in at least float32; what is summed over pieces of a
-    mesh axis is added up across it.
+    """Both operands in the type of the first, the sum in at least float32; what is summed over pieces of a mesh axis is
+    added up across it.
 
     Where the result is the gradient of a weight whose type says that its gradients are added up later (`reduced`), it
     is left as pieces of a sum (`unreduced`).
     """
-    dtype = min((x.dtype, y.dtype), key=lambda dtype: jnp.finfo(dtype).bits)
+    dtype = x.dtype
     where = einsum_spec(equation, x, y)
     if weight is not None and where is not None:
         where = P(*where, unreduced=jax.typeof(weight).sharding.spec.reduced)
@@ -39,10 +39,18 @@ def einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Ar
         )
 
     if dtype != jnp.bfloat16:
-        return multiply(x.astype(dtype), y.astype(dtype))
+        return multiply(x, y.astype(dtype))
     # On CPUs the compiler lacks some of the products of bfloat16 with float32 sums; these are the same numbers.
     widened: Any = lambda x, y: multiply(x.astype(jnp.float32), y.astype(jnp.float32))  # noqa: E731
-    return jax.lax.platform_dependent(x.astype(dtype), y.astype(dtype), cpu=widened, default=multiply)
+    return jax.lax.platform_dependent(x, y.astype(dtype), cpu=widened, default=multiply)
+
+
+def exact(x: Array, weight: Array) -> Array:
+    """x in a type in which `product(x, weight)` rounds neither: its own where both have one, else the wider of the two,
+    at least float32."""
+    if x.dtype == weight.dtype:
+        return x
+    return x.astype(max((wide(x.dtype), wide(weight.dtype)), key=lambda dtype: jnp.finfo(dtype).bits))
 
 
 def letters(x: Array) -> str:
@@ -51,7 +59,10 @@ def letters(x: Array) -> str:
 
 
 def product(equation: str, x: Array, weight: Array) -> Array:
-    """`einsum(equation, x, weight)`, the weight's gradient in the weight's own type."""
+    """`einsum(equation, x, weight)`, in the type of x; the weight's gradient in the weight's own type.
+
+    So training computes in the type that it gives x, whatever the trained weights have.
+    """
     return _product(equation, x, weight)
 
 

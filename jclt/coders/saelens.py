@@ -1,14 +1,17 @@
 """Coders in SAELens's layout: a folder a layer, with `cfg.json` and `sae_weights.safetensors`."""
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 
 from jclt.coders.coder import SparseCoder
-from jclt.coders.layouts import PEER_NAME_OF, agreed, check_sayable, our_site, positive, their_name
+from jclt.coders.layouts import PEER_NAME_OF, agreed, check_sayable, our_site, positive, text_of, their_name
 from jclt.coders.tensors import Found, LayerSource, Names, found, open_file, published, weights
 from jclt.errors import UserError, nearest
 from jclt.files import read_json
@@ -46,9 +49,9 @@ def read_saelens(folder: Path) -> Found:
             raise UserError(f"{path}: a second coder of layer {number}, expected a folder with one")
         said[number] = path, known
         plain = LayerSource(number, (open_file(path.parent / "sae_weights.safetensors"),), NAMES)
-        features, width = plain["encoder"].array.shape
+        features, width = plain.shape("encoder")
         if (raw.get("d_sae", features), raw.get("d_in", width)) != (features, width):
-            sizes = f"d_sae={raw.get('d_sae')}, d_in={raw.get('d_in')}"
+            sizes = f"d_sae={short(raw.get('d_sae'))}, d_in={short(raw.get('d_in'))}"
             raise UserError(f"{path}: {sizes}, expected {features} and {width}, those of the weights beside it")
         layers[number] = LayerSource(number, plain.files, NAMES, partial(_folded, raw, path, plain))
     order = sorted(layers)
@@ -57,16 +60,17 @@ def read_saelens(folder: Path) -> Found:
 
 
 def _saelens_config(raw: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], int]:
+    for name in ("metadata", "activation_fn_kwargs"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise UserError(f"{path}: '{name}' is {short(raw[name])}, expected settings by name")
     metadata = {**raw, **(raw.get("metadata") or {})}
-    architecture = raw.get("architecture", "standard")
+    architecture = text_of(raw, "architecture", path) or "standard"
     activation = raw.get("activation_fn", raw.get("activation_fn_str", "relu"))
     k = raw.get("k", (raw.get("activation_fn_kwargs") or {}).get("k"))
     if architecture == "standard" and activation == "topk":  # as it was before version 6
         architecture, activation = "topk", "relu"
     if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"{path}: architecture '{architecture}' is unknown; {nearest(str(architecture), ARCHITECTURES)}"
-        )
+        raise UserError(f"{path}: architecture '{architecture}' is unknown; {nearest(architecture, ARCHITECTURES)}")
     plain = {
         "activation_fn": (activation, ("relu", "topk") if architecture == "topk" else ("relu",)),
         "normalize_activations": (raw.get("normalize_activations"), (None, "none", False, "expected_average_only_in")),
@@ -77,7 +81,7 @@ def _saelens_config(raw: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
     }
     for name, (value, expected) in plain.items():
         if value not in expected:
-            raise UserError(f"{path}: {name} is {value!r}, expected {_options(expected)}")
+            raise UserError(f"{path}: {name} is {short(value)}, expected {_options(expected)}")
     kind, rule, skip = ARCHITECTURES[architecture]
     hook = str(metadata.get("hook_name") or metadata.get("hook_point"))
     reads, number = _saelens_site(metadata.get("hf_hook_name"), hook, path)
@@ -89,8 +93,8 @@ def _saelens_config(raw: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
         raise UserError(f"{path}: reads '{hook}' and writes '{out}', expected two sites of one layer")
     known = {"kind": kind, "activation": rule, "skip": skip, "reads": reads, "writes": writes}
     if rule == "topk" and not isinstance(k, int):
-        raise UserError(f"{path}: k is {k!r}, expected a whole number under architecture 'topk'")
-    return known | {"model": str(metadata.get("model_name") or ""), "k": k if rule == "topk" else None}, number
+        raise UserError(f"{path}: k is {short(k)}, expected a whole number under architecture 'topk'")
+    return known | {"model": text_of(metadata, "model_name", path), "k": k if rule == "topk" else None}, number
 
 
 def _options(values: tuple[Any, ...]) -> str:
@@ -135,8 +139,8 @@ def _input_scale(raw: Mapping[str, Any], path: Path) -> float:
     if raw.get("normalize_activations") != "expected_average_only_in":
         return 1.0
     scaler = path.parent / "activation_scaler.json"
-    scale = read_json(scaler).get("scaling_factor") if scaler.exists() else None
-    if not isinstance(scale, float):
+    scale = read_json(scaler).get("scaling_factor") if os.path.lexists(scaler) else None
+    if not isinstance(scale, float) or not 0 < scale < math.inf:
         raise UserError(f"{path}: normalize_activations is set, expected a scaling_factor in {scaler.name} beside it")
     return scale
 

@@ -4,7 +4,7 @@ import jax
 
 from jclt.coders.coder import Coder, SparseCoder
 from jclt.coders.entries import all_found_places, listed, taken
-from jclt.coders.products import einsum, letters, product
+from jclt.coders.products import einsum, exact, letters, product
 from jclt.coders.rows import ROUNDS, SLOTS, SPARSE_BELOW, Rows, row_sums
 from jclt.shapes import Array, Float
 from jclt.sharding import TOKENS, on_each_device, shard_shape, sum_over
@@ -35,7 +35,8 @@ class Writing:
         written = written + self.coder.constant(layer).astype(written.dtype)[(None,) * (x.ndim - 1)]
         if skip is None:
             return written
-        return written + product(f"{letters(x)}d,ed->{letters(x)}e", x, skip).astype(written.dtype)
+        n = letters(x)
+        return written + product(f"{n}d,ed->{n}e", exact(x, skip), skip).astype(written.dtype)
 
 
 def room_for_rows(coder: Coder) -> float:
@@ -51,7 +52,7 @@ def written_from(rows: Float[Array, "F R D"], a: Float[Array, "*N F"], room: flo
     flat = a.reshape(-1, a.shape[-1])
 
     def densely() -> Array:
-        return einsum("nf,frd->nrd", flat, rows)
+        return einsum("nf,frd->nrd", exact(flat, rows), rows)
 
     entries = listed(flat != 0, room)
 

@@ -70,8 +70,11 @@ class ModelConfig:
                 raise UserError(f"model: {name}={getattr(self, name)}, expected at least 1")
         if self.heads % self.key_heads:
             raise UserError(f"model: kv_heads={self.key_heads}, expected a divisor of heads={self.heads}")
-        if self.rotary_width % 2:
-            raise UserError(f"model: {self.rotary_width} dimensions of each head rotate, expected an even number")
+        if self.rotary_width % 2 or not 0 <= self.rotary_width <= self.head_size:
+            most = self.head_size
+            raise UserError(
+                f"model: {self.rotary_width} dimensions of each head rotate, expected an even number to {most}"
+            )
         if self.local_layers and self.window < 1:
             raise UserError(f"model: window={self.window}, expected at least 1, since some layers are local")
 

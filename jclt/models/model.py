@@ -2,6 +2,7 @@
 # JAX's own types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jclt.errors import UserError
+from jclt.errors import UserError, first_line
 from jclt.fingerprints import fingerprint
 from jclt.models.checkpoint import load_config, load_params, save_params
 from jclt.models.config import ModelConfig
@@ -31,12 +32,16 @@ Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
 """Text, or token ids `[T]` or `[B, T]`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     config: ModelConfig
     params: Params
     tokenizer: Tokenizer | None
     name: str
+
+    def __repr__(self) -> str:
+        c, count = self.config, sum(x.size for x in self.params.values())
+        return f"<Model '{self.name}': {c.family}, {c.layers} layers of width {c.width}, {count:,} parameters>"
 
     @property
     def mesh(self) -> Mesh | None:
@@ -86,10 +91,14 @@ def find_model(name: str, files: Sequence[str] = FILES) -> Path:
     """The folder that holds the model of this name, or these of its files."""
     if name == "demo":
         return Path(str(resources.files("jclt"))) / "world" / "model"
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_there = folder.is_dir(), os.path.lexists(folder)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"model '{name}': cannot be read ({first_line(error)})") from None
+    if is_folder:
         return folder
-    if folder.is_file():
+    if is_there:
         raise UserError(f"model '{name}': is a file, expected the folder that holds config.json and the weights")
     # Imported where it is needed: loading a folder should not wait for it.
     from huggingface_hub import snapshot_download
@@ -100,7 +109,7 @@ def find_model(name: str, files: Sequence[str] = FILES) -> Path:
     except HFValidationError:
         raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
     except Exception as error:  # whatever the network has to say, the user needs the one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})"
         ) from None

@@ -20,6 +20,12 @@ def wide(dtype: DTypeLike) -> DTypeLike:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
+@jax.jit
+def finite_rows(x: Float[Array, "..."]) -> Bool[Array, "_"]:
+    """Whether all numbers of each row are finite."""
+    return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),

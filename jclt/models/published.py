@@ -1,7 +1,9 @@
 """`config.json` to `ModelConfig` and back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
+from reprlib import repr as short
 from typing import Any, get_type_hints
 
 from jclt.config import MISFIT, describe_type, fit_type
@@ -25,10 +27,11 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """The `ModelConfig` that a published `config.json` describes; `where` names it in errors."""
     # A model of text and images nests its text model; the stop tokens outside are those of the whole.
     stops = raw.get("eos_token_id")
-    raw = raw.get("text_config") or raw
+    raw = _nested(raw, "text_config", where) or raw
     stops = raw.get("eos_token_id") if stops is None else stops
     kind = raw.get("model_type", "")
-    family = _family(kind, f"{where}: architecture '{kind or raw.get('architectures')}'")
+    called = kind if kind and isinstance(kind, str) else short(kind or raw.get("architectures"))
+    family = _family(str(kind), f"{where}: architecture '{called}'")
     if raw.get("use_bidirectional_attention"):
         raise UserError(f"{where}: use_bidirectional_attention is set, expected a causal language model")
 
@@ -41,20 +44,28 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     values["stop_tokens"] = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
     values["activation"] = _activation(values["activation"], where)
     values["bos_token"] = values["bos_token"] if isinstance(values["bos_token"], int) else None
-    if values["mlp_width"] is None and family.name == "gpt2":
-        values["mlp_width"] = 4 * values["width"]
-    values["window"] = values.get("window") or 0
-    for name in ("kv_heads", "head_width"):
-        values[name] = values.get(name) or None  # null means: derived from the other sizes
-    if "qkv_bias" in family.keys:
-        values["attn_out_bias"] = values["qkv_bias"]
-    if "attn_scale" in values:
-        values["attn_scale"] = values["attn_scale"] ** -0.5
     if family.name == "gpt2" and not raw.get("scale_attn_weights", True):
         values["attn_scale"] = 1.0
+    for name in ("kv_heads", "head_width", "window"):
+        values[name] = values.get(name) or None  # null means: derived from the other sizes
+    if values["mlp_width"] is None and family.name == "gpt2" and isinstance(values["width"], int):
+        values["mlp_width"] = 4 * values["width"]
+    values["window"] = values["window"] or 0
     values |= _rope(raw, values, where)
     values = _typed(values, family, where)
+    if "qkv_bias" in family.keys:
+        values["attn_out_bias"] = values["qkv_bias"]
+    if "attn_scale" in family.keys:
+        values["attn_scale"] = values["attn_scale"] ** -0.5
     return ModelConfig(family=family.name, **values | _windows(raw, family, values, where))
+
+
+def _nested(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """The settings under a key, none where it is absent or null."""
+    found = raw.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"{where}: '{key}' is {short(found)}, expected settings by name")
+    return found
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -100,22 +111,47 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return raw
 
 
+MOST = 2**31 - 1
+"""The largest whole number that any setting can mean."""
+MOST_LAYERS = 10_000
+POSITIVE = ("vocabulary", "width", "layers", "heads", "mlp_width", "context")
+ABOVE_ZERO = (
+    "norm_epsilon",
+    "rope_base",
+    "rope_local_base",
+    "rope_fraction",
+    "attn_scale",
+    "attn_softcap",
+    "logit_softcap",
+)
+
+
 def _typed(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """The values as `ModelConfig` has them, or an error that names the first that cannot be."""
     expected, typed = get_type_hints(ModelConfig), {}
     for name, value in values.items():
-        typed[name] = fit_type(value, expected[name])
-        positive = name in ("vocabulary", "width", "layers", "heads", "mlp_width", "context")
-        if typed[name] is MISFIT or (positive and value < 1):
-            key = family.keys.get(name, (name, None))[0]
-            wanted = "a positive whole number" if positive else describe_type(expected[name])
-            raise UserError(f"{where}: '{key}' is {value!r}, expected {wanted}")
+        key = family.keys.get(name, (name, None))[0]
+        typed[name] = MISFIT if is_beyond(value) else fit_type(value, expected[name])
+        if typed[name] is MISFIT or (name in POSITIVE and value < 1):
+            wanted = "a positive whole number" if name in POSITIVE else describe_type(expected[name])
+            raise UserError(f"{where}: '{key}' is {short(value)}, expected {wanted}")
+        if name in ABOVE_ZERO and (typed[name] is not None or name == "attn_scale") and not (value and value > 0):
+            raise UserError(f"{where}: '{key}' is {short(value)}, expected a number above 0")
+    if typed["layers"] > MOST_LAYERS:
+        raise UserError(f"{where}: '{family.keys['layers'][0]}' is {typed['layers']}, expected at most {MOST_LAYERS}")
     return typed
+
+
+def is_beyond(value: Any) -> bool:
+    """Whether it is, or holds, a number that no model has: not finite, or too large a whole one."""
+    if isinstance(value, tuple | list):
+        return any(map(is_beyond, value))
+    return abs(value) > MOST if isinstance(value, int) else isinstance(value, float) and not math.isfinite(value)
 
 
 def _activation(name: Any, where: str) -> str:
     if not isinstance(name, str):
-        raise UserError(f"{where}: the activation is {name!r}, expected one of: {', '.join(ACTIVATION_NAMES)}")
+        raise UserError(f"{where}: the activation is {short(name)}, expected one of: {', '.join(ACTIVATION_NAMES)}")
     if name not in ACTIVATION_NAMES:
         raise UserError(f"{where}: activation '{name}' is unknown; {nearest(name, ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[name]
@@ -125,19 +161,30 @@ def _windows(raw: Mapping[str, Any], family: Family, values: Mapping[str, Any], 
     """Which layers attend through the sliding window, by the published list or by the family's rule."""
     window, layers, rule = values["window"], range(values["layers"]), family.window_rule
     listed = raw.get("layer_types")
-    if listed and (len(listed) != len(layers) or not set(listed) <= {"full_attention", "sliding_attention"}):
-        kinds = "full_attention or sliding_attention"
-        raise UserError(f"{where}: 'layer_types' is {listed}, expected {kinds} for each of {len(layers)} layers")
+    kinds = ("full_attention", "sliding_attention")
+    if listed and not (
+        isinstance(listed, list) and len(listed) == len(layers) and all(kind in kinds for kind in listed)
+    ):
+        wanted = f"{' or '.join(kinds)} for each of {len(layers)} layers"
+        raise UserError(f"{where}: 'layer_types' is {short(listed)}, expected {wanted}")
+
+    def whole(key: str, value: Any) -> int:
+        if not isinstance(value, int) or value < 0 or is_beyond(value):
+            raise UserError(f"{where}: '{key}' is {short(value)}, expected a whole number")
+        return value
+
     if not window or (rule == "upper" and not raw.get("use_sliding_window", False)):
         local: tuple[int, ...] = ()
     elif listed and rule != "all":
         local = tuple(layer for layer in layers if listed[layer] == "sliding_attention")
     elif rule == "upper":
-        local = tuple(layer for layer in layers if layer >= raw.get("max_window_layers", 28))
+        first = whole("max_window_layers", raw.get("max_window_layers", 28))
+        local = tuple(layer for layer in layers if layer >= first)
     elif rule == "even":
         local = tuple(layer for layer in layers if layer % 2 == 0)
     elif rule == "pattern":
-        every = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+        key = "sliding_window_pattern"
+        every = whole(key, raw.get(key) or raw.get(f"_{key}") or 6)
         local = tuple(layer for layer in layers if (layer + 1) % every)
     else:
         local = tuple(layers)
@@ -147,31 +194,34 @@ def _windows(raw: Mapping[str, Any], family: Family, values: Mapping[str, Any], 
 def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rotary settings, from today's `rope_parameters` where present, else from `rope_scaling` beside its base."""
     found: dict[str, Any] = {}
-    settings = raw.get("rope_parameters") or {}
+    settings = _nested(raw, "rope_parameters", where)
     if "full_attention" in settings:
-        found["rope_local_base"] = settings.get("sliding_attention", {}).get(
-            "rope_theta", values.get("rope_local_base")
-        )
-        settings = settings["full_attention"]
+        local = _nested(settings, "sliding_attention", where)
+        found["rope_local_base"] = local.get("rope_theta", values.get("rope_local_base"))
+        settings = _nested(settings, "full_attention", where)
     for name, key in (("rope_base", "rope_theta"), ("rope_fraction", "partial_rotary_factor")):
         if key in settings:
             found[name] = settings[key]
-    scaling = settings or raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = settings or _nested(raw, "rope_scaling", where)
+    kind: Any = scaling.get("rope_type", scaling.get("type", "default"))
     keys = {
         "default": (),
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    if kind not in keys:
-        raise UserError(f"{where}: rope scaling '{kind}' is unknown; {nearest(kind, keys)}")
+    if not isinstance(kind, str) or kind not in keys:
+        called = kind if isinstance(kind, str) else short(kind)
+        raise UserError(f"{where}: rope scaling '{called}' is unknown; {nearest(str(called), keys)}")
     for key in keys[kind]:
-        if not isinstance(scaling.get(key), int | float):
-            raise UserError(f"{where}: '{key}' of rope scaling '{kind}' is {scaling.get(key)!r}, expected a number")
+        value = scaling.get(key)
+        if not isinstance(value, int | float) or is_beyond(value) or value <= 0:
+            raise UserError(f"{where}: '{key}' of rope scaling '{kind}' is {short(value)}, expected a number above 0")
     if kind != "default":
         factor, *bands = (scaling[key] for key in keys[kind])
         found["rope_scaling"] = RopeScaling(kind, float(factor))
         if bands:
             low, high, original = bands
+            if low == high:
+                raise UserError(f"{where}: low_freq_factor and high_freq_factor are both {low}, expected two numbers")
             found["rope_scaling"] = RopeScaling(kind, float(factor), float(low), float(high), int(original))
     return found

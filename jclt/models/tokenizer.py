@@ -1,15 +1,19 @@
 """Text to token ids and back, by the `tokenizers` library."""
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from jclt.errors import UserError
+from jclt.errors import UserError, first_line
+from jclt.files import check_file, read_bytes, read_json, write_json, write_text
 from jclt.models.config import ModelConfig
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -19,14 +23,14 @@ class Tokenizer:
     backend: Backend
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+        return self.backend.encode(checked(text)).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode([int(i) for i in ids])
 
     def plain(self, text: str) -> list[int]:
         """The ids of the text alone, without special tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(checked(text), add_special_tokens=False).ids
 
     def text(self, token: int) -> str:
         """One token as it stands within a text, with its leading space; a special token by its name."""
@@ -39,7 +43,7 @@ class Tokenizer:
 
     def save(self, folder: Path, config: ModelConfig) -> None:
         """Writes `tokenizer.json`, and beside it what transformers wants to be told."""
-        self.backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         ends = {"bos_token": config.bos_token, "eos_token": next(iter(config.stop_tokens), None)}
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -47,29 +51,49 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **{name: self.backend.id_to_token(index) for name, index in ends.items() if index is not None},
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / "tokenizer_config.json", settings)
+
+
+def checked(text: str) -> str:
+    """The text itself, or an error where part of it is none: a byte that could not be decoded, half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        sign = ascii(text[error.start])
+        raise UserError(f"text {ascii(text[:80])}: {sign} is no character, expected UTF-8 text") from None
+    return text
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The folder's tokenizer, or None where it has none: a model without text can still be run on token ids."""
     path = folder / "tokenizer.json"
-    if path.exists():
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{path}: not a tokenizer that the tokenizers library reads ({error})") from None
+    if os.path.lexists(path):
+        content = read_bytes(path)
+        backend = _read(lambda: Backend.from_buffer(content), f"{path}: not a tokenizer that the library reads")
         # Settings of whoever trained the tokenizer, not of the model: a prompt is neither cut nor filled up.
         backend.no_truncation()
         backend.no_padding()
         return Tokenizer(backend)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocabulary.exists() and merges.exists():
-        try:
-            backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
-        except Exception as error:  # likewise
-            raise UserError(f"{vocabulary}: not a byte-pair vocabulary with {merges.name} ({error})") from None
+    if os.path.lexists(vocabulary) and os.path.lexists(merges):
+        check_file(merges)
+        what = f"{vocabulary}: not a byte-pair vocabulary with {merges.name}"
+        if not all(isinstance(number, int) for number in read_json(vocabulary).values()):  # the library skips others
+            raise UserError(f"{what} (a token without its number)")
+        backend = Backend(_read(lambda: models.BPE.from_file(str(vocabulary), str(merges)), what))
         backend.add_special_tokens([token for token in ("<|endoftext|>",) if backend.token_to_id(token) is not None])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         return Tokenizer(backend)
     return None
+
+
+def _read(read: Callable[[], Read], what: str) -> Read:
+    """What the library reads. Of what it does not it says so by a bare Exception, or by one of its panics, which are
+    no Exceptions at all."""
+    try:
+        return read()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({first_line(error)})") from None

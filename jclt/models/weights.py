@@ -1,5 +1,7 @@
 """One declaration per weight gives its shape, its initial values, its placement and what a checkpoint restores."""
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -98,3 +100,15 @@ def abstract_params(
     config: ModelConfig, mesh: AnyMesh | None = None, dtype: DTypeLike = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: weight.abstract(mesh, dtype) for name, weight in declare(config).items()}
+
+
+def bytes_at_once(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """What these arrays take of the memory that is asked for: one device's, or, of CPU devices, this host's."""
+    total = 0
+    for x in arrays:
+        where = x.sharding
+        pieces = 1 if where is None else len(where.addressable_devices)
+        on_host = jax.local_devices()[0].platform == "cpu"
+        shape = x.shape if where is None else where.shard_shape(x.shape)
+        total += math.prod(shape) * x.dtype.itemsize * (pieces if on_host else 1)
+    return total
