@@ -23,6 +23,7 @@ ROOMS = [
     "pods",
     "viewer",
     "cli",
+    "start",
 ]
 
 
