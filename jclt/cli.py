@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jclt import __version__
 from jclt.config import cache_folder
 from jclt.errors import Interrupted, UserError, first_line, printable
+from jclt.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
     from jclt.attribution import Graph
@@ -623,8 +624,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"jclt: {reason}", file=sys.stderr)
         return os.EX_TEMPFAIL  # whatever started it can tell that it is not done
     except KeyboardInterrupt:
-        print("jclt: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if _is_out_of_memory(error):
             less = f"; {LESS[arguments.command]}" if arguments.command in LESS else ""

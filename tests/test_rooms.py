@@ -9,6 +9,7 @@ PACKAGE = Path(jclt.__file__).parent
 ROOMS = [
     "shapes",
     "errors",
+    "interrupts",
     "config",
     "files",
     "memory",

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import IO, Any, NamedTuple
 
 from jclt.errors import UserError
+from jclt.interrupts import undone
 from jclt.pods.flags import set_flags
 
 log = logging.getLogger(__name__)
@@ -51,22 +52,23 @@ def ask_each(jobs: Mapping[str, Job]) -> Iterator[tuple[str, Any]]:
         raise UserError("libtpu, the TPU compiler, is missing: pip install 'jclt[tpu]' (no TPU is needed)")
     waiting, workers = list(jobs), dict[str, Worker]()
     most = min(AT_ONCE, os.cpu_count() or 1)
-    try:
-        for name, job in jobs.items():
-            while name in waiting or workers[name].process.poll() is None:
-                busy = sum(worker.process.poll() is None for worker in workers.values())
-                for other in waiting[: most - busy]:
-                    log.info("compiling %s", jobs[other].title)
-                    workers[other] = start(jobs[other])
-                    waiting.remove(other)
-                time.sleep(0.05)
-            yield name, answer_of(workers[name], job)
-    finally:
-        for worker in workers.values():
-            worker.process.kill()
-            worker.process.wait()
-            worker.output.close()
-            worker.errors.close()
+    with undone():
+        try:
+            for name, job in jobs.items():
+                while name in waiting or workers[name].process.poll() is None:
+                    busy = sum(worker.process.poll() is None for worker in workers.values())
+                    for other in waiting[: most - busy]:
+                        log.info("compiling %s", jobs[other].title)
+                        workers[other] = start(jobs[other])
+                        waiting.remove(other)
+                    time.sleep(0.05)
+                yield name, answer_of(workers[name], job)
+        finally:
+            for worker in workers.values():
+                worker.process.kill()
+                worker.process.wait()
+                worker.output.close()
+                worker.errors.close()
 
 
 def ask(job: Job) -> Any:
