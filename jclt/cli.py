@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         "(NAME-2 ...). graph-metadata.json lists the folder's graphs for viewers. With --prompts it computes a graph "
         "for every line of a file, many at once; the same command goes on where it stopped. The exit status is 1 where "
         "every prompt failed.",
-        epilog="examples: jclt attribute 'calc: 36+59=' --out sum; jclt attribute 'calc: 36+59=' --target 95~94; jclt "
+        epilog="example: jclt attribute 'calc: 36+59=' --out sum; jclt attribute 'calc: 36+59=' --target 95~94; jclt "
         "attribute 'Once upon a' --coder runs/mine/coder --no-check; jclt attribute --prompts prompts.txt --out graphs "
         "--json",
     )
@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measures a coder on data it was not trained on: reconstruction, sparsity and dead features by "
         "layer; the replacement model, in which every MLP is replaced at every position, beside the model and beside "
         "one whose MLPs say only their mean; on the small world also how often the answers to each task stay.",
-        epilog="examples: jclt eval runs/tiny/coder; jclt eval runs/gpt2/coder --data stories.txt --rows 32 --json "
+        epilog="example: jclt eval runs/tiny/coder; jclt eval runs/gpt2/coder --data stories.txt --rows 32 --json "
         "figures.json; jclt eval scope/layer_12 --model google/gemma-2-2b --reads mlp_in --writes mlp_out",
     )
     command.add_argument("coder", metavar="CODER", help="demo, or a folder in any layout that load_coder reads")
@@ -420,7 +420,7 @@ def attribute(arguments: argparse.Namespace) -> int:
     if arguments.prompts is not None:
 
         def write_json(graph: "Graph", name: str) -> None:
-            write_viewer_json(prune(graph), out, name)
+            write_viewer_json(graph, out, name)
 
         also = write_json if arguments.json else None
         written, failed = attribute_file(
