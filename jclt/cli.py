@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
         "`text`), packed as .gz, .bz2, .xz or .zst or not. The folder gets tokens-00000.npy ..., in which documents "
         "follow one another, each with its end token, the tokenizer, and at last manifest.json. The tokens do not "
         "depend on the number of workers. The same command on the same folder goes on after the last whole shard.",
-        epilog="example: jclt tokenize 'stories/*.jsonl.gz' more.parquet --tokenizer runs/world/model --out tokens; "
+        epilog="example: jclt tokenize 'stories/*.jsonl.gz' more.parquet --tokenizer gpt2 --out tokens; "
         "then: jclt train-lm config.py --set data=tokens",
     )
     command.add_argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder, a glob, or a URL such as gs://")
@@ -285,7 +285,8 @@ def parser() -> argparse.ArgumentParser:
         description="Reads a coder in any layout and writes it in another. jclt keeps all of a coder, and "
         "circuit-tracer loads its folders too; the other layouts hold what their own tools read, and what one of them "
         "cannot say is refused in one line. With --model, the coder is first seen to fit that model.",
-        epilog="example: jclt convert gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6 layer_12 --to jclt",
+        epilog="example: jclt convert gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6 layer_12 --to jclt; "
+        "jclt convert runs/mine/coder mine --to saelens --model gpt2 --no-check",
     )
     command.add_argument("source", metavar="SOURCE", help="the folder of a coder, or demo")
     command.add_argument("dest", type=Path, metavar="DEST", help="the new folder")

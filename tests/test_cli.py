@@ -103,7 +103,7 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
         (["attribute", "x", "--tolerance", "nan"], "tolerance=nan: expected from 0 to below 1"),
         (["attribute", "x", "--max-features", "0"], "max_features=0: expected at least 1"),
         (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
-        (["attribute", "x", "--out", "{}/file"], "{}/file: is a file, expected a folder to write in"),
+        (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
         (["attribute", "--prompts", "{}/none", "--out", "{}/o"], "{}/none: not found"),
         (["eval", "demo", "--json", "{}"], "{}: is a folder, expected a file"),
         (["train", "tiny", "--out", "file://{}/run"], "--out 'file://{}/run': expected the folder's path"),
