@@ -248,8 +248,9 @@ def parser() -> argparse.ArgumentParser:
         "step by its schedule beside what it can be no less than, traffic and how much of it work hides, tokens a "
         "second, chip-hours, and what to change where it does not fit. An estimate, not a measurement. The program "
         "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens. The sparse path "
-        "is planned beside the dense one, for --active features.",
-        epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x4",
+        "is planned beside the dense one, for --active features. Each part is printed as soon as it is ready.",
+        epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x8; "
+        "jclt plan my_run.py --prompt-length 0 --active 0, the dense step alone",
     )
     command.add_argument(
         "config", metavar="CONFIG", help="a preset, or a .py file, which is run, that defines `config` and `pod`"
@@ -285,8 +286,8 @@ def parser() -> argparse.ArgumentParser:
         description="Reads a coder in any layout and writes it in another. jclt keeps all of a coder, and "
         "circuit-tracer loads its folders too; the other layouts hold what their own tools read, and what one of them "
         "cannot say is refused in one line. With --model, the coder is first seen to fit that model.",
-        epilog="example: jclt convert gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6 layer_12 --to jclt; "
-        "jclt convert runs/mine/coder mine --to saelens --model gpt2 --no-check",
+        epilog="example: jclt convert gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6 layer_12 --to "
+        "jclt; jclt convert runs/mine/coder mine --to saelens --model gpt2 --no-check",
     )
     command.add_argument("source", metavar="SOURCE", help="the folder of a coder, or demo")
     command.add_argument("dest", type=Path, metavar="DEST", help="the new folder")
@@ -413,12 +414,12 @@ def attribute(arguments: argparse.Namespace) -> int:
     options.check()
     if arguments.prompts is not None:
         check_file(arguments.prompts, "a file with a prompt on each line")
-    if arguments.out is not None:
-        check_writable(arguments.out)
+    out: Path | None = arguments.out
+    if out is not None:
+        check_writable(out)
     share = own_share() if arguments.prompts is not None else (0, 1)
     model, coder = _load(arguments)
-    out: Path = arguments.out
-    if arguments.prompts is not None:
+    if arguments.prompts is not None and out is not None:
 
         def write_json(graph: "Graph", name: str) -> None:
             write_viewer_json(graph, out, name)

@@ -61,9 +61,9 @@ def _place(error: BaseException, name: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     found = [(frame.filename, frame.lineno) for frame in frames if not frame.filename.startswith("<frozen ")]
     own = [place for place in found if place[0] == name][-1:]
-    # What Python cannot read has not run: it is in no frame.
-    unread = isinstance(error, SyntaxError) and error.lineno
-    deepest = [(error.filename or name, error.lineno)] if unread else found[-1:] if own else []
+    deepest = found[-1:] if own else []
+    if isinstance(error, SyntaxError) and error.lineno:  # what Python cannot read has not run: it is in no frame
+        deepest = [(error.filename or name, error.lineno)]
     places = dict.fromkeys(own + deepest)
     said = [f"line {line}" if file == name else f"line {line} of {file}" for file, line in places]
     return f" in {', '.join(said)}" if said else ""

@@ -132,7 +132,7 @@ def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
         ([], "expected either a prompt or --prompts FILE"),
         (["calc: 36+59=", "--prompts", "x"], "expected either a prompt or --prompts FILE"),
         (["--prompts", "x"], "needs --out DIR"),
-        (["--prompts", "nowhere.txt", "--out", "o"], "nowhere.txt: No such file"),
+        (["--prompts", "nowhere.txt", "--out", "o"], "nowhere.txt: not found"),
         (["calc: 36+59=", "--target", " Den"], "target ' Den'"),
         (["calc: 36+59=", "--conventions", "theirs"], "conventions 'theirs': expected jclt or circuit-tracer"),
         (["calc: 36+59=", "--tolerance", "1.5"], "tolerance=1.5: expected"),

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from importlib.util import find_spec
 from typing import IO, Any, NamedTuple
 
@@ -46,7 +46,7 @@ class Worker(NamedTuple):
     errors: IO[bytes]
 
 
-def ask_each(jobs: Mapping[str, Job]) -> Iterator[tuple[str, Any]]:
+def ask_each(jobs: Mapping[str, Job]) -> Generator[tuple[str, Any], None, None]:
     """Each job's name and report, in their order, as they are ready; some are worked on at a time."""
     if find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU compiler, is missing: pip install 'jclt[tpu]' (no TPU is needed)")
