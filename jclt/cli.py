@@ -345,6 +345,9 @@ def _start_run(
     from jclt.pods.flags import set_flags
     from jclt.sharding import join_hosts
 
+    set_flags()  # read when the first TPU is used
+    join_hosts()
+    config = override(load_settings(arguments.config, kind, presets), arguments.set)
     out = arguments.out or f"runs/{Path(arguments.config).stem}"
     if out.startswith("file:"):
         raise UserError(f"--out '{out}': expected the folder's path, or a URL of a bucket such as gs://bucket/run")
@@ -352,9 +355,7 @@ def _start_run(
         out.encode()
     except UnicodeEncodeError:
         raise UserError(f"--out '{out}': not UTF-8, expected a name that checkpoints can have") from None
-    set_flags()  # read when the first TPU is used
-    join_hosts()
-    return override(load_settings(arguments.config, kind, presets), arguments.set), out
+    return config, out
 
 
 def demo(arguments: argparse.Namespace) -> None:
