@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from jclt.errors import UserError, nearest
+from jclt.errors import UserError, first_line, nearest
 
 Settings = TypeVar("Settings")
 
@@ -33,17 +33,40 @@ def load_settings(name: str, kind: type[Settings], presets: Mapping[str, Callabl
 
 
 def read_file(name: str) -> dict[str, Any]:
-    """What a configuration's file defines, by name."""
+    """What a configuration's file defines, by name. The file is run, as any Python program is."""
     path = Path(name)
-    if not path.exists():
-        raise UserError(f"{path}: not found, expected a Python file that defines `config`")
+    try:
+        if not path.exists():
+            raise UserError(f"{path}: not found, expected a Python file that defines `config`")
+        if not path.is_file():
+            kind = "a folder" if path.is_dir() else "no plain file"
+            raise UserError(f"{path}: is {kind}, expected a Python file that defines `config`")
+        path.open("rb").close()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}), expected a Python file that defines `config`") from None
     try:
         return runpy.run_path(name)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever the user's own code does
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(f"{path}: {type(error).__name__} in line {line}: {error}") from None
+    except SystemExit as error:
+        raise UserError(f"{path}: ends the program{_place(error, name)}, expected it to define `config`") from None
+    except BaseException as error:  # whatever the user's own code does
+        message = error.msg if isinstance(error, SyntaxError) else first_line(error)
+        raise UserError(f"{path}: {type(error).__name__}{_place(error, name)}: {message}") from None
+
+
+def _place(error: BaseException, name: str) -> str:
+    """The line of the configuration's file that failed, and that of another file where the error lies there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [(frame.filename, frame.lineno) for frame in frames if not frame.filename.startswith("<frozen ")]
+    own = [place for place in found if place[0] == name][-1:]
+    deepest = found[-1:] if own else []
+    if isinstance(error, SyntaxError) and error.lineno:  # what Python cannot read has not run: it is in no frame
+        deepest = [(error.filename or name, error.lineno)]
+    places = dict.fromkeys(own + deepest)
+    said = [f"line {line}" if file == name else f"line {line} of {file}" for file, line in places]
+    return f" in {', '.join(said)}" if said else ""
 
 
 def override(config: Settings, settings: Sequence[str]) -> Settings:
@@ -68,13 +91,14 @@ def _set(config: Any, path: list[str], value: str, whole: str) -> Any:
     expected = get_type_hints(config.__class__)[path[0]]
     try:
         parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # text, or nested more deeply than Python reads
         parsed = {"true": True, "false": False, "none": None}.get(value.lower(), value)
     fitted = fit_type(parsed, expected)
     if fitted is MISFIT:
         fitted = fit_type(value, expected)  # a number where text is meant, say
     if fitted is MISFIT:
-        raise UserError(f"setting '{whole}': got {value}, expected {describe_type(expected)}")
+        shown = value if len(value) <= 80 else f"{value[:80]}..."
+        raise UserError(f"setting '{whole}': got {shown}, expected {describe_type(expected)}")
     return replace(config, **{path[0]: fitted})
 
 
@@ -93,7 +117,10 @@ def fit_type(value: Any, expected: Any) -> Any:
         fitted = tuple(fit_type(item, options[0]) for item in items)
         return MISFIT if MISFIT in fitted else fitted
     if expected is float:
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else MISFIT
+        try:
+            return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else MISFIT
+        except OverflowError:  # a whole number of hundreds of digits
+            return MISFIT
     return value if isinstance(value, expected) and not (expected is int and isinstance(value, bool)) else MISFIT
 
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jclt.errors import UserError, first_line
+from jclt.interrupts import undone
 
 # Reading.
 
@@ -360,7 +361,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """A name to write under, in the folder of `path`, which is made: when the block ends well the file takes the place
     of an older one under its own name, else it vanishes."""
     beside = _beside(path)
-    with _writing(path, beside):
+    with _writing(path, beside), undone():
         path.parent.mkdir(parents=True, exist_ok=True)
         _forget_dead(path)
         try:
@@ -376,7 +377,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     check_new_folder(folder)
     folder = folder.absolute()
     beside = _beside(folder)
-    with _writing(folder, beside):
+    with _writing(folder, beside), undone():
         folder.parent.mkdir(parents=True, exist_ok=True)
         _forget_dead(folder)
         try:

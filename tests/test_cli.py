@@ -1,8 +1,20 @@
 """The command line, as a user meets it."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from jclt.cli import main, parser
+import jclt
+from jclt.cli import free_name, main, parser
+from jclt.errors import UserError
 from jclt.files import read_json
 from jclt.world.tasks import TASKS
 
@@ -49,3 +61,251 @@ def test_help_names_every_command_and_each_explains_itself(capsys):
         said = capsys.readouterr().out
         assert len(said) > 200
     assert "example: jclt attribute" in said
+
+
+def test_help_and_mistakes_do_not_wait_for_jax():
+    code = "import jclt.cli, sys; jclt.cli.parser(); sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["attribute", "x", "--target", "a~b~c"], "argument --target: 'a~b~c', expected TOKEN, or FIRST~SECOND"),
+        (["attribute", "x", "--target", ""], "argument --target: '', expected TOKEN"),
+        (["attribute", "x", "--batch", "-1"], "argument --batch: -1, expected at least 1"),
+        (["attribute", "\udcff"], "argument PROMPT: not UTF-8 text"),
+        (["eval", "demo", "--length", "1"], "argument --length: 1, expected at least 2"),
+        (["eval", "demo", "--rows", "-1"], "argument --rows: -1, expected at least 1"),
+        (["eval", "demo", "--seed", "-1"], "argument --seed: -1, expected at least 0"),
+        (["eval", "demo", "--rows", "many"], "argument --rows: 'many', expected a whole number"),
+        (["plan", "tiny", "--active", "nan"], "argument --active: nan, expected a number from 0 on"),
+        (["plan", "tiny", "--slices", "0"], "argument --slices: 0, expected at least 1"),
+    ],
+)
+def test_what_no_command_can_take_is_one_line_after_the_usage(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    usage, said = capsys.readouterr().err.rsplit("\njclt ", 1)
+    assert stop.value.code == 2 and usage.startswith("usage: ")
+    assert said.startswith(f"{arguments[0]}: error: {says}") and said.count("\n") == 1
+
+
+def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", "x", "\x1b[31m\n"])
+    assert capsys.readouterr().err.endswith("jclt: error: unrecognized arguments: \\x1b[31m\\n\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["attribute", "x", "--tolerance", "nan"], "tolerance=nan: expected from 0 to below 1"),
+        (["attribute", "x", "--max-features", "0"], "max_features=0: expected at least 1"),
+        (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
+        (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
+        (["attribute", "--prompts", "{}/none", "--out", "{}/o"], "{}/none: not found"),
+        (["eval", "demo", "--json", "{}"], "{}: is a folder, expected a file"),
+        (["train", "tiny", "--out", "file://{}/run"], "--out 'file://{}/run': expected the folder's path"),
+        (["train", "tiny", "--out", "{}/\udcff"], "--out '{}/\\udcff': not UTF-8"),
+        (["tokenize", "x", "--tokenizer", "{}/file", "--out", "{}/o"], "tokenizer '{}/file': is a file"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_loaded(arguments, says, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("jclt.models.load_model", lambda name: pytest.fail("a model is loaded"))
+    assert main([part.replace("{}", str(tmp_path)) for part in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"jclt: {says.replace('{}', str(tmp_path))}") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_text_is_utf_8_in_any_locale():
+    code = (
+        "import sys; from jclt.cli import parser; print(ascii(parser().parse_args(['attribute', sys.argv[1]]).prompt))"
+    )
+    surroundings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "über".encode()], env=os.environ | surroundings, capture_output=True, text=True
+    )
+    assert done.stdout == "'\\xfcber'\n", done.stderr
+
+
+def test_closed_streams_lead_nowhere_and_what_a_terminal_cannot_show_is_escaped(tmp_path):
+    code = (
+        "from jclt.start import open_streams; open_streams(); import sys; print('gone', file=sys.stderr);"
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); print(file.fileno() > 2, '\\xfc')"
+    )
+    surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&- <&-', "sh", *command], env=surroundings, capture_output=True)
+    assert done.returncode == 0 and done.stdout == b"True \\xfc\n"
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=surroundings)
+    assert done.returncode == 0
+
+
+WAITING = {
+    "in C code": ("import ctypes; print(1, flush=True); ctypes.CDLL(None).sleep(60)", 2.0),
+    "in a callback": (
+        "import weakref, time\nclass A: pass\n"
+        "def dies(_): print(1, flush=True); time.sleep(60)\n"
+        "a = A(); kept = weakref.ref(a, dies)\nwith interrupts.undone():\n  del a\n  time.sleep(60)",
+        6.0,
+    ),
+    "while it writes": (
+        "import time; from pathlib import Path; from jclt.files import new_file\n"
+        "with new_file(Path('whole')) as beside:\n  beside.write_text('half'); print(1, flush=True); time.sleep(60)",
+        4.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("where", WAITING)
+def test_an_interrupt_ends_a_command_in_one_line_wherever_it_is(where, tmp_path):
+    code, seconds = WAITING[where]
+    program = (
+        "import signal, sys; from jclt import cli, interrupts, start\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
+        f"def run():\n  exec({code!r}, {{'interrupts': interrupts}})\n"
+        "cli.main = run\nsys.exit(start.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(jclt.__file__).parents[1])},
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"1\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == b"jclt: interrupted\n"
+    assert time.monotonic() - began < 10 * seconds
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("Unable to allocate 3 TiB"), "jclt: inspect: memory has ended (Unable to allocate 3 TiB)\n"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nmore"),
+            "jclt: inspect: memory has ended (RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.)\n",
+        ),
+        (OSError(errno.ENOSPC, "No space left"), "jclt: inspect: output or a file: No space left\n"),
+        (OSError(errno.ENOSPC, "No space left", "a\nb"), "jclt: a\\nb: No space left\n"),
+        (KeyboardInterrupt(), ""),
+    ],
+)
+def test_what_runs_out_is_one_line(error, says, monkeypatch, capsys):
+    def failing(folder):
+        raise error
+
+    monkeypatch.setattr("jclt.training.inspect.inspect_run", failing)
+    assert main(["inspect", "x"]) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert capsys.readouterr().err == says
+
+
+def test_the_model_is_the_one_that_the_coder_is_of(monkeypatch, capsys):
+    loaded = []
+
+    def load_model(name):
+        loaded.append(name)
+        raise UserError(f"model '{name}': no such folder")
+
+    monkeypatch.setattr("jclt.models.load_model", load_model)
+    monkeypatch.setattr("jclt.coders.coder_model", lambda coder: "" if coder == "mute" else "smol", raising=False)
+    assert main(["eval", "runs/x/coder"]) == 2 and loaded == ["smol"]
+    assert "the files of coder 'runs/x/coder' name it, --model says another" in capsys.readouterr().err
+    assert main(["eval", "mute"]) == 2 and loaded == ["smol"]
+    assert "coder 'mute': its files name no model, expected --model" in capsys.readouterr().err
+    for arguments in (["eval", "demo"], ["attribute", "x"], ["attribute", "x", "--coder", "runs/y", "--model", "z"]):
+        assert main(arguments) == 2
+    assert loaded == ["smol", "demo", "demo", "z"]
+
+
+def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
+    checked = []
+
+    def load_coder(name, *, check, reads, writes, **rest):
+        checked.append((check, reads, writes))
+        return Namespace(config=None)
+
+    def check_fit(coder, model, name):
+        raise UserError(f"coder '{name}' does not fit")
+
+    monkeypatch.setattr("jclt.models.load_model", lambda name: None)
+    monkeypatch.setattr("jclt.coders.load_coder", load_coder)
+    monkeypatch.setattr("jclt.coders.check_fit", check_fit)
+    monkeypatch.setattr("jclt.training.evaluate.evaluate", lambda *given: ("figures", {}))
+    assert main(["eval", "demo"]) == 0 and [own.message for own in caplog.records] == ["coder 'demo' does not fit"]
+    caplog.clear()
+    assert main(["eval", "demo", "--no-check", "--reads", "a", "--writes", "b"]) == 0 and not caplog.records
+    assert checked == [(False, None, None), (False, "a", "b")]
+
+
+def test_another_prompts_graph_is_not_written_over(tmp_path):
+    ids = np.arange(2)
+    graph = plain_graph(ids)
+    assert free_name(graph, tmp_path, "a-b") == "a-b"
+    graph.save(tmp_path / "a-b.npz")
+    assert free_name(graph, tmp_path, "a-b") == "a-b"  # made again
+    other = plain_graph(ids + 1)
+    assert free_name(other, tmp_path, "a-b") == "a-b-2"
+    other.save(tmp_path / "a-b-2.npz")
+    assert free_name(other, tmp_path, "a-b") == "a-b-2"
+    (tmp_path / "c.npz").write_text("no graph")
+    assert free_name(graph, tmp_path, "c") == "c-2"
+
+
+def plain_graph(ids: np.ndarray) -> jclt.Graph:
+    """Tokens and one output, nothing else."""
+    size = len(ids) + 1
+    numbers = np.zeros(size, np.float32)
+    return jclt.Graph(
+        adjacency=np.zeros((size, size), np.float32),
+        bias=numbers,
+        rest=numbers,
+        rest_mass=numbers,
+        values=numbers,
+        features=np.zeros((0, 3), np.int64),
+        activations=np.zeros(0, np.float32),
+        errors=np.zeros((0, 2), np.int64),
+        tokens=ids,
+        token_texts=tuple(map(str, ids)),
+        positions=np.zeros(0, np.int64),
+        logit_tokens=np.zeros(1, np.int64),
+        logit_names=("a",),
+        logit_positions=np.full(1, len(ids) - 1),
+        logit_probabilities=np.ones(1, np.float32),
+        layers=1,
+    )
+
+
+def test_prompts_that_all_fail_give_status_1(tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a\n")
+    found = [(0, 1), (2, 1)]
+    monkeypatch.setattr("jclt.models.load_model", lambda name: None)
+    monkeypatch.setattr("jclt.coders.load_coder", lambda name, **rest: None)
+    monkeypatch.setattr("jclt.attribution.attribute_file", lambda *given, **also: found.pop(0))
+    for name in ("slug_of", "write_viewer_json"):
+        monkeypatch.setattr(f"jclt.viewer.{name}", lambda *given: None, raising=False)
+    arguments = ["attribute", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "o")]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"jclt: all of 1 prompts failed; {tmp_path}/o/failed.jsonl says why\n"
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.endswith("1 prompts failed\n")
+
+
+def test_a_tokenizer_may_be_one_on_the_hub(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def find_model(name, files):
+        asked.append((name, files))
+        raise UserError(f"model '{name}': no such folder, not in the local cache")
+
+    monkeypatch.setattr("jclt.models.find_model", find_model)
+    assert main(["tokenize", "x.txt", "--tokenizer", "gpt2", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "jclt: tokenizer 'gpt2': no such folder, not in the local cache\n"
+    assert asked == [("gpt2", ("tokenizer*.json", "vocab.json", "merges.txt"))]

@@ -56,6 +56,8 @@ def test_override(setting, expected):
         ("limit=no", "setting 'limit': got no, expected a whole number or none"),
         ("rate.x=1", "setting 'rate.x': 'rate' has no settings of its own"),
         ("rate", "setting 'rate': expected name=value"),
+        ("rate=" + "9" * 400, f"setting 'rate': got {'9' * 80}..., expected a number"),
+        ("limit=" + "(" * 5000, f"setting 'limit': got {'(' * 80}..., expected a whole number or none"),
     ],
 )
 def test_refusals(setting, line):
@@ -75,3 +77,32 @@ def test_settings_come_from_a_preset_or_a_file(tmp_path):
         load_settings("smal", Outer, presets)
     with pytest.raises(UserError, match="not found"):
         load_settings(str(tmp_path / "none.py"), Outer, presets)
+
+
+BROKEN = {
+    "a = (1,\nb =\n": "SyntaxError in line 1: '(' was never closed",
+    "a = 1\nimport beside\n": "SyntaxError in line 2, line 3 of {}/beside.py: invalid syntax",
+    "import sys\nsys.exit(1)\n": "ends the program in line 2, expected it to define `config`",
+    "def f():\n    return f()\nf()\n": "RecursionError in line 2: maximum recursion depth exceeded",
+    "import json\n\njson.loads('x')\n": "JSONDecodeError in line 3, line ",
+    "raise ValueError('a\\nb')\n": "ValueError in line 1: a",
+    "raise BaseException\n": "BaseException in line 1: BaseException",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_what_fails_in_a_file_is_said_with_its_line(source, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "beside.py").write_text("x = 1\n\ny = = 2\n")
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(UserError) as error:
+        load_settings(str(tmp_path / "mine.py"), Outer, {})
+    assert str(error.value).startswith(f"{tmp_path}/mine.py: {BROKEN[source].replace('{}', str(tmp_path))}")
+
+
+def test_what_is_no_file_is_not_run(tmp_path):
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "folder.py" / "__main__.py").write_text("config = 3\n")
+    for name, line in (("folder.py", "is a folder"), ("a\0.py", "not found")):
+        with pytest.raises(UserError, match=line):
+            load_settings(str(tmp_path / name), Outer, {})

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,10 +13,11 @@ import jax
 import pytest
 
 from jclt.cli import main
+from jclt.coders import CoderConfig
 from jclt.config import load_settings
 from jclt.errors import UserError
 from jclt.models import abstract_params
-from jclt.pods import load_pod
+from jclt.pods import load_pod, plan_run
 from jclt.pods.chips import CHIPS, GIB, Network, chip_of, chips_in
 from jclt.pods.flags import FLAGS, VARIABLE, set_flags
 from jclt.pods.pod import shape_of
@@ -23,6 +25,7 @@ from jclt.pods.program import Program, bytes_in_hbm, collectives, first_group, s
 from jclt.pods.report import advice, plan_text
 from jclt.pods.sweep import variants
 from jclt.pods.timeline import timeline
+from jclt.pods.worker import Job, Worker, ask_each
 from jclt.training.config import TrainConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "tpu_configs").glob("*_v[0-9]*.py"))
@@ -122,6 +125,16 @@ def test_flags_are_set_once_and_the_users_own_come_last(monkeypatch):
     assert all(flag.reason for flag in FLAGS)
 
 
+def as_json(config: TrainConfig) -> dict:
+    return json.loads(json.dumps(asdict(config)))
+
+
+def with_defaults(settings: dict) -> dict:
+    """With those that have come since, at their defaults."""
+    defaults = as_json(TrainConfig(CoderConfig()))
+    return defaults | settings | {"coder": defaults["coder"] | settings["coder"]}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_planned_and_fits(path):
     config, pod = load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None)
@@ -131,7 +144,7 @@ def test_every_configuration_is_planned_and_fits(path):
     assert config.coder.features % (chips // config.data_shards) == 0
     assert abstract_params(model)
     plan = PLANS[path.stem]
-    assert plan["settings"] == json.loads(json.dumps(asdict(config))), "not planned since its file changed"
+    assert with_defaults(plan["settings"]) == as_json(config), "not planned since its file changed"
     assert plan["fits"] and plan["memory"]["headroom"] >= 0.08 and plan["chips"] == chips
 
 
@@ -206,3 +219,43 @@ def test_launching_shows_its_commands_first(where):
         (job,) = written["spec"]["replicatedJobs"]
         assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == 64
     assert jax.process_count() == 1
+
+
+def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
+    path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
+    config, kept, said = load_settings(str(path), TrainConfig, {}), PLANS[path.stem], []
+    step = {name: own for name, own in kept.items() if name not in ("sparse", "graphs", "calibration")}
+    graphs = {"prompt_length": 64, "given": 1.0, "limit": 3.0, "fits": True, "total": 2.0}
+    sparse = step | {"active": 100.0, "room": 3.0, "kernel_seconds": 0.0, "seconds": step["seconds"] / 2}
+    reports = {"step": step, "sparse": sparse, "graphs": graphs, "calibration": kept["calibration"]}
+
+    def ask_each(jobs):
+        for number, name in enumerate(jobs):
+            assert len(said) == number
+            yield name, reports[name]
+
+    monkeypatch.setattr("jclt.pods.ask.ask_each", ask_each)
+    text, report = plan_run(config, load_pod(str(path), None, None), 64, 100.0, said.append)
+    assert text == "\n\n".join(said) and len(said) == 4 and report["sparse"] == sparse
+    assert said[1].startswith("sparse path") and "2.00 times as fast as the dense path" in said[1]
+    assert said[2].startswith("attribution       fits") and "a large product" in said[3]
+
+
+def test_workers_compile_two_at_a_time_and_end_with_the_one_who_asked(monkeypatch):
+    started: list = []
+
+    def start(job):
+        code = f"import time; time.sleep({job.arguments[0]}); print('{{\"report\": 1}}')"
+        output = tempfile.TemporaryFile()
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=output)
+        assert sum(own.process.poll() is None for own in started) < 2
+        started.append(Worker(process, output, tempfile.TemporaryFile()))
+        return started[-1]
+
+    monkeypatch.setattr("jclt.pods.worker.find_spec", lambda name: True)
+    monkeypatch.setattr("jclt.pods.worker.start", start)
+    jobs = {name: Job(name, "plan_step", (seconds,)) for name, seconds in {"a": 0.2, "b": 0, "c": 60, "d": 60}.items()}
+    answers = ask_each(jobs)
+    assert [next(answers), next(answers)] == [("a", 1), ("b", 1)]
+    answers.close()
+    assert all(own.process.returncode is not None for own in started)

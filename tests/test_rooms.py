@@ -9,6 +9,7 @@ PACKAGE = Path(jclt.__file__).parent
 ROOMS = [
     "shapes",
     "errors",
+    "interrupts",
     "config",
     "files",
     "memory",
@@ -23,6 +24,7 @@ ROOMS = [
     "pods",
     "viewer",
     "cli",
+    "start",
 ]
 
 

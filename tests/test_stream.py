@@ -116,10 +116,14 @@ def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
     assert main(["attribute", "calc: 36+59=", "--out", str(out), "--target", "95~94"]) == 0
     said = capsys.readouterr().out
     assert "95 - 94" in said and "completeness" in said and "->" in said
-    assert sorted(path.name for path in out.iterdir()) == ["graph.json", "graph.npz", "graph.png"]
-    graph = jclt.load_graph(out / "graph.npz")
+    names = [f"calc-36-59.{suffix}" for suffix in ("json", "npz", "png")]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "graph-metadata.json"]
+    graph = jclt.load_graph(out / "calc-36-59.npz")
     assert graph.logit_tokens.tolist() == [-1]
-    assert jclt.import_json(out / "graph.json").counts["output"] == 1
+    assert jclt.import_json(out / "calc-36-59.json").counts["output"] == 1
+    assert main(["attribute", "calc: 36+59=", "--out", str(out), "--target", "95"]) == 0  # another graph
+    assert "written: calc-36-59-2.npz, calc-36-59-2.json and calc-36-59-2.png" in capsys.readouterr().out
+    assert jclt.load_graph(out / "calc-36-59.npz").logit_tokens.tolist() == [-1]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +132,7 @@ def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
         ([], "expected either a prompt or --prompts FILE"),
         (["calc: 36+59=", "--prompts", "x"], "expected either a prompt or --prompts FILE"),
         (["--prompts", "x"], "needs --out DIR"),
-        (["--prompts", "nowhere.txt", "--out", "o"], "nowhere.txt: No such file"),
+        (["--prompts", "nowhere.txt", "--out", "o"], "nowhere.txt: not found"),
         (["calc: 36+59=", "--target", " Den"], "target ' Den'"),
         (["calc: 36+59=", "--conventions", "theirs"], "conventions 'theirs': expected jclt or circuit-tracer"),
         (["calc: 36+59=", "--tolerance", "1.5"], "tolerance=1.5: expected"),

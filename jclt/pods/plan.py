@@ -29,10 +29,10 @@ from jclt.training.abstract import StepInputs, lower_step, step_inputs
 from jclt.training.changeover import room_for
 from jclt.training.coder import fitted
 from jclt.training.config import TrainConfig
-from jclt.training.sparse import reason_against
 from jclt.training.speed import step_operations
 
 Report = dict[str, Any]
+LEAST_EFFORT = -1.0
 
 
 def devices_of(pod: Pod) -> list[Any]:
@@ -71,6 +71,9 @@ def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod, active: float =
         "compile_seconds": time.perf_counter() - began,
         "operations": operations,
         "clock": chip.clock,
+        "flags": flag_text(),
+        "jax": jax.__version__,
+        "libtpu": version("libtpu"),
     }
     if room:
         report |= {"active": active, "room": room}
@@ -199,17 +202,9 @@ def calibrate(pod: Pod) -> Report:
     }
 
 
-def plan(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int, active: float) -> Report:
-    """The whole plan: the step, on the sparse path too if so many features are active at a token, the same estimate of
-    known programs, and the attribution program."""
-    report = plan_step(config, model, pod) | {"calibration": calibrate(pod)}
-    if active:
-        report["sparse"] = (
-            {"active": active, "none": against}
-            if (against := reason_against(config))
-            else plan_step(config, model, pod, active)
-        )
-    if prompt_length:
-        whole = replace(config, coder=config.coder.fitted(model, config.model))
-        report["graphs"] = plan_graphs(whole, model, pod.topology, devices_of(pod), prompt_length)
-    return report | {"flags": flag_text(), "jax": jax.__version__, "libtpu": version("libtpu")}
+def plan_attribution(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int) -> Report:
+    """Whether graphs can be made there. Nothing but memory is asked of their programs, on which the compiler need not
+    spend the time that making them fast takes."""
+    jax.config.update("jax_exec_time_optimization_effort", LEAST_EFFORT)
+    whole = replace(config, coder=config.coder.fitted(model, config.model))
+    return plan_graphs(whole, model, pod.topology, devices_of(pod), prompt_length)

@@ -1,5 +1,7 @@
 """A plan in words and tables."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from jclt.coders import CoderConfig
@@ -33,6 +35,10 @@ def title(config: TrainConfig, report: Report) -> str:
 
 
 def plan_text(config: TrainConfig, report: Report) -> str:
+    return "\n\n".join(text(config, report) for name, text in PARTS.items() if name == "step" or name in report)
+
+
+def step_text(config: TrainConfig, report: Report) -> str:
     memory = report["memory"]
     lines = [title(config, report), f"parameters        {report['parameters']:,}"]
     if "refused" in report:
@@ -64,45 +70,55 @@ def plan_text(config: TrainConfig, report: Report) -> str:
                 f"  {own['stage']:<16}{own['times']:>6} {own['bytes'] / 1e9:>8.2f} {own['seconds'] * 1e3:>8.2f} "
                 f"{own['exposed'] * 1e3:>8.2f}  {own['kind']} {own['largest']}"
             )
-    if "sparse" in report:
-        lines += ["", sparse_text(report["sparse"], report)]
-    off = report.get("calibration")
-    if "graphs" in report:
-        lines += ["", graphs_text(report["graphs"])]
-    lines += ["", "An estimate from the TPU compiler's schedule, not a measurement."]
-    if off:
-        lines[-1] += (
-            f" Of programs whose cost is known it gives {off['product']:.2f} times that of a large product at peak, "
-            f"{off['copy']:.2f} times that of a copy at full bandwidth, {off['all-reduce']:.2f} times that of an "
-            "all-reduce over the links (for collectives the compiler gives no cycles: their time is bytes over links)."
-        )
     if memory["headroom"] < HEADROOM:
-        lines += [f"to leave {HEADROOM:.0%} free   {line}" for line in advice(config, report)]
+        lines += ["", *(f"to leave {HEADROOM:.0%} free   {line}" for line in advice(config, report))]
+    lines += ["", "An estimate from the TPU compiler's schedule, not a measurement."]
     return "\n".join(lines)
 
 
-def sparse_text(own: Report, dense: Report) -> str:
+def calibration_text(config: TrainConfig, report: Report) -> str:
+    off = report["calibration"]
+    return (
+        f"Of programs whose cost is known the schedule gives {off['product']:.2f} times that of a large product at "
+        f"peak, {off['copy']:.2f} times that of a copy at full bandwidth, {off['all-reduce']:.2f} times that of an "
+        "all-reduce over the links (for collectives the compiler gives no cycles: their time is bytes over links)."
+    )
+
+
+def sparse_text(config: TrainConfig, report: Report) -> str:
+    own, dense = report["sparse"], report
     if "none" in own:
         return f"sparse path       none: {own['none']}"
     room = f"room for {own['room']:g} a token, layer and chip"
     head = f"sparse path       at {own['active']:g} active features a token, of all layers ({room}): "
     if "refused" in own:
         return f"{head}does not fit: {own['refused']}"
-    times = dense["seconds"] / own["seconds"]
+    times = dense["seconds"] / own["seconds"] if "refused" not in dense else math.inf
     verdict = f"{times:.2f} times as fast as" if times >= 1 else f"{1 / times:.2f} times as slow as"
+    verdict = f"{verdict} the dense path" if times < math.inf else "the dense path does not fit"
     kernels = f"{milliseconds(own['kernel_seconds'])} of them kernels, by the bytes that full lists would move"
     return (
         f"{head}{milliseconds(own['seconds'])} a step, {kernels}; {own['memory']['total'] / GIB:.2f} GiB\n"
-        f"                  {verdict} the dense path: {'--set path=sparse' if times > 1 else 'the dense path wins'}"
+        f"                  {verdict}: {'--set path=sparse' if times > 1 else 'the dense path wins'}"
     )
 
 
-def graphs_text(own: Report) -> str:
+def graphs_text(config: TrainConfig, report: Report) -> str:
+    own = report["graphs"]
     room = f"{own['total'] / GIB:.2f} of {own['limit'] / GIB:.2f} GiB a chip"
     if own["total"] == own["given"]:
         return f"attribution       does not fit: each chip holds the whole coder and model, {room} in float32"
     verdict = "fits" if own["fits"] else "does not fit"
     return f"attribution       {verdict}: prompts of {own['prompt_length']} tokens, one a chip, take {room}"
+
+
+PARTS: dict[str, Callable[[TrainConfig, Report], str]] = {
+    "step": step_text,
+    "sparse": sparse_text,
+    "graphs": graphs_text,
+    "calibration": calibration_text,
+}
+"""What a plan says, in this order; all but the step by their names in the report."""
 
 
 def milliseconds(seconds: float) -> str:
