@@ -111,7 +111,7 @@ def attribute_each(
         resolved(model, options.targets)
     if batch < 1:
         raise UserError(f"batch={batch}: expected at least 1")
-    about = provenance(model, coder, options)
+    about, done = provenance(model, coder, options), frozenset(done)
     each = [options.targets if own is None else own for own in targets or [None] * len(prompts)]
     devices = jax.local_devices()[: max(min(batch, len(prompts)), 1)]
     mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
@@ -120,7 +120,7 @@ def attribute_each(
     params = widened(params)
     unembed = unembedding(model, params)
     waiting = batches(model, coder, [len(prompt) for prompt in prompts], batch, len(devices))
-    waiting = [numbers for numbers in waiting if not set(numbers) <= set(done)]
+    waiting = [numbers for numbers in waiting if not done.issuperset(numbers)]
     given = (model, through, params, placed)
     while waiting:
         numbers, failure, made = waiting.pop(0), None, list[PromptRows]()
@@ -159,7 +159,7 @@ def batches(model: Model, coder: Coder, lengths: Sequence[int], batch: int, devi
 def failure_of(error: Exception, lengths: Sequence[int]) -> UserError:
     """What is wrong with a prompt, if it is that or memory that an error is about; raises it again if not."""
     if isinstance(error, UserError):
-        return error
+        return error.with_traceback(None)  # whose frames hold on to arrays
     if not is_out_of_memory(error):
         raise error
     return UserError(

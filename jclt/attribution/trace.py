@@ -185,8 +185,9 @@ def trace_prompts(
     explained = [
         outputs(model, unembedding, len(p), end, own, ours) for p, end, own in zip(prompts, ends, targets, strict=True)
     ]
-    calls = (IN_FLIGHT + 1) * CALL[backend] + sources_need * on_one
-    check_rows(model, config, counts[: len(prompts)], explained, options, itemsize, calls)
+    of_target = 2 * length * model.config.width + groups * tiles * tile + model.config.layers * length
+    on_device = on_one * sources_need, on_one * of_target * itemsize
+    check_rows(model, config, counts[: len(prompts)], explained, options, itemsize, *on_device)
 
     active, sources = gather_sources(coder, found, layout)
     found = found.without_features()
@@ -254,12 +255,17 @@ def check_rows(
     explained: list[Outputs],
     options: Options,
     itemsize: int,
-    calls: int,
+    of_sources: int,
+    of_target: int,
 ) -> None:
-    """An error of one line if the rows of the prompts' graphs, and what the device needs for them, do not fit; it says
-    how many features would."""
-    on_cpu = jax.default_backend() == "cpu"
+    """An error of one line if the rows of the prompts' graphs, or the bytes that their sources and each target take on
+    the device, do not fit; it says how many features would."""
+    backend = jax.default_backend()
+    on_cpu = backend == "cpu"
     embeddings = 1 + (model.config.learned_positions and options.conventions == "jclt")
+
+    def on_device(limit: int) -> int:
+        return of_sources + min((IN_FLIGHT + 1) * CALL[backend], (limit + outs) * of_target)
 
     def need(limit: int) -> float:
         sizes = [
@@ -267,12 +273,12 @@ def check_rows(
             for own, ends in zip(counts, explained, strict=True)
         ]
         rows, graphs = (np.array(x) for x in zip(*sizes, strict=True))
-        return float(rows.sum() + graphs.max()) * itemsize + (calls if on_cpu else 0)
+        return float(rows.sum() + graphs.max()) * itemsize + (on_device(limit) if on_cpu else 0)
 
-    active = int(counts.sum(axis=(1, 2)).max())
+    active, outs = int(counts.sum(axis=(1, 2)).max()), max(len(own.tokens) for own in explained)
     limit, free = min(options.max_features, active), free_host_memory()
     if not on_cpu:
-        check_memory(calls, f"prompt: its {active} active features", "a shorter prompt would fit")
+        check_memory(on_device(limit), f"prompt: its {active} active features", "a shorter prompt would fit")
     if free is not None and need(limit) > free * (1 - SPARE):
         low, high = 0, limit
         while high - low > 1:
