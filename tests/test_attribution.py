@@ -191,6 +191,23 @@ def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
     assert len(calls) > 3 and set(calls) == {1}
 
 
+def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypatch):
+    seen, gather = [], tracing.gather_sources
+
+    def watched(coder, found, layout):
+        made = gather(coder, found, layout)
+        seen.append((found, made[1], layout))
+        return made
+
+    monkeypatch.setattr(tracing, "gather_sources", watched)
+    model, coder, tokens = make("llama3", "skip", "float32")
+    attribute(model, coder, tokens)
+    ((found, sources, layout),) = seen
+    assert found.logits.shape == (1, model.config.vocabulary)
+    active, places = np.count_nonzero(found.activations), np.count_nonzero(found.counts)
+    assert sources.features.size <= 2 * model.config.width * (active + places * layout.tile)
+
+
 def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypatch):
     model, coder, tokens = make(*CASE)
     many = [tokens, tokens[::-1], tokens[:4], tokens[1:]]

@@ -102,7 +102,7 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
             assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=5) == (12, 0)
             break
         except KeyboardInterrupt:
-            jax.clear_caches()
+            continue
     assert len(written) > 12
     for one in (tmp_path / "whole").iterdir():
         assert one.read_bytes() == (tmp_path / "stopped" / one.name).read_bytes(), one.name
