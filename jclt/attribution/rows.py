@@ -145,7 +145,7 @@ class PromptRows:
         of_targets = np.append(of_sources[:count], sources + np.arange(ends))
         dtype = self.values.dtype
 
-        def on_nodes(x: Float[np.ndarray, "_"]) -> Float[np.ndarray, "N"]:
+        def on_nodes(x: Any) -> Float[np.ndarray, "N"]:
             whole = np.zeros(size, dtype)
             whole[of_targets[targets]] = x
             return whole

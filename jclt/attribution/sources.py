@@ -163,6 +163,7 @@ def tiles_before(counts: Int[np.ndarray, "B C T"], groups: int, tile: int) -> In
 @partial(jax.jit, static_argnames=("layout",))
 def gather_sources(coder: Coder, found: Pass, layout: Layout) -> tuple[Active, Sources]:
     """Of a batch of prompts."""
+    assert found.activations is not None and found.unexplained is not None
     return jax.vmap(partial(_gather, coder, layout))(found.activations, found.counts, found.unexplained)
 
 
