@@ -23,6 +23,7 @@ import numpy as np
 
 from jclt import Graph, Model, UserError, attribute_batch, load_coder, load_model, run
 from jclt.attribution import masks, node_influence
+from jclt.attribution.influence import output_weights
 from jclt.coders import Coder
 from jclt.world import TASKS, Concept, Example
 from jclt.world.measure import padded
@@ -142,7 +143,7 @@ def through(graph: Graph, nodes: np.ndarray) -> float:
     adjacency = graph.adjacency.copy()
     adjacency[nodes] = 0
     first = node_influence(replace(graph, adjacency=adjacency))[nodes].sum()
-    return float(first / graph.logit_probabilities.sum())
+    return float(first / output_weights(graph).sum())
 
 
 class Finding(NamedTuple):

@@ -1,5 +1,6 @@
 """What `attribute` is asked for: many prompts at once, parts of graphs and what they miss, targets, and bad input."""
 
+import sys
 from dataclasses import replace
 from functools import cache
 from typing import Any, cast
@@ -10,13 +11,20 @@ import numpy as np
 import pytest
 from test_attribution_edges import close, make, missed, whole_graph
 from test_coders import random_coder
+from tokenizers import Tokenizer, models
 
 import jclt
-from jclt.attribution import Direction, Graph, attribute, attribute_batch, missing, node_influence
-from jclt.attribution.targets import likeliest
+from jclt.attribution import Direction, Graph, attribute, attribute_batch, attribute_each, missing, node_influence
+from jclt.attribution import trace as tracing
+from jclt.attribution.attribute import prompt_tokens, unknown_words
+from jclt.attribution.rows import PromptRows
+from jclt.attribution.targets import as_targets, likeliest
 from jclt.attribution.trace import Options
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
+from jclt.fingerprints import fingerprint
+
+attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
 CASE = ("llama3", "clt", "float32")
 
@@ -35,11 +43,16 @@ def demo():
     return model, jclt.load_coder("demo", model=model, check=False)
 
 
+def weights_of(graph: Graph) -> np.ndarray:
+    assert graph.logit_weights is not None
+    return graph.logit_weights
+
+
 def assert_same(got: Graph, want: Graph):
     for name in ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     assert got.token_texts == want.token_texts and got.logit_names == want.logit_names
-    for name in ("adjacency", "bias", "values", "activations", "logit_probabilities"):
+    for name in ("adjacency", "bias", "values", "activations", "logit_probabilities", "logit_weights"):
         close(getattr(got, name), getattr(want, name), 1e-5)
     for name in ("rest", "rest_mass"):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5 * np.abs(want.values).max())
@@ -105,7 +118,7 @@ def test_the_kept_features_are_the_most_influential_of_each_round(monkeypatch):
     graph = attribute(*make(*CASE), max_features=10)
     # Before any feature is traced, influence is the outputs' own rows, divided by their sums.
     rows = np.abs(whole.adjacency[whole.nodes("output")])
-    direct = whole.logit_probabilities @ (rows / rows.sum(axis=1, keepdims=True))
+    direct = weights_of(whole) @ (rows / rows.sum(axis=1, keepdims=True))
     first = np.sort(np.argsort(-direct[whole.nodes("feature")])[:10])
     np.testing.assert_array_equal(graph.features, whole.features[first])
 
@@ -133,7 +146,7 @@ def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
     at = [order.index(tuple(place)) for place in part.features]
     at += list(range(len(whole.features), len(whole)))
     below = node_influence(whole)[at] - node_influence(part)
-    assert below.min() >= -1e-5 and below.max() <= lost * whole.logit_probabilities.sum() + 1e-5
+    assert below.min() >= -1e-5 and below.max() <= lost * weights_of(whole).sum() + 1e-5
     assert below.max() > 1e-3
     for name in ("replacement", "completeness"):
         low, high = getattr(part.scores, f"{name}_interval")
@@ -144,7 +157,294 @@ def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
         assert missing(fewer) >= options["tolerance"]
 
 
+def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(many_rounds, monkeypatch):
+    """Else a row has a column for every active feature, traced or not, and the graph is a copy of them all."""
+    kept, graph_of = [], PromptRows.graph
+
+    def graph(self, *given):
+        kept.append((self.sources, [(rows.layer, *rows.edges.shape) for rows in self.rows]))
+        made = graph_of(self, *given)
+        assert not self.rows
+        return made
+
+    monkeypatch.setattr(PromptRows, "graph", graph)
+    for options in ({}, {"max_features": 30}):
+        made = attribute(*make(*CASE), **options)
+        sources, held = kept.pop()
+        count = len(made.features) + len(made.logit_tokens)
+        assert sum(rows for _, rows, _ in held) == count
+        assert all(columns <= sources * (layer + 1) / (made.layers + 1) + 20 for layer, _, columns in held)
+        assert sum(rows * columns for _, rows, columns in held) < 0.7 * count * sources
+
+
+def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
+    calls, trace = [], tracing.trace_blocks
+
+    def counted(*given):
+        calls.append(given[-1].shape[1])
+        return trace(*given)
+
+    monkeypatch.setattr(tracing, "trace_blocks", counted)
+    monkeypatch.setattr(tracing, "BLOCK", {"cpu": 16})
+    monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
+    assert_same(attribute(*make(*CASE)), whole_graph(*CASE))
+    assert len(calls) > 3 and set(calls) == {1}
+
+
+def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypatch):
+    seen, gather = [], tracing.gather_sources
+
+    def watched(coder, found, layout):
+        made = gather(coder, found, layout)
+        seen.append((found, made[1], layout))
+        return made
+
+    monkeypatch.setattr(tracing, "gather_sources", watched)
+    model, coder, tokens = make("llama3", "skip", "float32")
+    attribute(model, coder, tokens)
+    ((found, sources, layout),) = seen
+    assert found.logits.shape == (1, model.config.vocabulary)
+    active, places = np.count_nonzero(found.activations), np.count_nonzero(found.counts)
+    assert sources.features.size <= 2 * model.config.width * (active + places * layout.tile)
+
+
+def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypatch):
+    model, coder, tokens = make(*CASE)
+    many = [tokens, tokens[::-1], tokens[:4], tokens[1:]]
+    want, sizes, gather = attribute_batch(model, coder, many), [], tracing.gather_sources
+    monkeypatch.setattr(
+        tracing, "gather_sources", lambda *given: (sizes.append(len(given[1].counts)), gather(*given))[1]
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
+    for got, own in zip(attribute_batch(model, coder, many), want, strict=True):
+        assert_same(got, own)
+    assert sizes == [1, 1, 1, 1]
+
+
+def test_a_graph_that_does_not_fit_is_refused_before_it_is_traced(monkeypatch):
+    model, coder, tokens = make(*CASE)
+    monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
+    monkeypatch.setattr(tracing, "gather_sources", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(tracing, "free_host_memory", lambda: 50_000)
+    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 50_000)
+    monkeypatch.setattr(tracing, "pass_bytes", lambda *_: 0)
+    with pytest.raises(UserError, match=r"^prompt: a graph of \d+ of its \d+ active features: needs .* would fit$"):
+        attribute(model, coder, tokens)
+    monkeypatch.undo()
+    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 5_000)
+    with pytest.raises(UserError, match="^prompt: the pass over its 5 tokens: needs .*; a shorter prompt would fit$"):
+        attribute(model, coder, tokens)
+
+
+def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
+    model, coder, tokens = make(*CASE)
+    whole = whole_graph(*CASE)
+    free = whole.adjacency.nbytes + 400_000
+    monkeypatch.setattr(tracing, "source_bytes", lambda *_: 400_000)
+    monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
+    for place in (tracing, jclt.memory):
+        monkeypatch.setattr(place, "free_host_memory", lambda: free)
+    with pytest.raises(UserError, match="max_features=") as caught:
+        attribute(model, coder, tokens)
+    fits = int(str(caught.value).partition("max_features=")[2].split()[0])
+    assert 10 < fits < len(whole.features)
+    assert len(attribute(model, coder, tokens, max_features=fits).features) == fits
+    with pytest.raises(UserError, match=f"max_features={fits} would fit$"):
+        attribute(model, coder, tokens, max_features=fits + 1)
+
+
+def test_memory_that_ends_ends_one_prompt(monkeypatch):
+    model, coder, tokens = make(*CASE)
+    trace = attributing.trace_prompts
+
+    def ending(model, through, params, coder, prompts, *others):
+        if any(len(prompt) == 4 for prompt in prompts):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+        return trace(model, through, params, coder, prompts, *others)
+
+    monkeypatch.setattr(attributing, "trace_prompts", ending)
+    found = dict(attribute_each(model, coder, [tokens, tokens[:4], tokens[::-1]], Options()))
+    assert isinstance(found[0], Graph) and isinstance(found[2], Graph)
+    assert str(found[1]).startswith("prompt: not enough memory for the graph of its 4 tokens, expected")
+    monkeypatch.setattr(attributing, "trace_prompts", trace)
+    monkeypatch.setattr(PromptRows, "graph", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(UserError, match="^prompt: not enough memory"):
+        attribute(model, coder, tokens)
+    monkeypatch.setattr(PromptRows, "graph", lambda *_: (_ for _ in ()).throw(KeyError()))
+    with pytest.raises(KeyError):
+        attribute(model, coder, tokens)
+
+
+def test_sizes_depend_on_content_alone():
+    assert [tracing.size_for(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 97)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 128]
+    assert tracing.size_for(3, 16) == 16 and tracing.size_for(17, 16) == 24
+
+
+# Half precision.
+
+
+def test_half_precision_is_widened_before_anything_is_computed():
+    """The graph of a coder and a model in bfloat16 is that of the same numbers in float32."""
+    model, coder, tokens = make("llama3", "skip", "float32")
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)  # noqa: E731
+    model_half, coder_half = replace(model, params=narrow(dict(model.params))), narrow(coder)
+    same_model = replace(model, params=jax.tree.map(lambda x: x.astype(jnp.float32), dict(model_half.params)))
+    same_coder = jax.tree.map(lambda x: x.astype(jnp.float32), coder_half)
+    got, want = attribute(model_half, coder_half, tokens), attribute(same_model, same_coder, tokens)
+    assert got.adjacency.dtype == np.float32 and missed(got) < 1e-5
+    assert_same(got, want)
+    features = got.nodes("feature")
+    thresholds = np.array([same_coder.layers[layer].threshold[feature] for layer, _, feature in got.features])
+    assert (got.values[features] > thresholds).all()  # an activation is what the graph says reaches it
+    np.testing.assert_allclose(got.activations, got.values[features], rtol=1e-4, atol=1e-5)
+
+
+def test_a_float16_coder_of_large_numbers_is_finite():
+    model, coder, tokens = make(*CASE)
+    large = jax.tree_util.tree_map_with_path(
+        lambda path, x: (jnp.full_like(x, 3e4) if path[-1].name == "encoder_bias" else x).astype(jnp.float16), coder
+    )
+    attributing.check_finite(large)  # their sum is not
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[0].set(jnp.nan) if path[-1].name == "threshold" else x, coder
+    )
+    with pytest.raises(UserError, match="^coder: its thresholds hold NaN or -infinity, expected numbers$"):
+        attribute(model, broken, tokens)
+    off = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[0].set(jnp.inf) if path[-1].name == "threshold" else x, coder
+    )
+    assert 0 not in attribute(model, off, tokens).features[:, 2]
+
+
+# Provenance.
+
+
+def test_a_graph_says_which_weights_made_it():
+    model, coder, tokens = make(*CASE)
+    vector = np.ones(model.config.width)
+    about = attribute(model, coder, tokens, targets=[Direction(vector, 1, name="d")], max_features=5).provenance
+    assert about["model_fingerprint"] == model.fingerprint and about["coder_fingerprint"] == fingerprint(coder)
+    assert (about["model_dtype"], about["coder_dtype"]) == ("float32", "float32")
+    (target,) = about["settings"]["targets"]
+    assert (target["direction"], target["layer"], target["position"]) == ("d", 1, -1)
+    other = Options([Direction(2 * vector, 1, name="d")]).summary()["targets"][0]
+    assert other["vector"] != target["vector"] and other | {"vector": ""} == target | {"vector": ""}
+
+
+# circuit-tracer's conventions.
+
+
+def test_under_circuit_tracers_conventions_prompts_begin_with_a_special_token():
+    model, coder, tokens = make("gpt2", "clt", "float32")
+    plain = replace(model, config=replace(model.config, bos_token=7, stop_tokens=(9,)))
+    assert prompt_tokens(plain, [3, 4]).tolist() == [3, 4]
+    assert prompt_tokens(plain, [3, 4], "circuit-tracer").tolist() == [7, 3, 4]
+    assert prompt_tokens(plain, [7, 4], "circuit-tracer").tolist() == [7, 4]
+    assert prompt_tokens(plain, [9, 4], "circuit-tracer").tolist() == [9, 4]
+    ends = replace(plain, config=replace(plain.config, bos_token=None))
+    assert prompt_tokens(ends, [3], "circuit-tracer").tolist() == [9, 3]
+    none = replace(plain, config=replace(plain.config, bos_token=None, stop_tokens=()))
+    assert prompt_tokens(none, [3], "circuit-tracer").tolist() == [3]
+    graph = attribute(plain, coder, [3, 4, 5], conventions="circuit-tracer")
+    assert graph.tokens.tolist() == [7, 3, 4, 5] and set(graph.features[:, 1]) <= {1, 2, 3}
+    with pytest.raises(UserError, match="tokens, expected at most"):
+        prompt_tokens(plain, [3] * plain.config.context, "circuit-tracer")
+    shipped = demo()[0]
+    assert prompt_tokens(shipped, "calc: 1", "circuit-tracer").tolist() == shipped.encode("calc: 1")
+    special = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    special.add_special_tokens(["[PAD]", "[UNK]"])
+    padded = replace(ends, tokenizer=jclt.models.Tokenizer(special))
+    assert prompt_tokens(padded, "a", "circuit-tracer").tolist() == [1, 0]
+
+
+def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
+    model, coder, _ = make("gemma3", "clt", "float32")
+    wide = replace(model.config, vocabulary=2400)
+    params = {**model.params, "token_embedding": jnp.resize(model.params["token_embedding"], (2400, wide.width))}
+    named = replace(model, config=wide, params=params, name="google/gemma-3-1b-it")
+    prompt = [2, 105, 2364, 107, 5, 6, 7]
+    graph = attribute(named, coder, prompt, conventions="circuit-tracer")
+    assert set(graph.features[:, 1]) == {4, 5, 6} and missed(graph) < 1e-5
+    errors = graph.nodes("error")[graph.errors[:, 1] < 4]
+    assert not graph.adjacency[:, errors].any()
+    with pytest.raises(UserError, match="^prompt: begins with the tokens .*, expected .2, 105, 2364, 107."):
+        attribute(named, coder, prompt[1:], conventions="circuit-tracer")
+    assert attribute(named, coder, prompt[1:]).tokens.tolist() == prompt[1:]
+
+
+def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(monkeypatch):
+    """Beside its own loop, done here on the whole graph's matrix."""
+    model, coder, tokens = make(*CASE)
+    whole = attribute(model, coder, tokens, conventions="circuit-tracer")
+    count, outs, chances = len(whole.features), whole.nodes("output"), whole.logit_probabilities
+    visited = np.zeros(count, bool)
+    while visited.sum() < 50:
+        rows = np.append(np.flatnonzero(visited), outs)
+        shares = np.zeros(whole.adjacency.shape)
+        shares[rows] = np.abs(whole.adjacency[rows])
+        shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-8)
+        walkers, influence = np.zeros(len(whole)), np.zeros(len(whole))
+        walkers[outs] = chances
+        while walkers.any():
+            walkers = walkers @ shares
+            influence += walkers
+        order = np.argsort(-influence[:count], kind="stable")
+        visited[order[~visited[order]][: min(20, 50 - visited.sum())]] = True
+    monkeypatch.setattr(tracing, "PEER_QUEUE", 20)
+    part = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
+    np.testing.assert_array_equal(part.features, whole.features[visited])
+    monkeypatch.setattr(tracing, "PEER_QUEUE", 50)
+    other = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
+    assert (other.features != part.features).any()
+
+
 # Targets.
+
+
+def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
+    model, coder = demo()
+    prompt = prompts()[1]
+    graph = attribute(model, coder, prompt, targets=" Austin", max_features=3)
+    assert graph.logit_names == (" Austin",)
+    token = np.int64(graph.logit_tokens[0])
+    same = attribute(
+        model, coder, prompt, targets=[token], max_features=cast(Any, np.int32(3)), tolerance=np.float32(0)
+    )
+    np.testing.assert_array_equal(same.adjacency, graph.adjacency)
+    same.save(tmp_path / "graph.npz")
+    assert jclt.load_graph(tmp_path / "graph.npz").provenance["settings"]["targets"] == [int(token)]
+    assert as_targets(np.array([3, 4])) == [3, 4] and as_targets([[3, "a"]]) == [(3, "a")]
+
+
+def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monkeypatch):
+    model, coder = demo()
+    monkeypatch.setattr(attributing, "trace_prompts", lambda *_: pytest.fail("computed"))
+    twice = Direction(np.ones(model.config.width), name="d")
+    for targets, says in (
+        ([" Austin", " Austin"], "^target ' Austin': given twice, expected different targets$"),
+        ([" Austin", model.encode(" Austin")[-1]], "given twice"),
+        ([(5, 6), (5, 6)], "given twice"),
+        ([twice, twice], "^target 'd': given twice"),
+        ([1.5], "^target 1.5: expected a token"),
+        ([True], "^target True: expected a token"),
+        ([(1, 2, 3)], r"^target \(1, 2, 3\): expected a token"),
+        ([-1], "^target -1: expected a token id"),
+        (1.5, "^targets: 1.5, expected a list"),
+    ):
+        with pytest.raises(UserError, match=says):
+            attribute(model, coder, prompts()[1], targets=cast(Any, targets))
+    with pytest.raises(UserError, match="^prompts: a text, expected a list of prompts"):
+        attribute_batch(model, coder, "ab")
+    with pytest.raises(UserError, match="^max_features=2.5: expected"):
+        attribute(model, coder, prompts()[1], max_features=cast(Any, 2.5))
+
+
+def test_words_without_a_token_are_named(caplog):
+    model = demo()[0]
+    assert unknown_words(model, "calc: 1") == []
+    prompt_tokens(model, "zzz is qqq zzz")
+    assert "model demo has no token for 'zzz', 'qqq'" in caplog.text and caplog.text.count("no token") == 1
 
 
 def test_targets_are_tokens_differences_and_directions():
@@ -172,7 +472,8 @@ def test_targets_are_tokens_differences_and_directions():
     assert graph.logit_positions.tolist() == [len(tokens) - 1] * 3 + [3, len(tokens) - 1, 4]
     probability = np.exp(logits[-1] - logits[-1].max())
     weights = np.array([*(probability / probability.sum())[[first, second]], 1, 1, 1, 1])
-    np.testing.assert_allclose(graph.logit_probabilities, weights / weights.sum(), rtol=1e-4)
+    np.testing.assert_allclose(weights_of(graph), weights / weights.sum(), rtol=1e-4)
+    np.testing.assert_allclose(graph.logit_probabilities, [*weights[:2], 0, 0, 0, 0], rtol=1e-4)  # the model's own
     # Nothing reaches a target from its own layer's MLP, a higher one's, or a later position.
     row = graph.adjacency[graph.nodes("output")[3]]
     reaching = np.flatnonzero(row)
@@ -184,7 +485,9 @@ def test_the_likeliest_tokens_are_the_default():
     logits = np.asarray(jclt.run(model, tokens)[0][-1])
     graph = whole_graph(*CASE)
     assert graph.logit_tokens.tolist() == np.argsort(-logits)[: len(graph.logit_tokens)].tolist()
-    assert graph.logit_probabilities.sum() == pytest.approx(1)
+    assert weights_of(graph).sum() == pytest.approx(1)
+    chance = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    np.testing.assert_allclose(graph.logit_probabilities, chance[graph.logit_tokens], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,7 +31,7 @@ def prompts(tmp_path):
 
 def test_each_line_gets_its_graph_and_bad_ones_are_reported_and_passed_over(shipped, prompts, tmp_path, caplog):
     out = tmp_path / "graphs"
-    assert attribute_file(*shipped, prompts, out, Options(), batch=3) == (4, 2)
+    assert attribute_file(*shipped, prompts, out, Options(), batch=3) == (4, 1)
     found = jclt.load_graph(out / "000002.npz")
     alone = jclt.attribute(*shipped, PROMPTS[1])
     np.testing.assert_array_equal(found.features, alone.features)
@@ -38,15 +40,15 @@ def test_each_line_gets_its_graph_and_bad_ones_are_reported_and_passed_over(ship
     assert [line["line"] for line in lines] == [1, 2, 3, 5]
     assert lines[1]["outputs"][0] == " rich" and 0 < lines[1]["replacement"] < lines[1]["completeness"] < 1
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
-    assert [line["line"] for line in failed] == [4, 6]
-    assert "at most" in failed[1]["error"] and "line 6: prompt: " in caplog.text
+    assert [line["line"] for line in failed] == [6]  # the fourth is blank
+    assert "at most" in failed[0]["error"] and "line 6: prompt: " in caplog.text
 
 
 def test_processes_take_shares_of_their_own_and_the_last_lists_all(shipped, prompts, tmp_path):
     out = tmp_path / "graphs"
-    assert attribute_file(*shipped, prompts, out, Options(), share=(1, 2)) == (1, 2)  # lines 2, 4 and 6
+    assert attribute_file(*shipped, prompts, out, Options(), share=(1, 2)) == (1, 1)  # lines 2, 4 and 6
     assert sorted(path.name for path in out.glob("*.npz")) == ["000002.npz"]
-    assert attribute_file(*shipped, prompts, out, Options(), share=(0, 2)) == (4, 2)
+    assert attribute_file(*shipped, prompts, out, Options(), share=(0, 2)) == (4, 1)
     assert len((out / "graphs.jsonl").read_text().splitlines()) == 4
 
 
@@ -65,7 +67,7 @@ def test_a_stopped_stream_goes_on_and_computes_nothing_twice(shipped, prompts, t
         attribute_file(*shipped, prompts, out, Options(), batch=1)
     assert sorted(path.name for path in out.glob("*.npz")) == sorted(traced)
     monkeypatch.setattr(streaming, "save_graph", lambda graph, path: (traced.append(path.name), save(graph, path)))
-    assert attribute_file(*shipped, prompts, out, Options(), batch=1) == (4, 2)
+    assert attribute_file(*shipped, prompts, out, Options(), batch=1) == (4, 1)
     assert sorted(traced) == ["000001.npz", "000002.npz", "000003.npz", "000005.npz"]
 
 
@@ -78,6 +80,169 @@ def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_
         attribute_file(*shipped, prompts, tmp_path / "graphs", Options())
     with pytest.raises(jclt.UserError, match="holds other files"):
         attribute_file(*shipped, prompts, tmp_path, Options())
+
+
+def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatch):
+    """Prompts share their batches with those whose graphs are there already."""
+    path, save = tmp_path / "prompts.txt", streaming.save_graph
+    path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 31)) + "English: poor or\n")
+    attribute_file(*shipped, path, tmp_path / "whole", Options(), batch=5)
+    written = []
+
+    def stopping(graph, path):
+        if len(written) % 3 == 2:
+            written.append(path)
+            raise KeyboardInterrupt
+        written.append(path)
+        save(graph, path)
+
+    monkeypatch.setattr(streaming, "save_graph", stopping)
+    for _ in range(20):
+        try:
+            assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=5) == (12, 0)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(written) > 12
+    for one in (tmp_path / "whole").iterdir():
+        assert one.read_bytes() == (tmp_path / "stopped" / one.name).read_bytes(), one.name
+    monkeypatch.setattr(streaming, "save_graph", save)
+    attribute_file(*shipped, path, tmp_path / "single", Options(), batch=1)
+    for one in (tmp_path / "whole").glob("*.npz"):  # what shares a batch changes no more than the last bits
+        want, got = jclt.load_graph(one), jclt.load_graph(tmp_path / "single" / one.name)
+        np.testing.assert_array_equal(got.features, want.features)
+        np.testing.assert_allclose(got.adjacency, want.adjacency, atol=2e-6 * np.abs(want.adjacency).max())
+
+
+def test_a_folder_of_other_weights_is_refused(shipped, tmp_path):
+    path, out, (model, coder) = tmp_path / "prompts.txt", tmp_path / "graphs", shipped
+    path.write_text("calc: 1+2=\n")
+    attribute_file(model, coder, path, out, Options())
+    retrained = jax.tree.map(lambda x: x * 1.5, coder)
+    with pytest.raises(jclt.UserError, match=r"begun with another coder \(fingerprint \w{16}, now \w{16}\)$"):
+        attribute_file(model, retrained, path, out, Options())
+    other = replace(model, params={**model.params, "final_norm_gain": model.params["final_norm_gain"] * 2})
+    with pytest.raises(jclt.UserError, match=r"begun with another model \(fingerprint"):
+        attribute_file(other, coder, path, out, Options())
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["coder_fingerprint"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        jclt.UserError, match="begun by an older jclt, which did not note its coder's weights; expected"
+    ):
+        attribute_file(model, coder, path, out, Options())
+
+
+def test_directions_are_told_apart_by_their_vectors(shipped, tmp_path):
+    path, out = tmp_path / "prompts.txt", tmp_path / "graphs"
+    path.write_text("calc: 1+2=\n")
+    vector = np.ones(shipped[0].config.width)
+    attribute_file(*shipped, path, out, Options([jclt.Direction(vector)], 5))
+    with pytest.raises(jclt.UserError, match="begun with settings"):
+        attribute_file(*shipped, path, out, Options([jclt.Direction(-vector)], 5))
+
+
+def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
+    model, _ = shipped
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "graphs"
+    ids = model.encode("calc: 36+59=")
+    lines = [
+        {"prompt": "calc: 36+59=", "targets": "95"},
+        {"prompt": ids, "target": ["95", "94"], "note": "passed over"},
+        {"prompt": "calc: 36+59=", "targets": ["94", ["95", "94"]]},
+        {"prompt": "calc: 36+59="},
+        {"prompt": ids, "targets": [10**6]},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    also = []
+    given = (*shipped, path, out, Options(["93"], 5))
+    assert attribute_file(*given, also=lambda graph, name: also.append((name, graph.logit_names))) == (4, 1)
+    want = [("000001", ("95",)), ("000003", ("95 - 94",)), ("000005", ("94", "95 - 94")), ("000007", ("93",))]
+    assert sorted(also) == want
+    found = jclt.load_graph(out / "000005.npz")
+    assert found.provenance["settings"]["targets"] == ["94", ["95", "94"]]
+    listed = [json.loads(line) for line in (out / "graphs.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in listed] == [1, 3, 5, 7] and listed[1]["prompt"] == ids
+    logits = np.asarray(jclt.run(model, ids)[0][-1], np.float64)
+    chance = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert listed[0]["probabilities"] == [pytest.approx(chance[model.tokenizer.plain("95")[0]], abs=1e-5)]
+    assert listed[1]["probabilities"] == [0]
+    failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert failed[0]["line"] == 9 and "expected a token id" in failed[0]["error"]
+    also.clear()  # those there already are given as well
+    attribute_file(*given, also=lambda graph, name: also.append((name, graph.logit_names)))
+    assert sorted(also) == want
+    lines[0]["targets"] = "94"
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    with pytest.raises(jclt.UserError, match="begun with prompts"):
+        attribute_file(*given)
+
+
+def test_prompts_are_read_whatever_signs_they_hold(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("a\x0cb\u2028c\r\n\n  \nä\n".encode())
+    assert streaming.read_prompts(path) == [(0, "a\x0cb\u2028c", None), (3, "ä", None)]
+    path.write_bytes(b"\xe4\n")
+    with pytest.raises(jclt.UserError, match="not UTF-8"):
+        streaming.read_prompts(path)
+    path.write_text("\n\n")
+    with pytest.raises(jclt.UserError, match="empty, expected a prompt on each line"):
+        streaming.read_prompts(path)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert streaming.read_prompts(path) == [(0, "a\u2028b", None)]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": 5}', "'prompt' is 5, expected text or a list of token ids"),
+        ('{"prompt": [1, "a"]}', "'prompt' is .*, expected text or a list of token ids"),
+        ("[" * 5000, "is not JSON with a field 'prompt'"),
+        ('{"prompt": "a", "targets": {"b": 1}}', "'targets' is .*, expected a list of tokens"),
+        ('{"prompt": "a", "targets": []}', "targets: none given"),
+        ('{"prompt": "a", "targets": [["b", "c", "d"]]}', "expected a token"),
+        ('{"prompt": "a", "target": "b", "targets": ["c"]}', "both 'target' and 'targets'"),
+    ],
+)
+def test_a_line_that_makes_no_sense_is_named(tmp_path, line, says):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(jclt.UserError, match=f"line 2:? ?{says}"):
+        streaming.read_prompts(path)
+
+
+def test_lists_are_written_whatever_became_of_the_files(shipped, tmp_path, monkeypatch):
+    path, out = tmp_path / "prompts.txt", tmp_path / "graphs"
+    path.write_text("calc: 1+2=\ncalc: 3+4=\n" + "x " * 200 + "\n")
+    assert attribute_file(*shipped, path, out, Options(max_features=3)) == (2, 1)
+    (out / "000002.npz").write_bytes(b"damaged")
+    (out / "000003.failed").write_bytes(b"\xff")
+    monkeypatch.setattr(streaming, "attribute_each", lambda *_: iter(()))
+    lines = streaming.read_prompts(path)
+    graph = jclt.load_graph(out / "000001.npz")
+    monkeypatch.setattr(
+        streaming,
+        "load_graph",
+        lambda path: (
+            replace(graph, logit_probabilities=graph.logit_probabilities * np.nan)
+            if path.stem == "000001"
+            else jclt.load_graph(path)
+        ),
+    )
+    assert streaming.list_all(out, lines) == (1, 2)
+    failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in failed] == [2, 3] and failed[1]["error"] == "unknown"
+    assert "NaN" not in (out / "graphs.jsonl").read_text()
+
+
+def test_without_a_terminal_lines_say_how_far_it_is(shipped, tmp_path, monkeypatch, caplog):
+    path = tmp_path / "prompts.txt"
+    path.write_text("calc: 1+2=\ncalc: 3+4=\n")
+    monkeypatch.setattr(streaming, "BETWEEN", 0.0)
+    caplog.set_level("INFO", "jclt")
+    attribute_file(*shipped, path, tmp_path / "graphs", Options(max_features=3))
+    assert "2 of 2 graphs" in caplog.text
 
 
 def test_a_batch_with_one_bad_prompt_keeps_the_others(shipped, monkeypatch):
@@ -105,7 +270,7 @@ def test_a_batch_with_one_bad_prompt_keeps_the_others(shipped, monkeypatch):
 def test_json_lines_are_read_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b c"}\n')
-    assert streaming.read_prompts(path) == ["a", "b c"]
+    assert streaming.read_prompts(path) == [(0, "a", None), (1, "b c", None)]
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(jclt.UserError, match="line 2 is not JSON with a field 'prompt'"):
         streaming.read_prompts(path)

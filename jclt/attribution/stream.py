@@ -1,25 +1,39 @@
 """Graphs of thousands of prompts, one file each: `jclt attribute --prompts FILE --out DIR`."""
 
-import hashlib
 import json
 import logging
-import os
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from jclt.attribution.attribute import BATCH, attribute_each, check, prompt_tokens, provenance
 from jclt.attribution.files import load_graph, save_graph
+from jclt.attribution.graph import Graph
+from jclt.attribution.targets import Target, as_targets, resolved
 from jclt.attribution.trace import Options
 from jclt.coders import Coder
 from jclt.errors import UserError
-from jclt.files import read_json, write_json
+from jclt.files import parse_object, read_bytes, read_json, read_lines, write_json, write_json_lines
+from jclt.fingerprints import digest
 from jclt.models import Model
 
 log = logging.getLogger(__name__)
+
+BETWEEN = 30.0
+"""Seconds between two lines on how far it is, where no bar shows it."""
+
+
+class Line(NamedTuple):
+    """A prompt of a file: the number of its line, from 0, its text or token ids, and the targets it brings itself."""
+
+    number: int
+    prompt: str | list[int]
+    targets: list[Target] | None = None
 
 
 def attribute_file(
@@ -30,77 +44,128 @@ def attribute_file(
     options: Options,
     batch: int = BATCH,
     share: tuple[int, int] = (0, 1),
+    also: Callable[[Graph, str], None] | None = None,
 ) -> tuple[int, int]:
     """Writes the graph of each line of `prompts` to `out/NUMBER.npz`, and a line on each to `out/graphs.jsonl`; returns
     how many there are and how many prompts failed.
 
     A prompt that cannot be traced is reported, in `out/failed.jsonl` too, and passed over. What is there already is
-    not computed again: the same command goes on where it stopped. Of several processes each takes its `share`, which
-    of how many; they need no word of one another, and the last to be done lists all.
+    not written again: the same command goes on where it stopped, and ends with the same bytes as if it had not. Of
+    several processes each takes its `share`, which of how many; they need no word of one another, and the last to be
+    done lists all. `also` is called with every graph and its number as a name, with those found there first.
     """
-    texts = read_prompts(prompts)
+    lines = read_prompts(prompts)
     check(model, coder)
-    options.check()
-    begin(out, texts, provenance(model, coder, options))
-    mine = range(share[0], len(texts), share[1])
-    tokens: dict[int, np.ndarray] = {}
-    done = {number for number in mine if path_of(out, number).exists()}
+    options = options.check()
+    if options.targets is not None:
+        resolved(model, options.targets)
+    begin(out, lines, provenance(model, coder, options))
+    mine = [line for line in lines if line.number % share[1] == share[0]]
+    traced: list[Line] = []
+    tokens: list[np.ndarray] = []
+    done = {line.number for line in mine if path_of(out, line.number).exists()}
     failed = 0
 
-    def fail(number: int, error: UserError) -> None:
+    def fail(line: Line, error: UserError) -> None:
         nonlocal failed
         failed += 1
-        log.warning("line %d: %s", number + 1, error)
-        write_lines(failure_of(out, number), [{"line": number + 1, "prompt": texts[number], "error": str(error)}])
+        log.warning("line %d: %s", line.number + 1, error)
+        write_json_lines(failure_of(out, line.number), [entry_on(line) | {"error": str(error)}])
 
-    for number in mine:
-        if number not in done:
-            failure_of(out, number).unlink(missing_ok=True)
-            try:
-                tokens[number] = prompt_tokens(model, texts[number])
-            except UserError as error:
-                fail(number, error)
-    numbers = list(tokens)
+    for line in mine:
+        if line.number in done:
+            if also is not None:
+                also(load_graph(path_of(out, line.number)), path_of(out, line.number).stem)
+        else:
+            failure_of(out, line.number).unlink(missing_ok=True)
+        try:
+            tokens.append(prompt_tokens(model, line.prompt, options.conventions))
+            traced.append(line)
+        except UserError as error:
+            fail(line, error)
+    written = {place for place, line in enumerate(traced) if line.number in done}
+    targets = [line.targets for line in traced]
     with tqdm(total=len(mine), initial=len(done) + failed, unit="graph", disable=None) as progress:
-        for place, graph in attribute_each(model, coder, list(tokens.values()), options, batch):
+        said, count = time.monotonic(), len(done) + failed
+        for place, graph in attribute_each(model, coder, tokens, options, batch, targets, written):
+            line = traced[place]
             if isinstance(graph, UserError):
-                fail(numbers[place], graph)
+                fail(line, graph)
             else:
-                save_graph(graph, path_of(out, numbers[place]))
+                save_graph(graph, path_of(out, line.number))
+                if also is not None:
+                    also(graph, path_of(out, line.number).stem)
             progress.update()
-    return list_all(out, texts)
+            count += 1
+            if progress.disable and time.monotonic() - said >= BETWEEN:
+                said = time.monotonic()
+                log.info("%d of %d graphs", count, len(mine))
+    return list_all(out, lines)
 
 
-def list_all(out: Path, texts: Sequence[str]) -> tuple[int, int]:
+def list_all(out: Path, lines: Sequence[Line]) -> tuple[int, int]:
     """Writes the lists of what is there and of what failed, and says how many they are."""
-    kept = [number for number in range(len(texts)) if path_of(out, number).exists()]
-    failures = [failure_of(out, number) for number in range(len(texts))]
-    entries = [json.loads(path.read_text()) for path in failures if path.exists()]
-    write_lines(out / "failed.jsonl", entries)
-    write_lines(out / "graphs.jsonl", (line_on(number, texts[number], path_of(out, number)) for number in kept))
-    return len(kept), len(entries)
+    graphs, failures = [], []
+    for line in lines:
+        path, failure = path_of(out, line.number), failure_of(out, line.number)
+        if path.exists():
+            try:
+                graphs.append(line_on(line, path))
+            except UserError as error:  # damaged since: deleted, it is made again
+                log.warning("line %d: %s", line.number + 1, error)
+                failures.append(entry_on(line) | {"error": str(error)})
+        elif failure.exists():
+            try:
+                failures.append(parse_object(read_bytes(failure), failure))
+            except UserError:  # what failed is known by its name
+                failures.append(entry_on(line) | {"error": "unknown"})
+    write_json_lines(out / "failed.jsonl", failures)
+    write_json_lines(out / "graphs.jsonl", graphs)
+    return len(graphs), len(failures)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Lines of text, or of JSON with the field `prompt`; empty lines are prompts too, which fail."""
-    lines = path.read_text().splitlines()
+def read_prompts(path: Path) -> list[Line]:
+    """Lines of text; or of JSON with the field `prompt`, text or token ids, and maybe `target` or `targets`, as
+    `attribute` takes them. Blank lines are passed over."""
+    texts = read_lines(path, "a file of prompts")
+    is_json = path.suffix in (".jsonl", ".json")
+    lines = [
+        _json_line(path, number, text) if is_json else Line(number, text)
+        for number, text in enumerate(texts)
+        if text.strip()
+    ]
     if not lines:
         raise UserError(f"{path}: empty, expected a prompt on each line")
-    if path.suffix not in (".jsonl", ".json"):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: line {number} is not JSON with a field 'prompt'") from None
-    return prompts
+    return lines
 
 
-def begin(out: Path, texts: Sequence[str], about: dict[str, Any]) -> None:
-    """Makes the folder, or sees that it was begun with the same prompts and settings."""
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    settings = json.loads(json.dumps(about | {"prompts": digest}))
+def _json_line(path: Path, number: int, text: str) -> Line:
+    where = f"{path}: line {number + 1}"
+    try:
+        found = parse_object(text, where)
+        prompt = found["prompt"]
+    except (UserError, KeyError):
+        raise UserError(f"{where} is not JSON with a field 'prompt'") from None
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not isinstance(prompt, str) and not is_ids:
+        raise UserError(f"{where}: 'prompt' is {json.dumps(prompt)[:80]}, expected text or a list of token ids")
+    given = [name for name in ("target", "targets") if found.get(name) is not None]
+    if len(given) > 1:
+        raise UserError(f"{where}: both 'target' and 'targets', expected one of them")
+    if not given:
+        return Line(number, prompt)
+    targets = [found["target"]] if given == ["target"] else found["targets"]
+    if not isinstance(targets, list | str | int):
+        raise UserError(f"{where}: 'targets' is {json.dumps(targets)[:80]}, expected a list of tokens or pairs of them")
+    try:
+        return Line(number, prompt, as_targets(targets))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def begin(out: Path, lines: Sequence[Line], about: dict[str, Any]) -> None:
+    """Makes the folder, or sees that it was begun with the same prompts, weights and settings."""
+    settings = json.loads(json.dumps(about | {"prompts": digest([list(line) for line in lines])}))
     path = out / "settings.json"
     if not path.exists():
         others = out.exists() and any(not file.name.startswith(path.name) for file in out.iterdir())
@@ -108,9 +173,18 @@ def begin(out: Path, texts: Sequence[str], about: dict[str, Any]) -> None:
             raise UserError(f"{out}: holds other files, expected a new folder or one to go on with")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-    for name, value in read_json(path).items():
-        if value != settings.get(name):
-            raise UserError(f"{out}: begun with {name} {value}, expected {settings.get(name)}")
+    begun = read_json(path)
+    for kind in ("model", "coder"):
+        name = f"{kind}_fingerprint"
+        if name not in begun:
+            raise UserError(
+                f"{out}: begun by an older jclt, which did not note its {kind}'s weights; expected a new folder"
+            )
+        if begun[name] != settings[name]:
+            raise UserError(f"{out}: begun with another {kind} (fingerprint {begun[name]}, now {settings[name]})")
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise UserError(f"{out}: begun with {name} {begun.get(name)}, expected {value}")
 
 
 def path_of(out: Path, number: int) -> Path:
@@ -122,24 +196,23 @@ def failure_of(out: Path, number: int) -> Path:
     return out / f"{number + 1:06d}.failed"
 
 
-def line_on(number: int, text: str, path: Path) -> dict[str, Any]:
+def entry_on(line: Line) -> dict[str, Any]:
+    return {"line": line.number + 1, "prompt": line.prompt}
+
+
+def line_on(line: Line, path: Path) -> dict[str, Any]:
     graph = load_graph(path)
     scores = graph.scores
-    return {
-        "line": number + 1,
-        "prompt": text,
+    return entry_on(line) | {
         "file": path.name,
         "outputs": list(graph.logit_names),
-        "probabilities": [round(float(p), 6) for p in graph.logit_probabilities],
+        "probabilities": [_rounded(p) for p in graph.logit_probabilities],
         "features": len(graph.features),
-        "completeness": round(scores.completeness, 6),
-        "replacement": round(scores.replacement, 6),
+        "completeness": _rounded(scores.completeness),
+        "replacement": _rounded(scores.replacement),
     }
 
 
-def write_lines(path: Path, lines: Any) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with beside.open("w") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
-    beside.replace(path)
+def _rounded(x: float) -> float | None:
+    """JSON has no NaN."""
+    return round(float(x), 6) if math.isfinite(x) else None

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jclt.errors import UserError
-from jclt.models import Model
-from jclt.shapes import ArrayLike, Float, Int
+from jclt.fingerprints import digest
+from jclt.models import Model, ops
+from jclt.shapes import Array, ArrayLike, Float, Int, Params
 
 MOST_LOGITS, LOGIT_MASS = 10, 0.95
 """Circuit Tracing (2025): the smallest set of tokens that has this probability, but at most so many."""
@@ -22,9 +26,92 @@ class Direction:
     position: int = -1
     name: str = "direction"
 
+    def summary(self) -> dict[str, Any]:
+        """For a graph's file: the vector by a digest."""
+        vector = digest(np.asarray(self.vector, np.float64).tolist())
+        return {"direction": self.name, "layer": self.layer, "position": self.position, "vector": vector}
+
 
 Target = int | str | tuple[int | str, int | str] | Direction
 """A token, as text or id: its logit less the vocabulary's mean; two: the first one's logit less the second's."""
+
+
+def as_targets(given: Any) -> list[Target] | None:
+    """Targets in plain types, in a list: a single one may stand for itself."""
+    if given is None:
+        return None
+    if isinstance(given, str | int | np.integer | Direction):
+        given = [given]
+    if not isinstance(given, Sequence | np.ndarray):
+        raise UserError(f"targets: {given!r}, expected a list of tokens, pairs of tokens and directions")
+    if not len(given):
+        raise UserError("targets: none given, expected at least one, or None for the likeliest next tokens")
+    return [_plain(target) for target in given]
+
+
+def _plain(target: Any) -> Target:
+    def token(x: Any) -> int | str | None:
+        if isinstance(x, bool | np.bool_):
+            return None
+        return str(x) if isinstance(x, str) else int(x) if isinstance(x, int | np.integer) else None
+
+    if isinstance(target, Direction):
+        return target
+    parts = [token(x) for x in target] if isinstance(target, tuple | list) else [token(target)]
+    if len(parts) > 2 or not parts or None in parts or (isinstance(target, tuple | list) and len(parts) < 2):
+        raise UserError(f"target {target!r}: expected a token (text or id), a pair of them, or a Direction")
+    found: Any = tuple(parts) if len(parts) > 1 else parts[0]
+    return found
+
+
+def resolved(model: Model, targets: Sequence[Target]) -> list[int | tuple[int, int] | Direction]:
+    """Tokens by their ids; an error where the same is asked for twice."""
+
+    def resolve(target: Target) -> int | tuple[int, int] | Direction:
+        if isinstance(target, Direction):
+            return target
+        if isinstance(target, tuple):
+            return token_of(model, target[0]), token_of(model, target[1])
+        return token_of(model, target)
+
+    found, seen = [resolve(target) for target in targets], set[Any]()
+    for target, own in zip(targets, found, strict=True):
+        key = str(own.summary()) if isinstance(own, Direction) else own
+        if key in seen:
+            name = f"'{target.name}'" if isinstance(target, Direction) else repr(target)
+            raise UserError(f"target {name}: given twice, expected different targets")
+        seen.add(key)
+    return found
+
+
+class Unembedding(NamedTuple):
+    """What logits are made with: a direction for each token, and their mean."""
+
+    table: Float[Array, "V D"]
+    mean: Float[np.ndarray, "D"]
+
+    def rows(self, tokens: Sequence[int]) -> Float[np.ndarray, "n D"]:
+        padded = np.zeros(-(-max(len(tokens), 1) // 16) * 16, np.int32)  # few shapes, few programs
+        padded[: len(tokens)] = tokens
+        return np.asarray(_rows(self.table, padded))[: len(tokens)]
+
+
+def unembedding(model: Model, params: Params) -> Unembedding:
+    table = params["token_embedding" if model.config.tied else "unembedding"]
+    return Unembedding(table, np.asarray(_mean_row(table)))
+
+
+@jax.jit
+def _rows(table: Array, tokens: Array) -> Array:
+    return table[tokens]
+
+
+@jax.jit
+def _mean_row(table: Array) -> Array:
+    """Summed in pieces, as a long sum loses digits."""
+    piece = 512
+    padded = jnp.pad(table, ((0, -len(table) % piece), (0, 0))).astype(ops.wide(table.dtype))
+    return padded.reshape(-1, piece, table.shape[1]).sum(axis=1).sum(axis=0) / len(table)
 
 
 @dataclass(frozen=True)
@@ -36,6 +123,7 @@ class Outputs:
     layers: Int[np.ndarray, "k"]
     positions: Int[np.ndarray, "k"]
     vectors: Float[np.ndarray, "k D"]
+    probabilities: Float[np.ndarray, "k"]  # the model's own; 0 for what is no single token
     weights: Float[np.ndarray, "k"]  # what each counts
 
 
@@ -53,47 +141,56 @@ def softmax(logits: Float[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
 
 
 def outputs(
-    model: Model, length: int, logits: Float[np.ndarray, "V"], targets: Sequence[Target] | None, renormalize: bool
+    model: Model,
+    unembedding: Unembedding,
+    length: int,
+    logits: Float[np.ndarray, "V"],
+    targets: Sequence[Target] | None,
+    renormalize: bool,
 ) -> Outputs:
     """Of a prompt of this length with these logits at its end; without targets, the likeliest next tokens."""
-    wanted = likeliest(logits) if targets is None else list(targets)
-    if not wanted:
-        raise UserError("targets: none given, expected at least one, or None for the likeliest next tokens")
-    probabilities = softmax(logits)
-    table = np.asarray(model.params["token_embedding" if model.config.tied else "unembedding"])
-    rows = [_output(model, length, probabilities, table, target) for target in wanted]
-    tokens, names, layers, positions, vectors, weights = zip(*rows, strict=True)
-    weight = np.asarray(weights, np.float64)
+    wanted = likeliest(logits) if targets is None else resolved(model, targets)
+    tokens = sorted({t for own in wanted if not isinstance(own, Direction) for t in np.atleast_1d(own).tolist()})
+    rows = dict(zip(tokens, unembedding.rows(tokens), strict=True))
+    last, end, chances = model.config.layers, length - 1, softmax(logits)
+    found: list[tuple[int, str, int, int, np.ndarray, float, float]] = []
+    for target in wanted:
+        if isinstance(target, Direction):
+            found.append((-1, target.name, *_place(model, length, target), 0.0, 1.0))
+        elif isinstance(target, tuple):
+            first, second = target
+            name = f"{text_of(model, first)} - {text_of(model, second)}"
+            found.append((-1, name, last, end, rows[first] - rows[second], 0.0, 1.0))
+        else:
+            chance = float(chances[target])
+            found.append((target, text_of(model, target), last, end, rows[target] - unembedding.mean, chance, chance))
+    ids, names, layers, positions, vectors, probabilities, counting = zip(*found, strict=True)
+    weights = np.asarray(counting, np.float64)
+    if renormalize:
+        weights = weights / weights.sum() if weights.any() else np.full(len(weights), 1 / len(weights))
     return Outputs(
-        np.array(tokens),
+        np.array(ids),
         tuple(names),
         np.array(layers),
         np.array(positions),
-        np.stack(vectors).astype(table.dtype),
-        weight / weight.sum() if renormalize else weight,
+        np.stack(vectors).astype(unembedding.mean.dtype),
+        np.asarray(probabilities, np.float64),
+        weights,
     )
 
 
-def _output(
-    model: Model, length: int, probabilities: np.ndarray, table: np.ndarray, target: Target
-) -> tuple[int, str, int, int, np.ndarray, float]:
-    last, end = model.config.layers, length - 1
-    if isinstance(target, Direction):
-        vector, layer = np.asarray(target.vector), last if target.layer is None else target.layer
-        if vector.shape != (model.config.width,):
-            raise UserError(
-                f"target '{target.name}': a vector of shape {vector.shape}, expected ({model.config.width},)"
-            )
-        if not 0 <= layer <= last or not -length <= target.position < length:
-            where = f"layer {target.layer}, position {target.position}"
-            raise UserError(f"target '{target.name}': {where}, expected layers 0 to {last - 1}, {length} positions")
-        return -1, target.name, layer, target.position % length, vector, 1.0
-    if isinstance(target, tuple):
-        first, second = (token_of(model, token) for token in target)
-        name = f"{text_of(model, first)} - {text_of(model, second)}"
-        return -1, name, last, end, table[first] - table[second], 1.0
-    token = token_of(model, target)
-    return token, text_of(model, token), last, end, table[token] - table.mean(axis=0), float(probabilities[token])
+def _place(model: Model, length: int, target: Direction) -> tuple[int, int, np.ndarray]:
+    """A direction's layer, position and vector."""
+    last = model.config.layers
+    vector, layer = np.asarray(target.vector), last if target.layer is None else target.layer
+    if vector.shape != (model.config.width,):
+        raise UserError(f"target '{target.name}': a vector of shape {vector.shape}, expected ({model.config.width},)")
+    if not 0 <= layer <= last or not -length <= target.position < length:
+        where = f"layer {target.layer}, position {target.position}"
+        raise UserError(f"target '{target.name}': {where}, expected layers 0 to {last - 1}, {length} positions")
+    if not np.isfinite(vector).all():
+        raise UserError(f"target '{target.name}': its vector is not finite, expected numbers")
+    return layer, target.position % length, vector
 
 
 def token_of(model: Model, token: int | str) -> int:

@@ -1,6 +1,7 @@
 """From prompts of like length to their rows of edges: the device computes blocks of them, the host says of what."""
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,18 +11,31 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.local import Through
-from jclt.attribution.rows import PromptRows
-from jclt.attribution.sources import Active, gather_sources, run_pass, skips_of, tiles_of
-from jclt.attribution.sweep import Edges, Fixed, Targets, trace_blocks, trace_embeddings
-from jclt.attribution.targets import Direction, Outputs, Target, outputs
-from jclt.coders import Coder
+from jclt.attribution.rows import PromptRows, size_of_rows
+from jclt.attribution.sources import (
+    Active,
+    Layout,
+    gather_sources,
+    groups_of,
+    run_pass,
+    skips_of,
+    tile_of,
+    tiles_before,
+)
+from jclt.attribution.sweep import SOURCES_AT_ONCE, Edges, Fixed, Targets, trace_blocks, trace_embeddings
+from jclt.attribution.targets import Direction, Outputs, Target, Unembedding, as_targets, outputs
+from jclt.coders import Coder, CoderConfig
 from jclt.errors import UserError
-from jclt.models import Model
+from jclt.memory import SPARE, check_memory, free_host_memory
+from jclt.models import Model, ModelConfig
 from jclt.shapes import Int, Params
 
 Conventions = Literal["jclt", "circuit-tracer"]
-"""circuit-tracer's: nothing written at position 0 is a node, nor are position embeddings, and the probabilities of the
-outputs are not made to sum to one. What is no node is part of the bias."""
+"""circuit-tracer's: prompts begin with a special token, nothing written at its position is a node, nor are position
+embeddings, features are chosen in its rounds, and the outputs' probabilities are not made to sum to one. What is no
+node is part of the bias."""
+PEER_QUEUE = 4 * 256
+"""Features that circuit-tracer traces between two rankings: its command line's batches of 256, four at a time."""
 
 WINDOWS, WORTH_WINDOWS = 4, 1 << 14
 """A target needs no positions after its own: where targets times positions are many, blocks come in so many lengths."""
@@ -31,8 +45,13 @@ GRADIENT = {"cpu": 3 << 19, "gpu": 1 << 27, "tpu": 1 << 27}
 BLOCK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 """A block's gradients hold at most so many numbers, and it has at most so many targets, by kind of device: enough for
 long products, few enough that its targets are alike."""
-IN_FLIGHT = 4
-"""Blocks that the device works on while the host takes in the ones before."""
+CALL = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}
+"""Bytes of gradients and edges of the blocks that are computed by one call, beyond which there is one block a call."""
+BATCH_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 32}
+"""Bytes of a device that prompts traced together may take, beyond which they are traced one by one. Not what is free:
+which prompts share a batch must not depend on that."""
+IN_FLIGHT = 2
+"""Calls that the device works on while the host takes in the one before."""
 
 
 class Options(NamedTuple):
@@ -41,17 +60,19 @@ class Options(NamedTuple):
     tolerance: float = 0.0
     conventions: Conventions = "jclt"
 
-    def check(self) -> None:
+    def check(self) -> "Options":
+        """The same in plain types, or one line on what is wrong."""
         if self.conventions not in ("jclt", "circuit-tracer"):
             raise UserError(f"conventions '{self.conventions}': expected jclt or circuit-tracer")
-        if self.max_features < 1:
+        if not isinstance(self.max_features, Integral) or isinstance(self.max_features, bool) or self.max_features < 1:
             raise UserError(f"max_features={self.max_features}: expected at least 1")
-        if not 0 <= self.tolerance < 1:
+        if not isinstance(self.tolerance, Real) or not 0 <= self.tolerance < 1:
             raise UserError(f"tolerance={self.tolerance}: expected from 0 to below 1")
+        return Options(as_targets(self.targets), int(self.max_features), float(self.tolerance), self.conventions)
 
     def summary(self) -> dict[str, Any]:
         """For a graph's file."""
-        own = [t.name if isinstance(t, Direction) else t for t in self.targets or ()]
+        own = [t.summary() if isinstance(t, Direction) else t for t in self.targets or ()]
         return {**self._asdict(), "targets": own or "likeliest"}
 
 
@@ -61,21 +82,59 @@ def length_bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-class Sizes:
-    """How long arrays of varying content are made. Sizes are powers of two and the middles between, and only grow, so
-    that most batches of prompts find their programs compiled."""
+def size_for(need: int, least: int = 1) -> int:
+    """How long an array of varying content is made: a power of two or the middle between two, so that most batches of
+    prompts find their programs compiled. It depends on nothing but the content, as the last bits of results may
+    depend on it."""
+    power = 1 << (max(need, least) - 1).bit_length()
+    return power * 3 // 4 if need <= power * 3 // 4 and power * 3 // 4 >= least else power
 
-    def __init__(self) -> None:
-        self.known: dict[tuple[str | int, ...], int] = {}
 
-    def __call__(self, *name: str | int, need: int, least: int = 1, step: int | None = None) -> int:
-        """The size of what goes by this name: at least what is needed now; with `step`, a multiple of that instead."""
-        if step is not None:
-            self.known[name] = max(self.known.get(name, 0), -(-need // step) * step)
-        elif need > self.known.get(name, 0):
-            power = 1 << (max(need, least) - 1).bit_length()
-            self.known[name] = power * 3 // 4 if need <= power * 3 // 4 and power * 3 // 4 >= least else power
-        return self.known[name]
+def pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
+    """About what the true pass over one prompt takes on a device."""
+    of_coder = 2 * len(coder.covered) * coder.features
+    of_model = 8 * model.layers * model.width + 2 * model.layers * model.heads * length
+    return length * (of_coder + of_model) * itemsize + model.vocabulary * itemsize
+
+
+def source_bytes(
+    model: ModelConfig, coder: CoderConfig, length: int, layout: Layout, at_once: int, itemsize: int
+) -> int:
+    """About what one prompt's sources and targets take on a device while edges are computed, beside the pass."""
+    covered, size = len(coder.covered), model.width
+    reach = max(coder.reach(index) for index in range(covered))
+    listed = covered * layout.longest
+    written = covered * layout.tiles * layout.tile * size
+    lists = listed * size * (2 + max(reach, at_once)) + 2 * listed * length
+    return (2 * written + lists) * itemsize
+
+
+def blocks_of_call(
+    backend: str, length: int, width: int, depth: int, layout: Layout, size: int, count: int, itemsize: int
+) -> int:
+    """How many blocks of targets one call computes, a power of two."""
+    of_one = 2 * size * length * width + size * (layout.groups * layout.tiles * layout.tile + depth * length)
+    most = max(CALL[backend] // (of_one * count * itemsize), 1)
+    return 1 << (most.bit_length() - 1)
+
+
+def embeddings_at_once(backend: str, longest: int, covered: int, width: int, count: int) -> int:
+    """How many embeddings are followed at once, a power of two: each is read by all targets."""
+    most = min(max(CALL[backend] // 2 // (longest * covered * width * count), 1), SOURCES_AT_ONCE)
+    return 1 << (most.bit_length() - 1)
+
+
+def silent_positions(model: Model, options: Options) -> int:
+    """At how many positions nothing is a node: under circuit-tracer's conventions that of the first token, and those of
+    the four that begin each prompt of an instruction-tuned Gemma 3."""
+    if options.conventions == "jclt":
+        return 0
+    return 4 if is_gemma_3_it(model) else 1
+
+
+def is_gemma_3_it(model: Model) -> bool:
+    """By its name, as circuit-tracer tells it."""
+    return "gemma-3" in model.name and model.name.rstrip("/").endswith("-it")
 
 
 def trace_prompts(
@@ -84,32 +143,60 @@ def trace_prompts(
     params: Params,
     coder: Coder,
     prompts: list[np.ndarray],
+    targets: list[Sequence[Target] | None],
+    unembedding: Unembedding,
     mesh: Mesh,
     options: Options,
-    sizes: Sizes,
 ) -> list[PromptRows]:
-    """Prompts of one length bucket, split over the mesh."""
-    ours = options.conventions == "jclt"
-    by_prompt, covered = NamedSharding(mesh, P("prompts")), coder.config.covered
+    """Prompts of one length bucket, split over the mesh; in parts where they take too much memory together."""
+    ours, config = options.conventions == "jclt", coder.config
+    by_prompt, covered = NamedSharding(mesh, P("prompts")), config.covered
     length = min(length_bucket(max(map(len, prompts))), model.config.context)
-    count = -(-sizes("prompts", need=len(prompts)) // mesh.size) * mesh.size
+    count = -(-size_for(len(prompts)) // mesh.size) * mesh.size
     tokens, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
 
-    found = run_pass(through, params, coder, *jax.device_put((tokens, lengths), by_prompt), not ours)
-    ends = np.asarray(found.logits[np.arange(count), lengths - 1])[: len(prompts)]
-    counts = np.asarray(found.counts)
+    on_one, itemsize, backend = count // mesh.size, unembedding.table.dtype.itemsize, jax.default_backend()
+    passing = pass_bytes(model.config, config, length, itemsize)
+    what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
+    check_memory(passing * on_one, what, "a shorter prompt would fit")
+    silent = silent_positions(model, options)
+    found = run_pass(through, params, coder, *jax.device_put((tokens, lengths), by_prompt), silent)
+    ends, counts = np.asarray(found.logits)[: len(prompts)], np.asarray(found.counts)
     check_found(model, ends, counts[: len(prompts)])
-    longest = sizes("longest", length, need=int(counts.sum(axis=2).max()), least=16)
-    tiles_before = np.cumsum(tiles_of(counts.sum(axis=1)), axis=1).max(axis=0)  # of all positions up to each
-    tiles = sizes("tiles", length, need=int(tiles_before[-1]), least=4)
-    active, sources = gather_sources(coder, found, longest, tiles)
-    explained = [outputs(model, len(p), own, options.targets, ours) for p, own in zip(prompts, ends, strict=True)]
-    others = jax.device_put(as_targets(explained, count, ends.dtype, sizes), by_prompt)
+
+    groups = groups_of(config)
+    tile = tile_of(counts, groups)
+    before = tiles_before(counts, groups, tile)
+    longest, tiles = size_for(int(counts.sum(axis=2).max()), 16), size_for(int(before[-1]), 4)
+    layout = Layout(longest, groups, tiles, tile)
+    at_once = embeddings_at_once(backend, longest, len(covered), model.config.width, on_one)
+    sources_need = source_bytes(model.config, config, length, layout, at_once, itemsize)
+    if len(prompts) > 1 and on_one * (passing + sources_need) > BATCH_BYTES[backend]:
+        del found
+        parts = [slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)]
+        given = (model, through, params, coder)
+        return [
+            own
+            for part in parts
+            for own in trace_prompts(*given, prompts[part], targets[part], unembedding, mesh, options)
+        ]
+    explained = [
+        outputs(model, unembedding, len(p), end, own, ours) for p, end, own in zip(prompts, ends, targets, strict=True)
+    ]
+    of_target = 2 * length * model.config.width + groups * tiles * tile + model.config.layers * length
+    on_device = on_one * sources_need, on_one * of_target * itemsize
+    check_rows(model, config, counts[: len(prompts)], explained, options, itemsize, *on_device)
+
+    active, sources = gather_sources(coder, found, layout)
+    found = found.without_features()
+    others = jax.device_put(target_arrays(explained, count, ends.dtype), by_prompt)
     skips = skips_of(coder, model.config.layers)
-    fixed = trace_embeddings(through, covered, ours, params, skips, found, active, others)
-    entries, made = on_host(model, coder, prompts, explained, active, fixed, options)
+    fixed = trace_embeddings(through, covered, ours, at_once, params, skips, found, active, others)
+    held = found.held
+    del found
+    entries, made = on_host(model, coder, layout, prompts, explained, active, fixed, options)
     if not bool(jnp.isfinite(sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
     nothing = active.valid[0].size + others.layers.shape[1] - 1
@@ -123,21 +210,28 @@ def trace_prompts(
             for own, some, *parts in zip(made, numbers, *map(np.asarray, edges), strict=False):
                 own.record(some, *parts)
 
-        at_once = GRADIENT[jax.default_backend()] // (count * model.config.width)
-        for stop, size, joined, numbers in windows(made, wanted, length, at_once):
-            most = sizes("blocks", length, stop, size, need=-(-max(map(len, numbers)) // size))
-            of_window = sizes("tiles", length, stop, need=int(tiles_before[stop - 1]), step=-(-tiles // WINDOW_TILES))
-            chosen = np.full((count, most * size), nothing)
-            for row, some in enumerate(numbers):
-                chosen[row, : len(some)] = entries[row][some]
-            blocks = jax.device_put(chosen.reshape(count, -1, size), by_prompt)
-            which = (jnp.asarray(joined), active, others, blocks)
-            edges = trace_blocks(
-                through, covered, int(not ours), stop, min(of_window, tiles), params, found.held, skips, sources, *which
+        rows = GRADIENT[backend] // (count * model.config.width)
+        for stop, size, joined, numbers in windows(made, wanted, length, rows):
+            step = -(-tiles // WINDOW_TILES)
+            of_window = min(-(-int(before[stop - 1]) // step) * step, tiles)
+            within = layout._replace(tiles=of_window)
+            most = blocks_of_call(
+                backend, stop, model.config.width, model.config.layers, within, size, on_one, itemsize
             )
-            flying.append((numbers, edges))
-            if len(flying) > IN_FLIGHT:
-                land()
+            blocks = -(-max(map(len, numbers)) // size)
+            for first in range(0, blocks, most):
+                some = [own[first * size : (first + most) * size] for own in numbers]
+                held_blocks = min(1 << (min(blocks - first, most) - 1).bit_length(), most)
+                chosen = np.full((count, held_blocks * size), nothing)
+                for row, own in enumerate(some):
+                    chosen[row, : len(own)] = entries[row][own]
+                placed = jax.device_put(chosen.reshape(count, -1, size), by_prompt)
+                which = (jnp.asarray(np.clip(joined - first, 0, held_blocks)), active, others, placed)
+                start = min(silent, stop - 1)
+                edges = trace_blocks(through, config, start, stop, of_window, params, held, skips, sources, *which)
+                flying.append((some, edges))
+                if len(flying) > IN_FLIGHT:
+                    land()
         while flying:
             land()
 
@@ -154,9 +248,50 @@ def check_found(model: Model, logits: np.ndarray, counts: np.ndarray) -> None:
         raise UserError("prompt: no feature of the coder is active on it, expected at least one")
 
 
-def as_targets(explained: list[Outputs], count: int, dtype: Any, sizes: Sizes) -> Targets:
+def check_rows(
+    model: Model,
+    config: CoderConfig,
+    counts: Int[np.ndarray, "B C T"],
+    explained: list[Outputs],
+    options: Options,
+    itemsize: int,
+    of_sources: int,
+    of_target: int,
+) -> None:
+    """An error of one line if the rows of the prompts' graphs, or the bytes that their sources and each target take on
+    the device, do not fit; it says how many features would."""
+    backend = jax.default_backend()
+    on_cpu = backend == "cpu"
+    embeddings = 1 + (model.config.learned_positions and options.conventions == "jclt")
+
+    def on_device(limit: int) -> int:
+        return of_sources + min((IN_FLIGHT + 1) * CALL[backend], (limit + outs) * of_target)
+
+    def need(limit: int) -> float:
+        sizes = [
+            size_of_rows(own, config.covered, model.config.layers, embeddings, limit, len(ends.tokens))
+            for own, ends in zip(counts, explained, strict=True)
+        ]
+        rows, graphs = (np.array(x) for x in zip(*sizes, strict=True))
+        return float(rows.sum() + graphs.max()) * itemsize + (on_device(limit) if on_cpu else 0)
+
+    active, outs = int(counts.sum(axis=(1, 2)).max()), max(len(own.tokens) for own in explained)
+    limit, free = min(options.max_features, active), free_host_memory()
+    if not on_cpu:
+        check_memory(on_device(limit), f"prompt: its {active} active features", "a shorter prompt would fit")
+    if free is not None and need(limit) > free * (1 - SPARE):
+        low, high = 0, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if need(middle) <= free * (1 - SPARE) else (low, middle)
+        remedy = f"max_features={low} would fit" if low else "a shorter prompt would fit"
+        what = f"prompt: a graph of {limit} of its {active} active features"
+        check_memory(need(limit), what, remedy, host=True)
+
+
+def target_arrays(explained: list[Outputs], count: int, dtype: Any) -> Targets:
     """All prompts' outputs in arrays of one shape, longer than any of them: the last entry is a target of nothing."""
-    most = sizes("outputs", need=max(len(own.tokens) for own in explained) + 1, least=16)
+    most = size_for(max(len(own.tokens) for own in explained) + 1, 16)
     width = explained[0].vectors.shape[1]
     layers, positions = np.zeros((count, most), np.int64), np.zeros((count, most), np.int64)
     vectors = np.zeros((count, most, width), dtype)
@@ -169,6 +304,7 @@ def as_targets(explained: list[Outputs], count: int, dtype: Any, sizes: Sizes) -
 def on_host(
     model: Model,
     coder: Coder,
+    layout: Layout,
     prompts: list[np.ndarray],
     explained: list[Outputs],
     active: Active,
@@ -178,16 +314,18 @@ def on_host(
     """For each prompt the place of its targets among `all_targets`, and what the host keeps of it."""
     valids, places, numbers, values, slots = (np.asarray(x) for x in active[:5])
     fixed = jax.tree.map(np.asarray, fixed)
+    queue = None if options.conventions == "jclt" else PEER_QUEUE
     entries, made = [], []
     for row, (tokens, own) in enumerate(zip(prompts, explained, strict=True)):
-        valid, length = valids[row], len(tokens)
+        valid = valids[row]
         layers = np.broadcast_to(np.array(coder.config.covered)[:, None], valid.shape)[valid]
         features = np.stack([layers, places[row][valid], numbers[row][valid]], axis=1).astype(np.int64)
         at = np.append(np.flatnonzero(valid), valid.size + np.arange(len(own.tokens)))
-        mine: Any = jax.tree.map(lambda x, row=row, at=at: x[row][at], fixed)
-        targets: Fixed = jax.tree.map(lambda x, length=length: x[:, :length] if x.ndim == 2 else x, mine)
-        lists = (tokens, features, values[row][valid], slots[row][valid])
-        made.append(PromptRows(*lists, own, targets, model.config.layers, options.max_features, options.tolerance))
+        mine: Fixed = jax.tree.map(lambda x, row=row: x[row], fixed)
+        slot = np.stack(np.unravel_index(slots[row][valid], (layout.groups, layout.tiles, layout.tile)))
+        lists = (tokens, features, values[row][valid], slot)
+        limits = (options.max_features, options.tolerance, queue)
+        made.append(PromptRows(*lists, own, mine, at, model.config.layers, *limits))
         entries.append(at)
     return entries, made
 

@@ -14,16 +14,25 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.local import Through
-from jclt.attribution.sources import TILE, gather_sources, run_pass, skips_of
-from jclt.attribution.sweep import Targets, trace_blocks
-from jclt.attribution.trace import BLOCK, GRADIENT, length_bucket
+from jclt.attribution.sources import LEAST_TILE, TILE, Layout, gather_sources, groups_of, run_pass, skips_of
+from jclt.attribution.sweep import Targets, trace_blocks, trace_embeddings
+from jclt.attribution.trace import (
+    BLOCK,
+    CALL,
+    GRADIENT,
+    IN_FLIGHT,
+    blocks_of_call,
+    embeddings_at_once,
+    length_bucket,
+    size_for,
+)
 from jclt.coders import abstract_coder
 from jclt.models import ModelConfig, abstract_params
 from jclt.pods.chips import chip_of
 from jclt.training.config import TrainConfig
 
-ACTIVE, OUTPUTS, BLOCKS = 100, 16, 4
-"""Active features a token over all layers, as published coders have; outputs explained; blocks of targets at once."""
+ACTIVE, OUTPUTS = 100, 16
+"""Active features a token over all layers, as published coders have; outputs explained."""
 
 
 def plan_graphs(
@@ -48,27 +57,51 @@ def plan_graphs(
     through = Through(model, c.reads, c.writes)
     tokens = lying(jax.ShapeDtypeStruct((count, length), jnp.int32), "prompts")
     lengths = lying(jax.ShapeDtypeStruct((count,), jnp.int32), "prompts")
-    longest, tiles = max(64, 2 * ACTIVE * length // len(c.covered)), length * -(-ACTIVE // TILE)
+    layers, groups = len(c.covered), groups_of(c)
+    tile = TILE if groups == 1 else min(max(size_for(-(-ACTIVE // layers)), LEAST_TILE), TILE)
+    layout = Layout(
+        longest=size_for(2 * ACTIVE * length // layers, 64),
+        groups=groups,
+        tiles=size_for(length * -(-ACTIVE // groups // tile)),
+        tile=tile,
+    )
     size = min(max(16, GRADIENT["tpu"] // (count * model.width) // length), BLOCK["tpu"])
-    passed = run_pass.lower(through, params, coder, tokens, lengths, False)
-    found = lying(jax.eval_shape(lambda *x: run_pass(through, *x, False), params, coder, tokens, lengths), "prompts")
-    gathered = gather_sources.lower(coder, found, longest, tiles)
-    active, sources = lying(jax.eval_shape(lambda *x: gather_sources(*x, longest, tiles), coder, found), "prompts")
+    of_call = blocks_of_call("tpu", length, model.width, model.layers, layout, size, 1, 4)
+    at_once = embeddings_at_once("tpu", layout.longest, layers, model.width, 1)
+    passed = run_pass.lower(through, params, coder, tokens, lengths, 0)
+    found = lying(jax.eval_shape(lambda *x: run_pass(through, *x, 0), params, coder, tokens, lengths), "prompts")
+    gathered = gather_sources.lower(coder, found, layout)
+    active, sources = lying(jax.eval_shape(lambda *x: gather_sources(*x, layout), coder, found), "prompts")
+    kept = found.without_features()
     one = jax.ShapeDtypeStruct((count, OUTPUTS), jnp.int32)
     others = lying(Targets(one, one, jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32)), "prompts")  # type: ignore[arg-type]
-    blocks = lying(jax.ShapeDtypeStruct((count, BLOCKS, size), jnp.int32), "prompts")
+    blocks = lying(jax.ShapeDtypeStruct((count, of_call, size), jnp.int32), "prompts")
     joined = lying(jax.ShapeDtypeStruct((model.layers + 1,), jnp.int32))
     skips = lying(jax.eval_shape(lambda x: skips_of(x, model.layers), coder))
-    traced = trace_blocks.lower(
-        through, c.covered, 0, length, tiles, params, found.held, skips, sources, joined, active, others, blocks
+    which = (skips, kept, active, others)
+    embedded = trace_embeddings.lower(through, c.covered, True, at_once, params, *which)
+    fixed = lying(
+        jax.eval_shape(lambda *x: trace_embeddings(through, c.covered, True, at_once, *x), params, *which), "prompts"
     )
-    kept = sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves((found, active, sources))
+    traced = trace_blocks.lower(
+        through, c, 0, length, layout.tiles, params, found.held, skips, sources, joined, active, others, blocks
+    )
+
+    def on_chip(*trees: Any) -> int:
+        return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(trees))
+
+    # What the programs before left stays meanwhile, and some of the last one's results wait for the host.
+    stages = (
+        (passed, 0),
+        (gathered, on_chip(found)),
+        (embedded, on_chip(kept, active, sources)),
+        (traced, on_chip(found.held, active, sources, fixed) + IN_FLIGHT * CALL["tpu"]),
     )
     most = 0.0
-    for lowered in (passed, gathered, traced):
+    for lowered, left in stages:
         used: Any = lowered.compile().memory_analysis()
-        # What it is given is counted already; inputs and outputs of the others stay meanwhile.
-        most = max(most, used.peak_memory_in_bytes - used.argument_size_in_bytes + used.generated_code_size_in_bytes)
-    total = given + kept + most
+        # What it is given is counted already.
+        own = used.peak_memory_in_bytes - used.argument_size_in_bytes + used.generated_code_size_in_bytes
+        most = max(most, left + own)
+    total = given + most
     return report | {"fits": total <= limit, "total": total}
