@@ -281,7 +281,7 @@ class NpzFile(Archive):
         _forget(self.map)
 
 
-def _read_array(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool) -> np.ndarray:
+def _read_array(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool) -> np.ndarray:
     """The numbers after the header, read straight to their place; to the end, where the checksum is looked at."""
     array = np.empty(shape, dtype, order="F" if fortran else "C")
     left = memoryview(array.reshape(-1, order="A").view(np.uint8))
@@ -311,7 +311,7 @@ def map_array(path: Path, expected: str) -> np.ndarray:
         raise UserError(f"{path}: damaged ({first_line(error)}), expected {expected}") from None
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether in Fortran's order, type, and the header's own length."""
     start = file.tell()
     version = npy.read_magic(file)

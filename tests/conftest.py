@@ -12,6 +12,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    """What `tests/fuzz` draws; only the first conftest may add options."""
+    group = parser.getgroup("fuzz")
+    group.addoption(
+        "--fuzz-inputs", type=int, metavar="N", help="damaged files to read (default: few; -m fuzz: 10,000)"
+    )
+    group.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="draws other inputs")
+    group.addoption("--fuzz-only", type=int, metavar="NUMBER", help="this input alone")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """Each compiled program holds on to memory maps, of which a process may have so many; a whole run needs more."""
