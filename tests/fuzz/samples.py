@@ -12,6 +12,7 @@ import types
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,7 +285,7 @@ def documents_sample(name: str, content: bytes, share: float = 0.5) -> Sample:
 
 def parquet_sample() -> Sample:
     def write(path: Path) -> None:
-        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow
         from pyarrow.parquet import write_table
 
         write_table(pyarrow.table({"text": ["ab", "a b", "b"], "id": [1, 2, 3]}), path)
@@ -372,5 +373,5 @@ SAMPLES: dict[str, Sample] = {
     "documents-jsonl-gz": documents_sample("text.jsonl.gz", gzip.compress(JSON_LINES.encode()), 0.3),
     "documents-txt-bz2": documents_sample("text.txt.bz2", bz2.compress(TEXT.encode()), 0.2),
     "documents-txt-xz": documents_sample("text.txt.xz", lzma.compress(TEXT.encode()), 0.2),
-    "documents-parquet": parquet_sample(),
+    **({"documents-parquet": parquet_sample()} if find_spec("pyarrow") else {}),
 }

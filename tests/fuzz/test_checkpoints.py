@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from numpy.random import Generator
 
 from fuzz.limits import Fault, check_line, fault_of, limited, told
 from fuzz.mutations import BYTES, empty, flip_bit, pick
-from jclt.coders import load_coder
+from fuzz.samples import GPT2, random_model
+from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
 from jclt.files import read_json
-from jclt.models import load_model
+from jclt.models import load_model, save_model
 from jclt.sharding import make_mesh
 from jclt.training.abstract import abstract_state
 from jclt.training.checkpoints import Checkpoints, leaves
@@ -35,29 +35,16 @@ from jclt.training.metrics import read_metrics
 pytestmark = pytest.mark.fuzz
 
 STEPS, EVERY = 12, 4
-CONFIG = f"""
-from jclt.coders import CoderConfig
-from jclt.training.config import TrainConfig
-
-config = TrainConfig(
-    CoderConfig(features=32, layers=(0, 1)), steps={STEPS}, batch=8, length=8, warmup=2, save_every={EVERY}, log_every=1
-)
-"""
+SETTINGS = {"steps": STEPS, "batch": 8, "length": 8, "warmup": 2, "save_every": EVERY, "log_every": 1}
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 VOLATILE = ("seconds", "tokens_per_second", "matmul_fraction")
-
-
-@cache
-def config() -> TrainConfig:
-    found: dict[str, Any] = {}
-    exec(CONFIG, found)
-    return found["config"]
 
 
 @dataclass(frozen=True)
 class Run:
     """One that was never disturbed."""
 
+    config: TrainConfig
     folder: Path
     coder: list[np.ndarray]
     metrics: list[dict[str, Any]]
@@ -67,18 +54,22 @@ class Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    train_coder(config(), folder)
+    """Of a model and data as small as can be: what takes time is to compile."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    save_model(random_model(GPT2), home / "model")
+    (home / "text.txt").write_text("ab a b ab b ab ab a\n" * 200)
+    places = {"model": str(home / "model"), "data": str(home / "text.txt")}
+    config = TrainConfig(CoderConfig(features=16, layers=(1,)), **places, **SETTINGS)
+    train_coder(config, home / "run")
     states = {}
-    for step in (STEPS, STEPS - EVERY):
-        one = folder.with_name(f"step {step}")
-        shutil.copytree(folder, one)
-        shutil.rmtree(one / "checkpoints" / str(STEPS + STEPS - EVERY - step))
-        found = restored(one)
+    for step, other in ((STEPS, STEPS - EVERY), (STEPS - EVERY, STEPS)):
+        shutil.copytree(home / "run", home / f"step {step}")
+        shutil.rmtree(home / f"step {step}" / "checkpoints" / str(other))
+        found = restored(config, home / f"step {step}")
         assert found is not None and int(found["step"]) == step
         states[step] = found
     assert any((states[STEPS][name] != x).any() for name, x in states[STEPS - EVERY].items())
-    return Run(folder, coder_of(folder), metrics_of(folder), states)
+    return Run(config, home / "run", coder_of(home / "run"), metrics_of(home / "run"), states)
 
 
 def coder_of(folder: Path) -> list[np.ndarray]:
@@ -90,10 +81,10 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name not in VOLATILE} for entry in entries]
 
 
-def restored(folder: Path) -> dict[str, np.ndarray] | None:
+def restored(config: TrainConfig, folder: Path) -> dict[str, np.ndarray] | None:
     """What a run in this folder would go on from."""
     mesh = make_mesh()
-    whole = fitted(config(), load_model("demo").config, mesh)
+    whole = fitted(config, load_model(config.model).config, mesh)
     with jax.set_mesh(mesh), Checkpoints(str((folder / "checkpoints").absolute())) as checkpoints:
         found = checkpoints.restore(abstract_state(whole, mesh))
     return None if found is None else {name: np.asarray(x) for name, x in leaves(found).items()}
@@ -134,7 +125,7 @@ def examine(run: Run, folder: Path) -> list[Fault]:
     faults: list[Fault] = []
     try:
         with limited() as faults:
-            found = restored(folder)
+            found = restored(run.config, folder)
     except UserError as error:
         fault = check_line(str(error))
         return [fault] if fault else []
@@ -170,7 +161,7 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(undistu
             path.write_bytes(b"")
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as error:
-        train_coder(config(), folder)
+        train_coder(undisturbed.config, folder)
     assert check_line(str(error.value)) is None
     assert (folder / "metrics.jsonl").read_bytes() == before
 
@@ -179,10 +170,11 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(undistu
 
 
 @contextlib.contextmanager
-def training(folder: Path) -> Iterator[subprocess.Popen]:
+def training(run: Run, folder: Path) -> Iterator[subprocess.Popen]:
     """`jclt train` in a process of its own, with as many devices as here."""
     recipe = folder.parent / "recipe.py"
-    recipe.write_text(CONFIG)
+    settings = "from jclt.coders import CoderConfig\nfrom jclt.training.config import TrainConfig\n"
+    recipe.write_text(f"{settings}config = {run.config!r}\n")
     command = [sys.executable, "-m", "jclt.cli", "train", str(recipe), "--out", str(folder)]
     environment = {**os.environ, **ENVIRONMENT}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -199,11 +191,11 @@ def progress(folder: Path) -> int:
     return len(re.findall(rb"\n", path.read_bytes())) if path.exists() else -1
 
 
-def kill_somewhere(rng: Generator, folder: Path) -> str | None:
+def kill_somewhere(rng: Generator, run: Run, folder: Path) -> str | None:
     """Ends the run at a random moment: while it starts, at any of its steps, or at its end; None if it was done."""
     goal, patience = int(rng.integers(-1, STEPS + 1)), float(rng.random() ** 2)
     number = pick(rng, (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-    with training(folder) as process:
+    with training(run, folder) as process:
         if goal < 0:
             time.sleep(4 * patience)
         else:
@@ -220,8 +212,8 @@ def kill_somewhere(rng: Generator, folder: Path) -> str | None:
     return f"{number.name} at step {progress(folder)}"
 
 
-def finish(folder: Path) -> None:
-    with training(folder) as process:
+def finish(run: Run, folder: Path) -> None:
+    with training(run, folder) as process:
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-2000:].decode(errors="replace")
 
@@ -233,11 +225,11 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed, draw, tmp_path)
         rng = np.random.default_rng([draw.seed, number])
         folder, number = tmp_path / f"run{number}", number + 1
         for _ in range(5):
-            how = kill_somewhere(rng, folder)
+            how = kill_somewhere(rng, undisturbed, folder)
             if how is None or len(kills) >= most:
                 break
             kills.append(how)
-        finish(folder)
+        finish(undisturbed, folder)
         assert read_json(folder / "config.json") == read_json(undisturbed.folder / "config.json"), kills
         assert all(map(np.array_equal, coder_of(folder), undisturbed.coder)), kills
         assert metrics_of(folder) == undisturbed.metrics, kills
