@@ -7,19 +7,19 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+from drawing import add_options, drawn
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    """What `tests/fuzz` draws; only the first conftest may add options."""
-    group = parser.getgroup("fuzz")
-    group.addoption(
-        "--fuzz-inputs", type=int, metavar="N", help="damaged files to read (default: few; -m fuzz: 10,000)"
-    )
-    group.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="draws other inputs")
-    group.addoption("--fuzz-only", type=int, metavar="NUMBER", help="this input alone")
+    add_options(parser)
+
+
+@pytest.fixture(scope="session")
+def draw(pytestconfig):
+    return drawn(pytestconfig)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,13 +1,14 @@
 """What holds of every model and coder, on configurations drawn by a seed: few here, many with `-m fuzz`."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
 import pytest
+from drawing import Draw, drawn
 from golden_cases import CASES, golden_model
 from numpy.random import Generator
 from test_coders import random_coder
@@ -22,7 +23,8 @@ from jclt.viewer import export_json, import_json
 
 pytestmark = pytest.mark.fuzz
 
-FEW, MANY = 3, 100
+FEW = 3
+"""Cases of the default run; with the flag there is one for each hundred damaged files."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,16 +35,21 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True)
+def forget_programs_of_a_case(draw: Draw):
+    """No two cases share any, and a process has room for those of a few."""
+    yield
+    if draw.large:
+        jax.clear_caches()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """As many cases as are asked for, of which each test draws its own."""
-    option = metafunc.config.getoption
-    given = option("--fuzz-inputs")
-    large = given is not None or option("markexpr") == "fuzz"
-    count = max(FEW, (given or 10_000) // 100) if large else FEW
+    """As many cases as are asked for; each of the tests gets all of them."""
     if "case" in metafunc.fixturenames:
-        only = option("--fuzz-only")
-        numbers = range(count) if only is None else [only]
-        metafunc.parametrize("case", [case_of(option("--fuzz-seed"), number) for number in numbers], ids=str)
+        draw = drawn(metafunc.config)
+        count = max(FEW, draw.inputs // 100) if draw.large else FEW
+        numbers = range(count) if draw.only is None else [draw.only]
+        metafunc.parametrize("case", [case_of(draw.seed, number) for number in numbers], ids=str)
 
 
 def pick(rng: Generator, items: Any) -> Any:
@@ -69,8 +76,11 @@ class Case:
 
     @cached_property
     def coder(self) -> SparseCoder:
+        return self.filled(self.coder_config)
+
+    def filled(self, config: CoderConfig) -> SparseCoder:
         """Weights that the type holds without loss."""
-        config = self.coder_config.fitted(self.model.config, "random")
+        config = config.fitted(self.model.config, "random")
         coder = random_coder(config, cast(Any, np.dtype("float32")), seed=self.number)
 
         def rounded(path: Any, x: jax.Array) -> jax.Array:
@@ -84,15 +94,16 @@ class Case:
         return attribute(self.model, self.coder, np.array(self.tokens), max_features=self.budget)
 
 
+@cache
 def case_of(seed: int, number: int) -> Case:
     rng = np.random.default_rng([seed, number])
     family = CASES[(number + seed) % len(CASES)]
     model = golden_model(family).config
     layers = sorted(rng.choice(model.layers, int(rng.integers(1, model.layers + 1)), replace=False).tolist())
-    activation = pick(rng, ("relu", "jumprelu", "topk"))
+    activation = ("relu", "topk", "jumprelu")[number % 3]
     reads, writes = pick(rng, (("mlp_in", "mlp_out"), ("resid_mid", "mlp_out"), ("mlp_normalized", "mlp_out")))
     config = CoderConfig(
-        pick(rng, ("clt", "transcoder")),
+        ("clt", "transcoder")[number % 2],
         int(rng.integers(4, 25)),
         activation,
         int(rng.integers(1, 4)) if activation == "topk" else None,
@@ -174,35 +185,35 @@ def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case):
         close(getattr(got, name), getattr(want, name), 2e-6)
 
 
-def test_a_coder_is_the_same_in_every_layout_that_can_say_it(case: Case, tmp_path: Path):
-    said = 0
+@pytest.mark.parametrize("kind", ["own", "sae", "tied sae"])
+def test_a_coder_is_the_same_in_every_layout_that_can_say_it(case: Case, kind: str, tmp_path: Path):
+    sae = replace(case.coder_config, kind="sae", reads="resid_post", writes="resid_post", tied=kind == "tied sae")
+    coder = case.coder if kind == "own" else case.filled(sae)
+    sites = {"reads": coder.config.reads, "writes": coder.config.writes}
     for layout in LAYOUTS:
-        for dtype in {case.dtype, "float32"}:
-            folder = tmp_path / f"{layout} {dtype}"
+        for dtype in sorted({case.dtype, "float32"}):
+            folder, twice = tmp_path / f"{layout} {dtype}", tmp_path / f"{layout} {dtype} twice"
             try:
-                save_coder(case.coder, folder, layout, dtype)
+                save_coder(coder, folder, layout, dtype)
             except UserError as error:
                 assert str(error).startswith(("layout ", "dtype ")) and layout != "jclt" and not folder.exists()
                 continue
-            said += 1
-            again = load_coder(folder, reads=case.coder.config.reads, writes=case.coder.config.writes, check=False)
+            again = load_coder(folder, check=False, **({} if layout == "jclt" else sites))
             if layout == "jclt":
-                assert again.config == case.coder.config
-            config = replace(again.config, **{n: getattr(case.coder.config, n) for n in SILENT})
-            same_weights(replace_config(again, config), replace_config(case.coder, config))
-            twice = tmp_path / f"{layout} {dtype} twice"
+                assert again.config == coder.config
+                same_weights(again, coder)
+            for name in ("encoder", "encoder_bias", "threshold", "rows", "decoder_bias", "skip"):
+                for got, want in zip(again.layers, coder.layers, strict=True):
+                    np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=f"{layout} {name}")
+            for name in SAID:
+                assert getattr(again.config, name) == getattr(coder.config, name), (layout, name)
             save_coder(again, twice, layout, dtype)
             for path in twice.rglob("*.safetensors"):
                 assert path.read_bytes() == (folder / path.relative_to(twice)).read_bytes()
-    assert said
 
 
-SILENT = ("model", "model_fingerprint", "bandwidth", "through")
-"""What only our own layout says of a coder."""
-
-
-def replace_config(coder: SparseCoder, config: CoderConfig) -> SparseCoder:
-    return SparseCoder(coder.layers, config)
+SAID = ("kind", "features", "rule", "k", "reads", "writes", "skip", "covered", "size")
+"""What every layout says of a coder, or refuses."""
 
 
 def test_what_was_captured_and_is_put_back_changes_no_bit(case: Case):
