@@ -7,9 +7,19 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
+from drawing import add_options, drawn
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    add_options(parser)
+
+
+@pytest.fixture(scope="session")
+def draw(pytestconfig):
+    return drawn(pytestconfig)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,31 @@
+"""How many inputs are drawn where inputs are drawn, and from which seed."""
+
+from typing import NamedTuple
+
+import pytest
+
+
+class Draw(NamedTuple):
+    inputs: int  # damaged files; of the rest there are as many in proportion
+    seed: int
+    only: int | None  # this one alone
+    large: bool
+
+
+FEW, MANY = 400, 10_000
+
+
+def add_options(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz")
+    group.addoption(
+        "--fuzz-inputs", type=int, metavar="N", help="damaged files to read (default: few; -m fuzz: 10,000)"
+    )
+    group.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="draws other inputs")
+    group.addoption("--fuzz-only", type=int, metavar="NUMBER", help="this input alone")
+
+
+def drawn(config: pytest.Config) -> Draw:
+    option = config.getoption
+    given = option("--fuzz-inputs")
+    large = given is not None or option("markexpr") == "fuzz"
+    return Draw(given or (MANY if large else FEW), option("--fuzz-seed"), option("--fuzz-only"), large)
