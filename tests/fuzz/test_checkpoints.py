@@ -32,7 +32,11 @@ from jclt.training.coder import fitted, train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [
+    pytest.mark.fuzz,
+    # Orbax leaves what else it had begun to read when one of the reads fails.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 STEPS, EVERY = 12, 4
 SETTINGS = {"steps": STEPS, "batch": 8, "length": 8, "warmup": 2, "save_every": EVERY, "log_every": 1}
