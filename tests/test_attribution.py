@@ -1,5 +1,6 @@
 """What `attribute` is asked for: many prompts at once, parts of graphs and what they miss, targets, and bad input."""
 
+import json
 import sys
 from dataclasses import replace
 from functools import cache
@@ -408,13 +409,18 @@ def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
     graph = attribute(model, coder, prompt, targets=" Austin", max_features=3)
     assert graph.logit_names == (" Austin",)
     token = np.int64(graph.logit_tokens[0])
-    same = attribute(
-        model, coder, prompt, targets=[token], max_features=cast(Any, np.int32(3)), tolerance=np.float32(0)
-    )
+    same = attribute(model, coder, prompt, targets=[token], max_features=3)
     np.testing.assert_array_equal(same.adjacency, graph.adjacency)
     same.save(tmp_path / "graph.npz")
     assert jclt.load_graph(tmp_path / "graph.npz").provenance["settings"]["targets"] == [int(token)]
     assert as_targets(np.array([3, 4])) == [3, 4] and as_targets([[3, "a"]]) == [(3, "a")]
+    plain = Options(cast(Any, np.int64(4)), cast(Any, np.int32(3)), cast(Any, np.float32(0.5))).check()
+    assert json.loads(json.dumps(plain.summary())) == {
+        "targets": [4],
+        "max_features": 3,
+        "tolerance": 0.5,
+        "conventions": "jclt",
+    }
 
 
 def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monkeypatch):
@@ -426,18 +432,22 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monk
         ([" Austin", model.encode(" Austin")[-1]], "given twice"),
         ([(5, 6), (5, 6)], "given twice"),
         ([twice, twice], "^target 'd': given twice"),
+        ([-1], "^target -1: expected a token id"),
+    ):
+        with pytest.raises(UserError, match=says):
+            attribute(model, coder, prompts()[1], targets=targets)
+    for targets, says in (  # which types, checked in tests, let come no further
         ([1.5], "^target 1.5: expected a token"),
         ([True], "^target True: expected a token"),
         ([(1, 2, 3)], r"^target \(1, 2, 3\): expected a token"),
-        ([-1], "^target -1: expected a token id"),
         (1.5, "^targets: 1.5, expected a list"),
     ):
         with pytest.raises(UserError, match=says):
-            attribute(model, coder, prompts()[1], targets=cast(Any, targets))
+            Options(cast(Any, targets)).check()
     with pytest.raises(UserError, match="^prompts: a text, expected a list of prompts"):
         attribute_batch(model, coder, "ab")
     with pytest.raises(UserError, match="^max_features=2.5: expected"):
-        attribute(model, coder, prompts()[1], max_features=cast(Any, 2.5))
+        Options(max_features=cast(Any, 2.5)).check()
 
 
 def test_words_without_a_token_are_named(caplog):

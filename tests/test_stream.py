@@ -201,7 +201,7 @@ def test_prompts_are_read_whatever_signs_they_hold(tmp_path):
         ("[" * 5000, "is not JSON with a field 'prompt'"),
         ('{"prompt": "a", "targets": {"b": 1}}', "'targets' is .*, expected a list of tokens"),
         ('{"prompt": "a", "targets": []}', "targets: none given"),
-        ('{"prompt": "a", "targets": [["b", "c", "d"]]}', "expected a token"),
+        ('{"prompt": "a", "targets": [["b", "c", "d"]]}', "target .*: expected a token"),
         ('{"prompt": "a", "target": "b", "targets": ["c"]}', "both 'target' and 'targets'"),
     ],
 )

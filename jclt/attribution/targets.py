@@ -32,7 +32,8 @@ class Direction:
         return {"direction": self.name, "layer": self.layer, "position": self.position, "vector": vector}
 
 
-Target = int | str | tuple[int | str, int | str] | Direction
+Token = int | str | np.integer
+Target = Token | tuple[Token, Token] | Direction
 """A token, as text or id: its logit less the vocabulary's mean; two: the first one's logit less the second's."""
 
 
@@ -193,7 +194,7 @@ def _place(model: Model, length: int, target: Direction) -> tuple[int, int, np.n
     return layer, target.position % length, vector
 
 
-def token_of(model: Model, token: int | str) -> int:
+def token_of(model: Model, token: Token) -> int:
     """The id of a token that the model knows."""
     if isinstance(token, str):
         if model.tokenizer is None:
