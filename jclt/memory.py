@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,7 +12,7 @@ SPARE = 0.05
 """The share of what is free that nothing of ours takes."""
 
 
-def free_memory(device: jax.Device | None = None) -> int | None:
+def free_memory(device: Any = None) -> int | None:
     """Bytes that can still be taken on a device (by default the first one); None where nothing says so.
 
     On a CPU this is what the machine has available, or what the container's limit leaves of it.

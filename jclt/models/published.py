@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from reprlib import repr as short
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from jclt.config import MISFIT, describe_type, fit_type
 from jclt.errors import UserError, nearest
@@ -218,10 +218,10 @@ def _rope(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict
             raise UserError(f"{where}: '{key}' of rope scaling '{kind}' is {short(value)}, expected a number above 0")
     if kind != "default":
         factor, *bands = (scaling[key] for key in keys[kind])
-        found["rope_scaling"] = RopeScaling(kind, float(factor))
+        found["rope_scaling"] = RopeScaling(cast(Any, kind), float(factor))
         if bands:
             low, high, original = bands
             if low == high:
                 raise UserError(f"{where}: low_freq_factor and high_freq_factor are both {low}, expected two numbers")
-            found["rope_scaling"] = RopeScaling(kind, float(factor), float(low), float(high), int(original))
+            found["rope_scaling"] = RopeScaling(cast(Any, kind), float(factor), float(low), float(high), int(original))
     return found
