@@ -15,6 +15,7 @@ from test_coders import random_coder
 from tokenizers import Tokenizer, models
 
 import jclt
+from jclt import memory
 from jclt.attribution import Direction, Graph, attribute, attribute_batch, attribute_each, missing, node_influence
 from jclt.attribution import trace as tracing
 from jclt.attribution.attribute import prompt_tokens, unknown_words
@@ -24,6 +25,7 @@ from jclt.attribution.trace import Options
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
+from jclt.models import Tokenizer as ModelTokenizer
 
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
@@ -244,7 +246,7 @@ def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
     free = whole.adjacency.nbytes + 400_000
     monkeypatch.setattr(tracing, "source_bytes", lambda *_: 400_000)
     monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
-    for place in (tracing, jclt.memory):
+    for place in (tracing, memory):
         monkeypatch.setattr(place, "free_host_memory", lambda: free)
     with pytest.raises(UserError, match="max_features=") as caught:
         attribute(model, coder, tokens)
@@ -355,7 +357,7 @@ def test_under_circuit_tracers_conventions_prompts_begin_with_a_special_token():
     assert prompt_tokens(shipped, "calc: 1", "circuit-tracer").tolist() == shipped.encode("calc: 1")
     special = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1, "[UNK]": 2}, unk_token="[UNK]"))
     special.add_special_tokens(["[PAD]", "[UNK]"])
-    padded = replace(ends, tokenizer=jclt.models.Tokenizer(special))
+    padded = replace(ends, tokenizer=ModelTokenizer(special))
     assert prompt_tokens(padded, "a", "circuit-tracer").tolist() == [1, 0]
 
 

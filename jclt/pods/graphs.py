@@ -18,7 +18,6 @@ from jclt.attribution.sources import LEAST_TILE, TILE, Layout, gather_sources, g
 from jclt.attribution.sweep import Targets, trace_blocks, trace_embeddings
 from jclt.attribution.trace import (
     BLOCK,
-    CALL,
     GRADIENT,
     IN_FLIGHT,
     blocks_of_call,
@@ -66,7 +65,8 @@ def plan_graphs(
         tile=tile,
     )
     size = min(max(16, GRADIENT["tpu"] // (count * model.width) // length), BLOCK["tpu"])
-    of_call = blocks_of_call("tpu", length, model.width, model.layers, layout, size, 1, 4)
+    most = blocks_of_call("tpu", length, model.width, model.layers, layout, size, 1, 4)
+    of_call = min(most, size_for(-(-ACTIVE * length // size)))
     at_once = embeddings_at_once("tpu", layout.longest, layers, model.width, 1)
     passed = run_pass.lower(through, params, coder, tokens, lengths, 0)
     found = lying(jax.eval_shape(lambda *x: run_pass(through, *x, 0), params, coder, tokens, lengths), "prompts")
@@ -92,16 +92,16 @@ def plan_graphs(
 
     # What the programs before left stays meanwhile, and some of the last one's results wait for the host.
     stages = (
-        (passed, 0),
-        (gathered, on_chip(found)),
-        (embedded, on_chip(kept, active, sources)),
-        (traced, on_chip(found.held, active, sources, fixed) + IN_FLIGHT * CALL["tpu"]),
+        (passed, 0, 0),
+        (gathered, on_chip(found), 0),
+        (embedded, on_chip(kept, active, sources), 0),
+        (traced, on_chip(found.held, active, sources, fixed), IN_FLIGHT),
     )
-    most = 0.0
-    for lowered, left in stages:
+    peak = 0.0
+    for lowered, left, waiting in stages:
         used: Any = lowered.compile().memory_analysis()
         # What it is given is counted already.
         own = used.peak_memory_in_bytes - used.argument_size_in_bytes + used.generated_code_size_in_bytes
-        most = max(most, left + own)
-    total = given + most
+        peak = max(peak, left + own + waiting * used.output_size_in_bytes)
+    total = given + peak
     return report | {"fits": total <= limit, "total": total}
