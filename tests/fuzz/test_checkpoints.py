@@ -58,12 +58,13 @@ class Run:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of a model and data as small as can be: what takes time is to compile."""
+    """Of a model and data as small as can be, since what takes time is to compile; of so many features that a
+    checkpoint's arrays lie in chunks of their own, which no checksum of the format protects."""
     home = tmp_path_factory.mktemp("undisturbed")
     save_model(random_model(GPT2), home / "model")
     (home / "text.txt").write_text("ab a b ab b ab ab a\n" * 200)
     places = {"model": str(home / "model"), "data": str(home / "text.txt")}
-    config = TrainConfig(CoderConfig(features=16, layers=(1,)), **places, **SETTINGS)
+    config = TrainConfig(CoderConfig(features=1024, layers=(1,)), **places, **SETTINGS)
     train_coder(config, home / "run")
     states = {}
     for step, other in ((STEPS, STEPS - EVERY), (STEPS - EVERY, STEPS)):
