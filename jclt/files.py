@@ -5,6 +5,7 @@ the locale, JSON may be nested too deeply or hold numbers too long, archives may
 plain file is not opened. Whoever writes one sees it under its name only when it is whole, and nothing of it otherwise.
 """
 
+import glob
 import json
 import math
 import mmap
@@ -460,12 +461,19 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
+_cleared: set[Path] = set()
+
+
 def _forget_dead(path: Path) -> None:
-    """Removes what processes of this host that were killed left beside the path."""
-    mine = f"{path.name}.{socket.gethostname()}-"
-    for other in path.parent.iterdir():
-        number = other.name.removeprefix(mine).removesuffix(".partial")
-        if other.name == f"{mine}{number}.partial" and number.isdigit() and not _is_alive(int(number)):
+    """Removes what processes of this host that were killed left in the path's folder; looks once, for a folder may hold
+    many files."""
+    folder = path.parent.absolute()
+    if folder in _cleared:
+        return
+    _cleared.add(folder)
+    for other in folder.glob(f"*.{glob.escape(socket.gethostname())}-*.partial"):
+        number = other.name.removesuffix(".partial").rpartition("-")[2]
+        if number.isdigit() and not _is_alive(int(number)):
             shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
 
 
