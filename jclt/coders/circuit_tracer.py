@@ -136,7 +136,7 @@ def misread_by_circuit_tracer(config: CoderConfig) -> str | None:
     if config.rule == "topk":
         return "has no TopK: its loaders would read a ReLU"
     if config.covered != tuple(range(len(config.covered))):
-        return f"expected all layers from 0 on, got layers={config.covered}"
+        return f"expects all layers from 0 on, got layers={config.covered}"
     if config.kind == "clt" and config.skip:
         return "has no place for a cross-layer transcoder's skip"
     for site in (config.reads, config.writes):

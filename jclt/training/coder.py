@@ -252,7 +252,7 @@ def conclusions(coder: CoderConfig, trained_by: str, last: Mapping[str, dict[str
                 "coder.k, which activation topk gives to each of them"
             )
     if misread := misread_by_circuit_tracer(coder):
-        lines.append(misread)
+        lines.append(f"circuit-tracer would read another coder out of these files: {misread}")
     return lines
 
 
