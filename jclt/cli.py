@@ -403,7 +403,7 @@ def attribute(arguments: argparse.Namespace) -> int:
     from jclt.attribution import Options, attribute, attribute_file, prune
     from jclt.files import check_file, check_writable
     from jclt.sharding import own_share
-    from jclt.viewer import slug_of, summary, write_graph, write_index, write_viewer_json
+    from jclt.viewer import summary, write_graph, write_index, write_viewer_json
 
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UserError("attribute: expected either a prompt or --prompts FILE")
@@ -440,30 +440,9 @@ def attribute(arguments: argparse.Namespace) -> int:
     small = prune(graph)
     print(summary(graph, small))
     if out is not None:
-        name = free_name(graph, out, slug_of(graph))
-        write_graph(graph, small, out, name)
+        name = write_graph(graph, small, out)
         print(f"written: {name}.npz, {name}.json and {name}.png in {out}")
     return 0
-
-
-def free_name(graph: "Graph", folder: Path, name: str) -> str:
-    """The name, with a number where it is that of another graph: of another prompt, or made in another way."""
-    from jclt.attribution import load_graph
-
-    number = 1
-    while True:
-        own = name if number == 1 else f"{name}-{number}"
-        path = folder / f"{own}.npz"
-        if not os.path.lexists(path):
-            return own
-        try:
-            there = load_graph(path)
-        except UserError:
-            pass  # whatever it is, it is not this graph
-        else:
-            if there.tokens.tolist() == graph.tokens.tolist() and there.provenance == graph.provenance:
-                return own
-        number += 1
 
 
 def train_lm(arguments: argparse.Namespace) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import jclt
-from jclt.cli import free_name, main, parser
+from jclt.cli import main, parser
 from jclt.errors import UserError
 from jclt.files import read_json
+from jclt.viewer import free_name
 from jclt.world.tasks import TASKS
 
 

@@ -1,11 +1,12 @@
 """A graph as a newcomer first meets it: a few lines of text, and its files."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from jclt.attribution import Graph, describe, prune, strongest_paths
+from jclt.attribution import Graph, describe, load_graph, prune, strongest_paths
 from jclt.attribution.files import write_arrays
 from jclt.errors import UserError
 from jclt.files import new_file, write_bytes
@@ -38,9 +39,9 @@ def summary(graph: Graph, small: Graph, paths: int = PATHS) -> str:
 
 def write_graph(graph: Graph, small: Graph, folder: Path, name: str | None = None, labels: Labels | None = None) -> str:
     """The whole graph as `NAME.npz`; its pruned form as a viewer's `NAME.json`, listed in the folder's index, and as a
-    picture, `NAME.png`: all of them or none. Returns the name, by default one made from the prompt that no file in the
-    folder has."""
-    name = _checked(name) if name is not None else free_name(folder, slug_of(graph))
+    picture, `NAME.png`: all of them or none. Returns the name, by default one made from the prompt that no other graph
+    in the folder has."""
+    name = _checked(name) if name is not None else free_name(graph, folder, slug_of(graph))
     arrays, content, picture = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
     viewed = encoded(export_json(small, slug=name, labels=labels), content)
     with new_file(arrays) as beside, new_file(picture) as drawn:
@@ -56,10 +57,17 @@ def write_viewer_json(graph: Graph, folder: Path, name: str, labels: Labels | No
     export_json(prune(graph), folder / f"{_checked(name)}.json", slug=name, labels=labels)
 
 
-def free_name(folder: Path, slug: str) -> str:
-    """The slug, numbered if the folder has files of this name."""
+def free_name(graph: Graph, folder: Path, slug: str) -> str:
+    """The slug, numbered where it is the name of another graph: of another prompt, or made in another way."""
     number, name = 1, slug
-    while any((folder / f"{name}{suffix}").exists() for suffix in SUFFIXES):
+    while any(os.path.lexists(folder / f"{name}{suffix}") for suffix in SUFFIXES):
+        try:
+            there = load_graph(folder / f"{name}.npz")
+        except UserError:
+            pass  # whatever it is, it is not this graph
+        else:
+            if there.tokens.tolist() == graph.tokens.tolist() and there.provenance == graph.provenance:
+                return name
         number += 1
         name = f"{slug}-{number}"
     return name
