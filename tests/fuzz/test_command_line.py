@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,9 +150,9 @@ def run(argv: list[str], root: Path) -> tuple[int | None, str, str, list[Fault]]
 
 def own_line(err: str) -> str:
     """What a refusal says, without the usage that argparse puts before it and bars of progress."""
-    text = err.rpartition("\r")[2] if "%|" in err else err
+    text = "\n".join(line for line in re.split(r"[\r\n]", err) if line and "%|" not in line)
     usage, mark, rest = text.partition("\njclt")
-    return ("jclt" + rest if mark and usage.startswith("usage:") else text).removesuffix("\n")
+    return "jclt" + rest if mark and usage.startswith("usage:") else text
 
 
 def judged(argv: list[str], root: Path) -> list[Fault]:
