@@ -37,7 +37,7 @@ def _memory(name: str) -> int:
 
 
 @contextmanager
-def limited() -> Iterator[list[Fault]]:
+def limited(most: int = MOST_MEMORY) -> Iterator[list[Fault]]:
     """Within it a hang ends, memory is finite, and what it costs beyond the limits is added to the list at its end."""
     found: list[Fault] = []
 
@@ -51,7 +51,7 @@ def limited() -> Iterator[list[Fault]]:
     except OSError:
         pass
     held, peak = _memory("VmRSS"), _memory("VmHWM")
-    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 10 * MOST_MEMORY, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 10 * most, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, SECONDS[signal.SIGALRM], 1)
     signal.setitimer(signal.ITIMER_PROF, SECONDS[signal.SIGPROF], 1)
     try:
@@ -63,7 +63,7 @@ def limited() -> Iterator[list[Fault]]:
             signal.signal(name, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         taken = _memory("VmHWM") - max(held, peak)
-        if taken > MOST_MEMORY:
+        if taken > most:
             found.append(Fault("memory", f"{taken >> 20} MB at the peak"))
 
 

@@ -139,12 +139,12 @@ def examine(made: Sound, name: str, bytes_alone: bool = False) -> list[Fault]:
     """What is wrong with how the folder is read, in which this file is damaged."""
     before, found, faults, waited = tree(made.folder.parent), None, [], []
     try:
-        with filled_later(made.folder / name) as waited, limited() as faults:
+        with filled_later(made.folder / name) as waited, limited(made.sample.memory) as faults:
             found = made.sample.read(made.folder)
             if made.sample.numbers is not None:
                 found = made.sample.numbers(found)
     except UserError as error:
-        fault = check_line(str(error), str(made.folder), name, Path(name).name, "memory://tokens")
+        fault = check_line(str(error), str(made.folder), "memory://tokens", *(Path(own).name for own in made.files))
         faults += [fault] if fault else []
     except Exception as error:  # it is what is looked for
         faults.append(fault_of(error))
