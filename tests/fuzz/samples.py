@@ -282,7 +282,7 @@ def text_of(found: Any) -> Any:
 def documents_sample(name: str, content: bytes, share: float = 0.5) -> Sample:
     checked = tuple(end for end in (".gz", ".bz2", ".xz") if name.endswith(end))
     make = in_folder(name, lambda path: path.write_bytes(content))
-    memory = 4 * BOMB  # a line is read as a whole
+    memory = 6 * BOMB  # a line is read as a whole, and copied on the way
     return Sample(make, read_documents, checked, text_of, share=share, memory=memory)
 
 
