@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jclt import __version__
 from jclt.config import cache_folder
-from jclt.errors import Interrupted, UserError, first_line, printable
+from jclt.errors import Interrupted, UserError, first_line, printable, shortened
 from jclt.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -30,7 +30,13 @@ log = logging.getLogger(__name__)
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line after the usage: what was typed may hold colours and line breaks."""
-        super().error(printable(message))
+        super().error(shortened(printable(message)))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Older Pythons take the value of `--flag=--` for none."""
+        if arg_strings == ["--"] and action.nargs is None and action.option_strings:
+            raise argparse.ArgumentError(action, "expected one argument")
+        return super()._get_values(action, arg_strings)
 
 
 def text(typed: str) -> str:
@@ -638,7 +644,7 @@ LESS = {
 
 
 def _refused(message: str, status: int = 2) -> int:
-    print(f"jclt: {printable(message)}", file=sys.stderr)
+    print(f"jclt: {shortened(printable(message))}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:

@@ -8,11 +8,12 @@ class UserError(Exception):
     """Shown by the command line as one line, without a traceback.
 
     Names and contents of files go into the message, and whoever made them may have put line breaks, colours or
-    right-to-left marks into them: signs that do not print are shown as their escapes.
+    right-to-left marks into them: signs that do not print are shown as their escapes. Of a text of many pages the
+    middle is left out.
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        super().__init__(shortened(printable(message)))
 
 
 class Interrupted(Exception):
@@ -22,6 +23,11 @@ class Interrupted(Exception):
 def printable(text: str) -> str:
     """The text on one line, signs that do not print as their escapes."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str, longest: int = 2000) -> str:
+    """A text that can be read, with its beginning and its end."""
+    return text if len(text) <= longest else f"{text[: longest * 3 // 4]} ... {text[-longest // 4 + 5 :]}"
 
 
 def first_line(error: BaseException) -> str:

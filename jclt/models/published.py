@@ -57,7 +57,11 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         values["attn_out_bias"] = values["qkv_bias"]
     if "attn_scale" in family.keys:
         values["attn_scale"] = values["attn_scale"] ** -0.5
-    return ModelConfig(family=family.name, **values | _windows(raw, family, values, where))
+    values |= _windows(raw, family, values, where)
+    try:
+        return ModelConfig(family=family.name, **values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _nested(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

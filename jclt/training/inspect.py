@@ -33,8 +33,8 @@ def inspect_run(folder: Path) -> str:
         lines += [f"  {name} = {value:.6g}" for name, value in last.items() if isinstance(value, float)]
     if evaluations := [entry for entry in entries if kind_of(entry) == "evaluation"]:
         lines.append(describe_evaluation(evaluations[-1]))
-    if steps:
-        names = tuple(name for name in CURVES if any(is_finite(entry.get(name)) for entry in steps))
+    names = tuple(name for name in CURVES if any(is_finite(entry.get(name)) for entry in steps))
+    if names:
         try:
             draw_curves(steps, names, folder / "curves.png")
             lines.append(f"curves in {folder / 'curves.png'}")

@@ -144,8 +144,8 @@ def _fetch(place: Place) -> None:
 
 def _hold(folder: Path) -> Callable[[], None]:
     """Takes the folder's lock, which the system lets go of when this process ends, however it does; what is returned
-    gives it back, and leaves nothing of a folder that was made for it alone."""
-    path, made = folder / LOCK, not folder.exists()
+    gives it back, and leaves nothing of the folders that were made for it alone."""
+    path, made = folder / LOCK, [own for own in (folder, *folder.parents) if not own.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -175,9 +175,9 @@ def _hold(folder: Path) -> Callable[[], None]:
         with suppress(OSError):
             path.unlink()
         os.close(lock)
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            for own in made:
+                own.rmdir()
 
     return release
 

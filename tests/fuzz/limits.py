@@ -5,10 +5,12 @@ import resource
 import signal
 import stat
 import subprocess
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 SECONDS = {signal.SIGALRM: 40, signal.SIGPROF: 10}
@@ -35,7 +37,7 @@ def _memory(name: str) -> int:
 
 
 @contextmanager
-def limited() -> Iterator[list[Fault]]:
+def limited(most: int = MOST_MEMORY) -> Iterator[list[Fault]]:
     """Within it a hang ends, memory is finite, and what it costs beyond the limits is added to the list at its end."""
     found: list[Fault] = []
 
@@ -49,7 +51,7 @@ def limited() -> Iterator[list[Fault]]:
     except OSError:
         pass
     held, peak = _memory("VmRSS"), _memory("VmHWM")
-    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 10 * MOST_MEMORY, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 10 * most, limits[1]))
     signal.setitimer(signal.ITIMER_REAL, SECONDS[signal.SIGALRM], 1)
     signal.setitimer(signal.ITIMER_PROF, SECONDS[signal.SIGPROF], 1)
     try:
@@ -61,27 +63,32 @@ def limited() -> Iterator[list[Fault]]:
             signal.signal(name, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         taken = _memory("VmHWM") - max(held, peak)
-        if taken > MOST_MEMORY:
+        if taken > most:
             found.append(Fault("memory", f"{taken >> 20} MB at the peak"))
 
 
 @contextmanager
 def filled_later(path: Path, seconds: float = 5) -> Iterator[list[Fault]]:
-    """If the path is a pipe that someone waits for, it ends after a while: libraries that open it in C are deaf to
-    alarms. That someone waited is a fault."""
+    """If the path is a pipe that someone waits for, it ends after a while, as often as it is opened: libraries that
+    open it in C are deaf to alarms. That someone waited is a fault."""
     found: list[Fault] = []
     if not path.exists() or not stat.S_ISFIFO(path.lstat().st_mode):
         yield found
         return
-    writer = subprocess.Popen(["sh", "-c", f"sleep {seconds}; : > '{path}'"], start_new_session=True)
-    try:
-        yield found
-    finally:
-        if writer.poll() is not None:  # else nobody has opened the other end
-            found.append(Fault("hang at a pipe", path.name))
-        else:
+    with TemporaryDirectory() as scratch:
+        waited, began = Path(scratch) / "waited", time.monotonic()
+        script = 'sleep "$1"; : > "$2"; : > "$3"; while :; do : > "$2"; done'  # to open it waits for a reader
+        command = ["sh", "-c", script, "sh", str(seconds), str(path), str(waited)]
+        writer = subprocess.Popen(command, start_new_session=True)
+        try:
+            yield found
+        finally:
+            if time.monotonic() - began > seconds:
+                time.sleep(0.2)  # the writer may not have said so yet
             os.killpg(writer.pid, signal.SIGKILL)
             writer.wait()
+            if waited.exists():
+                found.append(Fault("hang at a pipe", path.name))
 
 
 def fault_of(error: BaseException) -> Fault:

@@ -175,7 +175,7 @@ def _changed_value(rng: Generator, value: Any) -> Any:
     if kind < 0.1:
         return _MARK
     if isinstance(value, int | float) and kind < 0.6:
-        return pick(rng, (value + 1, value - 1, -value, value * 2, value * 10**9, value / 2, str(value), [value]))
+        return pick(rng, (value + 1, value - 1, -value, value * 2, value * 10**9, value // 2, str(value), [value]))
     if isinstance(value, str) and kind < 0.4:
         return pick(rng, (value + "x", value[:-1], value.upper(), value * 3, [value], {value: value}))
     if isinstance(value, list) and value and kind < 0.5:

@@ -26,7 +26,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import jclt
-from fuzz.mutations import archive, stored
+from fuzz.limits import MOST_MEMORY
+from fuzz.mutations import BOMB, archive, stored
 from jclt.attribution import load_graph, read_circuit_tracer, save_graph
 from jclt.attribution.stream import read_prompts
 from jclt.coders import load_coder, save_coder
@@ -52,6 +53,8 @@ class Sample(NamedTuple):
     """Names in the folder, or beside it, that reading may write."""
     share: float = 1.0
     """Of the inputs, beside the other samples: less for what is slow to read."""
+    memory: int = MOST_MEMORY
+    """Bytes that reading may cost at its peak."""
 
 
 # Models.
@@ -278,9 +281,9 @@ def text_of(found: Any) -> Any:
 
 def documents_sample(name: str, content: bytes, share: float = 0.5) -> Sample:
     checked = tuple(end for end in (".gz", ".bz2", ".xz") if name.endswith(end))
-    return Sample(
-        in_folder(name, lambda path: path.write_bytes(content)), read_documents, checked, text_of, share=share
-    )
+    make = in_folder(name, lambda path: path.write_bytes(content))
+    memory = 6 * BOMB  # a line is read as a whole, and copied on the way
+    return Sample(make, read_documents, checked, text_of, share=share, memory=memory)
 
 
 def parquet_sample() -> Sample:
