@@ -409,7 +409,7 @@ def attribute(arguments: argparse.Namespace) -> int:
     from jclt.attribution import Options, attribute, attribute_file, prune
     from jclt.files import check_file, check_writable
     from jclt.sharding import own_share
-    from jclt.viewer import summary, write_graph, write_index, write_viewer_json
+    from jclt.viewer import MEANING, summary, write_graph, write_index, write_viewer_json
 
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UserError("attribute: expected either a prompt or --prompts FILE")
@@ -444,7 +444,7 @@ def attribute(arguments: argparse.Namespace) -> int:
         return 0
     graph = attribute(model, coder, arguments.prompt, **options._asdict())
     small = prune(graph)
-    print(summary(graph, small))
+    print(f"{summary(graph, small)}\n{MEANING}")
     if out is not None:
         name = write_graph(graph, small, out)
         print(f"written: {name}.npz, {name}.json and {name}.png in {out}")

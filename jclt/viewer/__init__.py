@@ -3,9 +3,10 @@
 from jclt.viewer.demo import demo
 from jclt.viewer.graph_json import export_json, import_json, slug_of, write_index
 from jclt.viewer.picture import draw_graph
-from jclt.viewer.report import free_name, summary, write_graph, write_viewer_json
+from jclt.viewer.report import MEANING, free_name, summary, write_graph, write_viewer_json
 
 __all__ = [
+    "MEANING",
     "demo",
     "draw_graph",
     "export_json",

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from jclt.attribution import attribute_batch, prune
 from jclt.coders import load_coder
 from jclt.models import load_model
-from jclt.viewer.report import summary, write_graph
+from jclt.viewer.report import MEANING, summary, write_graph
 from jclt.world import TASKS
 from jclt.world.measure import answers
 
@@ -35,6 +35,7 @@ def demo(out: Path, seed: int = 0) -> str:
             blocks.append(f"{head}\n{summary(graph, small)}")
             progress.update()
     right = sum(answer.right for answer in given)
+    blocks.append(f"{MEANING}.")
     blocks.append(
         f"{right} of {len(given)} right; none of these prompts was in the training data. Graphs in {out}: NAME.npz "
         "(jclt.load_graph), NAME.json (graph viewers), NAME.png"

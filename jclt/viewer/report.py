@@ -14,6 +14,10 @@ from jclt.viewer.graph_json import encoded, export_json, slug_of, write_index
 from jclt.viewer.picture import write_picture
 
 PATHS = 3
+MEANING = (
+    "completeness: of what reaches the nodes of a graph, the part that is no error; replacement: of what reaches its "
+    "outputs, the part that comes from the prompt and not from errors; what was pruned counts as error"
+)
 SUFFIXES = (".npz", ".json", ".png")
 
 Labels = Mapping[tuple[int, int], str]
@@ -27,11 +31,9 @@ def summary(graph: Graph, small: Graph, paths: int = PATHS) -> str:
     whole, pruned, edges = graph.scores, small.scores, int(np.count_nonzero(small.adjacency))
     lines = [
         f"explains {named}",
-        f"{len(graph.features)} active features; completeness {whole.completeness:.2f} (of what reaches its nodes, the "
-        f"part that is no error), replacement {whole.replacement:.2f} (of what reaches the outputs, the part that "
-        "comes from the prompt and not from errors)",
-        f"pruned to {len(small.features)} features and {edges} edges; completeness {pruned.completeness:.2f}, "
-        f"replacement {pruned.replacement:.2f} (what was pruned counts as error)",
+        f"{len(graph.features)} active features: completeness {whole.completeness:.2f}, replacement "
+        f"{whole.replacement:.2f}; pruned to {len(small.features)} features and {edges} edges: completeness "
+        f"{pruned.completeness:.2f}, replacement {pruned.replacement:.2f}",
         *(f"  {describe(small, path)}" for path in strongest_paths(small, paths)),
     ]
     return "\n".join(lines)
