@@ -144,6 +144,7 @@ SHUFFLED = replace(
     save_every=10,
     shuffle=4,
     evaluate_every=-1,
+    sparsity="tanh",
     coder=CoderConfig(features=32, activation="batchtopk", k=8),
 )
 
