@@ -28,7 +28,7 @@ def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path
     right = sum(lines[0].endswith(" right") for lines in shown.values())
     assert right >= len(TASKS) - 1 and last.startswith(f"{right} of {len(TASKS)} right")
     for task, lines in shown.items():
-        assert "active features; completeness" in lines[2] and sum("->" in line for line in lines[3:]) == 3
+        assert "active features: completeness" in lines[2] and sum("->" in line for line in lines[3:]) == 3
         for suffix in ("npz", "json", "png"):
             assert (tmp_path / "demo" / f"{task}.{suffix}").stat().st_size > 1000
     index = read_json(tmp_path / "demo" / "graph-metadata.json")["graphs"]

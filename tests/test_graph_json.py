@@ -216,8 +216,9 @@ def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
     assert metadata["completeness_score"] == graph.scores.completeness > small.scores.completeness
     assert metadata["pruned_graph_scores"] == small.scores.both
     lines = summary(graph, small).splitlines()
-    assert f"completeness {graph.scores.completeness:.2f} (of what" in lines[1] and "active features" in lines[1]
-    assert f"completeness {small.scores.completeness:.2f}, replacement {small.scores.replacement:.2f} (what" in lines[2]
+    before, after = lines[1].split("; pruned to ")
+    assert "active features" in before and f"completeness {graph.scores.completeness:.2f}" in before
+    assert f"completeness {small.scores.completeness:.2f}, replacement {small.scores.replacement:.2f}" in after
 
 
 def test_a_file_that_is_pruned_after_it_was_read_is_shown_whole(tmp_path):

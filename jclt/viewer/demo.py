@@ -35,9 +35,8 @@ def demo(out: Path, seed: int = 0) -> str:
             blocks.append(f"{head}\n{summary(graph, small)}")
             progress.update()
     right = sum(answer.right for answer in given)
-    blocks.append(f"{MEANING}.")
     blocks.append(
         f"{right} of {len(given)} right; none of these prompts was in the training data. Graphs in {out}: NAME.npz "
-        "(jclt.load_graph), NAME.json (graph viewers), NAME.png"
+        f"(jclt.load_graph), NAME.json (graph viewers), NAME.png\n{MEANING}"
     )
     return "\n\n".join(blocks)
