@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_coder_files import CLT, PLT, RULES, SAE, outputs, random_coder
 
 import jclt
@@ -67,12 +69,13 @@ def test_why_no_topk_is_written_for_circuit_tracer(config, tmp_path):
     peer = theirs(tmp_path / "saved", False)
     with torch.no_grad():
         features = torch.stack([peer.encode_layer(torch.tensor(X[i]), i) for i in range(3)])
-    relu = [np.maximum(coder.preactivation(i, X[i]), 0) for i in range(3)]
+    relu = [np.maximum(coder.preactivation(i, jnp.asarray(X[i])), 0) for i in range(3)]
     assert_close(features, np.stack(relu))
 
 
-def test_what_a_topk_of_circuit_tracers_saves_is_read(tmp_path):
-    """To its sign: of the k largest it keeps negative ones too, and these alone differ."""
+def test_a_topk_as_circuit_tracer_computes_it_is_read_from_a_tensor_k(tmp_path):
+    """To its sign: of the k largest it keeps negative ones too, and these alone differ. It saves no k itself, as files
+    published with one do."""
     single = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
     topk = pytest.importorskip("circuit_tracer.transcoder.activation_functions").TopK(5)
     peer = single.SingleLayerTranscoder(6, 16, topk, 0, device=CPU, dtype=torch.float32)
@@ -82,7 +85,9 @@ def test_what_a_topk_of_circuit_tracers_saves_is_read(tmp_path):
             parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.4)
         features = peer.encode(torch.tensor(X[0]))
     (tmp_path / "theirs").mkdir()
-    peer.to_safetensors(str(tmp_path / "theirs" / "layer_0.safetensors"))
+    path = str(tmp_path / "theirs" / "layer_0.safetensors")
+    peer.to_safetensors(path)
+    save_file(load_file(path) | {"k": np.array(5)}, path)
     coder = jclt.load_coder(tmp_path / "theirs", reads="mlp_in", writes="mlp_out")
     assert (coder.config.rule, coder.config.k) == ("topk", 5)
     assert_close(outputs(coder, X[:1])[0][0], np.maximum(features, 0))
