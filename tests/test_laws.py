@@ -23,7 +23,7 @@ from jclt.viewer import export_json, import_json
 
 pytestmark = pytest.mark.fuzz
 
-FEW = 3
+FEW = 1
 """Cases of the default run; with the flag there is one for each hundred damaged files."""
 
 
