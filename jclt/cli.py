@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from jclt import __version__
 from jclt.config import cache_folder
-from jclt.errors import Interrupted, UserError, first_line, printable, shortened
+from jclt.errors import Interrupted, UserError, first_line, printable, reason_of, shortened
 from jclt.interrupts import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -607,7 +607,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _refused(str(error))
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-        return _refused(f"{where or f'{arguments.command}: output or a file'}: {error.strerror or first_line(error)}")
+        return _refused(f"{where or f'{arguments.command}: output or a file'}: {reason_of(error)}")
     except Interrupted as reason:
         print(f"jclt: {reason}", file=sys.stderr)
         return os.EX_TEMPFAIL  # whatever started it can tell that it is not done

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from jclt.errors import UserError, first_line, nearest
+from jclt.errors import UserError, first_line, nearest, reason_of
 
 Settings = TypeVar("Settings")
 
@@ -43,7 +43,7 @@ def read_file(name: str) -> dict[str, Any]:
             raise UserError(f"{path}: is {kind}, expected a Python file that defines `config`")
         path.open("rb").close()
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        reason = reason_of(error)
         raise UserError(f"{path}: cannot be read ({reason}), expected a Python file that defines `config`") from None
     try:
         return runpy.run_path(name)

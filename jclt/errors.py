@@ -36,6 +36,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, without the number and the file's name that the system's own errors add."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint naming what the user may have meant, or all that there is to choose from."""
     names = sorted(known)

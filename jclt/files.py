@@ -26,7 +26,7 @@ from numpy.lib import format as npy
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from jclt.errors import UserError, first_line
+from jclt.errors import UserError, first_line, reason_of
 from jclt.interrupts import undone
 
 # Reading.
@@ -39,7 +39,7 @@ def check_file(path: Path, expected: str = "a file") -> int:
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected {expected}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}), expected {expected}") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}), expected {expected}") from None
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no plain file"
         raise UserError(f"{path}: is {kind}, expected {expected}")
@@ -51,7 +51,7 @@ def read_bytes(path: Path, expected: str = "a file") -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}), expected {expected}") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}), expected {expected}") from None
 
 
 def read_text(path: Path, expected: str = "a text file") -> str:
@@ -345,13 +345,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+        raise UserError(f"{path}: cannot be read ({reason_of(error)})") from None
     with file:
         yield file
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 # Writing.
@@ -399,7 +395,7 @@ def check_new_folder(folder: Path) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise UserError(f"{folder}: exists already, expected a new folder")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({_reason(error)}), expected a new folder") from None
+        raise UserError(f"{folder}: cannot be read ({reason_of(error)}), expected a new folder") from None
     if folder.resolve() == Path.cwd().resolve():
         raise UserError(f"{folder}: is the working folder, expected the name of a new one")
 
@@ -499,4 +495,4 @@ def _writing(path: Path, beside: Path) -> Iterator[None]:
         inside = named is None or any(other in (named, *named.parents) for other in (path, beside, path.parent))
         if not inside and named not in path.parents:
             raise
-        raise UserError(f"{path}: cannot be written ({_reason(error)})") from None
+        raise UserError(f"{path}: cannot be written ({reason_of(error)})") from None

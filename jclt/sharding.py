@@ -22,7 +22,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.errors import UserError, first_line
+from jclt.errors import UserError, reason_of
 from jclt.shapes import Array, ArrayLike
 
 MESH_AXES = ("data", "features")
@@ -145,7 +145,7 @@ def _wait_at(host: str, port: int, own: int, deadline: float) -> None:
                 if door.recv(1) == b"!":
                     return
         except OSError as error:
-            why = error.strerror or first_line(error)
+            why = reason_of(error)
         time.sleep(min(0.2, max(left, 0)))
     raise UserError(
         f"JCLT_COORDINATOR: process {own} did not meet all others at {host}:{port} within {MEETING} s ({why}), "
@@ -165,7 +165,7 @@ def _listening(port: int) -> socket.socket:
         door.listen(1000)
     except OSError as error:
         door.close()
-        why = error.strerror or first_line(error)
+        why = reason_of(error)
         raise UserError(f"JCLT_COORDINATOR: port {port} cannot be used here ({why}), expected a free one") from None
     return door
 

@@ -9,7 +9,7 @@ from typing import IO, Any, Protocol, TypeGuard
 
 import jax
 
-from jclt.errors import UserError
+from jclt.errors import UserError, reason_of
 from jclt.files import new_file, read_bytes, to_json, write_json_lines
 from jclt.fingerprints import digest
 
@@ -70,7 +70,7 @@ class Log:
         return self.last.get("evaluation", {}).get("step") == step
 
     def _failed(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written ({error.strerror or error})")
+        return UserError(f"{self.path}: cannot be written ({reason_of(error)})")
 
     def close(self) -> None:
         if self.file is not None:

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from jax.sharding import Mesh
 
 from jclt.config import cache_folder
-from jclt.errors import UserError, first_line
+from jclt.errors import UserError, first_line, reason_of
 from jclt.files import read_json, write_bytes, write_json
 from jclt.models import Tokenizer
 from jclt.sharding import on_first_host, together
@@ -166,7 +166,7 @@ def _hold(folder: Path) -> Callable[[], None]:
     except FileExistsError:
         raise UserError(f"{folder}: exists and is not a run of jclt, expected a new folder or one to resume") from None
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or first_line(error)})") from None
+        raise UserError(f"{folder}: cannot be written ({reason_of(error)})") from None
     with suppress(OSError):
         os.truncate(lock, 0)
         os.write(lock, f"process {os.getpid()} of {socket.gethostname()}".encode())
