@@ -191,10 +191,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("coder", metavar="CODER", help="demo, or a folder in any layout that load_coder reads")
     _add_model(command)
     _add_fit(command)
-    command.add_argument("--data", default="world", help="world (default), a folder of tokens, or a text file")
+    command.add_argument(
+        "--data",
+        default="world",
+        help="world (default), a folder of tokens, or a text file; of the last two only the last sixteenth is measured "
+        "on (at most 262,144 tokens), which training leaves out",
+    )
     command.add_argument("--rows", type=at_least(1), default=128, help="token rows to measure on (default 128)")
     command.add_argument("--length", type=at_least(2), default=64, help="tokens a row (default 64)")
-    command.add_argument("--seed", type=at_least(0), default=1, help="draws other rows (default 1; training takes 0)")
+    command.add_argument("--seed", type=at_least(0), default=1, help="draws other rows (default 1); none that training draws")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.set_defaults(function=evaluate)
 
