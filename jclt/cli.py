@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--rows", type=at_least(1), default=128, help="token rows to measure on (default 128)")
     command.add_argument("--length", type=at_least(2), default=64, help="tokens a row (default 64)")
-    command.add_argument("--seed", type=at_least(0), default=1, help="draws other rows (default 1); none that training draws")
+    command.add_argument("--seed", type=at_least(0), default=1, help="draws other rows (default 1), never training's")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.set_defaults(function=evaluate)
 
