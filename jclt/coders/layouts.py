@@ -58,7 +58,7 @@ def check_sayable(coder: SparseCoder, layout: str, clt: bool, rules: tuple[str, 
     if config.kind == "clt" and not clt:
         raise UserError(f"layout {layout}: holds no cross-layer transcoders, expected layout jclt or circuit-tracer")
     if config.kind == "clt" and config.covered != tuple(range(len(config.covered))):
-        raise UserError(f"layout {layout}: expected all layers from 0 on, got layers={config.covered}")
+        raise UserError(f"layout {layout}: expects all layers from 0 on, got layers={config.covered}")
     if config.rule not in rules:
         raise UserError(f"layout {layout}: has no rule '{config.rule}', expected one of: {', '.join(rules)}")
     if any(layer.threshold is not None and bool((layer.threshold < 0).any()) for layer in coder.layers):
