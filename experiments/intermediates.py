@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jclt import Graph, Model, UserError, attribute_batch, load_coder, load_model, run
-from jclt.attribution import masks, node_influence
-from jclt.attribution.influence import output_weights
 from jclt.coders import Coder
 from jclt.world import TASKS, Concept, Example
 from jclt.world.measure import padded
@@ -131,7 +129,7 @@ class Held(NamedTuple):
 
 
 def held(coder: Coder, graph: Graph) -> Held:
-    nodes = np.flatnonzero(masks(graph).nodes[: len(graph.features)])
+    nodes = np.flatnonzero(graph.masks().nodes[: len(graph.features)])
     layers, positions, features = graph.features[nodes].T
     columns = np.searchsorted(coder.config.covered, layers) * coder.config.features + features
     return Held(graph, nodes, columns, positions)
@@ -142,8 +140,8 @@ def through(graph: Graph, nodes: np.ndarray) -> float:
     end, so that each is counted once."""
     adjacency = graph.adjacency.copy()
     adjacency[nodes] = 0
-    first = node_influence(replace(graph, adjacency=adjacency))[nodes].sum()
-    return float(first / output_weights(graph).sum())
+    first = replace(graph, adjacency=adjacency).influence[nodes].sum()
+    return float(first / graph.output_weights.sum())
 
 
 class Finding(NamedTuple):

@@ -2,12 +2,12 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from jclt.attribution import Direction, Graph, attribute, attribute_batch, load_graph, read_circuit_tracer
+    from jclt.attribution import Direction, attribute, attribute_batch
     from jclt.coders import load_coder, save_coder
     from jclt.errors import UserError
+    from jclt.graphs import Graph, export_json, import_json, load_graph, read_circuit_tracer
+    from jclt.mesh import make_mesh
     from jclt.models import SITES, Model, ModelConfig, Replace, generate, load_model, run, save_model
-    from jclt.sharding import make_mesh
-    from jclt.viewer import export_json, import_json
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,30 +33,43 @@ __all__ = [
     "save_model",
 ]
 
-_ROOMS = {
-    "attribution": ("Direction", "Graph", "attribute", "attribute_batch", "load_graph", "read_circuit_tracer"),
+_PACKAGES = {
+    "attribution": ("Direction", "attribute", "attribute_batch"),
     "coders": ("load_coder", "save_coder"),
     "errors": ("UserError",),
+    "graphs": ("Graph", "export_json", "import_json", "load_graph", "read_circuit_tracer"),
     "models": ("SITES", "Model", "ModelConfig", "Replace", "generate", "load_model", "run", "save_model"),
     "sharding": ("make_mesh",),
-    "viewer": ("export_json", "import_json"),
 }
-"""What users call, by the room that it is of."""
-_OTHER_ROOMS = ("config", "evaluation", "files", "fingerprints", "memory", "pods", "shapes", "training", "world")
+"""What users call, by the package that it is of."""
+_OTHERS = (
+    "config",
+    "data",
+    "evaluation",
+    "files",
+    "fingerprints",
+    "kernels",
+    "memory",
+    "pods",
+    "shapes",
+    "training",
+    "viewer",
+    "world",
+)
 
 
 def __getattr__(name: str) -> object:
     """Loads what is asked for the first time: the `jclt` command answers before JAX is there."""
     from importlib import import_module
 
-    if name in _ROOMS or name in _OTHER_ROOMS:
+    if name in _PACKAGES or name in _OTHERS:
         return import_module(f"jclt.{name}")
-    for room, names in _ROOMS.items():
+    for package, names in _PACKAGES.items():
         if name in names:
-            globals()[name] = found = getattr(import_module(f"jclt.{room}"), name)
+            globals()[name] = found = getattr(import_module(f"jclt.{package}"), name)
             return found
     raise AttributeError(f"module 'jclt' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS, *_OTHER_ROOMS})
+    return sorted({*globals(), *__all__, *_PACKAGES, *_OTHERS})

@@ -12,7 +12,7 @@ def main() -> int:
     open_streams()
     interrupts.watch()
     try:
-        from jclt.cli import main as run
+        from jclt.cli.main import main as run
 
         status = run()
     except BaseException as error:  # libraries turn an interrupt into other errors

@@ -7,7 +7,7 @@ import jclt
 from jclt.coders import CoderConfig, CoderLayer, SparseCoder
 from jclt.models import Model
 from jclt.shapes import Array
-from jclt.world.compiled import ANSWERS, PROMPTS, STATE_OF
+from jclt.world.handmade import ANSWERS, PROMPTS, STATE_OF
 
 LAST = 2
 Node = tuple

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graph_lists import listed_graph
 
-from jclt.attribution.graph import Graph
+from jclt.graphs.graph import Graph
 
 FOLDER = Path(__file__).parents[2] / "shared" / "golden"
 GRAPHS = ("gpt2", "llama", "gemma2")
@@ -22,7 +23,7 @@ def golden_graph(folder: str) -> Graph:
     layers, tokens = config.get("num_hidden_layers") or config["n_layer"], found["tokens"]
     adjacency, outputs = found["adjacency"], found["logit_tokens"]
     nothing = np.zeros(len(adjacency), adjacency.dtype)
-    return Graph(
+    return listed_graph(
         adjacency=adjacency,
         bias=nothing,
         rest=nothing,

@@ -16,15 +16,16 @@ from tokenizers import Tokenizer, models
 
 import jclt
 from jclt import memory
-from jclt.attribution import Direction, Graph, attribute, attribute_batch, attribute_each, missing, node_influence
-from jclt.attribution import trace as tracing
+from jclt.attribution import Direction, attribute, attribute_batch, attribute_each
+from jclt.attribution import schedule as tracing
 from jclt.attribution.attribute import prompt_tokens, unknown_words
-from jclt.attribution.rows import PromptRows
+from jclt.attribution.options import Options
+from jclt.attribution.ranking import PromptRows
 from jclt.attribution.targets import as_targets, likeliest
-from jclt.attribution.trace import Options
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
+from jclt.graphs import Graph
 from jclt.models import Tokenizer as ModelTokenizer
 
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
@@ -85,7 +86,7 @@ def test_many_prompts_have_the_graphs_that_each_has_alone():
 
 
 def test_a_batch_may_be_smaller_than_the_prompts_or_empty(monkeypatch):
-    monkeypatch.setattr("jclt.attribution.rows.QUEUE", 40)  # some prompts are done a round before others
+    monkeypatch.setattr("jclt.attribution.ranking.QUEUE", 40)  # some prompts are done a round before others
     model, coder, tokens = make(*CASE)
     others = [tokens[:2], tokens[::-1], tokens]
     assert attribute_batch(model, coder, []) == []
@@ -101,14 +102,14 @@ def test_a_batch_may_be_smaller_than_the_prompts_or_empty(monkeypatch):
 
 @pytest.fixture
 def many_rounds(monkeypatch):
-    monkeypatch.setattr("jclt.attribution.rows.QUEUE", 8)
+    monkeypatch.setattr("jclt.attribution.ranking.QUEUE", 8)
 
 
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
     want = attribute(*make(*CASE), max_features=45)
-    monkeypatch.setattr("jclt.attribution.trace.WORTH_WINDOWS", 0)
-    monkeypatch.setattr("jclt.attribution.trace.WINDOWS", 3)
-    monkeypatch.setattr("jclt.attribution.trace.BLOCK", {"cpu": 16})
+    monkeypatch.setattr("jclt.attribution.schedule.WORTH_WINDOWS", 0)
+    monkeypatch.setattr("jclt.attribution.schedule.WINDOWS", 3)
+    monkeypatch.setattr("jclt.attribution.schedule.BLOCK", {"cpu": 16})
     assert_same(attribute(*make(*CASE), max_features=45), want)
     whole = whole_graph(*CASE)
     assert len(want.features) == 45 < len(whole.features)
@@ -117,30 +118,30 @@ def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, m
 
 def test_the_kept_features_are_the_most_influential_of_each_round(monkeypatch):
     whole = whole_graph(*CASE)
-    monkeypatch.setattr("jclt.attribution.rows.QUEUE", 10)
+    monkeypatch.setattr("jclt.attribution.ranking.QUEUE", 10)
     graph = attribute(*make(*CASE), max_features=10)
     # Before any feature is traced, influence is the outputs' own rows, divided by their sums.
-    rows = np.abs(whole.adjacency[whole.nodes("output")])
+    rows = np.abs(whole.adjacency[whole.nodes.of("output")])
     direct = weights_of(whole) @ (rows / rows.sum(axis=1, keepdims=True))
-    first = np.sort(np.argsort(-direct[whole.nodes("feature")])[:10])
+    first = np.sort(np.argsort(-direct[whole.nodes.of("feature")])[:10])
     np.testing.assert_array_equal(graph.features, whole.features[first])
 
 
 def test_a_budget_of_all_features_is_no_budget(many_rounds):
     whole = whole_graph(*CASE)
-    assert not whole.rest.any() and missing(whole) == 0
+    assert not whole.rest.any() and whole.missing == 0
     assert_same(attribute(*make(*CASE), max_features=len(whole.features)), whole)
     part = attribute(*make(*CASE), tolerance=1e-9)  # round by round, but for features that are never visited
     kept = np.ones(len(whole), bool)
     kept[: len(whole.features)] = (whole.features[:, None] == part.features[None]).all(axis=2).any(axis=1)
-    assert (node_influence(whole)[~kept] == 0).all() and not kept.all()
+    assert (whole.influence[~kept] == 0).all() and not kept.all()
     assert_same(part, whole.keep(kept))
 
 
 @pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"tolerance": 0.15}, {"max_features": 20}])
 def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
     whole, part = whole_graph(*CASE), attribute(*make(*CASE), **options)
-    lost = missing(part)
+    lost = part.missing
     assert 0 < lost < options.get("tolerance", 1.0)
     assert len(part.features) < len(whole.features) and len(part.features) <= options.get("max_features", 7500)
     assert missed(part) < 1e-5
@@ -148,7 +149,7 @@ def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
     order = [tuple(place) for place in whole.features]
     at = [order.index(tuple(place)) for place in part.features]
     at += list(range(len(whole.features), len(whole)))
-    below = node_influence(whole)[at] - node_influence(part)
+    below = whole.influence[at] - part.influence
     assert below.min() >= -1e-5 and below.max() <= lost * weights_of(whole).sum() + 1e-5
     assert below.max() > 1e-3
     for name in ("replacement", "completeness"):
@@ -157,7 +158,7 @@ def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
         assert high - low > 1e-3
     if "tolerance" in options:  # a round less would not have done
         fewer = attribute(*make(*CASE), max_features=len(part.features) - 8)
-        assert missing(fewer) >= options["tolerance"]
+        assert fewer.missing >= options["tolerance"]
 
 
 def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(many_rounds, monkeypatch):
@@ -297,7 +298,7 @@ def test_half_precision_is_widened_before_anything_is_computed():
     got, want = attribute(model_half, coder_half, tokens), attribute(same_model, same_coder, tokens)
     assert got.adjacency.dtype == np.float32 and missed(got) < 1e-5
     assert_same(got, want)
-    features = got.nodes("feature")
+    features = got.nodes.of("feature")
     thresholds = np.array([same_coder.layers[layer].threshold[feature] for layer, _, feature in got.features])
     assert (got.values[features] > thresholds).all()  # an activation is what the graph says reaches it
     np.testing.assert_allclose(got.activations, got.values[features], rtol=1e-4, atol=1e-5)
@@ -369,7 +370,7 @@ def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
     prompt = [2, 105, 2364, 107, 5, 6, 7]
     graph = attribute(named, coder, prompt, conventions="circuit-tracer")
     assert set(graph.features[:, 1]) == {4, 5, 6} and missed(graph) < 1e-5
-    errors = graph.nodes("error")[graph.errors[:, 1] < 4]
+    errors = graph.nodes.of("error")[graph.errors[:, 1] < 4]
     assert not graph.adjacency[:, errors].any()
     with pytest.raises(UserError, match="^prompt: begins with the tokens .*, expected .2, 105, 2364, 107."):
         attribute(named, coder, prompt[1:], conventions="circuit-tracer")
@@ -380,7 +381,7 @@ def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(mon
     """Beside its own loop, done here on the whole graph's matrix."""
     model, coder, tokens = make(*CASE)
     whole = attribute(model, coder, tokens, conventions="circuit-tracer")
-    count, outs, chances = len(whole.features), whole.nodes("output"), whole.logit_probabilities
+    count, outs, chances = len(whole.features), whole.nodes.of("output"), whole.logit_probabilities
     visited = np.zeros(count, bool)
     while visited.sum() < 50:
         rows = np.append(np.flatnonzero(visited), outs)
@@ -477,7 +478,7 @@ def test_targets_are_tokens_differences_and_directions():
         vector @ final[-1],
         vector @ final[4],
     ]
-    close(graph.values[graph.nodes("output")], want, 1e-5)
+    close(graph.values[graph.nodes.of("output")], want, 1e-5)
     assert missed(graph) < 1e-5
     assert graph.logit_tokens.tolist() == [first, second, -1, -1, -1, -1]
     assert graph.logit_names == (" Austin", " Atlanta", " Austin -  Atlanta", "inner", "outer", "direction")
@@ -487,9 +488,9 @@ def test_targets_are_tokens_differences_and_directions():
     np.testing.assert_allclose(weights_of(graph), weights / weights.sum(), rtol=1e-4)
     np.testing.assert_allclose(graph.logit_probabilities, [*weights[:2], 0, 0, 0, 0], rtol=1e-4)  # the model's own
     # Nothing reaches a target from its own layer's MLP, a higher one's, or a later position.
-    row = graph.adjacency[graph.nodes("output")[3]]
+    row = graph.adjacency[graph.nodes.of("output")[3]]
     reaching = np.flatnonzero(row)
-    assert (graph.node_layers[reaching] < 2).all() and (graph.node_positions[reaching] <= 3).all() and len(reaching)
+    assert (graph.nodes.layer[reaching] < 2).all() and (graph.nodes.position[reaching] <= 3).all() and len(reaching)
 
 
 def test_the_likeliest_tokens_are_the_default():

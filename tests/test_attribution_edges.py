@@ -16,12 +16,13 @@ from golden_graphs import GRAPHS, golden_graph
 from test_coders import random_coder
 
 import jclt
-from jclt.attribution import Graph, attribute
-from jclt.attribution.graph import Kind
+from jclt.attribution import attribute
 from jclt.attribution.local import Through, held_sites, propagate
 from jclt.coders import Coder, CoderConfig, neurons
+from jclt.graphs import Graph
+from jclt.graphs.graph import Kind
 from jclt.models import Model
-from jclt.world.compiled import ANSWERS, PROMPTS, compiled_two_hop
+from jclt.world.handmade import ANSWERS, PROMPTS, compiled_two_hop
 
 KINDS = {
     "clt": CoderConfig("clt", 16),
@@ -115,11 +116,11 @@ def test_what_reaches_a_target_adds_up_to_its_value(name, kind):
     assert graph.adjacency.dtype == np.float64 and missed(graph) <= 1e-10
     assert len(graph.features) > 40 and not graph.rest.any()
     assert (len(graph.positions) > 0) == name.startswith("gpt2")
-    features = graph.adjacency[graph.nodes("feature", "output")]
+    features = graph.adjacency[graph.nodes.of("feature", "output")]
     # Every kind of source brings something, or the sum would not say much of it. Neurons make no errors.
     kinds: list[Kind] = ["feature", "error", "token", "position"]
     for source in kinds[: 4 if len(graph.positions) else 3]:
-        size = np.abs(features[:, graph.nodes(source)]).max()
+        size = np.abs(features[:, graph.nodes.of(source)]).max()
         assert size < 1e-10 if (source, kind) == ("error", "neurons") else size > 1e-2, source
 
 
@@ -195,7 +196,7 @@ def test_rows_and_single_edges_are_those_of_the_linear_model(name):
         values = jax.jit(values)
         everything = jnp.ones(count)
         whole, back = jax.vjp(values, everything)
-        targets = graph.nodes("feature", "output")
+        targets = graph.nodes.of("feature", "output")
         close(graph.values[targets], whole, 1e-10)
         close(graph.bias[targets], values(jnp.zeros(count)), 1e-10)
         rows = jax.jit(jax.vmap(back))(jnp.eye(len(whole)))[0]
@@ -205,10 +206,10 @@ def test_rows_and_single_edges_are_those_of_the_linear_model(name):
         pairs = [("feature", "feature"), ("feature", "error"), ("output", "token"), ("output", "feature")]
         random = np.random.default_rng(0)
         for into, out_of in pairs:
-            edges = graph.adjacency[np.ix_(graph.nodes(into), graph.nodes(out_of))]
+            edges = graph.adjacency[np.ix_(graph.nodes.of(into), graph.nodes.of(out_of))]
             strong = np.argwhere(np.abs(edges) > 1e-3)
             for row, column in random.permutation(strong)[:3]:
-                target, source = graph.nodes(into)[row], graph.nodes(out_of)[column]
+                target, source = graph.nodes.of(into)[row], graph.nodes.of(out_of)[column]
                 gone = np.asarray(whole - values(everything.at[source].set(0)))
                 assert abs(gone[np.searchsorted(targets, target)] - edges[row, column]) <= 1e-10
             assert len(strong) or (out_of, DOUBLE[name]) == ("error", "neurons")
@@ -235,7 +236,7 @@ def test_the_compiled_model_has_exactly_the_edges_that_it_was_made_with(name, ma
         hop, state, _ = nodes(city)
         found = [("feature", *map(int, place)) for place in graph.features]
         assert found == ([hop, state] if faithful else [hop])
-        assert np.abs(graph.adjacency[:, graph.nodes("error")]).max() < 1e-5
+        assert np.abs(graph.adjacency[:, graph.nodes.of("error")]).max() < 1e-5
         assert graph.scores.replacement == pytest.approx(1, abs=1e-4)
         assert missed(graph) < 1e-5
 

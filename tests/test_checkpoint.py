@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import jclt
 from jclt.errors import UserError
 from jclt.models import abstract_params, declare
-from jclt.models.checkpoint import load_config
+from jclt.models.formats.weights import load_config
 
 
 @pytest.fixture
@@ -456,7 +456,7 @@ def test_a_prompt_with_a_byte_that_is_no_text():
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(broken, monkeypatch):
     monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 1000)
-    monkeypatch.setattr("jclt.models.checkpoint._piece", None)
+    monkeypatch.setattr("jclt.models.formats.weights._piece", None)
     with pytest.raises(UserError, match="needs .* kB of memory, expected at most 1 kB; dtype='bfloat16' takes half"):
         jclt.load_model(broken)
 
@@ -472,7 +472,7 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(error, tmp_path, monkeypat
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr("jclt.files.save_file", full)
+    monkeypatch.setattr("jclt.array_files.save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left"):
         jclt.save_model(golden_model("llama3"), tmp_path / "saved")
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graph_lists import listed_graph
 
 import jclt
-from jclt.cli import main, parser
+from jclt.cli.main import main, parser
 from jclt.errors import UserError
 from jclt.files import read_json
 from jclt.viewer import free_name
@@ -239,7 +240,7 @@ def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
     monkeypatch.setattr("jclt.models.load_model", lambda name: None)
     monkeypatch.setattr("jclt.coders.load_coder", load_coder)
     monkeypatch.setattr("jclt.coders.check_fit", check_fit)
-    monkeypatch.setattr("jclt.training.evaluate.evaluate", lambda *given: ("figures", {}))
+    monkeypatch.setattr("jclt.evaluation.evaluate.evaluate", lambda *given: ("figures", {}))
     assert main(["eval", "demo"]) == 0 and [own.message for own in caplog.records] == ["coder 'demo' does not fit"]
     caplog.clear()
     assert main(["eval", "demo", "--no-check", "--reads", "a", "--writes", "b"]) == 0 and not caplog.records
@@ -264,7 +265,7 @@ def plain_graph(ids: np.ndarray) -> jclt.Graph:
     """Tokens and one output, nothing else."""
     size = len(ids) + 1
     numbers = np.zeros(size, np.float32)
-    return jclt.Graph(
+    return listed_graph(
         adjacency=np.zeros((size, size), np.float32),
         bias=numbers,
         rest=numbers,

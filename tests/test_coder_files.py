@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import jclt
-from jclt.cli import main
+from jclt.cli.main import main
 from jclt.coders import (
     CoderConfig,
     SparseCoder,
@@ -25,7 +25,7 @@ from jclt.coders import (
     misread_by_circuit_tracer,
     neurons,
 )
-from jclt.coders.fit import _probe_tokens
+from jclt.coders.model_fit import _probe_tokens
 from jclt.errors import UserError
 
 PEERS = Path(__file__).parents[2] / "shared" / "golden"
@@ -760,7 +760,7 @@ def test_an_archive_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
     path = tmp_path / "saved" / "layer_1" / "params.npz"
     tensors = dict(np.load(path))
     np.savez_compressed(path, **tensors, more=np.zeros(1000))
-    monkeypatch.setattr("jclt.files._read_array", None)
+    monkeypatch.setattr("jclt.array_files._read_array", None)
     with pytest.raises(UserError, match="params.npz: tensor 'more' has no place in this coder"):
         jclt.load_coder(tmp_path / "saved")
     np.savez_compressed(path, **tensors | {"W_enc": np.zeros((6, 5000))})
@@ -791,7 +791,7 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(error, layout, tmp_path, m
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr("jclt.files.save_file", full)
+    monkeypatch.setattr("jclt.array_files.save_file", full)
     with pytest.raises(UserError, match="cannot be written .*No space left"):
         jclt.save_coder(random_coder(PLT), tmp_path / "saved", layout)
     assert not list(tmp_path.iterdir())

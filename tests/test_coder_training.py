@@ -17,11 +17,11 @@ import pytest
 from short_run import CONFIG, losses
 
 import jclt
-from jclt.cli import main
+from jclt.cli.main import main
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
-from jclt.sharding import make_mesh
-from jclt.training.coder import train_coder
+from jclt.mesh import make_mesh
+from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.inspect import inspect_run
 from jclt.training.metrics import read_metrics

@@ -12,11 +12,11 @@ from golden_cases import golden_model, reference
 import jclt
 from jclt.coders import AXES, CoderConfig, SparseCoder, abstract_coder, neurons, replacing
 from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
-from jclt.coders.products import _written, decode, product
 from jclt.coders.writing import Writing
 from jclt.errors import UserError
-from jclt.sharding import make_mesh, placed, sharding
-from jclt.training.rules import activate
+from jclt.kernels.matmuls import _written, decode, product
+from jclt.mesh import make_mesh, placed, sharding
+from jclt.training.coder.forms import activate
 
 CLT = CoderConfig("clt", 10, layers=(0, 1, 2), width=6)
 PLT = replace(CLT, kind="transcoder")

@@ -9,7 +9,7 @@ from compiled_coders import LAST, expected_edges, faithful_coder, nodes, unfaith
 import jclt
 from jclt.coders import neurons, replacing
 from jclt.models import Replace, save_model
-from jclt.world.compiled import ANSWERS, CAPITAL_OF, CAPITALS, PROMPTS, STATE_OF, STATES, compiled_two_hop
+from jclt.world.handmade import ANSWERS, CAPITAL_OF, CAPITALS, PROMPTS, STATE_OF, STATES, compiled_two_hop
 
 MODELS = {
     "plain": {},

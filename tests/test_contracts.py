@@ -11,17 +11,18 @@ from compiled import check_step
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jclt.training.step as step_module
+import jclt.training.coder.step as step_module
 from jclt.coders import CoderConfig
+from jclt.mesh import MESH_AXES, make_mesh, sharding
 from jclt.models import ModelConfig, known_config
-from jclt.pods.program import Collective, collectives
-from jclt.sharding import MESH_AXES, make_mesh, sharding
-from jclt.training.abstract import lower_step, step_inputs
-from jclt.training.coder import init_state
+from jclt.pods.hlo import Collective, collectives
+from jclt.training.coder.abstract import lower_step, step_inputs
+from jclt.training.coder.forms import activate
+from jclt.training.coder.harvest import Harvest
+from jclt.training.coder.objective import encode, prepare
+from jclt.training.coder.prepare import init_state
+from jclt.training.coder.step import train_step
 from jclt.training.config import TrainConfig
-from jclt.training.harvest import Harvest
-from jclt.training.rules import activate
-from jclt.training.step import encode, prepare, train_step
 
 # Sizes that meet in no other role, so that a shape says what its axes are.
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 40, 32)

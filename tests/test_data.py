@@ -18,32 +18,28 @@ from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
-from jclt.errors import UserError
-from jclt.models import ModelConfig, Tokenizer, load_tokenizer
-from jclt.sharding import make_mesh, sharding
-from jclt.training.config import LmConfig
-from jclt.training.data import (
+from jclt.data.activation_store import create_store
+from jclt.data.batches import batch_rows, place, shuffled
+from jclt.data.load_tokens import load_tokens, packed, text_rows, text_tokens
+from jclt.data.prefetch import mapped_ahead, prefetched
+from jclt.data.token_rows import (
     HELD_OUT,
     RESERVED_MOST,
     TokenRows,
-    batch_rows,
     load_rows,
-    load_tokens,
-    packed,
-    place,
     reserved,
     reserved_rows,
     save_rows,
-    shuffled,
-    text_rows,
-    text_tokens,
     trained_rows,
 )
+from jclt.data.tokenize import tokenize
+from jclt.errors import UserError
+from jclt.mesh import make_mesh, sharding
+from jclt.models import ModelConfig, Tokenizer, load_tokenizer
+from jclt.training.config import LmConfig
 from jclt.training.lm import find_tokenizer
-from jclt.training.prefetch import mapped_ahead, prefetched
-from jclt.training.runs import find_rows, place_of
-from jclt.training.store import create_store
-from jclt.training.tokenize import tokenize
+from jclt.training.run_folder import place_of
+from jclt.training.run_rows import find_rows
 
 TOKENIZER = FOLDER / "llama3"
 
@@ -238,7 +234,9 @@ def test_tokens_are_compared_with_their_digest_and_with_the_vocabulary(folder, t
 def test_tokens_are_read_from_end_to_end_once(folder, monkeypatch):
     load_tokens(folder, 16, 96)
     opened: list[str] = []
-    monkeypatch.setattr("jclt.training.data.hashlib.sha256", lambda *x: opened.append("") or hashlib.new("sha256", *x))
+    monkeypatch.setattr(
+        "jclt.data.token_rows.hashlib.sha256", lambda *x: opened.append("") or hashlib.new("sha256", *x)
+    )
     load_tokens(folder, 7, 96)
     assert len(opened) == 1, "but for the digest of all shards' digests"
 

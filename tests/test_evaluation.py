@@ -11,6 +11,8 @@ from golden_cases import FOLDER
 
 import jclt
 from jclt.coders import AXES, CoderConfig, Neurons, SparseCoder, declare, neurons
+from jclt.data.load_tokens import load_shards, text_tokens
+from jclt.data.tokenize import tokenize
 from jclt.errors import UserError
 from jclt.evaluation import (
     Reconstruction,
@@ -24,18 +26,16 @@ from jclt.evaluation import (
 )
 from jclt.evaluation.batches import BATCH as BATCHES
 from jclt.evaluation.batches import rows_at_once
+from jclt.evaluation.evaluate import evaluate, evaluation_rows
 from jclt.evaluation.exchange import largest
 from jclt.evaluation.features import with_features
 from jclt.evaluation.reconstruction import Moments, joined, moments
 from jclt.evaluation.world import accuracy, agreement, mean_prompt_writes, task_agreement
+from jclt.mesh import sharding
 from jclt.models import Model, Replace
-from jclt.sharding import sharding
-from jclt.training.data import load_shards, text_tokens
-from jclt.training.evaluate import evaluate, evaluation_rows
-from jclt.training.tokenize import tokenize
 from jclt.world import TASKS, corpus
-from jclt.world.compiled import PROMPTS, compiled_two_hop
 from jclt.world.facts import STATES
+from jclt.world.handmade import PROMPTS, compiled_two_hop
 from jclt.world.measure import padded
 
 BATCH = 16

@@ -10,7 +10,7 @@ import pytest
 import jclt
 from jclt import fingerprints
 from jclt.fingerprints import bit_sums, digest, fingerprint
-from jclt.sharding import sharding
+from jclt.mesh import sharding
 
 TYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
 

@@ -11,28 +11,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
+from graph_lists import listed_graph, with_lists
 
-from jclt.attribution import influence as influence_module
-from jclt.attribution.files import _pack, load_graph, read_circuit_tracer, save_graph
-from jclt.attribution.graph import Graph
-from jclt.attribution.influence import (
-    cumulative_share,
-    missing,
-    node_influence,
-    normalized,
-    output_weights,
-    scores,
-)
-from jclt.attribution.paths import (
-    between_supernodes,
-    describe,
-    name_of,
-    path_lengths,
-    strongest_paths,
-    with_supernodes,
-)
-from jclt.attribution.pruning import curve, masks, prune
 from jclt.errors import UserError
+from jclt.graphs import influence as influence_module
+from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
+from jclt.graphs.curve import curve
+from jclt.graphs.graph import Graph
+from jclt.graphs.influence import cumulative_share, normalize
+from jclt.graphs.load import load_graph
+from jclt.graphs.npz import _pack
+from jclt.graphs.paths import between_supernodes, describe, name_of, path_lengths, strongest_paths, with_supernodes
 
 
 def random_graph(
@@ -43,7 +32,7 @@ def random_graph(
     found = np.stack([random.integers(0, size, features) for size in (layers, tokens, 50)], axis=1)
     found = found[np.lexsort(found.T[::-1])]
     size = features + layers * tokens + tokens * (1 + positions) + outputs
-    graph = Graph(
+    graph = listed_graph(
         adjacency=np.zeros((size, size)),
         bias=np.zeros(size),
         rest=np.zeros(size),
@@ -62,15 +51,15 @@ def random_graph(
         layers=layers,
         provenance={"model": "random", "seed": seed},
     )
-    below = graph.node_layers[None] < graph.node_layers[:, None]
-    targets = np.isin(graph.kinds, (0, 4))
+    below = graph.nodes.layer[None] < graph.nodes.layer[:, None]
+    targets = graph.nodes.is_of("feature", "output")
     edges = random.standard_normal((size, size)) * (random.random((size, size)) < density)
-    adjacency = edges * below * targets[:, None] * (graph.kinds != 4)
+    adjacency = edges * below * targets[:, None] * (~graph.nodes.is_of("output"))
     signed = rest * random.standard_normal(size) * targets
     mass = np.abs(signed) * random.uniform(1, 2, size)
     bias = random.standard_normal(size) * targets
     values = adjacency.sum(axis=1) + signed + bias
-    return replace(graph, adjacency=adjacency, rest=signed, rest_mass=mass, bias=bias, values=values)
+    return with_lists(graph, adjacency=adjacency, rest=signed, rest_mass=mass, bias=bias, values=values)
 
 
 def hand_graph() -> Graph:
@@ -81,7 +70,7 @@ def hand_graph() -> Graph:
     adjacency[f1, [f0, error]] = 2, -2
     adjacency[f0, [token0, token1]] = 1, -3
     nothing = np.zeros(6, np.float32)
-    return Graph(
+    return listed_graph(
         adjacency=adjacency,
         bias=nothing,
         rest=nothing,
@@ -107,12 +96,12 @@ def dense_influence(graph: Graph) -> np.ndarray:
     mass = sizes.sum(axis=1) + graph.rest_mass
     shares = np.divide(sizes, mass[:, None], out=np.zeros_like(sizes), where=mass[:, None] > 0)
     everything = np.linalg.inv(np.eye(len(sizes)) - shares) - np.eye(len(sizes))
-    return graph.logit_probabilities @ everything[graph.nodes("output")]
+    return graph.logit_probabilities @ everything[graph.nodes.of("output")]
 
 
 def all_paths(graph: Graph, starts: np.ndarray) -> list[tuple[float, tuple[int, ...]]]:
     """Every walk that ends at a node without inputs, from the source up, with its share."""
-    shares = normalized(graph)
+    shares = normalize(graph.edges)
     found, open_paths = [], [(float(start), (node,)) for node, start in enumerate(starts) if start > 0]
     while open_paths:
         share, path = open_paths.pop()
@@ -126,6 +115,10 @@ def all_paths(graph: Graph, starts: np.ndarray) -> list[tuple[float, tuple[int, 
 def assert_same_graph(got: Graph, want: Graph):
     for field in fields(Graph):
         a, b = getattr(got, field.name), getattr(want, field.name)
+        if field.name == "nodes":
+            for name in ("kind", "layer", "position", "index", "value"):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+            continue
         if isinstance(b, np.ndarray):
             assert isinstance(a, np.ndarray), field.name
             assert a.dtype == b.dtype, field.name
@@ -138,21 +131,21 @@ def test_influence_and_scores_of_a_small_graph_have_these_values():
     graph = hand_graph()
     # Of the output's 4, three quarters come through f1; half of that through f0, half from the error.
     expected = 0.5 * np.array([3 / 8, 3 / 4, 3 / 8, 3 / 32, 1 / 4 + 9 / 32, 0])
-    np.testing.assert_allclose(node_influence(graph), expected, rtol=1e-6)
-    assert node_influence(graph).dtype == np.float32 and normalized(graph).dtype == np.float32
-    found = scores(graph)
+    np.testing.assert_allclose(graph.influence, expected, rtol=1e-6)
+    assert graph.influence.dtype == np.float32 and normalize(graph.edges).dtype == np.float32
+    found = graph.scores
     assert found.replacement == pytest.approx(5 / 8)
     visits = 1 + 3 / 4 + 3 / 8 + 3 / 8 + 5 / 8
     assert found.completeness == pytest.approx(1 - 3 / 4 * 1 / 2 / visits)
-    assert found.replacement_interval == pytest.approx((5 / 8, 5 / 8)) and missing(graph) == 0
+    assert found.replacement_interval == pytest.approx((5 / 8, 5 / 8)) and graph.missing == 0
 
 
 def test_what_comes_from_outside_the_graph_is_missing():
     graph = hand_graph()
     rest_mass = np.array([0, 4, 0, 0, 0, 0], np.float32)  # as much again as f1 gets within the graph
     graph = replace(graph, rest_mass=rest_mass, rest=-rest_mass)
-    assert missing(graph) == pytest.approx(3 / 8)
-    found = scores(graph)
+    assert graph.missing == pytest.approx(3 / 8)
+    found = graph.scores
     tokens, error, left = 1 / 4 + 3 / 16, 3 / 16, 3 / 8
     assert found.replacement == pytest.approx(tokens / (tokens + error + left))
     assert found.replacement_interval == pytest.approx((tokens, tokens + left))
@@ -168,26 +161,26 @@ def test_what_comes_from_outside_the_graph_is_missing():
 def test_one_pass_over_the_layers_gives_the_inverse(seed, rest):
     graph = random_graph(seed, rest=rest, positions=seed % 2 == 0)
     want = dense_influence(graph)
-    np.testing.assert_allclose(node_influence(graph), want, rtol=1e-12, atol=1e-15)
-    assert (want[graph.nodes("feature")] > 0).any()
+    np.testing.assert_allclose(graph.influence, want, rtol=1e-12, atol=1e-15)
+    assert (want[graph.nodes.of("feature")] > 0).any()
     in_single = replace(graph, adjacency=graph.adjacency.astype(np.float32))
-    np.testing.assert_allclose(node_influence(in_single), want, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(in_single.influence, want, rtol=1e-5, atol=1e-8)
 
 
 def test_features_in_any_order_have_the_same_influence():
     graph = random_graph(3)
     order = np.r_[np.random.default_rng(0).permutation(20), 20 : len(graph)]
-    shuffled = replace(graph, adjacency=graph.adjacency[np.ix_(order, order)], features=graph.features[order[:20]])
-    np.testing.assert_allclose(node_influence(shuffled), node_influence(graph)[order], rtol=1e-12)
+    shuffled = with_lists(graph, adjacency=graph.adjacency[np.ix_(order, order)], features=graph.features[order[:20]])
+    np.testing.assert_allclose(shuffled.influence, graph.influence[order], rtol=1e-12)
 
 
 def test_an_empty_graph_explains_nothing():
     graph = random_graph(0, density=0.0)
-    assert (scores(graph).replacement, missing(graph)) == (0.0, 0.0)
-    assert len(prune(graph, rule="circuit-tracer")) == 4 + 2 and not path_lengths(graph).any()
+    assert (graph.scores.replacement, graph.missing) == (0.0, 0.0)
+    assert len(graph.prune(rule="circuit-tracer")) == 4 + 2 and not path_lengths(graph).any()
     assert strongest_paths(graph) == []
     no_outputs = random_graph(0, outputs=0)
-    assert (scores(no_outputs).completeness, missing(no_outputs)) == (0.0, 0.0)
+    assert (no_outputs.scores.completeness, no_outputs.missing) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -198,58 +191,58 @@ def test_the_whole_graph_lies_within_the_intervals(seed):
     nodes[:30] = random.random(30) < random.uniform(0.1, 0.9)
     edges = None
     if seed % 2:  # errors and single edges may be missing too
-        nodes[whole.nodes("error")] = random.random(16) < 0.5
+        nodes[whole.nodes.of("error")] = random.random(16) < 0.5
         edges = random.random(whole.adjacency.shape) < 0.9
     part = whole.keep(nodes, edges)
-    want, got = scores(whole), scores(part)
-    assert missing(part) > 0
+    want, got = whole.scores, part.scores
+    assert part.missing > 0
     for name in ("replacement", "completeness"):
         low, high = getattr(got, name + "_interval")
         assert low - 1e-12 <= getattr(want, name) <= high + 1e-12
         assert 0 <= low < high <= 1
-    kept = nodes | np.isin(whole.kinds, (2, 3, 4))
-    gained = (node_influence(whole)[kept] - node_influence(part)) / whole.logit_probabilities.sum()
-    assert gained.min() > -1e-12 and gained.max() <= missing(part) + 1e-12 and gained.max() > 0
+    kept = nodes | whole.nodes.is_of("token", "position", "output")
+    gained = (whole.influence[kept] - part.influence) / whole.logit_probabilities.sum()
+    assert gained.min() > -1e-12 and gained.max() <= part.missing + 1e-12 and gained.max() > 0
 
 
 @pytest.mark.parametrize(("source", "end"), [("token", 1), ("error", 0)])
 def test_the_bounds_of_replacement_are_met_by_graphs_that_go_one_way(source, end):
     """What is missing can be all embeddings or all errors."""
     whole = random_graph(7, features=12, layers=2)
-    whole = replace(whole, features=whole.features + np.array([2, 0, 0]), layers=4)  # above all errors
-    whole.adjacency[:12] = np.isin(np.arange(len(whole)), whole.nodes(source))
+    whole = with_lists(whole, features=whole.features + np.array([2, 0, 0]), layers=4)  # above all errors
+    whole.adjacency[:12] = np.isin(np.arange(len(whole)), whole.nodes.of(source))
     part = whole.keep(np.arange(len(whole)) >= 6)
-    assert scores(whole).replacement == pytest.approx(scores(part).replacement_interval[end])
-    assert 0.1 < scores(whole).replacement < 0.9 and missing(part) > 0.1
+    assert whole.scores.replacement == pytest.approx(part.scores.replacement_interval[end])
+    assert 0.1 < whole.scores.replacement < 0.9 and part.missing > 0.1
 
 
 @pytest.mark.parametrize("rule", ["paper", "circuit-tracer"])
 @pytest.mark.parametrize("rest", [0.0, 0.5])
 def test_pruning_keeps_the_law(rule, rest):
     graph = random_graph(1, features=60, rest=rest)
-    pruned = prune(graph, 0.7, 0.9, rule)
+    pruned = graph.prune(0.7, 0.9, rule)
     assert len(pruned) < len(graph) and np.abs(pruned.residual).max() < 1e-12
     assert np.abs(pruned.rest).sum() > np.abs(graph.rest).sum() and pruned.rest_mass.sum() > graph.rest_mass.sum()
     total = np.abs(pruned.adjacency).sum(axis=1) + pruned.rest_mass
-    whole = (np.abs(graph.adjacency).sum(axis=1) + graph.rest_mass)[masks(graph, 0.7, 0.9, rule).nodes]
+    whole = (np.abs(graph.adjacency).sum(axis=1) + graph.rest_mass)[graph.masks(0.7, 0.9, rule).nodes]
     np.testing.assert_allclose(total, whole, rtol=1e-12)
 
 
 def test_nodes_are_kept_up_to_the_threshold():
     graph = random_graph(2, features=40)
-    found = masks(graph, 0.6, 1.0, "circuit-tracer")
+    found = graph.masks(0.6, 1.0, "circuit-tracer")
     influence = dense_influence(graph)
     order = np.argsort(-influence)
     needed = order[: np.searchsorted(np.cumsum(influence[order]) / influence.sum(), 0.6) + 1]
-    assert set(np.flatnonzero(found.nodes)) <= set(needed) | set(graph.nodes("token", "output"))
+    assert set(np.flatnonzero(found.nodes)) <= set(needed) | set(graph.nodes.of("token", "output"))
     np.testing.assert_allclose(found.cumulative[order], np.cumsum(influence[order]) / influence.sum(), rtol=1e-10)
-    assert found.nodes[graph.nodes("token", "output")].all()
+    assert found.nodes[graph.nodes.of("token", "output")].all()
 
 
 def slow_edge_mask(graph: Graph, nodes: np.ndarray, threshold: float) -> np.ndarray:
     """The edges that carry this share of the influence among these nodes, one by one from the strongest."""
     alone = replace(graph, adjacency=graph.adjacency * nodes[:, None] * nodes)
-    flow = normalized(alone) * (dense_influence(alone) + output_weights(graph))[:, None]
+    flow = normalize(alone.edges) * (dense_influence(alone) + graph.output_weights)[:, None]
     mask, carried = np.zeros(flow.shape, bool), 0.0
     for place in np.argsort(-flow, axis=None):
         if carried >= threshold * flow.sum():
@@ -262,10 +255,10 @@ def slow_edge_mask(graph: Graph, nodes: np.ndarray, threshold: float) -> np.ndar
 @pytest.mark.parametrize("seed", range(4))
 def test_edges_are_kept_up_to_the_threshold(seed):
     graph = random_graph(seed, features=40, rest=0.3)
-    found = masks(graph, 1.0, 0.8, "paper")
-    nodes = (dense_influence(graph) > 0) | np.isin(graph.kinds, (1, 2, 4))
+    found = graph.masks(1.0, 0.8, "paper")
+    nodes = (dense_influence(graph) > 0) | graph.nodes.is_of("error", "token", "output")
     want = slow_edge_mask(graph, nodes, 0.8)
-    features = graph.kinds == 0
+    features = graph.nodes.is_of("feature")
     while True:  # features without inputs or outputs go, until all have both
         dead = features & nodes & ~(want.any(0) & want.any(1))
         if not dead.any():
@@ -289,14 +282,14 @@ def peak_of(function, *arguments) -> int:
 @pytest.mark.parametrize("rest", [0.0, 0.5])
 def test_blocks_of_rows_change_nothing(rest, monkeypatch):
     graph = random_graph(3, features=60, layers=4, rest=rest)
-    want, masked, pruned = scores(graph), masks(graph), prune(graph)
+    want, masked, pruned = graph.scores, graph.masks(), graph.prune()
     for size in (1, 8 * len(graph) * 7):
         monkeypatch.setattr(influence_module, "BLOCK", size)
         for name in ("replacement", "completeness", "replacement_interval", "completeness_interval"):
-            assert getattr(scores(graph), name) == pytest.approx(getattr(want, name), rel=1e-12)
-        found = masks(graph)
+            assert getattr(graph.scores, name) == pytest.approx(getattr(want, name), rel=1e-12)
+        found = graph.masks()
         assert (found.nodes == masked.nodes).all() and (found.edges == masked.edges).all()
-        np.testing.assert_allclose(prune(graph).rest_mass, pruned.rest_mass, rtol=1e-12)
+        np.testing.assert_allclose(graph.prune().rest_mass, pruned.rest_mass, rtol=1e-12)
 
 
 def test_scores_and_pruning_need_no_second_matrix(monkeypatch, tmp_path):
@@ -304,26 +297,26 @@ def test_scores_and_pruning_need_no_second_matrix(monkeypatch, tmp_path):
     graph = replace(graph, adjacency=graph.adjacency.astype(np.float32))
     monkeypatch.setattr(influence_module, "BLOCK", 1 << 16)
     size = graph.adjacency.nbytes
-    assert peak_of(scores, graph) < 0.15 * size
-    assert peak_of(prune, graph) < 0.85 * size
+    assert peak_of(lambda: graph.scores) < 0.15 * size
+    assert peak_of(graph.prune) < 0.85 * size
     assert peak_of(_pack, graph.adjacency) < 0.6 * size  # half of them are there, and as many bits as there may be
-    save_graph(graph, tmp_path / "graph.npz")
+    graph.save(tmp_path / "graph.npz")
     assert peak_of(load_graph, tmp_path / "graph.npz") < 2 * size
 
 
 def test_a_pruned_graph_keeps_the_shares_and_scores_of_the_whole():
     graph = random_graph(2, features=60)
-    shares = cumulative_share(node_influence(graph))
-    once = prune(graph, 0.8, 0.95)
-    twice = prune(once, 0.6, 0.95)
-    found = masks(graph, 0.8, 0.95).nodes
+    shares = cumulative_share(graph.influence)
+    once = graph.prune(0.8, 0.95)
+    twice = once.prune(0.6, 0.95)
+    found = graph.masks(0.8, 0.95).nodes
     np.testing.assert_array_equal(once.whole_shares, shares[found])
-    np.testing.assert_array_equal(twice.whole_shares, shares[found][masks(once, 0.6, 0.95).nodes])
-    assert not np.allclose(cumulative_share(node_influence(once)), once.whole_shares)
+    np.testing.assert_array_equal(twice.whole_shares, shares[found][once.masks(0.6, 0.95).nodes])
+    assert not np.allclose(cumulative_share(once.influence), once.whole_shares)
     kept = np.arange(len(graph)) % 2 == 0
     part = graph.keep(kept)
-    np.testing.assert_array_equal(part.whole_shares, shares[kept | np.isin(graph.kinds, (2, 3, 4))])
-    assert once.provenance["whole_graph_scores"] == twice.provenance["whole_graph_scores"] == scores(graph).both
+    np.testing.assert_array_equal(part.whole_shares, shares[kept | graph.nodes.is_of("token", "position", "output")])
+    assert once.provenance["whole_graph_scores"] == twice.provenance["whole_graph_scores"] == graph.scores.both
     assert graph.whole_shares is None and "whole_graph_scores" not in graph.provenance
 
 
@@ -331,8 +324,8 @@ def test_outputs_count_by_their_weights():
     graph = random_graph(1)
     weighted = replace(graph, logit_weights=np.array([0.2, 0.8]), logit_probabilities=np.array([0.0, 0.3]))
     as_weights = replace(graph, logit_probabilities=np.array([0.2, 0.8]))
-    np.testing.assert_array_equal(node_influence(weighted), node_influence(as_weights))
-    assert scores(weighted) == scores(as_weights) and not np.allclose(node_influence(weighted), node_influence(graph))
+    np.testing.assert_array_equal(weighted.influence, as_weights.influence)
+    assert weighted.scores == as_weights.scores and not np.allclose(weighted.influence, graph.influence)
     assert strongest_paths(weighted) == strongest_paths(as_weights)
 
 
@@ -340,16 +333,16 @@ def test_equal_influences_stay_or_go_together():
     graph = hand_graph()
     adjacency = np.zeros((6, 6), np.float32)
     adjacency[5, :2], adjacency[0, 3], adjacency[1, 4] = 1, 1, 1
-    graph = replace(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
-    assert masks(graph, 0.1, 0.1, "circuit-tracer").nodes.tolist() == [True, True, False, True, True, True]
+    graph = with_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
+    assert graph.masks(0.1, 0.1, "circuit-tracer").nodes.tolist() == [True, True, False, True, True, True]
 
 
 def test_errors_stay_under_the_papers_rule_alone():
     graph = random_graph(4, features=60)
-    ours, theirs = (masks(graph, 0.5, 0.9, rule).nodes[graph.nodes("error")] for rule in ("paper", "circuit-tracer"))
+    ours, theirs = (graph.masks(0.5, 0.9, rule).nodes[graph.nodes.of("error")] for rule in ("paper", "circuit-tracer"))
     assert ours.all() and not theirs.all()
     with_places = random_graph(4, features=60, positions=True)
-    assert masks(with_places, 0.0, 0.0, "circuit-tracer").nodes[with_places.nodes("token", "position")].all()
+    assert with_places.masks(0.0, 0.0, "circuit-tracer").nodes[with_places.nodes.of("token", "position")].all()
 
 
 def test_features_that_lose_their_inputs_go():
@@ -357,20 +350,22 @@ def test_features_that_lose_their_inputs_go():
     adjacency = graph.adjacency.copy()
     adjacency[5, 0] = 0.01  # f0 feeds the output too, but its own inputs fall below the edges' threshold
     adjacency[1, 0] = 0.01
-    graph = replace(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
-    found = masks(graph, 1.0, 0.98)
+    graph = with_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
+    found = graph.masks(1.0, 0.98)
     assert found.nodes.tolist() == [False, True, True, True, True, True] and not found.edges[:, 0].any()
 
 
 def test_at_threshold_one_all_that_has_influence_stays():
     graph = random_graph(5, density=1.0)
     graph = replace(graph, adjacency=graph.adjacency.astype(np.float32))
-    found = masks(graph, 1.0, 1.0, "circuit-tracer")
-    has = node_influence(graph) > 0
-    np.testing.assert_array_equal(found.nodes, has & (graph.kinds != 4) | np.isin(graph.kinds, (2, 4)))
+    found = graph.masks(1.0, 1.0, "circuit-tracer")
+    has = graph.influence > 0
+    np.testing.assert_array_equal(
+        found.nodes, has & (~graph.nodes.is_of("output")) | graph.nodes.is_of("token", "output")
+    )
     graph = hand_graph()
     graph.adjacency[1, 0] = 1e-9  # lost beside the others in a sum in single precision
-    assert masks(graph, 1.0, 1.0).nodes[0] and not masks(graph, 0.999999, 1.0).nodes[0]
+    assert graph.masks(1.0, 1.0).nodes[0] and not graph.masks(0.999999, 1.0).nodes[0]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +378,7 @@ def test_at_threshold_one_all_that_has_influence_stays():
 )
 def test_thresholds_are_shares(options, message):
     with pytest.raises(UserError, match=message):
-        masks(hand_graph(), **options)
+        hand_graph().masks(**options)
 
 
 def test_the_curve_falls_with_the_graph():
@@ -392,10 +387,10 @@ def test_the_curve_falls_with_the_graph():
     assert [point.node_threshold for point in points] == [0.3, 0.6, 0.9]
     for less, more in pairwise(points):
         assert less.nodes < more.nodes and less.edges < more.edges
-        assert less.scores.completeness < more.scores.completeness < scores(graph).completeness
-    pruned = prune(graph, 0.6)
+        assert less.scores.completeness < more.scores.completeness < graph.scores.completeness
+    pruned = graph.prune(0.6)
     assert (points[1].nodes, points[1].edges) == (len(pruned), (pruned.adjacency != 0).sum())
-    assert points[1].scores == scores(pruned)
+    assert points[1].scores == pruned.scores
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -403,7 +398,7 @@ def test_path_lengths_are_those_of_all_paths(seed):
     graph = random_graph(seed, features=10)
     weights = graph.logit_probabilities / graph.logit_probabilities.sum()
     paths = all_paths(graph, np.r_[np.zeros(len(graph) - 2), weights])
-    sources = set(graph.nodes("token", "error"))
+    sources = set(graph.nodes.of("token", "error"))
     want = np.zeros(graph.layers + 2)
     for share, path in paths:
         if path[0] in sources:
@@ -418,7 +413,7 @@ def test_path_lengths_are_those_of_all_paths(seed):
 def test_the_strongest_paths_are_those_of_all_paths(seed, count):
     graph = random_graph(seed, features=10, rest=0.2)
     weights = graph.logit_probabilities / graph.logit_probabilities.sum()
-    tokens = set(graph.nodes("token"))
+    tokens = set(graph.nodes.of("token"))
     paths = all_paths(graph, np.r_[np.zeros(len(graph) - 2), weights])
     want = [(share, path) for share, path in paths if path[0] in tokens][:count]
     found = strongest_paths(graph, count)
@@ -437,7 +432,7 @@ def test_the_strongest_paths_lead_to_the_target_asked_for():
     ends = [path for path in found if path.nodes[0] >= 10]
     assert {path.nodes for path in ends} <= {path for _, path in want} and all(p.nodes[-1] == target for p in found)
     assert any(path.nodes[0] < 10 for path in found) and all(len(path.nodes) > 1 for path in found)
-    output = int(graph.nodes("output")[1])
+    output = int(graph.nodes.of("output")[1])
     assert {path.nodes[-1] for path in strongest_paths(graph, 5, output)} == {output}
     with pytest.raises(UserError, match=r"node 99: expected a number from 0 to \d+"):
         strongest_paths(graph, 5, 99)
@@ -461,10 +456,10 @@ def test_nodes_and_paths_in_words():
     )
     assert describe(graph, long) == '" Creek" (1) -> " Denver" 25.0%'
     assert 'feature 17 (compass at noon) at " South"' in describe(graph, direct, {(0, 17): "compass at noon"})
-    nameless = replace(graph, token_texts=("", "\n"), logit_names=("x - y",), logit_tokens=np.array([-1]))
+    nameless = with_lists(graph, token_texts=("", "\n"), logit_names=("x - y",), logit_tokens=np.array([-1]))
     assert [name_of(nameless, node) for node in (3, 4, 5)] == ["token 5 (0)", '"\\n" (1)', "x - y"]
     placed = random_graph(0, positions=True)
-    assert name_of(placed, int(placed.nodes("position")[2])) == "position 2"
+    assert name_of(placed, int(placed.nodes.of("position")[2])) == "position 2"
     with pytest.raises(UserError, match="node 6: expected a number from 0 to 5"):
         name_of(graph, 6)
 
@@ -478,7 +473,7 @@ def test_edges_between_supernodes():
     names, edges = between_supernodes(graph, others=True)
     assert names[3:] == ['error of layer 1 at " Creek" (1)'] and edges[0, 3] == pytest.approx(-1 / 3)
     alone = between_supernodes(replace(graph, supernodes={}), others=True)[1]
-    np.testing.assert_allclose(np.abs(alone), normalized(graph), rtol=1e-6)
+    np.testing.assert_allclose(np.abs(alone), normalize(graph.edges), rtol=1e-6)
     pruned = graph.keep(np.array([False, True, True, True, True, True]))
     assert between_supernodes(pruned)[1][2, 0] == pytest.approx(3 / 4)
 
@@ -508,7 +503,7 @@ def test_a_saved_graph_is_read_back(dtype, tmp_path):
     (tmp_path / "new").mkdir()
     path = tmp_path / "new" / "graph.npz"
     path.write_text("an older file")
-    save_graph(graph, path)
+    graph.save(path)
     assert_same_graph(load_graph(path), graph)
     assert [child.name for child in path.parent.iterdir()] == ["graph.npz"]
     assert path.stat().st_size < graph.adjacency.nbytes / 1.5 + 8000
@@ -516,7 +511,7 @@ def test_a_saved_graph_is_read_back(dtype, tmp_path):
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "graph.npz"
-    save_graph(hand_graph(), path)
+    hand_graph().save(path)
     before = path.read_bytes()
 
     def full(file, **arrays):
@@ -525,31 +520,31 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(UserError, match=f"{path}: cannot be written .*disk full"):
-        save_graph(hand_graph(), path)
+        hand_graph().save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_saved_graph_replaces_the_old_file_at_once(tmp_path):
     path, old = tmp_path / "graph.npz", tmp_path / "old.npz"
-    save_graph(hand_graph(), path)
+    hand_graph().save(path)
     old.hardlink_to(path)
-    save_graph(replace(hand_graph(), provenance={"model": "new"}), path)
+    replace(hand_graph(), provenance={"model": "new"}).save(path)
     assert (load_graph(old).provenance, load_graph(path).provenance) == ({}, {"model": "new"})
 
 
 def test_optional_arrays_are_saved_and_files_without_them_are_read(tmp_path):
     path = tmp_path / "graph.npz"
     graph = random_graph(9)
-    save_graph(graph, path)
+    graph.save(path)
     version = json.loads(np.load(path)["about"].tobytes())["version"]
     assert version == 1 and {"logit_weights", "whole_shares"}.isdisjoint(np.load(path).files)
     assert load_graph(path).logit_weights is None and load_graph(path).whole_shares is None
-    pruned = prune(graph)
-    save_graph(pruned, path)  # an older jclt passes over the shares, and nothing else of it is new
+    pruned = graph.prune()
+    pruned.save(path)  # an older jclt passes over the shares, and nothing else of it is new
     assert json.loads(np.load(path)["about"].tobytes())["version"] == 1
     assert_same_graph(load_graph(path), pruned)
     weighted = replace(pruned, logit_weights=np.array([1.0, 0.0]))
-    save_graph(weighted, path)
+    weighted.save(path)
     assert json.loads(np.load(path)["about"].tobytes())["version"] == 2
     assert_same_graph(load_graph(path), weighted)
 
@@ -557,12 +552,12 @@ def test_optional_arrays_are_saved_and_files_without_them_are_read(tmp_path):
 def test_numpys_numbers_in_provenance_are_written_as_plain_ones(tmp_path):
     settings = {"targets": [np.int64(5), (np.int32(1), " a")], "tolerance": np.float32(0.5), "all": np.bool_(1)}
     graph = replace(hand_graph(), provenance={"settings": settings, "vector": np.arange(2)})
-    save_graph(graph, tmp_path / "graph.npz")
+    graph.save(tmp_path / "graph.npz")
     want = {"settings": {"targets": [5, [1, " a"]], "tolerance": 0.5, "all": True}, "vector": [0, 1]}
     assert load_graph(tmp_path / "graph.npz").provenance == want
     for wrong, message in (({"a": object()}, "hold a object, expected what JSON can"), ({"a": np.nan}, "not finite")):
         with pytest.raises(UserError, match=message):
-            save_graph(replace(hand_graph(), provenance=wrong), tmp_path / "other.npz")
+            replace(hand_graph(), provenance=wrong).save(tmp_path / "other.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["graph.npz"]
 
 
@@ -580,7 +575,7 @@ def test_texts_of_other_lengths_are_refused(name):
 
 def test_words_for_nodes_hold_no_signs_that_do_not_print():
     texts = ("\x9b\u202e", "\ud800\x7f")
-    graph = replace(hand_graph(), token_texts=texts, logit_names=("\x1b[31m\n",), logit_tokens=np.array([-1]))
+    graph = with_lists(hand_graph(), token_texts=texts, logit_names=("\x1b[31m\n",), logit_tokens=np.array([-1]))
     path = strongest_paths(graph, 1)[0]
     assert describe(graph, path, {(0, 17): "a\u202eb"}).isprintable()
     assert all(name_of(graph, node).isprintable() for node in range(6))
@@ -659,7 +654,7 @@ def put(name, place, value):
 )
 def test_damaged_files_are_told_in_one_line(change, message, tmp_path):
     path = tmp_path / "graph.npz"
-    save_graph(hand_graph(), path)
+    hand_graph().save(path)
     damaged(path, change)
     with pytest.raises(UserError, match=message) as error:
         load_graph(path)
@@ -677,7 +672,7 @@ def test_damaged_files_are_told_in_one_line(change, message, tmp_path):
 )
 def test_a_small_file_takes_little_memory(name, array, fails, tmp_path):
     path = tmp_path / "graph.npz"
-    save_graph(hand_graph(), path)
+    hand_graph().save(path)
     damaged(path, lambda arrays: arrays.update({name: array}))
     assert path.stat().st_size < 400_000
 
@@ -692,7 +687,7 @@ def test_a_small_file_takes_little_memory(name, array, fails, tmp_path):
 
 
 def test_a_graph_larger_than_memory_is_refused_at_once(tmp_path, monkeypatch):
-    save_graph(hand_graph(), tmp_path / "graph.npz")
+    hand_graph().save(tmp_path / "graph.npz")
     monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 300)
     with pytest.raises(UserError, match="graph.npz: 6 nodes: needs .* B of memory, expected at most 300 B"):
         load_graph(tmp_path / "graph.npz")
@@ -701,7 +696,7 @@ def test_a_graph_larger_than_memory_is_refused_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("read", [load_graph, read_circuit_tracer])
 def test_files_that_are_no_archives_are_told_in_one_line(read, tmp_path):
     path = tmp_path / "graph"
-    save_graph(hand_graph(), path)
+    hand_graph().save(path)
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 255
@@ -757,7 +752,7 @@ def tensor_bytes(shape, strides, offset, numbers) -> bytes:
 
 
 def test_tensors_may_be_views_but_reach_past_nothing(tmp_path):
-    from jclt.attribution.files import _unpickle
+    from jclt.graphs.circuit_tracer_pt import _unpickle
 
     data = np.arange(12, dtype=np.float32)
     torch_file(tmp_path / "a.pt", tensor_bytes((2, 3), (1, 4), 1, 12), **{"0": data.tobytes()})
@@ -788,17 +783,17 @@ def test_tensors_take_no_more_than_the_file(tmp_path):
 @pytest.mark.parametrize("folder", GRAPHS)
 def test_reference_graphs_are_explained_pruned_and_saved(folder, tmp_path):
     graph = golden_graph(folder)
-    found = scores(graph)
-    assert 0 < found.replacement < found.completeness < 1 and missing(graph) == 0
-    pruned = prune(graph)
+    found = graph.scores
+    assert 0 < found.replacement < found.completeness < 1 and graph.missing == 0
+    pruned = graph.prune()
     assert graph.counts["error"] == pruned.counts["error"]
     assert 5 * np.count_nonzero(pruned.adjacency) < np.count_nonzero(graph.adjacency)
     assert np.abs(pruned.residual).max() < 1e-5 * np.abs(graph.values).max()
     for name in ("replacement", "completeness"):
-        low, high = getattr(scores(pruned), name + "_interval")
+        low, high = getattr(pruned.scores, name + "_interval")
         assert low < getattr(found, name) < high
     assert path_lengths(graph).sum() == pytest.approx(1)
     best = strongest_paths(graph, 3)
     assert len(best) == 3 and describe(graph, best[0]).startswith('"<')
-    save_graph(pruned, tmp_path / "graph.npz")
+    pruned.save(tmp_path / "graph.npz")
     assert_same_graph(load_graph(tmp_path / "graph.npz"), pruned)

@@ -11,27 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graph_lists import listed_graph, with_lists
 from matplotlib.figure import Figure
 from test_graph import random_graph
 
 import jclt
-from jclt.attribution import attribute, load_graph, node_influence, prune, save_graph
-from jclt.attribution.graph import Graph
-from jclt.attribution.influence import cumulative_share
+from jclt.attribution import attribute
 from jclt.coders import load_coder
 from jclt.errors import UserError
+from jclt.graphs import export_json, import_json, load_graph, slug_of, write_index
+from jclt.graphs.export_json import cantor
+from jclt.graphs.graph import Graph
+from jclt.graphs.influence import cumulative_share
 from jclt.models import load_model
-from jclt.viewer import (
-    draw_graph,
-    export_json,
-    import_json,
-    slug_of,
-    summary,
-    write_graph,
-    write_index,
-    write_viewer_json,
-)
-from jclt.viewer.graph_json import cantor
+from jclt.viewer import draw_graph, summary, write_graph, write_viewer_json
 from jclt.viewer.picture import _draw_labels, _draw_outputs, _overlap, _plan
 from jclt.world import TASKS
 
@@ -54,7 +47,7 @@ def small_graph(**changes) -> Graph:
     adjacency[2, [0, 6]] = -2.0, 1 / 3
     adjacency[9, [1, 4]] = 3.0, 1.0
     adjacency[10, [2, 1]] = -1.0, 16777216.0
-    graph = Graph(
+    graph = listed_graph(
         adjacency=adjacency,
         bias=np.zeros(11, np.float32),
         rest=np.zeros(11, np.float32),
@@ -79,7 +72,7 @@ def small_graph(**changes) -> Graph:
         },
         supernodes={"cats": (0, 2), "end": (4,)},
     )
-    return replace(graph, **changes)
+    return with_lists(graph, **changes)
 
 
 def published(name: str) -> dict:
@@ -190,7 +183,7 @@ def shown(content: dict, threshold: float | None = None) -> set[str]:
 def test_viewers_show_all_that_pruning_kept(rule, threshold):
     graph = distinct_graph(3, features=60, layers=4)
     whole = {node["node_id"]: node["influence"] for node in export_json(graph)["nodes"]}
-    for small in (once := prune(graph, threshold, rule=rule), prune(once, 0.9, rule=rule), prune(once, 0.2, rule=rule)):
+    for small in (once := graph.prune(threshold, rule=rule), once.prune(0.9, rule=rule), once.prune(0.2, rule=rule)):
         content = export_json(small)
         assert len(content["nodes"]) == len(small) and len(shown(content)) == len(small)
         limit = content["metadata"]["node_threshold"]
@@ -205,7 +198,7 @@ def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
     model = load_model("demo")
     coder = load_coder("demo", model=model, check=False)
     graph = attribute(model, coder, TASKS[task].examples("report", 1, 0)[0].prompt)
-    small = prune(graph)
+    small = graph.prune()
     assert write_graph(graph, small, tmp_path, task) == task
     content = json.loads((tmp_path / f"{task}.json").read_text())
     assert len(shown(content)) == len(small) and len(small.features) >= 10
@@ -223,7 +216,7 @@ def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
 
 def test_a_file_that_is_pruned_after_it_was_read_is_shown_whole(tmp_path):
     export_json(distinct_graph(3, features=60), tmp_path / "one.json")
-    small = prune(import_json(tmp_path / "one.json"), 0.7)
+    small = import_json(tmp_path / "one.json").prune(0.7)
     content = export_json(small)
     assert content["metadata"]["node_threshold"] == 0.7 and len(shown(content)) == len(content["nodes"]) == len(small)
 
@@ -237,14 +230,14 @@ def test_only_tokens_are_shown_with_probabilities(tmp_path):
     assert [node["clerp"] for node in nodes] == ['Output " "mat"" (p=0.100)', 'Output "one - other" (p=)']
     assert [node["token_prob"] for node in nodes] == [0.1, 0]
     assert [node["is_target_logit"] for node in nodes] == [True, False]
-    assert summary(graph, prune(graph)).splitlines()[0] == "explains ' \"mat\"' 0.100, 'one - other'"
+    assert summary(graph, graph.prune()).splitlines()[0] == "explains ' \"mat\"' 0.100, 'one - other'"
     axes = Figure().add_axes((0, 0, 1, 1))
     _draw_outputs(axes, graph, _plan(graph, np.ones(11)))
     assert [text.get_text() for text in axes.texts] == ['“ "mat"”\n10.0%', "one - other"]
     export_json(graph, tmp_path / "one.json")
     back = import_json(tmp_path / "one.json")  # by weights, what counts stays the same
     assert back.logit_weights.tolist() == [0.25, 0.75] and back.logit_names == graph.logit_names
-    np.testing.assert_array_equal(node_influence(back), node_influence(graph))
+    np.testing.assert_array_equal(back.influence, graph.influence)
     assert export_json(back) == content
 
 
@@ -279,11 +272,11 @@ def test_texts_of_any_kind_are_written_and_drawn(tmp_path):
     for text in HOSTILE:
         graph = small_graph(token_texts=(text,) * 3, logit_names=(text,) * 2, supernodes={text: (0,)})
         labels = {(0, 1): text, (1, 7): text}
-        name = write_graph(graph, prune(graph), tmp_path, labels=labels)
+        name = write_graph(graph, graph.prune(), tmp_path, labels=labels)
         assert import_json(tmp_path / f"{name}.json").token_texts == (text,) * 3
         assert load_graph(tmp_path / f"{name}.npz").logit_names == (text,) * 2
-        assert summary(graph, prune(graph)).isprintable() is False  # its lines
-        assert all(line.isprintable() for line in summary(graph, prune(graph)).split("\n"))
+        assert summary(graph, graph.prune()).isprintable() is False  # its lines
+        assert all(line.isprintable() for line in summary(graph, graph.prune()).split("\n"))
         draw_graph(graph, tmp_path / "one.svg", labels=labels, title=text)
 
 
@@ -299,7 +292,7 @@ def test_a_picture_of_very_many_rows_is_drawn_small(tmp_path):
 
 def test_graphs_are_named_by_their_prompts(tmp_path):
     graph, other = small_graph(), small_graph(token_texts=("<bos>", "A", " dog"))
-    small = prune(graph)
+    small = graph.prune()
     assert [write_graph(g, small, tmp_path) for g in (graph, other, graph)] == ["the-cat", "a-dog", "the-cat"]
     assert write_graph(graph, small, tmp_path, "graph") == "graph"
     slugs = ["a-dog", "graph", "the-cat"]
@@ -336,14 +329,14 @@ def test_a_graph_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_a_folder_of_saved_graphs_becomes_a_viewers(tmp_path):
     for number in range(2):
-        save_graph(distinct_graph(number), tmp_path / f"00000{number}.npz")
+        distinct_graph(number).save(tmp_path / f"00000{number}.npz")
     for path in sorted(tmp_path.glob("*.npz")):
         write_viewer_json(load_graph(path), tmp_path, path.stem)
     write_index(tmp_path)
     index = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in index] == ["000000", "000001"] and index[0]["node_threshold"] == 0.8
     content = json.loads((tmp_path / "000000.json").read_text())
-    assert len(shown(content)) == len(content["nodes"]) == len(prune(distinct_graph(0)))
+    assert len(shown(content)) == len(content["nodes"]) == len(distinct_graph(0).prune())
 
 
 def test_cantor_numbers_tell_layers_and_features_apart():
@@ -416,7 +409,7 @@ def test_a_large_graph_is_written_small_and_fast(tmp_path):
     chosen = rng.choice(len(rows), 500_000, replace=False)
     adjacency[rows[chosen], columns[chosen]] = rng.standard_normal(500_000)
     nothing = np.zeros(n, np.float32)
-    graph = Graph(
+    graph = listed_graph(
         adjacency=adjacency,
         bias=nothing,
         rest=nothing,
@@ -484,7 +477,7 @@ def test_a_shared_id_is_told_apart():
     assert np.count_nonzero(graph.adjacency[error]) == 0 and np.count_nonzero(graph.adjacency[feature]) == 2
     assert np.count_nonzero(graph.adjacency[:, [feature, error]], axis=0).tolist() == [18, 61]
     # An error only reaches what reads the stream above its layer.
-    assert graph.node_layers[np.flatnonzero(graph.adjacency[:, error])].min() > 2
+    assert graph.nodes.layer[np.flatnonzero(graph.adjacency[:, error])].min() > 2
 
 
 @needs_published

@@ -14,12 +14,12 @@ from numpy.random import Generator
 from test_coders import random_coder
 
 import jclt
-from jclt.attribution import Graph, attribute, attribute_batch, load_graph, missing, prune, save_graph
-from jclt.attribution.graph import Kind
+from jclt.attribution import attribute, attribute_batch
 from jclt.coders import LAYOUTS, CoderConfig, SparseCoder, load_coder, save_coder
 from jclt.errors import UserError
+from jclt.graphs import Graph, export_json, import_json, load_graph
+from jclt.graphs.graph import Kind
 from jclt.models import LAYER_SITES, Model, Replace, check_sites
-from jclt.viewer import export_json, import_json
 
 pytestmark = pytest.mark.fuzz
 
@@ -120,14 +120,14 @@ def case_of(seed: int, number: int) -> Case:
 
 def law(graph: Graph, share: float = 1e-4) -> None:
     """What reaches each feature and output adds up to its value; only these have incoming edges."""
-    targets = graph.nodes("feature", "output")
+    targets = graph.nodes.of("feature", "output")
     total = graph.adjacency.sum(axis=1, dtype=np.float64) + graph.bias + graph.rest
     scale = np.abs(graph.values[targets]).max()
     np.testing.assert_allclose(total[targets], graph.values[targets], rtol=0, atol=share * scale)
     kinds: list[Kind] = ["error", "token", "position"]
-    assert not graph.adjacency[graph.nodes(*kinds)].any()
+    assert not graph.adjacency[graph.nodes.of(*kinds)].any()
     assert (graph.rest_mass >= np.abs(graph.rest) * (1 - 1e-5)).all()
-    assert (graph.node_layers[:, None] > graph.node_layers[None])[graph.adjacency != 0].all()
+    assert (graph.nodes.layer[:, None] > graph.nodes.layer[None])[graph.adjacency != 0].all()
 
 
 def close(got: np.ndarray, want: np.ndarray, share: float) -> None:
@@ -145,16 +145,16 @@ def test_conservation_holds_and_pruning_files_and_json_keep_it(case: Case, tmp_p
     graph = case.graph
     law(graph)
     assert len(graph.features) <= case.budget
-    assert (len(graph.features) == case.budget or not graph.rest.any()) and 0 <= missing(graph) <= 1
+    assert (len(graph.features) == case.budget or not graph.rest.any()) and 0 <= graph.missing <= 1
     rng = np.random.default_rng(case.number)
-    small = prune(graph, float(rng.random()), float(rng.random()), pick(rng, ("paper", "circuit-tracer")))
+    small = graph.prune(float(rng.random()), float(rng.random()), pick(rng, ("paper", "circuit-tracer")))
     law(small)
     assert len(small) <= len(graph) and set(map(tuple, small.features)) <= set(map(tuple, graph.features))
     scores = graph.scores
     assert -1e-6 <= scores.replacement <= scores.completeness + 1e-6 <= 1 + 2e-6
 
     for number, own in enumerate((graph, small)):
-        save_graph(own, tmp_path / f"{number}.npz")
+        own.save(tmp_path / f"{number}.npz")
         again = load_graph(tmp_path / f"{number}.npz")
         for name, value in vars(own).items():
             if isinstance(value, np.ndarray):

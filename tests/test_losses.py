@@ -12,21 +12,22 @@ import pytest
 from jclt.coders import CoderConfig, SparseCoder, abstract_coder
 from jclt.errors import UserError
 from jclt.evaluation.replacement import divergence
+from jclt.mesh import make_mesh
 from jclt.models import ModelConfig, declare
-from jclt.sharding import make_mesh
-from jclt.training import losses
 from jclt.training.checkpoints import Checkpoints
+from jclt.training.coder import losses
+from jclt.training.coder.forms import activate, at_inference, with_thresholds
+from jclt.training.coder.harvest import Harvest, Scaling, fold, measure_scaling, silent_layers
+from jclt.training.coder.initial import calibrated_bias, initial_weights
+from jclt.training.coder.shuffle import filled, mixed
+from jclt.training.coder.speed import coder_operations
+from jclt.training.coder.state import CoderState
+from jclt.training.coder.step import gradients, train_step
 from jclt.training.config import LmConfig, TrainConfig, check_ranges
-from jclt.training.harvest import Harvest, Scaling, fold, measure_scaling, silent_layers
-from jclt.training.initial import calibrated_bias, initial_weights
 from jclt.training.loop import fit
 from jclt.training.metrics import Log
 from jclt.training.optimizers import coder_optimizer, coder_rate, lm_optimizer, warmup_steps
 from jclt.training.presets import CODER_PRESETS, LM_PRESETS
-from jclt.training.rules import activate, at_inference, with_thresholds
-from jclt.training.shuffle import filled, mixed
-from jclt.training.speed import coder_operations
-from jclt.training.step import CoderState, gradients, train_step
 
 MODEL = ModelConfig("llama", 8, 6, 2, 1, 8, 16)  # never run: the batches are activations
 PLAIN = TrainConfig(

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from test_coder_files import CLT, PLT, RULES, SAE, outputs, random_coder
 
 import jclt
-from jclt.coders.circuit_tracer import _settings
+from jclt.coders.formats.circuit_tracer import _settings
 
 torch = pytest.importorskip("torch", reason="needs circuit-tracer")
 hub = pytest.importorskip("circuit_tracer.utils.hf_utils", reason="needs circuit-tracer")

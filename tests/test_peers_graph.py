@@ -1,17 +1,15 @@
 """Influence, scores and pruning are circuit-tracer's on the same graph, and its saved graphs are read."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
+from graph_lists import with_lists
 from test_graph import random_graph
 
-from jclt.attribution.files import read_circuit_tracer
-from jclt.attribution.graph import Graph
-from jclt.attribution.influence import node_influence, normalized, output_weights, scores
-from jclt.attribution.pruning import masks
 from jclt.errors import UserError
+from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
+from jclt.graphs.graph import Graph
+from jclt.graphs.influence import normalize
 
 torch = pytest.importorskip("torch", reason="needs circuit-tracer")
 peer = pytest.importorskip("circuit_tracer.graph", reason="needs circuit-tracer")
@@ -57,7 +55,7 @@ def in_double():
 
 def in_dtype(graph: Graph, dtype) -> Graph:
     names = ("adjacency", "rest", "rest_mass", "bias", "values", "logit_probabilities")
-    return replace(graph, **{name: getattr(graph, name).astype(dtype) for name in names})
+    return with_lists(graph, **{name: getattr(graph, name).astype(dtype) for name in names})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,10 +64,10 @@ def test_pruning_keeps_what_circuit_tracer_keeps(case, thresholds, in_double):
     """In float64, where rounding decides nothing."""
     graph = in_dtype(graph_of(case), np.float64)
     nodes, edges, cumulative = peer.prune_graph(theirs(graph, torch.float64), *thresholds)
-    found = masks(graph, *thresholds, rule="circuit-tracer")
+    found = graph.masks(*thresholds, rule="circuit-tracer")
     np.testing.assert_array_equal(found.nodes, nodes)
     np.testing.assert_array_equal(found.edges, edges)
-    has = node_influence(graph) > 0
+    has = graph.influence > 0
     np.testing.assert_allclose(found.cumulative, cumulative, rtol=1e-12)
     assert has.sum() > 0.2 * len(graph) and len(np.unique(found.cumulative[has])) > 0.9 * has.sum()
 
@@ -78,7 +76,7 @@ def test_pruning_keeps_what_circuit_tracer_keeps(case, thresholds, in_double):
 def test_pruning_in_single_precision_differs_in_nothing_but_rounding(case):
     graph = in_dtype(graph_of(case), np.float32)
     nodes, edges, cumulative = peer.prune_graph(theirs(graph))
-    found = masks(graph, rule="circuit-tracer")
+    found = graph.masks(rule="circuit-tracer")
     np.testing.assert_array_equal(found.nodes, nodes)
     # The last edge in is where the sum of all passes 98%, which is known to about 1e-7 of it.
     assert np.count_nonzero(found.edges != edges.numpy()) <= 1e-3 * np.count_nonzero(found.edges)
@@ -89,12 +87,12 @@ def test_pruning_in_single_precision_differs_in_nothing_but_rounding(case):
 def test_influence_and_scores_are_circuit_tracers(case):
     graph = in_dtype(graph_of(case), np.float32)
     replacement, completeness = peer.compute_graph_scores(theirs(graph))
-    found = scores(graph)
+    found = graph.scores
     assert (found.replacement, found.completeness) == pytest.approx((replacement, completeness), rel=2e-6)
-    weights = torch.tensor(output_weights(graph))
+    weights = torch.tensor(graph.output_weights)
     influence = peer.compute_node_influence(torch.tensor(graph.adjacency), weights)
-    np.testing.assert_allclose(node_influence(graph), influence, rtol=2e-5, atol=1e-9)
-    np.testing.assert_allclose(normalized(graph), peer.normalize_matrix(torch.tensor(graph.adjacency)), rtol=1e-5)
+    np.testing.assert_allclose(graph.influence, influence, rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(normalize(graph.edges), peer.normalize_matrix(torch.tensor(graph.adjacency)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from jclt.coders import CoderConfig
+from jclt.mesh import make_mesh
 from jclt.models import ModelConfig
-from jclt.sharding import make_mesh
-from jclt.training.coder import finished, init_state
+from jclt.training.coder.harvest import Harvest
+from jclt.training.coder.prepare import init_state
+from jclt.training.coder.step import train_step
+from jclt.training.coder.train import finished
 from jclt.training.config import TrainConfig
-from jclt.training.harvest import Harvest
-from jclt.training.step import train_step
 
 LAYERS, WIDTH, PLANTED, FEATURES, ROWS, LENGTH = 3, 48, 36, 64, 16, 24
 MODEL = ModelConfig("llama", 8, WIDTH, LAYERS, 1, 8, LENGTH)  # never run: the batches are activations

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jclt.cli import main
+from jclt.cli.main import main
 from jclt.coders import CoderConfig
 from jclt.config import load_settings
 from jclt.errors import UserError
@@ -20,11 +20,11 @@ from jclt.models import abstract_params
 from jclt.pods import load_pod, plan_run
 from jclt.pods.chips import CHIPS, GIB, Network, chip_of, chips_in
 from jclt.pods.flags import FLAGS, VARIABLE, set_flags
-from jclt.pods.pod import shape_of
-from jclt.pods.program import Program, bytes_in_hbm, collectives, first_group, stage_of
+from jclt.pods.hlo import Program, bytes_in_hbm, collectives, first_group, stage_of
 from jclt.pods.report import advice, plan_text
-from jclt.pods.sweep import variants
-from jclt.pods.timeline import timeline
+from jclt.pods.schedule import timeline
+from jclt.pods.slices import shape_of
+from jclt.pods.variants import variants
 from jclt.pods.worker import Job, Worker, ask_each
 from jclt.training.config import TrainConfig
 
@@ -234,7 +234,7 @@ def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
             assert len(said) == number
             yield name, reports[name]
 
-    monkeypatch.setattr("jclt.pods.ask.ask_each", ask_each)
+    monkeypatch.setattr("jclt.pods.plan.ask_each", ask_each)
     text, report = plan_run(config, load_pod(str(path), None, None), 64, 100.0, said.append)
     assert text == "\n\n".join(said) and len(said) == 4 and report["sparse"] == sparse
     assert said[1].startswith("sparse path") and "2.00 times as fast as the dense path" in said[1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jclt
-from jclt.cli import main
+from jclt.cli.main import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -12,9 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc
 from jax.sharding import PartitionSpec as P
 
-from jclt.coders import rows, sparse_core, tensor_core
-from jclt.coders.entries import Entries, listed, taken
-from jclt.coders.rows import Rows
+from jclt.kernels import row_sums as rows
+from jclt.kernels import row_sums_sparse_core as sparse_core
+from jclt.kernels import row_sums_tensor_core as tensor_core
+from jclt.kernels.active import Entries, listed, taken
+from jclt.kernels.row_lists import Rows
 
 
 class Layer(NamedTuple):

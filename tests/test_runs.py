@@ -23,24 +23,27 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from short_run import CONFIG
 
-import jclt.sharding
-import jclt.training.coder as training
+import jclt.mesh
+import jclt.training.coder.train as training
 from jclt.coders import CoderConfig
+from jclt.data.token_rows import TokenRows
 from jclt.errors import Interrupted, UserError
 from jclt.files import read_json, write_json
+from jclt.hosts import join_hosts, said_place
+from jclt.mesh import make_mesh, sharding
 from jclt.models import ModelConfig, load_model
 from jclt.shapes import Array
-from jclt.sharding import join_hosts, make_mesh, said_place, sharding
 from jclt.training.checkpoints import Checkpoints
-from jclt.training.coder import check_state_memory, conclusions, describe, fitted
+from jclt.training.coder.batches import stored_source
+from jclt.training.coder.conclusions import conclusions, describe
+from jclt.training.coder.prepare import check_state_memory, fitted
 from jclt.training.config import LmConfig
-from jclt.training.data import TokenRows
 from jclt.training.extension import reason_against_more_steps
 from jclt.training.inspect import inspect_run
 from jclt.training.loop import Progress, fit, stop_requests
 from jclt.training.metrics import Log, draw_curves, read_metrics
-from jclt.training.runs import LOCK, find_rows, held_place, is_begun, place_of, replaced_folder
-from jclt.training.source import stored_source
+from jclt.training.run_folder import LOCK, held_place, is_begun, place_of, replaced_folder
+from jclt.training.run_rows import find_rows
 
 MODEL = ModelConfig("llama", 96, 16, 4, 2, 32, 32)
 RUN = replace(CONFIG, coder=CoderConfig(features=64).fitted(MODEL, "demo", "a" * 16))
@@ -482,7 +485,7 @@ def test_a_store_is_known_by_the_models_weights(tmp_path, monkeypatch):
     def made(_: str, description: dict[str, object], *others: object) -> None:
         raise UserError(json.dumps(description))
 
-    monkeypatch.setattr("jclt.training.source.create_store", made)
+    monkeypatch.setattr("jclt.training.coder.batches.create_store", made)
     model = load_model("demo", mesh=make_mesh(1, 8))
     coder = CONFIG.coder.fitted(model.config, "demo", model.fingerprint)
     config = replace(CONFIG, coder=coder, store=str(tmp_path / "store"))
@@ -579,7 +582,7 @@ def test_a_port_in_use_is_said_before_jax_takes_it(monkeypatch):
 
 
 def test_processes_meet_or_say_who_is_missing(monkeypatch):
-    monkeypatch.setattr(jclt.sharding, "MEETING", 2)
+    monkeypatch.setattr(jclt.mesh, "MEETING", 2)
 
     def meeting(count: int, *numbers: int) -> list[str]:
         """What each of these processes of so many says of the meeting."""
@@ -589,9 +592,9 @@ def test_processes_meet_or_say_who_is_missing(monkeypatch):
             deadline = time.monotonic() + (60 if count == len(numbers) else 2)
             try:
                 if own == 0:
-                    jclt.sharding._wait_for_guests(port, count, deadline)
+                    jclt.mesh._wait_for_guests(port, count, deadline)
                 else:
-                    jclt.sharding._wait_at("localhost", port, own, deadline)
+                    jclt.mesh._wait_at("localhost", port, own, deadline)
             except UserError as error:
                 said[own] = str(error).replace(str(port), "PORT")
 

@@ -13,16 +13,17 @@ import pytest
 from short_run import CONFIG, losses
 
 from jclt.coders import CoderConfig, load_coder
-from jclt.coders.entries import listed, taken
 from jclt.errors import UserError
-from jclt.sharding import make_mesh, placed
-from jclt.training.changeover import SPARSE_BELOW, reviewed
-from jclt.training.coder import train_coder
+from jclt.kernels.active import listed, taken
+from jclt.mesh import make_mesh, placed
+from jclt.training.coder.harvest import Harvest, Scaling
+from jclt.training.coder.initial import initial_weights
+from jclt.training.coder.sparse_switch import SPARSE_BELOW, reviewed
+from jclt.training.coder.state import CoderState, fresh_state
+from jclt.training.coder.step import gradients
+from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
-from jclt.training.harvest import Harvest, Scaling
-from jclt.training.initial import initial_weights
 from jclt.training.metrics import read_metrics
-from jclt.training.step import CoderState, fresh_state, gradients
 
 LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -122,7 +123,7 @@ RUN = replace(CONFIG, save_every=25, headroom=2.0)
 
 
 def change_over_early(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr("jclt.training.coder.REVIEW", 10)
+    patched.setattr("jclt.training.coder.train.REVIEW", 10)
     patched.setitem(SPARSE_BELOW, "cpu", 1.0)
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jclt.data.activation_store import create_store, open_store
 from jclt.errors import UserError
-from jclt.training.store import create_store, open_store
 
 ABOUT = {"model": "demo", "sites": ["mlp_in", "mlp_out"], "length": 5, "data": "abc"}
 SHAPE = (2, 5, 3)

@@ -10,8 +10,9 @@ import pytest
 
 import jclt
 from jclt.attribution import Options, attribute_file
-from jclt.attribution import stream as streaming
-from jclt.cli import main
+from jclt.attribution import many_prompts as streaming
+from jclt.cli.main import main
+from jclt.graphs import Graph
 
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
@@ -54,7 +55,7 @@ def test_processes_take_shares_of_their_own_and_the_last_lists_all(shipped, prom
 
 def test_a_stopped_stream_goes_on_and_computes_nothing_twice(shipped, prompts, tmp_path, monkeypatch):
     out, traced = tmp_path / "graphs", []
-    save = streaming.save_graph
+    save = Graph.save
 
     def stopping(graph, path):
         if len(traced) == 2:
@@ -62,11 +63,11 @@ def test_a_stopped_stream_goes_on_and_computes_nothing_twice(shipped, prompts, t
         traced.append(path.name)
         save(graph, path)
 
-    monkeypatch.setattr(streaming, "save_graph", stopping)
+    monkeypatch.setattr(Graph, "save", stopping)
     with pytest.raises(KeyboardInterrupt):
         attribute_file(*shipped, prompts, out, Options(), batch=1)
     assert sorted(path.name for path in out.glob("*.npz")) == sorted(traced)
-    monkeypatch.setattr(streaming, "save_graph", lambda graph, path: (traced.append(path.name), save(graph, path)))
+    monkeypatch.setattr(Graph, "save", lambda graph, path: (traced.append(path.name), save(graph, path)))
     assert attribute_file(*shipped, prompts, out, Options(), batch=1) == (4, 1)
     assert sorted(traced) == ["000001.npz", "000002.npz", "000003.npz", "000005.npz"]
 
@@ -84,7 +85,7 @@ def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_
 
 def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatch):
     """Prompts share their batches with those whose graphs are there already."""
-    path, save = tmp_path / "prompts.txt", streaming.save_graph
+    path, save = tmp_path / "prompts.txt", Graph.save
     path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 31)) + "English: poor or\n")
     attribute_file(*shipped, path, tmp_path / "whole", Options(), batch=5)
     written = []
@@ -96,7 +97,7 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
         written.append(path)
         save(graph, path)
 
-    monkeypatch.setattr(streaming, "save_graph", stopping)
+    monkeypatch.setattr(Graph, "save", stopping)
     for _ in range(20):
         try:
             assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=5) == (12, 0)
@@ -106,7 +107,7 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
     assert len(written) > 12
     for one in (tmp_path / "whole").iterdir():
         assert one.read_bytes() == (tmp_path / "stopped" / one.name).read_bytes(), one.name
-    monkeypatch.setattr(streaming, "save_graph", save)
+    monkeypatch.setattr(Graph, "save", save)
     attribute_file(*shipped, path, tmp_path / "single", Options(), batch=1)
     for one in (tmp_path / "whole").glob("*.npz"):  # what shares a batch changes no more than the last bits
         want, got = jclt.load_graph(one), jclt.load_graph(tmp_path / "single" / one.name)

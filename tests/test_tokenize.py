@@ -17,12 +17,12 @@ from golden_cases import FOLDER
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from jclt.cli import main, parser
+from jclt.cli.main import main, parser
+from jclt.data import documents
+from jclt.data.load_tokens import load_tokens
+from jclt.data.tokenize import tokenize
 from jclt.errors import UserError
 from jclt.models import load_tokenizer
-from jclt.training import documents
-from jclt.training.data import load_tokens
-from jclt.training.tokenize import tokenize
 
 TOKENIZER = FOLDER / "llama3"  # words 4 to 95, <bos> 1 opens a text, <eos> 2 ends it
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("jclt.training.tokenize.BATCH", 300)
+    monkeypatch.setattr("jclt.data.tokenize.BATCH", 300)
     source = str(write_lines(tmp_path / "a.jsonl", texts(300)))
     for workers in (1, 2, 7):
         tokenize([source], TOKENIZER, str(tmp_path / str(workers)), workers=workers, shard_tokens=500)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jclt.cli import main
+from jclt.cli.main import main
 from jclt.config import load_settings
 from jclt.pods import load_pod, plan_step
 from jclt.pods.worker import ENVIRONMENT
@@ -103,9 +103,9 @@ def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
     from jax.experimental.topologies import get_topology_desc
 
     from jclt.coders import CoderConfig
+    from jclt.mesh import make_mesh
     from jclt.models import known_config
-    from jclt.sharding import make_mesh
-    from jclt.training.abstract import lower_step
+    from jclt.training.coder.abstract import lower_step
 
     model = replace(known_config("gpt2"), layers=layers)
     coder = CoderConfig(features=features).fitted(model, "gpt2")
@@ -132,8 +132,9 @@ def compile_kernels(topology: str) -> dict:
     from jax.experimental.topologies import get_topology_desc
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jclt.coders.rows import Rows, row_products, row_sums
-    from jclt.sharding import make_mesh
+    from jclt.kernels.row_lists import Rows
+    from jclt.kernels.row_sums import row_products, row_sums
+    from jclt.mesh import make_mesh
 
     jax.set_mesh(mesh := make_mesh(devices=get_topology_desc(topology, platform="tpu").devices[:1]))
     tokens, features, width, entries = 2048, 384, 2304, 4096

@@ -19,11 +19,12 @@ import pytest
 from golden_cases import FOLDER
 
 import jclt
+from jclt.data.batches import batch_rows
+from jclt.data.load_tokens import text_rows
 from jclt.errors import UserError
+from jclt.mesh import make_mesh, sharding
 from jclt.models import ModelConfig, forward
-from jclt.sharding import make_mesh, sharding
 from jclt.training.config import LmConfig
-from jclt.training.data import batch_rows, text_rows
 from jclt.training.lm import init_state, next_token_loss, train_lm, train_step
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +283,7 @@ def test_json_lines_and_their_faults(config, tmp_path):
 
 
 def test_text_keeps_its_blank_lines_and_json_lines_their_numbers(tmp_path):
-    from jclt.training.data import _documents
+    from jclt.data.load_tokens import _documents
 
     plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     plain.write_text("one\n\ntwo\n")

@@ -25,9 +25,9 @@ import numpy as np
 from machine import Case, matmul_rate, parser, report
 
 import jclt
-from jclt.attribution import Graph, missing
 from jclt.coders import CoderConfig, SparseCoder
 from jclt.coders.coder import declare as declare_coder
+from jclt.graphs import Graph
 from jclt.models import Model, ModelConfig, declare
 from jclt.world import TASKS
 
@@ -153,7 +153,7 @@ def long_prompt() -> list[Case]:
     reads = jclt.run(model, tokens, capture=("resid_mid",))[1]["resid_mid"]
     active = sum(int(np.count_nonzero(coder.encode(layer, read))) for layer, read in enumerate(reads))
     work, rate = operations(graph), matmul_rate(5)
-    found = f"{active} active features, {len(graph.features)} traced, {missing(graph):.2f} missing"
+    found = f"{active} active features, {len(graph.features)} traced, {graph.missing:.2f} missing"
     print(f"256 tokens: {found}, peak {peak:.1f} GB")
     return [Case("256 tokens, 7,500 of them traced", work, took, work / took / rate)]
 
@@ -179,7 +179,8 @@ def tolerances() -> None:
     for tolerance in (0.1, 0.05, 0.01):
         graphs = jclt.attribute_batch(model, coder, prompts, tolerance=tolerance)
         share = np.mean([len(graph.features) / n for graph, n in zip(graphs, whole, strict=True)])
-        print(f"tolerance {tolerance}: {share:.0%} of the rows, at most {max(map(missing, graphs)):.3f} missing")
+        missing = max(graph.missing for graph in graphs)
+        print(f"tolerance {tolerance}: {share:.0%} of the rows, at most {missing:.3f} missing")
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from forward import GPT2
 from machine import Case, arguments, best, matmul_rate, report
 
 from jclt.coders import CoderConfig, SparseCoder, declare, writing
-from jclt.coders.rows import SPARSE_BELOW
 from jclt.evaluation.reconstruction import summed
+from jclt.kernels.active import SPARSE_BELOW
 from jclt.models import declare as declare_model
 from jclt.models import forward
-from jclt.training.speed import forward_operations
+from jclt.training.coder.speed import forward_operations
 
 ROWS, LENGTH, FEATURES, ACTIVE = 16, 128, 4096, 100
 

@@ -12,7 +12,7 @@ import numpy as np
 from machine import Case, arguments, best, matmul_rate, report
 
 from jclt.models import ModelConfig, declare, forward, known_config
-from jclt.training.speed import forward_operations
+from jclt.training.coder.speed import forward_operations
 
 BATCH, LENGTH = 8, 128
 GPT2 = known_config("gpt2")

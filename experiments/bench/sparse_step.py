@@ -24,8 +24,8 @@ from forward import GPT2
 from machine import Case, matmul_rate, parser, report
 from train_step import LENGTH, ROWS, seconds, settings
 
-from jclt.sharding import make_mesh
-from jclt.training.speed import coder_operations, forward_operations
+from jclt.mesh import make_mesh
+from jclt.training.coder.speed import coder_operations, forward_operations
 
 TOKENS = ROWS * LENGTH
 TABLE = [

@@ -24,13 +24,13 @@ from jax.sharding import Mesh
 from machine import Case, best, matmul_rate, parser, report
 
 from jclt.coders import CoderConfig
+from jclt.mesh import make_mesh
 from jclt.models import ModelConfig, declare
-from jclt.sharding import make_mesh
-from jclt.training.coder import init_state
+from jclt.training.coder.batches import activations
+from jclt.training.coder.prepare import init_state
+from jclt.training.coder.speed import coder_operations, forward_operations
+from jclt.training.coder.step import train_step
 from jclt.training.config import TrainConfig
-from jclt.training.source import activations
-from jclt.training.speed import coder_operations, forward_operations
-from jclt.training.step import train_step
 
 ROWS, LENGTH, FEATURES = 16, 128, 4096
 

@@ -23,7 +23,7 @@ from jclt.coders import SparseCoder, load_coder, save_coder
 from jclt.errors import Interrupted, UserError
 from jclt.evaluation import evaluate_reconstruction, evaluate_replacement, state_exchange, world_agreement
 from jclt.models import Model, generate, load_model
-from jclt.training.coder import train_coder
+from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.presets import CODER_PRESETS
 from jclt.world import corpus

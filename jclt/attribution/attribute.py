@@ -15,23 +15,17 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.graph import Graph
 from jclt.attribution.local import Through
-from jclt.attribution.rows import PromptRows
-from jclt.attribution.sources import widened
+from jclt.attribution.nodes import widened
+from jclt.attribution.options import Conventions, Options, is_gemma_3_it
+from jclt.attribution.ranking import PromptRows
+from jclt.attribution.schedule import trace_prompts
+from jclt.attribution.sizes import BATCH_BYTES, length_bucket, pass_bytes
 from jclt.attribution.targets import Target, as_targets, resolved, text_of, unembedding
-from jclt.attribution.trace import (
-    BATCH_BYTES,
-    Conventions,
-    Options,
-    is_gemma_3_it,
-    length_bucket,
-    pass_bytes,
-    trace_prompts,
-)
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
+from jclt.graphs.graph import Graph
 from jclt.memory import is_out_of_memory
 from jclt.models import Model, token_array
 from jclt.models.model import Prompt

@@ -12,13 +12,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from jclt.coders import products, sparse
 from jclt.coders.activations import jump_relu, top_k
 from jclt.coders.config import CoderConfig
-from jclt.coders.entries import Entries
-from jclt.coders.products import exact, letters, product
+from jclt.kernels import matmuls as products
+from jclt.kernels import sparse_matmuls as sparse
+from jclt.kernels.active import Entries
+from jclt.kernels.matmuls import exact, letters, product
+from jclt.mesh import AnyMesh, placed, sharding
 from jclt.shapes import Array, DTypeLike, Float
-from jclt.sharding import AnyMesh, placed, sharding
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from jclt.coders.config import CoderConfig
-from jclt.coders.products import exact, letters
+from jclt.kernels.matmuls import exact, letters
 from jclt.models import Model
 from jclt.models.config import ModelConfig
 from jclt.models.ops import ACTIVATIONS, contract

@@ -2,9 +2,9 @@
 
 from jclt.coders.coder import Coder, SparseCoder
 from jclt.coders.writing import Writing
+from jclt.mesh import placed
 from jclt.models import Edit
 from jclt.shapes import Array, Layer
-from jclt.sharding import placed
 
 
 def replacing(coder: Coder, *, trained: bool = False) -> Edit:

@@ -3,11 +3,13 @@
 import jax
 
 from jclt.coders.coder import Coder, SparseCoder
-from jclt.coders.entries import all_found_places, listed, taken
-from jclt.coders.products import einsum, exact, letters, product
-from jclt.coders.rows import ROUNDS, SLOTS, SPARSE_BELOW, Rows, row_sums
+from jclt.kernels.active import SPARSE_BELOW, all_found_places, listed, taken
+from jclt.kernels.matmuls import einsum, exact, letters, product
+from jclt.kernels.row_lists import Rows
+from jclt.kernels.row_sums import row_sums
+from jclt.kernels.row_sums_xla import ROUNDS, SLOTS
+from jclt.mesh import TOKENS, on_each_device, shard_shape, sum_over
 from jclt.shapes import Array, Float
-from jclt.sharding import TOKENS, on_each_device, shard_shape, sum_over
 
 
 class Writing:

@@ -8,9 +8,9 @@ import numpy as np
 
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
+from jclt.mesh import sharding
 from jclt.models import Model, token_array
 from jclt.shapes import Array, ArrayLike
-from jclt.sharding import sharding
 
 BATCH = 32
 """Rows that go through the model at once at most, where nothing else is said."""

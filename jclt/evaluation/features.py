@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jclt.coders import Coder
-from jclt.coders.products import einsum
+from jclt.kernels.matmuls import einsum
+from jclt.mesh import as_placed, placed
 from jclt.models import ModelConfig, forward
 from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Layer, Logits, Params, Tokens
-from jclt.sharding import as_placed, placed
 
 
 def read_features(

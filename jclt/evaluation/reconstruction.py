@@ -23,10 +23,10 @@ import numpy as np
 from jclt.coders import Coder
 from jclt.coders.writing import Writing
 from jclt.evaluation.batches import batches, check_finite, on_host, rows_at_once
+from jclt.mesh import gathered, placed
 from jclt.models import Model, ModelConfig, forward
 from jclt.models.model import on_mesh
 from jclt.shapes import Array, ArrayLike, Bool, Float, Params, Tokens
-from jclt.sharding import gathered, placed
 
 EDGES = np.array([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
 """Firing densities by decade; what is at 0 is counted apart."""

@@ -16,11 +16,11 @@ from jclt.coders import Coder, CoderConfig, replacing
 from jclt.errors import UserError
 from jclt.evaluation.batches import BATCH, batches, check_finite, on_host, rows_at_once
 from jclt.evaluation.reconstruction import Moments, joined, moments
+from jclt.mesh import placed
 from jclt.models import Edit, Model, ModelConfig, forward
 from jclt.models.model import on_mesh
 from jclt.models.sites import LAYER_SITES
 from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Layer, Logits, Params, Tokens
-from jclt.sharding import placed
 
 
 def check_replaceable(coder: CoderConfig) -> None:

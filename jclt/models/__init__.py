@@ -1,7 +1,7 @@
 """The language model: one configurable transformer, its named sites, checkpoints, tokenizer and generation."""
 
 from jclt.models.config import ModelConfig, RopeScaling
-from jclt.models.known import known_config
+from jclt.models.formats.known_shapes import known_config
 from jclt.models.model import Model, find_model, generate, load_model, run, save_model, token_array
 from jclt.models.sites import (
     LAYER_SITES,

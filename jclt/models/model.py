@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 
 from jclt.errors import UserError, first_line
 from jclt.fingerprints import fingerprint
-from jclt.models.checkpoint import load_config, load_params, save_params
+from jclt.mesh import mesh_of, sharding
 from jclt.models.config import ModelConfig
+from jclt.models.formats.weights import load_config, load_params, save_params
 from jclt.models.generate import generate_tokens
 from jclt.models.sites import MODEL_SITES, Edit, Replace, check_sites
 from jclt.models.tokenizer import Tokenizer, load_tokenizer
 from jclt.models.transformer import Mlp, Transformer
 from jclt.shapes import Array, ArrayLike, Params, Seen
-from jclt.sharding import mesh_of, sharding
 
 Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
 """Text, or token ids `[T]` or `[B, T]`."""

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jclt.mesh import gathered, is_split
 from jclt.models import ops
 from jclt.models.config import ModelConfig
 from jclt.models.sites import Edit, Sites
 from jclt.models.weights import declare, layer_weights
 from jclt.shapes import Array, DTypeLike, Float, Int, Layer, Logits, Params, Seen, Stream, Tokens
-from jclt.sharding import gathered, is_split
 
 Mlp = Callable[[Layer, Mapping[str, Array], Callable[[], Array]], Array]
 """`mlp(layer, reads, true)`: from the values at the sites that an MLP can read (`resid_mid`, `mlp_normalized`,

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jclt.mesh import AnyMesh, sharding
 from jclt.models.config import ModelConfig
 from jclt.shapes import Array, DTypeLike
-from jclt.sharding import AnyMesh, sharding
 
 
 class Weight(NamedTuple):

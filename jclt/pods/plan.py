@@ -1,210 +1,63 @@
-"""What a run will cost, from the very programs that it will run, compiled for TPUs that are not here.
+"""What users ask for: a plan, or a comparison of several."""
 
-This module runs in a process of its own (`worker.py`): with libtpu loaded, JAX starts slowly.
-"""
-
-import re
-import time
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental.topologies import get_topology_desc
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
-from jclt.errors import UserError
-from jclt.models import ModelConfig
-from jclt.pods.chips import chip_of, network_of
-from jclt.pods.flags import flag_text
-from jclt.pods.graphs import plan_graphs
-from jclt.pods.pod import Pod
-from jclt.pods.program import Program
-from jclt.pods.timeline import Timeline, timeline
-from jclt.sharding import make_mesh
-from jclt.training.abstract import StepInputs, lower_step, step_inputs
-from jclt.training.changeover import room_for
-from jclt.training.coder import fitted
+from jclt.pods.report import PARTS, plan_text, sweep_text
+from jclt.pods.slices import Pod, shape_of
+from jclt.pods.variants import variants
+from jclt.pods.worker import Job, ask, ask_each
+from jclt.training.coder.sparse import reason_against
 from jclt.training.config import TrainConfig
-from jclt.training.speed import step_operations
-
-Report = dict[str, Any]
-LEAST_EFFORT = -1.0
 
 
-def devices_of(pod: Pod) -> list[Any]:
-    slices = {"num_slices": pod.slices} if pod.slices > 1 else {}
-    try:
-        return list(get_topology_desc(pod.topology, platform="tpu", **slices).devices)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology '{pod.topology}': {str(error).splitlines()[0]}") from None
+def plan_run(
+    config: TrainConfig,
+    pod: Pod,
+    prompt_length: int = 0,
+    active: float = 0.0,
+    say: Callable[[str], object] = lambda part: None,
+) -> tuple[str, dict[str, Any]]:
+    """The plan in words, and its figures; of the sparse path too where a number of active features is given, and of the
+    programs that graphs are made with where a length of prompts is. Each part is said as soon as it is ready."""
+    jobs = _jobs(config, pod, prompt_length, active)
+    report: dict[str, Any] = {}
+    with closing(ask_each(jobs)) as answers:
+        for name, text in PARTS.items():
+            if name in jobs:
+                _, own = next(answers)
+                report |= own if name == "step" else {name: own}
+            elif name == "sparse" and active:
+                report[name] = {"active": active, "none": reason_against(config)}
+            if name == "step" or name in report:
+                say(text(config, report))
+    return plan_text(config, report), report
 
 
-def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod, active: float = 0.0) -> Report:
-    """The train step's memory, operations, time and traffic on one chip, and what follows for the run; on the sparse
-    path when so many features, of all layers, are active at a token."""
-    chip, devices = chip_of(pod.topology), devices_of(pod)
-    mesh = make_mesh(config.data_shards, devices=devices)
-    settings = asdict(config)
-    config = fitted(config, model, mesh)
-    inputs = step_inputs(config, model, mesh)
-    began = time.perf_counter()
-    each = active / len(config.coder.covered) / mesh.shape["features"]
-    room = room_for(config.headroom * each) if active else None
-    lowered = lower_step(config, model, mesh, room)
-    compiled, refused = compile_or_refusal(lowered)
-    tokens = config.batch * config.length
-    operations = step_operations(config, model) / len(devices)
-    report: Report = {
-        "settings": settings,
-        "topology": pod.topology,
-        "slices": pod.slices,
-        "chips": len(devices),
-        "mesh": dict(mesh.shape),
-        "parameters": sum(x.size for x in jax.tree.leaves(inputs.state.coder)),
-        "tokens_per_step": tokens,
-        "micro_batches": config.micro_batches,
-        "remat": config.remat,
-        "compile_seconds": time.perf_counter() - began,
-        "operations": operations,
-        "clock": chip.clock,
-        "flags": flag_text(),
-        "jax": jax.__version__,
-        "libtpu": version("libtpu"),
+def _jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float) -> dict[str, Job]:
+    model = shape_of(pod, config)
+    jobs = {"step": Job(f"the train step for {pod.topology}", "plan_step", (config, model, pod))}
+    if active and not reason_against(config):
+        jobs["sparse"] = Job("the train step on the sparse path", "plan_step", (config, model, pod, active))
+    if prompt_length:
+        jobs["graphs"] = Job("the attribution programs", "plan_attribution", (config, model, pod, prompt_length))
+    jobs["calibration"] = Job("programs whose cost is known", "calibrate", (pod,))
+    return jobs
+
+
+def plan_step(config: TrainConfig, pod: Pod) -> dict[str, Any]:
+    """The figures of the train step alone."""
+    return ask(Job("the train step", "plan_step", (config, shape_of(pod, config), pod)))
+
+
+def plan_sweep(config: TrainConfig, pod: Pod) -> tuple[str, list[dict[str, Any]]]:
+    """The variants of a run, the fastest of those that fit first."""
+    found = list(variants(config, pod))
+    jobs = {
+        str(number): Job(f"variant {number} of {len(found)}", "plan_step", (variant, shape_of(pod, config), pod))
+        for number, variant in enumerate(found, 1)
     }
-    if room:
-        report |= {"active": active, "room": room}
-    if compiled is None:
-        return report | {"fits": False, "memory": {"limit": chip.memory, **held(inputs)}, "refused": refused}
-    memory = memory_of(compiled, inputs, chip.memory)
-    line = timeline(Program(compiled.as_text()), network_of(pod.topology, list(mesh.devices.flat)))
-    floors = {
-        "products": operations / chip.operations,
-        "memory": line.moved / chip.bandwidth,
-        "links": line.sending,
-    }
-    seconds = line.seconds
-    return report | {
-        "fits": memory["headroom"] >= 0,
-        "memory": memory,
-        "seconds": seconds,
-        "work_seconds": line.work,
-        "exposed_seconds": line.exposed,
-        "floors": floors,
-        "moved": line.moved,
-        "kernel_seconds": line.kernels,
-        "utilisation": operations / chip.operations / seconds,
-        "tokens_per_second": tokens / seconds,
-        "chip_hours": config.steps * seconds * len(devices) / 3600,
-        "tokens": config.steps * tokens,
-        "stages": line.stages,
-        "traffic": traffic_of(line),
-        "hidden": 1 - line.exposed / line.sending if line.sending else 1.0,
-    }
-
-
-def compile_or_refusal(lowered: jax.stages.Lowered) -> tuple[Any, str]:
-    """The compiled program, or why the compiler refuses it: that it needs too much memory."""
-    try:
-        return lowered.compile(), ""
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needs = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error))
-        return None, f"needs {needs[1]}, expected at most {needs[2]}" if needs else str(error).splitlines()[0]
-
-
-def held(inputs: StepInputs) -> dict[str, float]:
-    """Bytes a chip of what the step is given, by kind."""
-
-    def own(tree: Any) -> float:
-        return sum(
-            np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-            if hasattr(x, "sharding")
-        )
-
-    state = inputs.state
-    rest = (state.scaling, state.density, state.silent, inputs.tokens)
-    return {
-        "parameters": own(state.coder),
-        "optimizer": own(state.optimizer),
-        "model": own(inputs.params),
-        "other": own(rest),
-    }
-
-
-def memory_of(compiled: Any, inputs: StepInputs, limit: float) -> dict[str, float]:
-    """Bytes a chip at the fullest moment. What the program is given is padded to tiles; of what it makes on the way the
-    gradients are as large as the parameters, and the rest are activations and other temporaries."""
-    used, given = compiled.memory_analysis(), held(inputs)
-    total = used.peak_memory_in_bytes + used.generated_code_size_in_bytes
-    rest = total - used.argument_size_in_bytes - given["parameters"] - used.generated_code_size_in_bytes
-    return {
-        "limit": limit,
-        **given,
-        "padding": used.argument_size_in_bytes - sum(given.values()),
-        "gradients": given["parameters"],
-        "activations": rest,
-        "program": used.generated_code_size_in_bytes,
-        "total": total,
-        "headroom": (limit - total) / limit,
-    }
-
-
-def traffic_of(line: Timeline) -> list[Report]:
-    """Collectives of one stage and kind together, the longest first."""
-    found: dict[tuple[str, str], Report] = {}
-    for own in line.traffic:
-        kind = own.what.split(" ")[0]
-        entry = found.setdefault(
-            (own.stage, kind),
-            {"stage": own.stage, "kind": kind, "largest": "", "size": 0, "times": 0, "bytes": 0.0}
-            | {"devices": own.devices, "seconds": 0.0, "exposed": 0.0},
-        )
-        if own.size > entry["size"]:
-            entry |= {"largest": own.what.removeprefix(f"{kind} "), "size": own.size}
-        entry["times"] += own.times
-        entry["bytes"] += own.size * own.times
-        entry["seconds"] += own.seconds
-        entry["exposed"] += own.exposed
-    return sorted(found.values(), key=lambda entry: -entry["seconds"])
-
-
-def calibrate(pod: Pod) -> Report:
-    """The same estimate of programs whose cost is known: estimated over known time of a large product, of a copy, and
-    of an all-reduce over the slice."""
-    chip, devices = chip_of(pod.topology), devices_of(replace(pod, slices=1))
-    mesh = jax.make_mesh((1, len(devices)), ("data", "features"), devices=devices)
-    network = network_of(pod.topology, list(mesh.devices.flat))
-    size, rows = 8192, 1 << 14
-
-    def estimated(function: Any, *shapes: tuple[tuple[int, int], Any, P]) -> float:
-        inputs = [jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, where)) for s, dtype, where in shapes]
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(function).lower(*inputs).compile()
-        return timeline(Program(compiled.as_text() or ""), network).seconds
-
-    def added(x: jax.Array) -> jax.Array:
-        return jax.shard_map(lambda x: jax.lax.psum(x, "features"), in_specs=P("features"), out_specs=P())(x)
-
-    product = estimated(jnp.dot, *[((size, size), jnp.bfloat16, P())] * 2)
-    copy = estimated(lambda x: x + 1.0, ((rows, size), jnp.float32, P()))
-    sums = estimated(added, ((len(devices) * 1024, size), jnp.float32, P("features")))
-    whole = 1024 * size * 4
-    return {
-        "product": product / (2 * size**3 / chip.operations),
-        "copy": copy / (2 * rows * size * 4 / chip.bandwidth),
-        "all-reduce": sums / network.seconds("all-reduce", whole, range(len(devices))),
-    }
-
-
-def plan_attribution(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int) -> Report:
-    """Whether graphs can be made there. Nothing but memory is asked of their programs, on which the compiler need not
-    spend the time that making them fast takes."""
-    jax.config.update("jax_exec_time_optimization_effort", LEAST_EFFORT)
-    whole = replace(config, coder=config.coder.fitted(model, config.model))
-    return plan_graphs(whole, model, pod.topology, devices_of(pod), prompt_length)
+    reports = [report for _, report in ask_each(jobs)]
+    reports.sort(key=lambda own: (not own["fits"], own.get("seconds", 0.0)))
+    return sweep_text(reports), reports

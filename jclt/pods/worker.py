@@ -112,7 +112,7 @@ def main() -> None:
     set_flags()  # before libtpu reads them
     logging.disable(logging.WARNING)
     what, arguments = pickle.loads(sys.stdin.buffer.read())
-    from jclt.pods import plan
+    from jclt.pods import compile as plan
 
     try:
         answer = {"report": getattr(plan, what)(*arguments)}

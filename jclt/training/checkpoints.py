@@ -15,8 +15,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jclt.errors import Interrupted, UserError, first_line
 from jclt.fingerprints import bit_sums
+from jclt.hosts import together
 from jclt.shapes import Array
-from jclt.sharding import together
 
 log = logging.getLogger(__name__)
 State = TypeVar("State")

@@ -11,26 +11,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from jclt.data.batches import batch_rows, place
+from jclt.data.load_tokens import holds_tokens, local_tokens
 from jclt.errors import UserError
+from jclt.hosts import together
+from jclt.mesh import fetched, make_mesh, sharding
 from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare, forward, load_tokenizer, save_model
-from jclt.models.published import write_config
+from jclt.models.formats.config_json import write_config
 from jclt.shapes import Array, Float, Params, Tokens
-from jclt.sharding import fetched, make_mesh, sharding, together
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.config import LmConfig
-from jclt.training.data import batch_rows, holds_tokens, local_tokens, place
 from jclt.training.loop import fit
 from jclt.training.metrics import Log, draw_curves, read_metrics
 from jclt.training.optimizers import lm_optimizer
-from jclt.training.runs import (
-    Place,
-    check_settings,
-    find_rows,
-    held_place,
-    replaced_folder,
-    rows_begun_with,
-    world_rows,
-)
+from jclt.training.run_folder import Place, check_settings, held_place, replaced_folder
+from jclt.training.run_rows import find_rows, rows_begun_with, world_rows
 from jclt.world.tokenizer import build_tokenizer
 
 

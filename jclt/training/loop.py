@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jclt.data.prefetch import prefetched
 from jclt.errors import Interrupted, UserError, first_line
+from jclt.hosts import agreed
 from jclt.memory import size_text, used_memory
 from jclt.shapes import Array
-from jclt.sharding import agreed
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.metrics import Log
-from jclt.training.prefetch import prefetched
 
 log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

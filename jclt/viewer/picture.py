@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jclt.attribution.graph import Graph
-from jclt.attribution.influence import node_influence, normalized, output_weights
 from jclt.errors import UserError
 from jclt.files import new_file
+from jclt.graphs.graph import Graph
+from jclt.graphs.influence import normalize
+from jclt.graphs.nodes import Kind
 from jclt.shapes import Float, Int
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def write_picture(
     """The picture itself, a file of this very name."""
     from matplotlib.figure import Figure
 
-    influence = np.where(graph.kinds == 4, 0, node_influence(graph)).astype(np.float64)
+    influence = np.where(graph.nodes.is_of("output"), 0, graph.influence).astype(np.float64)
     plan = _plan(graph, influence)
     width, height = float(plan.columns[-1]) + RIGHT, float(plan.layers[-1]) + TOP
     figure = Figure(figsize=(width, height))
@@ -94,10 +95,10 @@ def write_picture(
 
 def _plan(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Plan:
     """Each cell of a layer and a position is a block of rows, its strongest features in the upper ones."""
-    kinds, layers, positions = graph.kinds, graph.node_layers, graph.node_positions
+    nodes, layers, positions = graph.nodes, graph.nodes.layer, graph.nodes.position
     cells: dict[tuple[int, int], list[int]] = {}
-    inside = np.flatnonzero(kinds < 2)
-    for node in inside[np.lexsort((-influence[inside], kinds[inside]))].tolist():
+    inside = nodes.of("feature", "error")
+    for node in inside[np.lexsort((-influence[inside], nodes.is_of("error")[inside]))].tolist():
         cells.setdefault((int(layers[node]), int(positions[node])), []).append(node)
     across = int(np.clip(90 // max(len(graph.tokens), 1), 3, 9))
     widths = np.array([max(2.5, 0.45 * len(_shown(text)) + 1) for text in graph.token_texts])
@@ -113,18 +114,18 @@ def _plan(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Plan:
     for (layer, _), members in cells.items():
         top = floors[layer + 1] - GAP
         for row, start in enumerate(range(0, len(members), across)):
-            nodes = members[start : start + across]
-            x[nodes] += slot * (np.arange(len(nodes)) - (len(nodes) - 1) / 2)
-            y[nodes] = top - ROW * row
-    y[kinds == 3] = 0.5
+            line = members[start : start + across]
+            x[line] += slot * (np.arange(len(line)) - (len(line) - 1) / 2)
+            y[line] = top - ROW * row
+    y[nodes.of("position")] = 0.5
     _place_outputs(graph, x, columns)
-    y[kinds == 4] = floors[-1] + 0.3
+    y[nodes.of("output")] = floors[-1] + 0.3
     return _Plan(x, y, columns, floors, slot)
 
 
 def _place_outputs(graph: Graph, x: Float[np.ndarray, "N"], columns: Float[np.ndarray, "_"]) -> None:
     """Side by side with room for their names, and as near to above their positions as that allows."""
-    outputs = graph.nodes("output")
+    outputs = graph.nodes.of("output")
     in_order = outputs[np.argsort(graph.logit_positions, kind="stable")]
     longest = max((len(_shown(name)) for name in graph.logit_names), default=0)
     step = min(max(0.6, 0.085 * (longest + 3)), (columns[-1] - columns[0]) / max(len(outputs), 1))
@@ -135,7 +136,7 @@ def _place_outputs(graph: Graph, x: Float[np.ndarray, "N"], columns: Float[np.nd
 
 def _strongest(graph: Graph, influence: Float[np.ndarray, "N"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
     """Targets and sources of the edges over which most influence flows, the weakest first."""
-    importance = normalized(graph) * (influence + output_weights(graph))[:, None]
+    importance = normalize(graph.edges) * (influence + graph.output_weights)[:, None]
     targets, sources = np.nonzero(importance)
     order = np.argsort(importance[targets, sources], kind="stable")[-EDGES:]
     return targets[order], sources[order]
@@ -169,19 +170,19 @@ def _draw_edges(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], p
 
 def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], plan: _Plan) -> list[Box]:
     """Features as dots whose area grows with their influence, the rest all alike; returns where there are features."""
-    kinds = graph.kinds
-    features = np.flatnonzero(kinds == 0)
+    features = graph.nodes.of("feature")
     widest = min(plan.slot * 0.95, ROW * 0.85) * POINTS
     share = influence[features] / max(influence[features].max(initial=0), 1e-30)
     diameters = widest * np.sqrt(0.1 + 0.9 * share)
-    for kind, size, marker, colour in (
-        (0, diameters**2, "o", FEATURE),
-        (1, min(3.2, widest / 2) ** 2, "D", ERROR),
-        (2, 16, "s", INPUT),
-        (3, 16, "s", INPUT),
-        (4, 30, "^", FEATURE),
-    ):
-        chosen = kinds == kind
+    marks: tuple[tuple[Kind, Any, str, str], ...] = (
+        ("feature", diameters**2, "o", FEATURE),
+        ("error", min(3.2, widest / 2) ** 2, "D", ERROR),
+        ("token", 16, "s", INPUT),
+        ("position", 16, "s", INPUT),
+        ("output", 30, "^", FEATURE),
+    )
+    for kind, size, marker, colour in marks:
+        chosen = graph.nodes.of(kind)
         edge = {"edgecolors": "white", "linewidths": 0.4}
         axes.scatter(plan.x[chosen], plan.y[chosen], s=size, marker=marker, color=colour, zorder=4, **edge)
     half = diameters / POINTS / 2
@@ -234,7 +235,7 @@ def _draw_tokens(axes: "Axes", graph: Graph, plan: _Plan) -> None:
 
 
 def _draw_outputs(axes: "Axes", graph: Graph, plan: _Plan) -> None:
-    outputs = graph.nodes("output")
+    outputs = graph.nodes.of("output")
     room = float(plan.columns[-1] - plan.columns[0]) / max(len(outputs), 1)
     lists = (graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities.tolist())
     for name, token, probability, x, y in zip(*lists, plan.x[outputs].tolist(), plan.y[outputs].tolist(), strict=True):

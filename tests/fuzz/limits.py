@@ -94,7 +94,9 @@ def filled_later(path: Path, seconds: float = 5) -> Iterator[list[Fault]]:
 def fault_of(error: BaseException) -> Fault:
     """Of an exception that should not be: its type, and the last place in jclt that it went through."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/jclt/" in frame.filename]
-    ours = [frame for frame in frames if not frame.filename.endswith("/jclt/files.py")] or frames
+    ours = [
+        frame for frame in frames if not frame.filename.endswith(("/jclt/files.py", "/jclt/array_files.py"))
+    ] or frames
     kind = "hang" if isinstance(error, TooLong) else type(error).__name__
     where = f"{ours[-1].filename.rpartition('/jclt/')[2]}:{ours[-1].lineno}" if ours else "outside jclt"
     said = str(error).strip().splitlines()

@@ -28,17 +28,17 @@ from tokenizers import decoders, models, pre_tokenizers
 import jclt
 from fuzz.limits import MOST_MEMORY
 from fuzz.mutations import BOMB, archive, stored
-from jclt.attribution import load_graph, read_circuit_tracer, save_graph
-from jclt.attribution.stream import read_prompts
+from jclt.attribution.many_prompts import read_prompts
 from jclt.coders import load_coder, save_coder
+from jclt.data.documents import find_inputs, pieces
+from jclt.data.load_tokens import load_tokens
+from jclt.data.token_rows import load_rows, save_rows
+from jclt.data.tokenize import tokenize
+from jclt.graphs import export_json, import_json, load_graph, read_circuit_tracer
 from jclt.models import Model, ModelConfig, RopeScaling, Tokenizer, declare, load_model, save_model
 from jclt.training.config import TrainConfig
-from jclt.training.data import load_rows, load_tokens, save_rows
-from jclt.training.documents import find_inputs, pieces
 from jclt.training.inspect import inspect_run
-from jclt.training.runs import is_begun
-from jclt.training.tokenize import tokenize
-from jclt.viewer import export_json, import_json
+from jclt.training.run_folder import is_begun
 
 
 class Sample(NamedTuple):
@@ -302,7 +302,7 @@ RUN = TrainConfig(CLT, steps=20)
 def make_run(folder: Path) -> None:
     assert not is_begun(folder, RUN)
     folder.mkdir()
-    from jclt.training.runs import _begin
+    from jclt.training.run_folder import _begin
 
     _begin(folder, RUN)
     entries = [
@@ -332,7 +332,7 @@ SAMPLES: dict[str, Sample] = {
     "coder-gemma-scope-2": coder_sample(replace(SCOPE, reads="mlp_in", skip=True), "gemma-scope-2"),
     "coder-gemma-scope-2-clt": coder_sample(replace(CLT, skip=True), "gemma-scope-2"),
     "graph-npz": Sample(
-        in_folder("graph.npz", lambda path: save_graph(annotated_graph(), path)),
+        in_folder("graph.npz", lambda path: annotated_graph().save(path)),
         lambda folder: load_graph(folder / "graph.npz"),
         (".npz",),
         graph_numbers,

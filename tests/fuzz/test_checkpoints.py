@@ -24,11 +24,12 @@ from fuzz.samples import GPT2, random_model
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
 from jclt.files import read_json
+from jclt.mesh import make_mesh
 from jclt.models import load_model, save_model
-from jclt.sharding import make_mesh
-from jclt.training.abstract import abstract_state
 from jclt.training.checkpoints import Checkpoints, leaves
-from jclt.training.coder import fitted, train_coder
+from jclt.training.coder.abstract import abstract_state
+from jclt.training.coder.prepare import fitted
+from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
 
@@ -43,10 +44,10 @@ SETTINGS = {"steps": STEPS, "batch": 8, "length": 8, "warmup": 2, "save_every": 
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 TRAIN = """
 import sys
-import jclt.training.coder
+import jclt.training.coder.train
 from jclt.cli import main
 
-jclt.training.coder.machine_rate = lambda *_: 1e12
+jclt.training.coder.train.machine_rate = lambda *_: 1e12
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 VOLATILE = ("seconds", "tokens_per_second", "matmul_fraction")
@@ -74,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     places = {"model": str(home / "model"), "data": str(home / "text.txt")}
     config = TrainConfig(CoderConfig(features=1024, layers=(1,)), **places, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jclt.training.coder.machine_rate", no_rate)
+        patch.setattr("jclt.training.coder.train.machine_rate", no_rate)
         train_coder(config, home / "run")
     states = {}
     for step, other in ((STEPS, STEPS - EVERY), (STEPS - EVERY, STEPS)):

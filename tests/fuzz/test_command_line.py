@@ -21,7 +21,7 @@ from numpy.random import Generator
 from fuzz.limits import Fault, check_line, fault_of, limited, told, tree
 from fuzz.mutations import pick
 from fuzz.samples import SAMPLES
-from jclt.cli import main, parser
+from jclt.cli.main import main, parser
 from jclt.errors import Interrupted
 
 pytestmark = pytest.mark.fuzz
@@ -30,10 +30,10 @@ REACHED = os.EX_TEMPFAIL
 """The arguments were sound, and the work would begin."""
 WORK = {
     "jclt.attribution.attribute": ("trace_prompts",),
-    "jclt.training.coder": ("run_rows",),
+    "jclt.training.coder.train": ("run_rows",),
     "jclt.training.lm": ("find_rows",),
-    "jclt.training.evaluate": ("evaluation_rows",),
-    "jclt.viewer.demo": ("attribute_batch", "answers"),
+    "jclt.evaluation.evaluate": ("evaluation_rows",),
+    "jclt.cli.demo": ("explain_examples",),
     "jclt.pods": ("plan_run", "plan_sweep"),
 }
 """What takes long, by module: it is not done here."""
@@ -85,7 +85,7 @@ def without_work() -> Iterator[None]:
         for module, names in WORK.items():
             for name in names:
                 patch.setattr(importlib.import_module(module), name, reached)
-        patch.setattr("jclt.cli._keep_compiled_programs", lambda: None)  # the tests have their own cache
+        patch.setattr("jclt.cli.main._keep_compiled_programs", lambda: None)  # the tests have their own cache
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
 

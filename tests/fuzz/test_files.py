@@ -6,7 +6,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+from graph_lists import with_lists
 from numpy.random import Generator
 
 from fuzz.limits import Fault, check_line, fault_of, filled_later, limited, told, tree
 from fuzz.mutations import BYTES, DEEP, LONG, archive, bomb, members, mutations_of, pick, stored
 from fuzz.samples import SAMPLES, Sample, annotated_graph
-from jclt.attribution import Graph, load_graph, save_graph
-from jclt.attribution.stream import read_prompts
+from jclt.attribution.many_prompts import read_prompts
+from jclt.data.load_tokens import load_tokens
 from jclt.errors import UserError
-from jclt.training.data import load_tokens
+from jclt.graphs import Graph, load_graph
 
 pytestmark = pytest.mark.fuzz
 
@@ -363,7 +364,7 @@ def test_a_graph_whose_numbers_are_none_is_not_loaded(name, bad, tmp_path):
     graph = annotated_graph()
     array = getattr(graph, name).copy()
     array.flat[np.flatnonzero(array)[0] if array.any() else 0] = bad
-    _refused_graph(replace(graph, **{name: array}), tmp_path)
+    _refused_graph(with_lists(graph, **{name: array}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -378,13 +379,13 @@ def test_a_graph_whose_numbers_are_none_is_not_loaded(name, bad, tmp_path):
     ids=lambda change: next(iter(change)),
 )
 def test_a_graph_of_nodes_that_cannot_be_is_not_loaded(change, tmp_path):
-    _refused_graph(replace(annotated_graph(), **change), tmp_path)
+    _refused_graph(with_lists(annotated_graph(), **change), tmp_path)
 
 
 def _refused_graph(graph: Graph, folder: Path) -> None:
     """Whoever wrote the file; our own writer may refuse it as well."""
     with pytest.raises(UserError) as error:
-        save_graph(graph, folder / "graph.npz")
+        graph.save(folder / "graph.npz")
         load_graph(folder / "graph.npz")
     assert check_line(str(error.value), "graph") is None
 

@@ -1,0 +1,177 @@
+"""What several commands are asked, and the types of what is typed."""
+
+import argparse
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from jclt.errors import UserError, printable, shortened
+
+if TYPE_CHECKING:
+    from jclt.coders import SparseCoder
+    from jclt.models import Model
+
+Config = TypeVar("Config")
+log = logging.getLogger(__name__)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line after the usage: what was typed may hold colours and line breaks."""
+        super().error(shortened(printable(message)))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Older Pythons take the value of `--flag=--` for none."""
+        if arg_strings == ["--"] and action.nargs is None and action.option_strings:
+            raise argparse.ArgumentError(action, "expected one argument")
+        return super()._get_values(action, arg_strings)
+
+
+Subcommands = argparse._SubParsersAction
+
+
+def text(typed: str) -> str:
+    """What was typed as text, whatever the locale takes its bytes for: UTF-8 if they are that."""
+    try:
+        return os.fsencode(typed).decode()
+    except UnicodeError:
+        pass
+    try:
+        typed.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("not UTF-8 text") from None
+    return typed
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a whole number that is not below."""
+
+    def whole(typed: str) -> int:
+        try:
+            number = int(typed)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{typed[:40]!r}, expected a whole number") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number}, expected at least {least}")
+        return number
+
+    return whole
+
+
+def amount(typed: str) -> float:
+    """The type of a number from 0 on."""
+    try:
+        number = float(typed)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{typed[:40]!r}, expected a number") from None
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{number}, expected a number from 0 on")
+    return number
+
+
+def target(typed: str) -> str | tuple[str, str]:
+    """A token, or two with ~ between them."""
+    parts = text(typed).split("~") if typed.strip() != "~" else [typed]
+    if len(parts) > 2 or not all(parts):
+        raise argparse.ArgumentTypeError(f"{typed!r}, expected TOKEN, or FIRST~SECOND for their difference")
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1])
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", help="demo, a folder or a hub name (default: the model that the coder's own files name)"
+    )
+
+
+def add_fit(command: argparse.ArgumentParser) -> None:
+    """How a coder stands in its model."""
+    command.add_argument("--reads", metavar="SITE", help="where it reads, if its files do not say (such as mlp_in)")
+    command.add_argument("--writes", metavar="SITE", help="where it writes, likewise (such as mlp_out)")
+    command.add_argument(
+        "--no-check",
+        action="store_true",
+        help="takes the coder even if what it makes of a short text does not fit the model",
+    )
+
+
+def add_run(command: argparse.ArgumentParser, presets: str, settings: str) -> None:
+    """The arguments of everything that trains."""
+    command.add_argument(
+        "config", metavar="CONFIG", help=f"a preset ({presets}), or a .py file, which is run, that defines `config`"
+    )
+    command.add_argument("--out", help="the run's folder, or a URL such as gs://bucket/run (default runs/NAME)")
+    command.add_argument(
+        "--set",
+        action="append",
+        type=text,
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"overrides a setting, such as {settings}; can be repeated",
+    )
+
+
+def start_run(
+    arguments: argparse.Namespace, kind: type[Config], presets: Mapping[str, Callable[[], Config]]
+) -> tuple[Config, str]:
+    """What `add_run` asked for: the run's settings and its folder."""
+    from jclt.config import load_settings, override
+    from jclt.hosts import join_hosts
+    from jclt.pods.flags import set_flags
+
+    set_flags()  # read when the first TPU is used
+    join_hosts()
+    config = override(load_settings(arguments.config, kind, presets), arguments.set)
+    out = arguments.out or f"runs/{Path(arguments.config).stem}"
+    if out.startswith("file:"):
+        raise UserError(f"--out '{out}': expected the folder's path, or a URL of a bucket such as gs://bucket/run")
+    try:
+        out.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out '{out}': not UTF-8, expected a name that checkpoints can have") from None
+    return config, out
+
+
+def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, SparseCoder]":
+    """The coder that was asked for and its model: by default the one that its own files name."""
+    from jclt.coders import load_coder
+    from jclt.models import load_model
+
+    name, coder = arguments.model, arguments.coder
+    if coder is None and name not in (None, "demo"):
+        raise UserError(f"model '{name}': expected --coder too, a coder of this model (demo is the demo model's)")
+    coder = coder or "demo"
+    if name is None and coder != "demo":
+        name = _named_model(coder)
+        log.info("model %s, as the coder's files say", name)
+        try:
+            model = load_model(name)
+        except UserError as error:
+            raise UserError(f"{error}; the files of coder '{coder}' name it, --model says another") from None
+    else:
+        model = load_model(name or "demo")
+    return model, load_coder(
+        coder, model=model, reads=arguments.reads, writes=arguments.writes, check=not arguments.no_check
+    )
+
+
+def _named_model(coder: str) -> str:
+    """The name of the model that a coder's files say it is of."""
+    from jclt.coders import coder_model
+
+    name = coder_model(coder)
+    if not name:
+        raise UserError(f"coder '{coder}': its files name no model, expected --model")
+    return name
+
+
+def check_new_json(path: Path | None) -> None:
+    """Before the work: the file can be written once there is something to write."""
+    from jclt.files import check_writable
+
+    if path is not None:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a file to write to")
+        check_writable(path.parent)

@@ -1,0 +1,107 @@
+"""`jclt attribute`: attribution graphs of one prompt, or of every line of a file."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jclt.cli.arguments import Subcommands, add_fit, add_model, at_least, load_coder_and_model, target, text
+from jclt.errors import UserError
+
+if TYPE_CHECKING:
+    from jclt.graphs import Graph
+
+
+def add_command(commands: Subcommands) -> None:
+    command = commands.add_parser(
+        "attribute",
+        help="compute attribution graphs",
+        description="Computes the attribution graph of a prompt, prints what it explains and its strongest paths, and "
+        "with --out writes it: NAME.npz, NAME.json for viewers and NAME.png, where NAME is made of the prompt. The "
+        "same prompt with the same settings takes the place of its older graph; any other gets a name of its own "
+        "(NAME-2 ...). graph-metadata.json lists the folder's graphs for viewers. With --prompts it computes a graph "
+        "for every line of a file, many at once; the same command goes on where it stopped. The exit status is 1 where "
+        "every prompt failed.",
+        epilog="example: jclt attribute 'calc: 36+59=' --out sum; jclt attribute 'calc: 36+59=' --target 95~94; jclt "
+        "attribute 'Once upon a' --coder runs/mine/coder --no-check; jclt attribute --prompts prompts.txt --out graphs "
+        "--json",
+    )
+    command.add_argument("prompt", nargs="?", type=text, metavar="PROMPT", help="text")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with `prompt`")
+    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to write to; needed with --prompts")
+    command.add_argument(
+        "--json", action="store_true", help="with --prompts: each graph also as NUMBER.json, pruned, for viewers"
+    )
+    add_model(command)
+    command.add_argument("--coder", help="demo, or a folder in any layout that is read (default demo, for model demo)")
+    add_fit(command)
+    command.add_argument(
+        "--target",
+        action="append",
+        type=target,
+        metavar="TOKEN",
+        help="a token to explain, such as ' Denver', or two as ' Denver~ Austin', the first one's logit less the "
+        "second's; can be repeated (default: the likeliest next tokens)",
+    )
+    command.add_argument(
+        "--max-features", type=int, default=7500, metavar="N", help="features to trace at most (default 7500)"
+    )
+    command.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="trace only until every influence is known to this much (default 0: all up to --max-features)",
+    )
+    command.add_argument(
+        "--conventions", default="jclt", metavar="WHOSE", help="jclt (default), or circuit-tracer for its very graphs"
+    )
+    command.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="prompts at once (default 8)")
+    command.set_defaults(function=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jclt.attribution import Options, attribute, attribute_file
+    from jclt.files import check_file, check_writable
+    from jclt.graphs import write_index
+    from jclt.hosts import own_share
+    from jclt.viewer import MEANING, summary, write_graph, write_viewer_json
+
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        raise UserError("attribute: expected either a prompt or --prompts FILE")
+    if arguments.prompts is not None and arguments.out is None:
+        raise UserError("attribute: --prompts needs --out DIR, the folder for the graphs")
+    if arguments.prompt == "":
+        raise UserError("prompt: empty, expected at least one token")
+    options = Options(arguments.target, arguments.max_features, arguments.tolerance, arguments.conventions)
+    options.check()
+    if arguments.prompts is not None:
+        check_file(arguments.prompts, "a file with a prompt on each line")
+    out: Path | None = arguments.out
+    if out is not None:
+        check_writable(out)
+    share = own_share() if arguments.prompts is not None else (0, 1)
+    model, coder = load_coder_and_model(arguments)
+    if arguments.prompts is not None and out is not None:
+
+        def write_json(graph: "Graph", name: str) -> None:
+            write_viewer_json(graph, out, name)
+
+        also = write_json if arguments.json else None
+        written, failed = attribute_file(
+            model, coder, arguments.prompts, out, options, arguments.batch, share, also=also
+        )
+        if arguments.json:
+            write_index(out)
+        if failed and not written:
+            print(f"jclt: all of {failed} prompts failed; {out / 'failed.jsonl'} says why", file=sys.stderr)
+            return 1
+        print(f"done: {written} graphs in {out}, listed in graphs.jsonl; {failed} prompts failed")
+        return 0
+    graph = attribute(model, coder, arguments.prompt, **options._asdict())
+    small = graph.prune()
+    print(f"{summary(graph, small)}\n{MEANING}")
+    if out is not None:
+        name = write_graph(graph, small, out)
+        print(f"written: {name}.npz, {name}.json and {name}.png in {out}")
+    return 0

@@ -1,0 +1,79 @@
+"""`jclt tokenize`: turns text into token arrays."""
+
+import argparse
+from pathlib import Path
+
+from jclt.cli.arguments import Subcommands, text
+from jclt.errors import UserError
+
+
+def add_command(commands: Subcommands) -> None:
+    command = commands.add_parser(
+        "tokenize",
+        help="turn text into token arrays for training",
+        description="Tokenises text once, for any number of runs: text files (each one document; one of more than "
+        "16 MiB is tokenised in pieces cut at line breaks), JSON lines (the field `text`) and Parquet (the column "
+        "`text`), packed as .gz, .bz2, .xz or .zst or not. The folder gets tokens-00000.npy ..., in which documents "
+        "follow one another, each with its end token, the tokenizer, and at last manifest.json. The tokens do not "
+        "depend on the number of workers. The same command on the same folder goes on after the last whole shard.",
+        epilog="example: jclt tokenize 'stories/*.jsonl.gz' more.parquet --tokenizer gpt2 --out tokens; "
+        "then: jclt train-lm config.py --set data=tokens",
+    )
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder, a glob, or a URL such as gs://")
+    command.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="NAME",
+        help="a folder with tokenizer.json, or a hub name such as gpt2",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="the folder or URL to write to")
+    command.add_argument(
+        "--field", type=text, default="text", metavar="NAME", help="of JSON lines and Parquet (default text)"
+    )
+    command.add_argument(
+        "--end",
+        type=text,
+        metavar="TOKEN",
+        help="what ends a document, as text or number (default: eos_token of the tokenizer's tokenizer_config.json)",
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="threads that tokenise (default: one per core)")
+    command.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=1 << 26,
+        metavar="N",
+        help="a file ends with the first document that brings it to this many tokens (default 67108864)",
+    )
+    command.set_defaults(function=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from jclt.data.tokenize import tokenize
+
+    made = tokenize(
+        arguments.inputs,
+        _find_tokenizer(arguments.tokenizer),
+        arguments.out,
+        workers=arguments.workers,
+        shard_tokens=arguments.shard_tokens,
+        end=arguments.end,
+        field=arguments.field,
+    )
+    shards = f"{len(made['shards'])} shards in {arguments.out}"
+    print(f"done: {made['tokens']} tokens of {made['documents']} documents, {shards}")
+
+
+def _find_tokenizer(name: str) -> Path:
+    """The folder of this name, or where the tokenizer's files of this hub name are kept."""
+    from jclt.models import find_model
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"tokenizer '{name}': is a file, expected the folder that holds it, or a hub name")
+    try:
+        return find_model(name, ("tokenizer*.json", "vocab.json", "merges.txt"))
+    except UserError as error:
+        reason = str(error).removeprefix(f"model '{name}': ")
+        raise UserError(f"tokenizer '{name}': {reason}") from None

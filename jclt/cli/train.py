@@ -1,0 +1,36 @@
+"""`jclt train`: trains a sparse coder."""
+
+import argparse
+
+from jclt.cli.arguments import Subcommands, add_run, at_least, start_run
+
+
+def add_command(commands: Subcommands) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train a sparse coder on a language model",
+        description="Trains a cross-layer transcoder, a per-layer transcoder or an SAE on any model that jclt loads, "
+        "on all devices at hand. The run's folder gets metrics.jsonl, curves.png, checkpoints, and at the end coder/, "
+        "which load_coder and circuit-tracer read. The same command on the same folder resumes exactly where it "
+        "stopped.",
+        epilog="example: jclt train tiny --out runs/tiny --set steps=300 --set coder.features=256",
+    )
+    add_run(command, "tiny, small-world", "steps=500, model=gpt2 or coder.features=4096")
+    command.add_argument(
+        "--profile",
+        type=at_least(0),
+        default=0,
+        metavar="STEPS",
+        help="traces so many steps for XProf, into OUT/profile",
+    )
+    command.set_defaults(function=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from jclt.training.coder.train import train_coder
+    from jclt.training.config import TrainConfig
+    from jclt.training.presets import CODER_PRESETS
+
+    config, out = start_run(arguments, TrainConfig, CODER_PRESETS)
+    train_coder(config, out, profile=arguments.profile)
+    print(f"done: coder in {out}/coder, curves in {out}/curves.png")

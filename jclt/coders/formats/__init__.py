@@ -1,0 +1,1 @@
+"""Sparse coders on disk: our own layout and those that others publish."""

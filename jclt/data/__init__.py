@@ -1,0 +1,1 @@
+"""What is trained and measured on: documents, tokens, stored activations."""

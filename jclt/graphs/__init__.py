@@ -1,0 +1,46 @@
+"""Attribution graphs as objects: nodes, edges, influence, pruning, paths and files. numpy alone."""
+
+from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
+from jclt.graphs.curve import CurvePoint, curve
+from jclt.graphs.export_json import export_json, slug_of
+from jclt.graphs.graph import Graph
+from jclt.graphs.import_json import import_json
+from jclt.graphs.influence import Scores
+from jclt.graphs.load import load_graph
+from jclt.graphs.nodes import KINDS, Kind, NodeTable, node_table
+from jclt.graphs.paths import (
+    Path,
+    between_supernodes,
+    describe,
+    name_of,
+    path_lengths,
+    strongest_paths,
+    with_supernodes,
+)
+from jclt.graphs.pruning import Masks
+from jclt.graphs.viewer_index import write_index
+
+__all__ = [
+    "KINDS",
+    "CurvePoint",
+    "Graph",
+    "Kind",
+    "Masks",
+    "NodeTable",
+    "Path",
+    "Scores",
+    "between_supernodes",
+    "curve",
+    "describe",
+    "export_json",
+    "import_json",
+    "load_graph",
+    "name_of",
+    "node_table",
+    "path_lengths",
+    "read_circuit_tracer",
+    "slug_of",
+    "strongest_paths",
+    "with_supernodes",
+    "write_index",
+]
