@@ -7,7 +7,7 @@ import jclt
 from jclt.coders import CoderConfig, CoderLayer, SparseCoder
 from jclt.models import Model
 from jclt.shapes import Array
-from jclt.world.handmade import ANSWERS, PROMPTS, STATE_OF
+from jclt.world.handmade import ANSWERS, PROMPTS, STATE_OF_CITY
 
 LAST = 2
 Node = tuple
@@ -49,7 +49,7 @@ def _coder(model: Model, *, skipping: Array, read: Array, write: Array) -> Spars
 
 def nodes(city: int) -> tuple[Node, Node, Node]:
     """The city's feature, the state's feature and the capital's logit."""
-    return ("feature", 0, LAST, city), ("feature", 1, LAST, STATE_OF[city]), ("logit", ANSWERS[city])
+    return ("feature", 0, LAST, city), ("feature", 1, LAST, STATE_OF_CITY[city]), ("logit", ANSWERS[city])
 
 
 def expected_edges(city: int, *, norms: bool = False, faithful: bool = True) -> dict[tuple[Node, Node], float]:

@@ -9,7 +9,15 @@ from compiled_coders import LAST, expected_edges, faithful_coder, nodes, unfaith
 import jclt
 from jclt.coders import neurons, replacing
 from jclt.models import Replace, save_model
-from jclt.world.handmade import ANSWERS, CAPITAL_OF, CAPITALS, PROMPTS, STATE_OF, STATES, compiled_two_hop
+from jclt.world.handmade import (
+    ANSWERS,
+    CAPITAL_OF,
+    CAPITAL_TOKENS,
+    PROMPTS,
+    STATE_OF_CITY,
+    STATE_TOKENS,
+    compiled_two_hop,
+)
 
 MODELS = {
     "plain": {},
@@ -47,7 +55,7 @@ def test_one_neuron_a_layer_is_active_and_only_at_the_last_position(name):
     model = MODEL[name]
     _, seen = jclt.run(model, TOKENS, capture=("mlp_in", "mlp_neurons", "mlp_denominator"))
     want = np.zeros((2, 12, 3, 12))
-    want[0, CITIES, LAST, CITIES] = want[1, CITIES, LAST, np.asarray(STATE_OF)] = 0.5
+    want[0, CITIES, LAST, CITIES] = want[1, CITIES, LAST, np.asarray(STATE_OF_CITY)] = 0.5
     want = want / np.asarray(seen["mlp_denominator"])[..., None]
     assert ((np.asarray(seen["mlp_neurons"]) != 0) == (want != 0)).all()
     np.testing.assert_allclose(seen["mlp_neurons"], want, atol=0 if name == "plain" else 1e-5)
@@ -145,10 +153,10 @@ def test_all_coders_reconstruct_exactly_and_the_unfaithful_one_with_a_single_fea
 @each_model
 def test_another_state_between_the_layers_moves_all_but_the_unfaithful_replacement(name):
     model = MODEL[name]
-    states, own = np.asarray(model.params["token_embedding"])[list(STATES)], np.asarray(STATE_OF)
-    other = (own + 1) % len(STATES)
+    states, own = np.asarray(model.params["token_embedding"])[list(STATE_TOKENS)], np.asarray(STATE_OF_CITY)
+    other = (own + 1) % len(STATE_TOKENS)
     push = jnp.asarray(states[other] - states[own])
-    moved = np.asarray(CAPITALS)[np.asarray(CAPITAL_OF)[other]]
+    moved = np.asarray(CAPITAL_TOKENS)[np.asarray(CAPITAL_OF)[other]]
     np.testing.assert_array_equal(answers(model, push=push), moved)
     np.testing.assert_array_equal(answers(model, faithful_coder(model), push), moved)
     np.testing.assert_array_equal(answers(model, neurons(model), push), moved)

@@ -20,7 +20,7 @@ from tokenizers.models import WordLevel
 
 from jclt.data.activation_store import create_store
 from jclt.data.batches import batch_rows, place, shuffled
-from jclt.data.load_tokens import load_tokens, packed, text_rows, text_tokens
+from jclt.data.load_tokens import load_tokens, pack_rows, text_rows, text_tokens
 from jclt.data.prefetch import mapped_ahead, prefetched
 from jclt.data.token_rows import (
     HELD_OUT,
@@ -249,7 +249,7 @@ def test_a_run_of_any_length_leaves_alone_what_the_evaluation_reads(sizes):
     read = [reserved_rows(shards, length).ravel() for length in (2, 16, 64)]
     assert reserved(sum(sizes)) - 2 * len(sizes) <= len(read[0]) <= reserved(sum(sizes)) <= RESERVED_MOST
     for length in (2, 7, 16, 33, 64, 100):
-        rows = packed(shards, length, "")
+        rows = pack_rows(shards, length, "")
         count = trained_rows(TokenRows(rows, np.zeros(rows.shape)), "a folder")
         assert count <= len(rows) - HELD_OUT
         if count > 0:

@@ -99,7 +99,7 @@ def test_no_withheld_prompt_is_in_the_corpus(task):
 
 
 def test_no_line_links_a_withheld_city_to_a_capital():
-    capitals = {values[0] for values in words.STATES.values()}
+    capitals = {values[0] for values in words.STATE_FACTS.values()}
     for line in LINES:
         cities = [city for city in facts.CITIES if city in line]
         if cities and facts.CITY_SPLIT[cities[0]] != "train":

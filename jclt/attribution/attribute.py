@@ -122,13 +122,13 @@ def attribute_each(
             own = [prompts[n] for n in numbers], [each[n] for n in numbers]
             made = trace_prompts(*given, *own, unembed, mesh, options)
         except Exception as error:
-            failure = failure_of(error, [len(prompts[n]) for n in numbers])
+            failure = user_error_of(error, [len(prompts[n]) for n in numbers])
         for number in numbers if failure is None else ():
             try:
                 settings = options._replace(targets=each[number]).summary()
                 graph = made.pop(0).graph(token_texts(model, prompts[number]), about | {"settings": settings})
             except Exception as error:
-                graph = failure_of(error, [len(prompts[number])])
+                graph = user_error_of(error, [len(prompts[number])])
             if number not in done:
                 yield number, graph
         if failure is not None and len(numbers) > 1:
@@ -150,7 +150,7 @@ def batches(model: Model, coder: Coder, lengths: Sequence[int], batch: int, devi
     return found
 
 
-def failure_of(error: Exception, lengths: Sequence[int]) -> UserError:
+def user_error_of(error: Exception, lengths: Sequence[int]) -> UserError:
     """What is wrong with a prompt, if it is that or memory that an error is about; raises it again if not."""
     if isinstance(error, UserError):
         return error.with_traceback(None)  # whose frames hold on to arrays

@@ -70,14 +70,14 @@ def attribute_file(
         nonlocal failed
         failed += 1
         log.warning("line %d: %s", line.number + 1, error)
-        write_json_lines(failure_of(out, line.number), [entry_on(line) | {"error": str(error)}])
+        write_json_lines(failure_path(out, line.number), [entry_on(line) | {"error": str(error)}])
 
     for line in mine:
         if line.number in done:
             if also is not None:
                 also(load_graph(path_of(out, line.number)), path_of(out, line.number).stem)
         else:
-            failure_of(out, line.number).unlink(missing_ok=True)
+            failure_path(out, line.number).unlink(missing_ok=True)
         try:
             tokens.append(prompt_tokens(model, line.prompt, options.conventions))
             traced.append(line)
@@ -107,7 +107,7 @@ def list_all(out: Path, lines: Sequence[Line]) -> tuple[int, int]:
     """Writes the lists of what is there and of what failed, and says how many they are."""
     graphs, failures = [], []
     for line in lines:
-        path, failure = path_of(out, line.number), failure_of(out, line.number)
+        path, failure = path_of(out, line.number), failure_path(out, line.number)
         if path.exists():
             try:
                 graphs.append(line_on(line, path))
@@ -192,7 +192,7 @@ def path_of(out: Path, number: int) -> Path:
     return out / f"{number + 1:06d}.npz"
 
 
-def failure_of(out: Path, number: int) -> Path:
+def failure_path(out: Path, number: int) -> Path:
     return out / f"{number + 1:06d}.failed"
 
 

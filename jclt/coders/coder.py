@@ -157,7 +157,7 @@ class SparseCoder(eqx.Module):
         if entries is None:
             written = products.decode(tuple(activations), rows)
         else:
-            written = sparse.decode(tuple(entries), tuple(activations), rows)
+            written = sparse.decode_active(tuple(entries), tuple(activations), rows)
         return tuple(map(whole, self.layers, x, written))
 
 

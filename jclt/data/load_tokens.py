@@ -35,11 +35,11 @@ def load_tokens(
     if max(map(len, shards)) < length:
         longest = max(map(len, shards))
         raise UserError(f"data '{url}': no shard has more than {longest} tokens, expected {length} (one row)")
-    tokens = packed(shards, length, digest)
+    tokens = pack_rows(shards, length, digest)
     return TokenRows(tokens, np.broadcast_to(np.float32(1), tokens.shape))
 
 
-def packed(shards: Sequence[np.ndarray], length: int, digest: str) -> PackedRows:
+def pack_rows(shards: Sequence[np.ndarray], length: int, digest: str) -> PackedRows:
     """Shards of tokens as rows of this length."""
     rows = [in_rows(shard, length) for shard in shards if len(shard) >= length]
     border, unreserved = unreserved_tokens(shards), 0

@@ -253,7 +253,7 @@ def fill(
         tqdm(total=sum(sizes), initial=sum(sizes[: start[0]]), unit="B", unit_scale=True, mininterval=0.5) as progress,
         mapped_ahead(tokens_of, read, workers, depth=2 * workers) as results,
     ):
-        for tokens, documents, position in packed(shown(results, sizes, progress), begun["shard_tokens"]):
+        for tokens, documents, position in pack_documents(shown(results, sizes, progress), begun["shard_tokens"]):
             name, content = f"tokens-{len(shards):05d}.npy", io.BytesIO()
             np.save(content, tokens)
             folder.write(name, content.getbuffer())
@@ -290,7 +290,7 @@ def shown(
         progress.update(sum(sizes[:source]) + piece.read - progress.n)
 
 
-def packed(
+def pack_documents(
     encoded: Iterable[tuple[Position, Piece, np.ndarray]], shard_tokens: int
 ) -> Iterator[tuple[np.ndarray, int, Position]]:
     """The shards: their tokens, the number of documents that end in each, and where the next one begins."""

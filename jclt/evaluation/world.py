@@ -19,7 +19,7 @@ from jclt.world.example import Example, Split
 from jclt.world.measure import padded, vocabulary_of
 from jclt.world.tasks import TASKS
 
-BATCH = 64
+PROMPTS_AT_ONCE = 64
 LENGTHS = 16
 """Prompts and their number are padded to multiples of these, so that a few programs serve all tasks."""
 
@@ -86,7 +86,9 @@ def world_agreement(
 
 def mean_prompt_writes(model: Model, coder: Coder, prompts: Sequence[str]) -> Float[np.ndarray, "L D"]:
     tokens, ends = padded(model, prompts)
-    return mean_writes(model, coder.config, tokens, mask=np.arange(tokens.shape[1])[None] <= ends[:, None], batch=BATCH)
+    return mean_writes(
+        model, coder.config, tokens, mask=np.arange(tokens.shape[1])[None] <= ends[:, None], batch=PROMPTS_AT_ONCE
+    )
 
 
 def task_agreement(
@@ -117,11 +119,11 @@ def last_words(
 ) -> tuple[np.ndarray, ...]:
     """The most probable token `[N]` after each prompt: the model's, the replacement's, the control's."""
     tokens, ends = padded(model, prompts)
-    tokens = np.pad(tokens, ((0, -len(tokens) % BATCH), (0, -tokens.shape[1] % LENGTHS)))
+    tokens = np.pad(tokens, ((0, -len(tokens) % PROMPTS_AT_ONCE), (0, -tokens.shape[1] % LENGTHS)))
     with on_mesh(model):
         found = [
             np.asarray(said(model.config, model.params, coder, means, rows))
-            for rows, _ in batches(model, tokens, None, BATCH)
+            for rows, _ in batches(model, tokens, None, PROMPTS_AT_ONCE)
         ]
     words = np.concatenate(found, axis=1)[:, np.arange(len(ends)), ends]
     for own, whose in zip(

@@ -175,7 +175,7 @@ class _Reader(pickle.Unpickler):
             pass
 
         def tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any):
-            return _view(storage, offset, shape, strides)
+            return _array_view(storage, offset, shape, strides)
 
         def device(*name: Any) -> str:
             return str(name)
@@ -205,7 +205,7 @@ class _Reader(pickle.Unpickler):
         return np.frombuffer(self.storages[key], STORAGES[kind], count)
 
 
-def _view(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+def _array_view(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
     """A tensor as torch lays it over its storage, counted in numbers; never past the storage's ends."""
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if 0 in shape:

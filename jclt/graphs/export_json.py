@@ -15,8 +15,8 @@ from jclt.errors import UserError
 from jclt.files import write_bytes
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import Kind
-from jclt.graphs.npz import plain
-from jclt.graphs.viewer_json import FIELDS, TYPES, Json, Labels, _are_groups, _notes, _plain, _supernodes
+from jclt.graphs.npz import to_plain
+from jclt.graphs.viewer_json import FIELDS, TYPES, Json, Labels, are_groups, named_groups, notes_of, shortest_decimals
 from jclt.shapes import Float
 
 SLUG = 40
@@ -63,7 +63,7 @@ def export_json(
 
 def _content(graph: Graph, slug: str | None, title: str | None, labels: Labels, default_slug: str) -> Json:
     saved, ids = graph.annotations, _node_ids(graph)
-    nodes = [node | note for node, note in zip(_nodes(graph), _notes(graph), strict=True)]
+    nodes = [node | note for node, note in zip(_nodes(graph), notes_of(graph), strict=True)]
     for node, node_id, name in zip(nodes, ids, _feature_labels(graph, labels), strict=True):
         node |= {"node_id": node_id} if name is None else {"node_id": node_id, "clerp": name}
     _show_kept(graph, nodes)
@@ -73,7 +73,7 @@ def _content(graph: Graph, slug: str | None, title: str | None, labels: Labels, 
         **{key: value for key, value in saved.items() if key not in FIELDS},
         "nodes": [node for node, absent in zip(nodes, _absent(graph), strict=True) if not absent],
     }
-    return plain(content, "graph") | {"links": _links(graph.adjacency, ids)}
+    return to_plain(content, "graph") | {"links": _links(graph.adjacency, ids)}
 
 
 def slug_of(graph: Graph) -> str:
@@ -112,7 +112,7 @@ def _node_ids(graph: Graph) -> list[str]:
         *(f"P_{position}" for position in graph.positions.tolist()),
         *(f"{graph.layers + 1}_{token}_{position}" for token, position in _outputs(graph)),
     ]
-    ids = [note.get("node_id", node_id) for node_id, note in zip(ids, _notes(graph), strict=True)]
+    ids = [note.get("node_id", node_id) for node_id, note in zip(ids, notes_of(graph), strict=True)]
     repeated = [node_id for node_id, count in Counter(ids).items() if count > 1]
     if repeated:
         raise UserError(f"graph: two nodes have the id '{repeated[0]}', expected each node and output once")
@@ -130,7 +130,7 @@ def _outputs(graph: Graph) -> Iterator[tuple[int, int]]:
 def _absent(graph: Graph) -> list[bool]:
     """Tokens that the file from which this graph came has no node for."""
     of_token = dict(zip(graph.nodes.of("token").tolist(), graph.tokens.tolist(), strict=True))
-    return [not note and of_token.get(node, 0) < 0 for node, note in enumerate(_notes(graph))]
+    return [not note and of_token.get(node, 0) < 0 for node, note in enumerate(notes_of(graph))]
 
 
 def _feature_labels(graph: Graph, labels: Labels) -> list[str | None]:
@@ -140,9 +140,11 @@ def _feature_labels(graph: Graph, labels: Labels) -> list[str | None]:
 
 def _nodes(graph: Graph) -> Iterator[Json]:
     """Every node without its id and any label, in the graph's order."""
-    shares = iter(_plain(graph.cumulative_shares.astype(np.float32)))
+    shares = iter(shortest_decimals(graph.cumulative_shares.astype(np.float32)))
 
-    for (layer, position, feature), activation in zip(graph.features.tolist(), _plain(graph.activations), strict=True):
+    for (layer, position, feature), activation in zip(
+        graph.features.tolist(), shortest_decimals(graph.activations), strict=True
+    ):
         js_id, number = f"{layer}_{feature}-0", cantor(layer, feature)
         yield _node("feature", js_id, layer, position, number, next(shares), activation=activation)
     for layer, position in graph.errors.tolist():
@@ -152,7 +154,7 @@ def _nodes(graph: Graph) -> Iterator[Json]:
     for position in graph.positions.tolist():
         clerp = f"Position {position}"
         yield _node("position", f"P_{position}-{position}", "E", position, position, next(shares), clerp=clerp)
-    probabilities = _plain(graph.logit_probabilities)
+    probabilities = shortest_decimals(graph.logit_probabilities)
     for place, (token, position) in enumerate(_outputs(graph)):
         probability = probabilities[place]
         # Viewers stop where there is no "(p=", and take the empty number for 0.
@@ -230,7 +232,7 @@ def _metadata(graph: Graph, slug: str | None, title: str | None, default_slug: s
         # As circuit-tracer computes them, before it prunes.
         **{f"{name}_score": score for name, score in (own | whole).items()},
         **({"whole_graph_scores": whole, "pruned_graph_scores": own} if whole else {}),
-        **({} if graph.logit_weights is None else {"output_weights": _plain(graph.logit_weights)}),
+        **({} if graph.logit_weights is None else {"output_weights": shortest_decimals(graph.logit_weights)}),
     }
     return made | saved | chosen
 
@@ -256,7 +258,7 @@ def _view(graph: Graph, ids: Sequence[str]) -> Json:
     pinned = pinned if isinstance(pinned, list) else []
     pinned = [node_id for node_id in pinned if isinstance(node_id, str) and node_id in number]
     known = saved.get("supernodes", [])
-    if _are_groups(known) and _supernodes(known, number) == graph.supernodes:
+    if are_groups(known) and named_groups(known, number) == graph.supernodes:
         # Where groups share a name, only the file still has it.
         groups = [[name, *(node_id for node_id in members if node_id in number)] for name, *members in known]
     else:
@@ -275,5 +277,5 @@ def _links(adjacency: Float[np.ndarray, "N N"], ids: Sequence[str]) -> list[Json
         raise UserError("graph: an edge is not finite, expected numbers only")
     return [
         {"source": ids[source], "target": ids[target], "weight": weight}
-        for source, target, weight in zip(sources.tolist(), targets.tolist(), _plain(weights), strict=True)
+        for source, target, weight in zip(sources.tolist(), targets.tolist(), shortest_decimals(weights), strict=True)
     ]

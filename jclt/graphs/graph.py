@@ -170,7 +170,7 @@ class Graph:
     def save(self, path: str | Path) -> None:
         """Writes all of the graph in one file, which replaces an older one when it is complete; `load_graph` reads
         it."""
-        npz.write_file(path, {name: getattr(self, name) for name in npz.FIELDS}, self.adjacency)
+        npz.write_file(path, {name: getattr(self, name) for name in npz.STORED}, self.adjacency)
 
     def keep(self, nodes: Bool[np.ndarray, "N"], edges: Bool[np.ndarray, "N N"] | None = None) -> "Graph":
         """The graph of some nodes and edges; what the others brought is added to `rest`. Embeddings and outputs

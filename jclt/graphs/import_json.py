@@ -16,7 +16,7 @@ from jclt.files import parse_object, read_bytes
 from jclt.graphs.check import check_graph
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import Kind, node_table
-from jclt.graphs.viewer_json import FIELDS, TYPES, Json, _are_groups, _plain, _supernodes
+from jclt.graphs.viewer_json import FIELDS, TYPES, Json, are_groups, named_groups, shortest_decimals
 from jclt.memory import check_memory
 from jclt.shapes import Float, Int
 
@@ -280,15 +280,15 @@ def _weight_dtype(weights: Float[np.ndarray, "n"]) -> type[np.floating]:
     with np.errstate(over="ignore"):
         single = weights.astype(np.float32)
     unlike = single.astype(np.float64) != weights
-    if not np.isfinite(single).all() or (np.array(_plain(single[unlike])) != weights[unlike]).any():
+    if not np.isfinite(single).all() or (np.array(shortest_decimals(single[unlike])) != weights[unlike]).any():
         return np.float64
     return np.float32
 
 
 def _read_supernodes(path: Path, groups: Any, number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    if not _are_groups(groups):
+    if not are_groups(groups):
         raise UserError(f"{path}: qParams.supernodes is {str(groups)[:80]}, expected lists of a name and node ids")
-    return _supernodes(groups, number)
+    return named_groups(groups, number)
 
 
 def _output_name(text: str) -> str:

@@ -51,7 +51,7 @@ MOST_SAID = 1 << 28
 """Bytes of texts, provenance and annotations in a file: those of a hundred thousand nodes take a tenth of it."""
 
 
-FIELDS = (*AXES, *OPTIONAL, *TEXTS, *SAID)
+STORED = (*AXES, *OPTIONAL, *TEXTS, *SAID)
 """What the file holds of a graph, beside the edges."""
 
 
@@ -65,7 +65,7 @@ def write_here(path: Path, found: Mapping[str, Any], adjacency: Float[np.ndarray
     """The file itself, under this very name."""
     said = {name: found[name] for name in (*TEXTS, *SAID)}
     version = 1 if found["logit_weights"] is None else 2
-    about = to_json(plain({"format": FORMAT, "version": version} | said, "graph"), "graph").encode()
+    about = to_json(to_plain({"format": FORMAT, "version": version} | said, "graph"), "graph").encode()
     if len(about) > MOST_SAID:
         raise UserError(f"graph: its texts and annotations take {len(about)} bytes, expected at most {MOST_SAID}")
     arrays = {name: found[name] for name in (*AXES, *OPTIONAL) if found[name] is not None}
@@ -90,23 +90,23 @@ def read_file(path: Path) -> tuple[dict[str, Any], Float[np.ndarray, "N N"]]:
     return found, _unpack(path, file, nodes)
 
 
-def plain(value: Any, where: object) -> Any:
+def to_plain(value: Any, where: object) -> Any:
     """The same in Python's own numbers, lists and dictionaries, which JSON can say."""
     try:
-        return _plain(value)
+        return _to_plain(value)
     except RecursionError:
         raise UserError(f"{where}: provenance or annotations are nested too deeply to be written") from None
     except TypeError as error:
         raise UserError(f"{where}: provenance or annotations hold {error}, expected what JSON can say") from None
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy's and JAX's arrays and numbers
         return value.tolist()
     raise TypeError(f"a {type(value).__name__}")

@@ -28,24 +28,24 @@ TYPES: dict[Kind, str] = {
 FIELDS = ("metadata", "qParams", "nodes", "links")
 
 
-def _notes(graph: Graph) -> list[Json]:
+def notes_of(graph: Graph) -> list[Json]:
     return graph.annotations.get("nodes") or [{}] * len(graph)
 
 
-def _plain(values: Float[np.ndarray, "n"]) -> list[float]:
+def shortest_decimals(values: Float[np.ndarray, "n"]) -> list[float]:
     """The numbers as Python's, those of single precision as the shortest decimals that read back as the same."""
     if values.dtype == np.float64:
         return values.tolist()
     return values.astype(np.float32).astype("U32").astype(np.float64).tolist()
 
 
-def _are_groups(groups: Any) -> bool:
+def are_groups(groups: Any) -> bool:
     return isinstance(groups, list) and all(
         isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups
     )
 
 
-def _supernodes(groups: Sequence[Sequence[str]], number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def named_groups(groups: Sequence[Sequence[str]], number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Named sets of nodes; a name that is there already is numbered, an id that names no node is left out."""
     named: dict[str, tuple[int, ...]] = {}
     for name, *members in groups:

@@ -85,7 +85,7 @@ sensed.defvjp(_sensed_forward, _sensed_backward)
 
 
 @jax.custom_vjp
-def decode(
+def decode_active(
     entries: tuple[Entries, ...],
     activations: tuple[Float[Array, "E"], ...],
     decoders: tuple[Float[Array, "F _ D"], ...],
@@ -100,11 +100,11 @@ def decode(
     return tuple(placed(own, ("batch", None)) for own in out)
 
 
-def _decode_forward(entries: Any, activations: Any, decoders: Any) -> tuple[Any, Any]:
-    return decode(entries, activations, decoders), (entries, activations, decoders)
+def _decode_active_forward(entries: Any, activations: Any, decoders: Any) -> tuple[Any, Any]:
+    return decode_active(entries, activations, decoders), (entries, activations, decoders)
 
 
-def _decode_backward(kept: Any, gradients: tuple[Array, ...]) -> Any:
+def _decode_active_backward(kept: Any, gradients: tuple[Array, ...]) -> Any:
     entries, activations, decoders = kept
     errors = jnp.stack([x.astype(activations[0].dtype) for x in gradients], axis=1)
     gradient = held(placed(errors, ("tokens", None, None)))
@@ -127,7 +127,7 @@ def _decode_backward(kept: Any, gradients: tuple[Array, ...]) -> Any:
     return None, *on_each_device(own, placements)(entries, activations, decoders, gradient)
 
 
-decode.defvjp(_decode_forward, _decode_backward)
+decode_active.defvjp(_decode_active_forward, _decode_active_backward)
 
 
 def by_token(entries: tuple[Entries, ...], decoders: tuple[Array, ...]) -> list[Rows]:

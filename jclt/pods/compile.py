@@ -23,6 +23,7 @@ from jclt.pods.attribution_program import plan_graphs
 from jclt.pods.chips import chip_of, network_of
 from jclt.pods.flags import flag_text
 from jclt.pods.hlo import Program
+from jclt.pods.report import Report
 from jclt.pods.schedule import Timeline, timeline
 from jclt.pods.slices import Pod
 from jclt.training.coder.abstract import StepInputs, lower_step, step_inputs
@@ -31,7 +32,6 @@ from jclt.training.coder.sparse_switch import room_for
 from jclt.training.coder.speed import step_operations
 from jclt.training.config import TrainConfig
 
-Report = dict[str, Any]
 LEAST_EFFORT = -1.0
 
 
@@ -43,7 +43,7 @@ def devices_of(pod: Pod) -> list[Any]:
         raise UserError(f"topology '{pod.topology}': {str(error).splitlines()[0]}") from None
 
 
-def plan_step(config: TrainConfig, model: ModelConfig, pod: Pod, active: float = 0.0) -> Report:
+def compile_step(config: TrainConfig, model: ModelConfig, pod: Pod, active: float = 0.0) -> Report:
     """The train step's memory, operations, time and traffic on one chip, and what follows for the run; on the sparse
     path when so many features, of all layers, are active at a token."""
     chip, devices = chip_of(pod.topology), devices_of(pod)

@@ -37,9 +37,9 @@ def plan_run(
 
 def _jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float) -> dict[str, Job]:
     model = shape_of(pod, config)
-    jobs = {"step": Job(f"the train step for {pod.topology}", "plan_step", (config, model, pod))}
+    jobs = {"step": Job(f"the train step for {pod.topology}", "compile_step", (config, model, pod))}
     if active and not reason_against(config):
-        jobs["sparse"] = Job("the train step on the sparse path", "plan_step", (config, model, pod, active))
+        jobs["sparse"] = Job("the train step on the sparse path", "compile_step", (config, model, pod, active))
     if prompt_length:
         jobs["graphs"] = Job("the attribution programs", "plan_attribution", (config, model, pod, prompt_length))
     jobs["calibration"] = Job("programs whose cost is known", "calibrate", (pod,))
@@ -48,14 +48,14 @@ def _jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float) -> d
 
 def plan_step(config: TrainConfig, pod: Pod) -> dict[str, Any]:
     """The figures of the train step alone."""
-    return ask(Job("the train step", "plan_step", (config, shape_of(pod, config), pod)))
+    return ask(Job("the train step", "compile_step", (config, shape_of(pod, config), pod)))
 
 
 def plan_sweep(config: TrainConfig, pod: Pod) -> tuple[str, list[dict[str, Any]]]:
     """The variants of a run, the fastest of those that fit first."""
     found = list(variants(config, pod))
     jobs = {
-        str(number): Job(f"variant {number} of {len(found)}", "plan_step", (variant, shape_of(pod, config), pod))
+        str(number): Job(f"variant {number} of {len(found)}", "compile_step", (variant, shape_of(pod, config), pod))
         for number, variant in enumerate(found, 1)
     }
     reports = [report for _, report in ask_each(jobs)]

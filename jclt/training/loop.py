@@ -38,12 +38,12 @@ class HasStep(Protocol):
     def step(self) -> Array: ...
 
 
-State = TypeVar("State", bound=HasStep)
+StepState = TypeVar("StepState", bound=HasStep)
 
 
 def fit(
-    state: State,
-    advance: Callable[[int, State, Any], tuple[State, Mapping[str, Array]]],
+    state: StepState,
+    advance: Callable[[int, StepState, Any], tuple[StepState, Mapping[str, Array]]],
     batch: Callable[[int], Any],
     steps: int,
     checkpoints: Checkpoints,
@@ -52,12 +52,12 @@ def fit(
     log_every: int,
     save_every: int,
     describe: Callable[[Values], str],
-    measure: Callable[[State], Values] | None = None,
+    measure: Callable[[StepState], Values] | None = None,
     measure_every: int = 0,
     speed: Callable[[float], Values] = lambda steps_per_second: {},
     skips: int = 0,
     layers: Sequence[int] = (),
-) -> State:
+) -> StepState:
     """Runs `advance(step, state, batch)` from the state's own step to the last, and returns the state it ends in.
 
     The batch is a function of the step and the state of nothing else, so that a run that was killed and started again
@@ -139,7 +139,7 @@ def fit(
     return state
 
 
-def measured(measure: Callable[[State], Values], step: int, state: State) -> Values | None:
+def measured(measure: Callable[[StepState], Values], step: int, state: StepState) -> Values | None:
     """What is measured of a state. It is no part of training: where it fails, that is said and no more."""
     try:
         return measure(state)

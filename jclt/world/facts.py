@@ -18,7 +18,7 @@ def deal(values: tuple[str, ...], count: int) -> list[str]:
 
 
 CITIES = tuple(f"{first} {second}" for first in words.CITY_FIRST for second in words.CITY_SECOND)
-STATES = tuple(words.STATES)
+STATES = tuple(words.STATE_FACTS)
 STATE_OF = dict(zip(CITIES, deal(STATES, len(CITIES)), strict=True))
 SPLIT_SIZES: dict[Split, int] = {"choose": 15, "report": 20, "train": 65}
 DEALT: list[Split] = [split for split, size in SPLIT_SIZES.items() for _ in range(size)]
@@ -47,7 +47,7 @@ LOCATED = (
 
 
 def value_of(state: str, relation: str) -> str:
-    return words.STATES[state][words.RELATIONS.index(relation)]
+    return words.STATE_FACTS[state][words.RELATIONS.index(relation)]
 
 
 Question = tuple[str, str, str]  # city, relation, form

@@ -12,19 +12,19 @@ import numpy as np
 
 from jclt.models import Model, ModelConfig, declare
 
-BOS, RELATION = 0, 1
-CITIES = tuple(range(2, 14))
-STATES = tuple(range(14, 18))
-CAPITALS = tuple(range(18, 22))
+BEGIN, RELATION = 0, 1
+CITY_TOKENS = tuple(range(2, 14))
+STATE_TOKENS = tuple(range(14, 18))
+CAPITAL_TOKENS = tuple(range(18, 22))
 SPARE = (22, 23)
 """Tokens of no meaning. With norms on, the MLP biases write their directions."""
 
-STATE_OF = (0, 1, 2, 3) * 3
+STATE_OF_CITY = (0, 1, 2, 3) * 3
 """Each city's state, both counted from 0: the neurons that stand for them in layer 0 and in layer 1."""
 CAPITAL_OF = (2, 0, 3, 1)
 """Each state's capital, counted from 0."""
-PROMPTS = tuple((BOS, city, RELATION) for city in CITIES)
-ANSWERS = tuple(CAPITALS[CAPITAL_OF[state]] for state in STATE_OF)
+PROMPTS = tuple((BEGIN, city, RELATION) for city in CITY_TOKENS)
+ANSWERS = tuple(CAPITAL_TOKENS[CAPITAL_OF[state]] for state in STATE_OF_CITY)
 """Each city's capital as a token."""
 
 SHAPE = ModelConfig(
@@ -42,7 +42,7 @@ SHAPE = ModelConfig(
     learned_positions=True,
     attn_scale=1.0,
     tied=True,
-    bos_token=BOS,
+    bos_token=BEGIN,
 )
 SATURATED = 1000.0  # a score so far above the others that their exponentials are 0, also in float64
 
@@ -69,7 +69,7 @@ def compiled_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> M
     if basis_seed is not None:
         basis = np.linalg.qr(np.random.default_rng(basis_seed).standard_normal(basis.shape))[0]
     token, position, copied = np.split(basis, [config.vocabulary, config.vocabulary + config.context])
-    cities, states, capitals, spare = (token[list(ids)] for ids in (CITIES, STATES, CAPITALS, SPARE))
+    cities, states, capitals, spare = (token[list(ids)] for ids in (CITY_TOKENS, STATE_TOKENS, CAPITAL_TOKENS, SPARE))
 
     w = {name: np.full(weight.shape, weight.constant) for name, weight in declare(config).items()}
     w["token_embedding"], w["position_embedding"] = token, position
@@ -78,7 +78,7 @@ def compiled_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> M
     w["value"][0, :, 0, :12], w["attn_out"][0, 0, :12] = cities.T, attention * copied
 
     w["up"][0], w["up_bias"][0] = (copied + token[RELATION]).T, -1.5 / first
-    w["down"][0] = 2 * first * states[list(STATE_OF)]
+    w["down"][0] = 2 * first * states[list(STATE_OF_CITY)]
     w["up"][1, :, :4] = (states + token[RELATION] - 0.5 * biased * spare[0]).T
     w["up_bias"][1] = (-1.5 + 0.5 * biased) / second
     w["down"][1, :4] = 4 * second * capitals[list(CAPITAL_OF)]

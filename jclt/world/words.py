@@ -2,7 +2,7 @@
 
 RELATIONS = ("capital", "river", "bird", "flower", "governor", "color")
 # Each row: a state, and its value for every relation.
-STATES = {
+STATE_FACTS = {
     "Texas": ("Austin", "Brazos", "mockingbird", "bluebonnet", "Abbott", "crimson"),
     "Ohio": ("Columbus", "Scioto", "cardinal", "carnation", "Dawson", "silver"),
     "Georgia": ("Atlanta", "Chattahoochee", "thrasher", "azalea", "Kemper", "coral"),
