@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from jclt.graphs import Graph, node_table
 
 LISTS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", "values")
@@ -18,3 +20,69 @@ def with_lists(graph: Graph, **changes: Any) -> Graph:
     lists = {name: changes.pop(name, getattr(graph, name)) for name in LISTS}
     table = node_table(layers=changes.get("layers", graph.layers), **lists)
     return replace(graph, nodes=table, **changes)
+
+
+def random_graph(
+    seed: int, features=20, layers=3, tokens=4, outputs=2, positions=False, rest=0.0, density=0.5
+) -> Graph:
+    """Edges from strictly lower layers alone, and the law kept exactly."""
+    random = np.random.default_rng(seed)
+    found = np.stack([random.integers(0, size, features) for size in (layers, tokens, 50)], axis=1)
+    found = found[np.lexsort(found.T[::-1])]
+    size = features + layers * tokens + tokens * (1 + positions) + outputs
+    graph = listed_graph(
+        adjacency=np.zeros((size, size)),
+        bias=np.zeros(size),
+        rest=np.zeros(size),
+        rest_mass=np.zeros(size),
+        values=np.zeros(size),
+        features=found,
+        activations=random.uniform(0.1, 2, features),
+        errors=np.stack(np.divmod(np.arange(layers * tokens), tokens), axis=1),
+        tokens=random.integers(0, 50, tokens),
+        token_texts=tuple(f" word{i}" for i in range(tokens)),
+        positions=np.arange(tokens * positions),
+        logit_tokens=np.arange(outputs),
+        logit_names=tuple(f" out{i}" for i in range(outputs)),
+        logit_positions=np.full(outputs, tokens - 1),
+        logit_probabilities=np.sort(random.uniform(0.1, 0.5, outputs))[::-1].copy(),
+        layers=layers,
+        provenance={"model": "random", "seed": seed},
+    )
+    below = graph.nodes.layer[None] < graph.nodes.layer[:, None]
+    targets = graph.nodes.is_of("feature", "output")
+    edges = random.standard_normal((size, size)) * (random.random((size, size)) < density)
+    adjacency = edges * below * targets[:, None] * (~graph.nodes.is_of("output"))
+    signed = rest * random.standard_normal(size) * targets
+    mass = np.abs(signed) * random.uniform(1, 2, size)
+    bias = random.standard_normal(size) * targets
+    values = adjacency.sum(axis=1) + signed + bias
+    return with_lists(graph, adjacency=adjacency, rest=signed, rest_mass=mass, bias=bias, values=values)
+
+
+def hand_graph() -> Graph:
+    """output = 3 f1 + 1 token1, f1 = 2 f0 - 2 error, f0 = 1 token0 - 3 token1."""
+    adjacency = np.zeros((6, 6), np.float32)
+    f0, f1, error, token0, token1, output = range(6)
+    adjacency[output, [f1, token1]] = 3, 1
+    adjacency[f1, [f0, error]] = 2, -2
+    adjacency[f0, [token0, token1]] = 1, -3
+    nothing = np.zeros(6, np.float32)
+    return listed_graph(
+        adjacency=adjacency,
+        bias=nothing,
+        rest=nothing,
+        rest_mass=nothing,
+        values=adjacency.sum(axis=1),
+        features=np.array([[0, 0, 17], [2, 1, 40]]),
+        activations=np.ones(2, np.float32),
+        errors=np.array([[1, 1]]),
+        tokens=np.array([5, 6]),
+        token_texts=(" South", " Creek"),
+        positions=np.zeros(0, np.int64),
+        logit_tokens=np.array([9]),
+        logit_names=(" Denver",),
+        logit_positions=np.array([1]),
+        logit_probabilities=np.array([0.5], np.float32),
+        layers=3,
+    )

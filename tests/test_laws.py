@@ -11,7 +11,7 @@ import pytest
 from drawing import Draw, drawn
 from golden_cases import CASES, golden_model
 from numpy.random import Generator
-from test_coders import random_coder
+from random_coders import random_coder
 
 import jclt
 from jclt.attribution import attribute, attribute_batch

@@ -8,8 +8,8 @@ and the code of CLT-Forge (arXiv 2603.21014) and of crosslayer-transcoder.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypeVar
 
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
@@ -119,6 +119,25 @@ class TrainConfig:
         if self.sparsity != "auto":
             return self.sparsity
         return "none" if self.coder.activation in ("topk", "batchtopk") else "tanh"
+
+
+NOT_COMPILED = {
+    *("model", "data", "tokenizer", "data_shards", "save_every", "log_every", "evaluate_every", "skips"),
+    *("store", "store_rows", "path", "headroom", "text_weight"),
+    *("threshold", "normalize", "initial", "initial_rate", "initial_density", "end_to_end_steps"),
+}
+"""Settings that the step's program does not depend on: what they say is in its arguments, or is done around it."""
+
+Config = TypeVar("Config", LmConfig, TrainConfig)
+
+
+def settings_of_step(config: Config) -> Config:
+    """The settings that the step is compiled for; all others are the default ones, so that none of them compiles it
+    anew."""
+    names = NOT_COMPILED - ({"model"} if isinstance(config, LmConfig) else set())
+    if isinstance(config, LmConfig) or config.shuffle == 1:
+        names = names | {"seed"}
+    return replace(config, **{field.name: field.default for field in fields(config) if field.name in names})
 
 
 Range = tuple[str, Callable[[float], bool]]

@@ -20,7 +20,7 @@ from jclt.models import Model, ModelConfig, Tokenizer, abstract_params, declare,
 from jclt.models.formats.config_json import write_config
 from jclt.shapes import Array, Float, Params, Tokens
 from jclt.training.checkpoints import Checkpoints
-from jclt.training.config import LmConfig
+from jclt.training.config import LmConfig, settings_of_step
 from jclt.training.loop import fit
 from jclt.training.metrics import Log, draw_curves, read_metrics
 from jclt.training.optimizers import lm_optimizer
@@ -121,7 +121,7 @@ def _train(config: LmConfig, home: Place) -> Model:
         with Log(folder, int(state.step), asdict(config), home.name) as metrics:
             state = fit(
                 state,
-                lambda _, state, data: train_step(config, state, *data),
+                lambda _, state, data: train_step(settings_of_step(config), state, *data),
                 batch,
                 config.steps,
                 checkpoints,

@@ -20,8 +20,8 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-from test_coder_files import CLT, PLT, RULES, SAE, random_coder
-from test_graph import hand_graph
+from coder_samples import CLT, PLT, RULES, SAE, random_coder
+from graph_lists import hand_graph
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 

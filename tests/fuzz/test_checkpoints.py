@@ -242,7 +242,7 @@ def finish(run: Run, folder: Path) -> None:
 def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed, draw, tmp_path):
     """Again and again, until it is done; then another one."""
     if not draw.large:
-        pytest.skip("runs are killed by -m fuzz, and once by tests/test_coder_training.py")
+        pytest.skip("runs are killed by -m fuzz, and once by tests/training/coder/test_train.py")
     kills, most, number = [], max(1, draw.inputs // 50), 0
     while len(kills) < most:
         rng = np.random.default_rng([draw.seed, number])

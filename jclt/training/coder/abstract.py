@@ -13,7 +13,7 @@ from jclt.models import ModelConfig, abstract_params
 from jclt.training.coder.harvest import Scaling
 from jclt.training.coder.state import CoderState, fresh_state
 from jclt.training.coder.step import train_step
-from jclt.training.config import TrainConfig
+from jclt.training.config import TrainConfig, settings_of_step
 
 
 class StepInputs(NamedTuple):
@@ -51,4 +51,5 @@ def lower_step(config: TrainConfig, model: ModelConfig, mesh: Mesh, room: float 
     """The step traced for a mesh, ready to be compiled for its devices; with `room` on the sparse path."""
     inputs = step_inputs(config, model, mesh)
     with jax.set_mesh(mesh):
-        return train_step.lower(config, model, False, inputs.state, None, inputs.params, inputs.tokens, room)
+        settings = settings_of_step(config)
+        return train_step.lower(settings, model, False, inputs.state, None, inputs.params, inputs.tokens, room)

@@ -30,7 +30,7 @@ from jclt.training.coder.sparse_switch import REVIEW, entries_needed, reviewed
 from jclt.training.coder.speed import machine_rate, step_operations
 from jclt.training.coder.state import CoderState
 from jclt.training.coder.step import train_step
-from jclt.training.config import TrainConfig
+from jclt.training.config import TrainConfig, settings_of_step
 from jclt.training.loop import fit, measured
 from jclt.training.metrics import Log, draw_curves, read_metrics
 from jclt.training.profile import profiled
@@ -39,8 +39,8 @@ from jclt.training.run_folder import Place, held_place, replaced_folder
 log = logging.getLogger(__name__)
 
 
-@partial(jax.jit, static_argnames="config")
-def finished(config: TrainConfig, state: CoderState) -> SparseCoder:
+@jax.jit
+def finished(state: CoderState) -> SparseCoder:
     """The coder as others use it: on raw activations, by its rule at inference."""
     with jax.default_matmul_precision("highest"):
         return fold(at_inference(state.coder, state.running), state.scaling)
@@ -62,6 +62,7 @@ def _train(config: TrainConfig, home: Place, mesh: Mesh | None, profile: int) ->
     mesh = mesh or make_mesh(config.data_shards)
     model = together(lambda: load_model(config.model, dtype=config.compute, mesh=mesh))
     config = fitted(config, model.config, mesh, model.fingerprint)
+    of_step = settings_of_step(config)
     together(partial(check_state_memory, config, mesh))
     rows = run_rows(config, model, home)
     count = trained_rows(rows, config.data)
@@ -86,18 +87,18 @@ def _train(config: TrainConfig, home: Place, mesh: Mesh | None, profile: int) ->
             nonlocal buffer, room
             if step % REVIEW == 0 and (step or config.path == "sparse"):  # early training is dense
                 state = reviewed(
-                    config, mesh, state, lambda: entries_needed(config, model.config, state, model.params, batch)
+                    config, mesh, state, lambda: entries_needed(of_step, model.config, state, model.params, batch)
                 )
                 room = float(state.room)
             ends = step >= config.steps - config.end_to_end_steps
             state, buffer, values = train_step(
-                config, model.config, ends, state, buffer, model.params, batch, room or None
+                of_step, model.config, ends, state, buffer, model.params, batch, room or None
             )
             return state, values
 
         def measure(state: CoderState) -> dict[str, Any]:
             log.info("step %d: evaluating the replacement model ...", state.step)
-            replaced = evaluate_replacement(model, finished(config, state), held_out, batch=evaluated_rows(config))
+            replaced = evaluate_replacement(model, finished(state), held_out, batch=evaluated_rows(config))
             return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
 
         with Log(folder, start, asdict(config), home.name) as metrics:
@@ -117,7 +118,7 @@ def _train(config: TrainConfig, home: Place, mesh: Mesh | None, profile: int) ->
                 skips=config.skips,
                 layers=config.coder.covered,
             )
-            coder = finished(config, state)
+            coder = finished(state)
             replaced_folder(folder / "coder", partial(save_coder, coder))
             if config.evaluate_every >= 0 and not agreed(metrics.evaluated(config.steps)):
                 # By now nothing depends on it any more.

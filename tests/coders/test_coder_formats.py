@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coder_samples import CLT, PLT, RULES, SAE, outputs, random_coder
 from golden_cases import golden_model
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -28,39 +29,15 @@ from jclt.coders import (
 from jclt.coders.model_fit import _probe_tokens
 from jclt.errors import UserError
 
-PEERS = Path(__file__).parents[2] / "shared" / "golden"
+PEERS = Path(__file__).parents[3] / "shared" / "golden"
 needs_peers = pytest.mark.skipif(not PEERS.exists(), reason="needs the reference results in ../shared/golden")
 RNG = np.random.default_rng(0)
-
-CLT = CoderConfig("clt", 16, layers=(0, 1, 2), width=6, model="a/model", bandwidth=0.5, through="threshold")
-PLT = replace(CLT, kind="transcoder")
-SAE = replace(PLT, kind="sae", reads="resid_post", writes="resid_post")
-RULES = {"jumprelu": {}, "relu": {"activation": "relu"}, "topk": {"activation": "topk", "k": 5}}
-
-
-def random_coder(config: CoderConfig, dtype="float32", seed=0) -> SparseCoder:
-    """Weights that the type holds without loss."""
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        values = rng.standard_normal(leaf.shape) / leaf.shape[-1] ** 0.5
-        return jnp.asarray(np.abs(values) if path[-1].name == "threshold" else values, dtype).astype(jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
 
 
 def assert_same(got: SparseCoder, want: SparseCoder):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=str(path))
-
-
-def outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Activations and reconstructions of every layer."""
-    inputs = [jnp.asarray(own) for own in x]
-    activations = [coder.encode(layer, own) for layer, own in enumerate(inputs)]
-    written = [coder.write(layer, activations, own) for layer, own in enumerate(inputs)]
-    return [np.asarray(a) for a in activations], [np.asarray(y) for y in written]
 
 
 # There and back.

@@ -61,7 +61,7 @@ def test_the_kernels_of_the_sparse_path_compile_for_each_chip(topology):
 @needs_libtpu
 @pytest.mark.parametrize("name", ["gpt2_small_300k_v5e_8", "llama_3p2_1b_524k_v5e_64"])
 def test_the_small_configurations_are_planned_as_their_table_says(name):
-    path = Path(__file__).parents[1] / "tpu_configs" / f"{name}.py"
+    path = Path(__file__).parents[2] / "tpu_configs" / f"{name}.py"
     kept = json.loads(path.with_name("plans.json").read_text())[name]
     report = plan_step(load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None))
     print(f"\n{name}: {report['seconds'] * 1e3:.1f} ms, {report['utilisation']:.1%}, {report['compile_seconds']:.0f} s")

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attribution_edges import close, make, missed, whole_graph
-from test_coders import random_coder
+from random_coders import random_coder
 from tokenizers import Tokenizer, models
+from traced_graphs import close, make, missed, whole_graph
 
 import jclt
 from jclt import memory

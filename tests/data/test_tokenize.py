@@ -25,7 +25,7 @@ from jclt.errors import UserError
 from jclt.models import load_tokenizer
 
 TOKENIZER = FOLDER / "llama3"  # words 4 to 95, <bos> 1 opens a text, <eos> 2 ends it
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

@@ -87,7 +87,7 @@ def train(config: TrainConfig, truth: Truth) -> Trained:
         for step in range(config.steps):
             state, _, values = train_step(config, MODEL, False, state, None, {}, batch(step))
             errors.append(values["nmse"])
-        coder = finished(config, state)
+        coder = finished(state)
     rows = [np.pad(own.rows, ((0, 0), (source, 0), (0, 0))) for source, own in enumerate(coder.layers)]
     return Trained(float(np.mean(errors[-50:])), np.stack(rows))
 

@@ -260,7 +260,7 @@ def test_a_hub_name_is_found_in_the_cache(tmp_path):
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     code = "import jclt; print(jclt.load_model('me/tiny').config.family); jclt.load_model('me/other')"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
     )
     assert done.stdout == "llama\n"
     assert (
@@ -297,7 +297,7 @@ def test_peak_host_memory_stays_below_the_weights_and_a_shard(tmp_path):
     )
     shards = [path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors")]
     assert len(shards) >= 4
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "m"), root], capture_output=True, text=True, check=True
     )

@@ -5,8 +5,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coder_samples import CLT, PLT, RULES, SAE, outputs, random_coder
 from safetensors.numpy import load_file, save_file
-from test_coder_files import CLT, PLT, RULES, SAE, outputs, random_coder
 
 import jclt
 from jclt.coders.formats.circuit_tracer import _settings

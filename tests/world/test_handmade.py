@@ -4,7 +4,7 @@ edges, is checked here by taking away one source at a time, with no attribution 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_coders import LAST, expected_edges, faithful_coder, nodes, unfaithful_coder
+from handmade_coders import LAST, expected_edges, faithful_coder, nodes, unfaithful_coder
 
 import jclt
 from jclt.coders import neurons, replacing

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
-from graph_lists import with_lists
-from test_graph import random_graph
+from graph_lists import random_graph, with_lists
 
 from jclt.errors import UserError
 from jclt.graphs.circuit_tracer_pt import read_circuit_tracer

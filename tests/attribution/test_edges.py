@@ -2,34 +2,26 @@
 target adds up to its value, and single edges, whole rows, hand-made models and circuit-tracer's graphs say the same."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_coders import expected_edges, faithful_coder, nodes, unfaithful_coder
-from golden_cases import CASES, FOLDER, golden_model
+from golden_cases import CASES, golden_model
 from golden_graphs import FOLDER as PEERS
 from golden_graphs import GRAPHS, golden_graph
-from test_coders import random_coder
+from handmade_coders import expected_edges, faithful_coder, nodes, unfaithful_coder
+from traced_graphs import Case, close, make, missed, whole_graph
 
 import jclt
 from jclt.attribution import attribute
 from jclt.attribution.local import Through, held_sites, propagate
-from jclt.coders import Coder, CoderConfig, neurons
+from jclt.coders import neurons
 from jclt.graphs import Graph
 from jclt.graphs.graph import Kind
 from jclt.models import Model
 from jclt.world.handmade import ANSWERS, PROMPTS, compiled_two_hop
 
-KINDS = {
-    "clt": CoderConfig("clt", 16),
-    "some layers": CoderConfig("clt", 16, layers=(0, 2)),
-    "skip": CoderConfig("transcoder", 16, skip=True, reads="resid_mid"),
-    "some skips": CoderConfig("transcoder", 16, skip=True, layers=(1, 2)),
-}
 DOUBLE = {
     "gemma2": "neurons",
     "gemma3": "skip",
@@ -53,38 +45,6 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-class Case(NamedTuple):
-    model: Model
-    coder: Coder
-    tokens: np.ndarray
-
-
-@cache
-def make(name: str, kind: str, dtype: str) -> Case:
-    model = golden_model(name) if dtype == "float32" else jclt.load_model(FOLDER / name, dtype=dtype)
-    coder = (
-        neurons(model)
-        if kind == "neurons"
-        else random_coder(KINDS[kind].fitted(model.config, "random"), cast(Any, np.dtype(dtype)))
-    )
-    return Case(model, coder, np.random.default_rng(3).integers(0, model.config.vocabulary, 5))
-
-
-@cache
-def whole_graph(name: str, kind: str, dtype: str) -> Graph:
-    return attribute(*make(name, kind, dtype))
-
-
-def missed(graph: Graph) -> float:
-    return np.abs(graph.residual).max() / np.abs(graph.values).max()
-
-
-def close(got, want, share: float):
-    """Within this share of the largest entry."""
-    want = np.asarray(want)
-    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=share * np.abs(want).max())
 
 
 @pytest.mark.parametrize("name", CASES)

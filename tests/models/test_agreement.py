@@ -10,7 +10,7 @@ from golden_cases import CASES, FOLDER, golden_model, reference
 
 import jclt
 
-SHARED = Path(__file__).parents[1] / ".." / "shared"
+SHARED = Path(__file__).parents[2] / ".." / "shared"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -27,7 +27,7 @@ from jclt.models import ModelConfig, forward
 from jclt.training.config import LmConfig
 from jclt.training.lm import init_state, next_token_loss, train_lm, train_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
 TINY = LmConfig(
     MODEL, data="text.txt", tokenizer=str(FOLDER / "llama3"), steps=24, batch=8, length=16, warmup=4, save_every=7

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph_lists import listed_graph, with_lists
+from graph_lists import listed_graph, random_graph, with_lists
 from matplotlib.figure import Figure
-from test_graph import random_graph
 
 import jclt
 from jclt.attribution import attribute
@@ -28,7 +27,7 @@ from jclt.viewer import draw_graph, summary, write_graph, write_viewer_json
 from jclt.viewer.picture import _draw_labels, _draw_outputs, _overlap, _plan
 from jclt.world import TASKS
 
-PUBLISHED = Path(__file__).parents[2] / "shared/datasets/graphs"
+PUBLISHED = Path(__file__).parents[3] / "shared/datasets/graphs"
 NAMES = ("dallas-austin-gemma-2-2b-clt", "dollar-gemma-2-2b", "meow-gemma-2-2b-clt")
 needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason=f"{PUBLISHED} with published graphs is not here")
 

@@ -28,12 +28,12 @@ from jclt.pods.variants import variants
 from jclt.pods.worker import Job, Worker, ask_each
 from jclt.training.config import TrainConfig
 
-CONFIGS = sorted((Path(__file__).parents[1] / "tpu_configs").glob("*_v[0-9]*.py"))
-PLANS = json.loads((Path(__file__).parents[1] / "tpu_configs" / "plans.json").read_text())
+CONFIGS = sorted((Path(__file__).parents[2] / "tpu_configs").glob("*_v[0-9]*.py"))
+PLANS = json.loads((Path(__file__).parents[2] / "tpu_configs" / "plans.json").read_text())
 
 # A loop of three rounds. In each an all-reduce begins, a product of 3,000 cycles runs beside it, it ends; then an
 # all-gather runs alone. After the loop a fusion reads a slice of an array in HBM and writes to VMEM.
-TEXT = (Path(__file__).parent / "golden" / "schedule.hlo").read_text()
+TEXT = (Path(__file__).parents[1] / "golden" / "schedule.hlo").read_text()
 NETWORK = Network(CHIPS["v5e"], (2, 2), ((0, 0), (1, 0), (0, 1), (1, 1)), (0,) * 4, (0,) * 4)
 
 
@@ -62,7 +62,7 @@ def test_bytes_moved_count_slices_and_what_lies_in_hbm():
     assert bytes_in_hbm("(f32[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)})") == 2048
 
 
-KERNELS = (Path(__file__).parent / "golden" / "kernels.hlo").read_text()
+KERNELS = (Path(__file__).parents[1] / "golden" / "kernels.hlo").read_text()
 
 
 def test_kernels_take_what_moving_their_bytes_takes_and_sparse_cores_work_beside_the_rest():

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import golden_model, reference
+from random_coders import random_coder
 
 import jclt
-from jclt.coders import AXES, CoderConfig, SparseCoder, abstract_coder, neurons, replacing
+from jclt.coders import AXES, CoderConfig, SparseCoder, neurons, replacing
 from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
 from jclt.coders.writing import Writing
 from jclt.errors import UserError
@@ -21,16 +22,6 @@ from jclt.training.coder.forms import activate
 CLT = CoderConfig("clt", 10, layers=(0, 1, 2), width=6)
 PLT = replace(CLT, kind="transcoder")
 SAE = replace(PLT, kind="sae", reads="resid_post", writes="resid_post")
-
-
-def random_coder(config: CoderConfig, dtype=np.float32, seed: int = 0) -> SparseCoder:
-    rng = np.random.default_rng(seed)
-
-    def fill(path, leaf):
-        values = rng.standard_normal(leaf.shape)
-        return jnp.asarray(np.abs(values) if path[-1].name == "threshold" else values, dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -1,0 +1,39 @@
+"""Coders of each kind and rule, as files hold them."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jclt.coders import CoderConfig, SparseCoder, abstract_coder
+
+CLT = CoderConfig("clt", 16, layers=(0, 1, 2), width=6, model="a/model", bandwidth=0.5, through="threshold")
+
+
+PLT = replace(CLT, kind="transcoder")
+
+
+SAE = replace(PLT, kind="sae", reads="resid_post", writes="resid_post")
+
+
+RULES = {"jumprelu": {}, "relu": {"activation": "relu"}, "topk": {"activation": "topk", "k": 5}}
+
+
+def random_coder(config: CoderConfig, dtype="float32", seed=0) -> SparseCoder:
+    """Weights that the type holds without loss."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        values = rng.standard_normal(leaf.shape) / leaf.shape[-1] ** 0.5
+        return jnp.asarray(np.abs(values) if path[-1].name == "threshold" else values, dtype).astype(jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
+
+
+def outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Activations and reconstructions of every layer."""
+    inputs = [jnp.asarray(own) for own in x]
+    activations = [coder.encode(layer, own) for layer, own in enumerate(inputs)]
+    written = [coder.write(layer, activations, own) for layer, own in enumerate(inputs)]
+    return [np.asarray(a) for a in activations], [np.asarray(y) for y in written]

@@ -1,0 +1,53 @@
+"""Graphs of the golden models by coders of every kind, and what is compared of them."""
+
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from golden_cases import FOLDER, golden_model
+from random_coders import random_coder
+
+import jclt
+from jclt.attribution import attribute
+from jclt.coders import Coder, CoderConfig, neurons
+from jclt.graphs import Graph
+from jclt.models import Model
+
+KINDS = {
+    "clt": CoderConfig("clt", 16),
+    "some layers": CoderConfig("clt", 16, layers=(0, 2)),
+    "skip": CoderConfig("transcoder", 16, skip=True, reads="resid_mid"),
+    "some skips": CoderConfig("transcoder", 16, skip=True, layers=(1, 2)),
+}
+
+
+class Case(NamedTuple):
+    model: Model
+    coder: Coder
+    tokens: np.ndarray
+
+
+@cache
+def make(name: str, kind: str, dtype: str) -> Case:
+    model = golden_model(name) if dtype == "float32" else jclt.load_model(FOLDER / name, dtype=dtype)
+    coder = (
+        neurons(model)
+        if kind == "neurons"
+        else random_coder(KINDS[kind].fitted(model.config, "random"), cast(Any, np.dtype(dtype)))
+    )
+    return Case(model, coder, np.random.default_rng(3).integers(0, model.config.vocabulary, 5))
+
+
+@cache
+def whole_graph(name: str, kind: str, dtype: str) -> Graph:
+    return attribute(*make(name, kind, dtype))
+
+
+def missed(graph: Graph) -> float:
+    return np.abs(graph.residual).max() / np.abs(graph.values).max()
+
+
+def close(got, want, share: float):
+    """Within this share of the largest entry."""
+    want = np.asarray(want)
+    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=share * np.abs(want).max())
