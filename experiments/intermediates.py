@@ -24,7 +24,7 @@ import numpy as np
 from jclt import Graph, Model, UserError, attribute_batch, load_coder, load_model, run
 from jclt.coders import Coder
 from jclt.world import TASKS, Concept, Example
-from jclt.world.measure import padded
+from jclt.world.measure import pad_prompts
 
 PURITY, SUPPORT, MEMBERS = 0.8, 5, 16
 """Stated before anything was measured: of the other prompts in which a feature or group fires, at least 5, at least 80%
@@ -45,7 +45,7 @@ def intermediates(example: Example) -> dict[str, Concept]:
 def last_places(model: Model, coder: Coder, examples: Sequence[Example]) -> np.ndarray:
     """The last position `[N, l F]` at which each feature fires in each prompt, -1 where it does not."""
     own, found = coder.config, []
-    tokens, ends = padded(model, [example.prompt for example in examples])
+    tokens, ends = pad_prompts(model, [example.prompt for example in examples])
     positions = np.arange(tokens.shape[1])
     for numbers in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 256)):
         seen = run(model, tokens[numbers], capture=(own.reads,))[1][own.reads]

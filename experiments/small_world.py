@@ -25,7 +25,7 @@ from jclt.errors import Interrupted, UserError
 from jclt.models import Model, load_model, save_model
 from jclt.training.lm import train_lm
 from jclt.training.presets import small_world
-from jclt.world.measure import BARS, KEPT, MOVED, accuracy, state_probes, state_swap, swaps
+from jclt.world.measure import BARS, KEPT, MOVED, find_state_swap, measure_accuracy, measure_swaps, probe_states
 
 
 def half(model: Model) -> Model:
@@ -35,12 +35,12 @@ def half(model: Model) -> Model:
 
 def report(model: Model) -> dict:
     """Prints what the model knows, and returns it with the verdict."""
-    chosen, reported = accuracy(model, "choose"), accuracy(model, "report")
+    chosen, reported = measure_accuracy(model, "choose"), measure_accuracy(model, "report")
     print(f"  {'task':14} {'choose':>7} {'report':>7} {'bar':>6}")
     for task, share in reported.items():
         print(f"  {task:14} {chosen[task]:7.1%} {share:7.1%} {BARS[task]:6.0%}")
-    found, probes = swaps(model), state_probes(model)
-    right = state_swap(found, probes)
+    found, probes = measure_swaps(model), probe_states(model)
+    right = find_state_swap(found, probes)
     ends = [f"{layer}: {probes[f'resid_post {layer} end']:.0%}" for layer in range(model.config.layers)]
     print(f"  a linear probe reads the state in {probes['embeddings']:.0%} from the embeddings (chance 10%),")
     print(f"    at the end of the prompt after layer {', '.join(ends)}")

@@ -39,10 +39,10 @@ _PACKAGES = {
     "errors": ("UserError",),
     "graphs": ("Graph", "export_json", "import_json", "load_graph", "read_circuit_tracer"),
     "models": ("SITES", "Model", "ModelConfig", "Replace", "generate", "load_model", "run", "save_model"),
-    "sharding": ("make_mesh",),
+    "mesh": ("make_mesh",),
 }
-"""What users call, by the package that it is of."""
-_OTHERS = (
+"""The public names, by the module or package that defines them."""
+_OTHER_PACKAGES = (
     "config",
     "data",
     "evaluation",
@@ -59,17 +59,17 @@ _OTHERS = (
 
 
 def __getattr__(name: str) -> object:
-    """Loads what is asked for the first time: the `jclt` command answers before JAX is there."""
+    """Imports a package when it is first used, so that the `jclt` command can answer before JAX is imported."""
     from importlib import import_module
 
-    if name in _PACKAGES or name in _OTHERS:
+    if name in _PACKAGES or name in _OTHER_PACKAGES:
         return import_module(f"jclt.{name}")
     for package, names in _PACKAGES.items():
         if name in names:
-            globals()[name] = found = getattr(import_module(f"jclt.{package}"), name)
-            return found
+            globals()[name] = value = getattr(import_module(f"jclt.{package}"), name)
+            return value
     raise AttributeError(f"module 'jclt' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES, *_OTHERS})
+    return sorted({*globals(), *__all__, *_PACKAGES, *_OTHER_PACKAGES})

@@ -1,4 +1,4 @@
-"""Arrays on disk, read without trust: safetensors, `.npz`, `.npy`."""
+"""Arrays on disk: safetensors, `.npz`, `.npy`. Everything that a file says about itself is checked."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from safetensors.numpy import save_file
 
 from jclt.errors import UserError, first_line, reason_of
-from jclt.files import check_file, new_file
+from jclt.files import check_file, create_file
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -35,21 +35,21 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-"""The types of safetensors files."""
+"""The numpy type of each dtype name of safetensors files."""
 
 
-LONGEST_HEADER = 100_000_000
-"""Bytes, as the format's own reader has it."""
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library."""
 
 
 class SafetensorsFile:
-    """The tensors of one file as views of its memory map: what is not looked at is not read."""
+    """The tensors of one file, as views of its memory map: only the tensors that are used are read."""
 
     def __init__(self, path: Path):
         size = check_file(path, "a safetensors file")
-        with _opened(path) as file:
+        with _open_for_reading(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(size - 8, LONGEST_HEADER):
+            if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
                 raise UserError(f"{path}: not a safetensors file, or cut off in its header ({size} bytes)")
             header = _parse_header(file.read(length), path)
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -57,26 +57,26 @@ class SafetensorsFile:
         _check_header(path, header, size - 8 - length)
         self.header, self.start, self.path = header, 8 + length, path
 
-    def tensor(self, name: str) -> np.ndarray:
+    def read_tensor(self, name: str) -> np.ndarray:
         entry = self.header[name]
         count = math.prod(entry["shape"])
         start = self.start + entry["data_offsets"][0]
         return np.frombuffer(self.map, DTYPES[entry["dtype"]], count, start).reshape(entry["shape"])
 
     def forget_pages(self) -> None:
-        """Lets go of the pages read so far, so that host memory holds no second copy of the checkpoint."""
-        _forget(self.map)
+        """Drops the pages read so far, so that host memory does not hold a second copy of the checkpoint."""
+        _forget_pages(self.map)
 
 
 def _parse_header(data: bytes, path: Path) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
             raise ValueError("a name twice")
-        return found
+        return entries
 
     try:
-        header = json.loads(data.decode(), object_pairs_hook=once)
+        header = json.loads(data.decode(), object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
@@ -85,14 +85,16 @@ def _parse_header(data: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_header(path: Path, header: Mapping[str, Any], size: int) -> None:
-    """That each tensor says its type, shape and place, and that they follow one another up to the end of the file."""
+    """Checks that each tensor has a type, shape and place, and that they fill the file without gaps or overlap."""
 
-    def whole(x: Any, length: int | None = None) -> bool:
+    def is_list_of_counts(x: Any, length: int | None = None) -> bool:
         numbers = isinstance(x, list) and all(type(item) is int and item >= 0 for item in x)
         return numbers and length in (None, len(x))
 
     for name, entry in header.items():
-        if not isinstance(entry, dict) or not (whole(entry.get("shape")) and whole(entry.get("data_offsets"), 2)):
+        if not isinstance(entry, dict) or not (
+            is_list_of_counts(entry.get("shape")) and is_list_of_counts(entry.get("data_offsets"), 2)
+        ):
             raise UserError(f"{path}: tensor '{name}' is damaged, expected its dtype, shape and two data_offsets")
         if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: tensor '{name}' is of type {entry.get('dtype')!r}, expected one that numpy knows")
@@ -113,89 +115,92 @@ def _check_header(path: Path, header: Mapping[str, Any], size: int) -> None:
 
 
 class Archive:
-    """A zip file's members by their names; their sizes are known before anything is unpacked, and what is unpacked is
-    compared with its checksum."""
+    """A zip file. Sizes of members are known before anything is unpacked, and content is compared with its checksum."""
 
     def __init__(self, path: Path, expected: str):
         check_file(path, expected)
         self.path, self.expected = path, expected
-        with self._reading(""), zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        self.entries = {entry.filename: entry for entry in entries}
-        if len(self.entries) < len(entries):
+        with self._report_damage(""), zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        self.members = {member.filename: member for member in members}
+        if len(self.members) < len(members):
             raise UserError(f"{path}: a member is there twice, expected {expected}")
 
-    def size(self, name: str) -> int:
-        return self.entries[name].file_size
+    def get_size(self, name: str) -> int:
+        """The bytes of a member once it is unpacked."""
+        return self.members[name].file_size
 
-    def read(self, name: str, most: int) -> bytes:
-        """A member's content, of at most so many bytes."""
-        if self.size(name) > most:
-            raise UserError(f"{self.path}: '{name}' unpacks to {self.size(name)} bytes, expected at most {most}")
-        with self._reading(name), zipfile.ZipFile(self.path) as archive:
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """A member's content; an error if it is longer than `max_bytes`."""
+        if self.get_size(name) > max_bytes:
+            raise UserError(
+                f"{self.path}: '{name}' unpacks to {self.get_size(name)} bytes, expected at most {max_bytes}"
+            )
+        with self._report_damage(name), zipfile.ZipFile(self.path) as archive:
             return archive.read(name)
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
+    def _report_damage(self, name: str) -> Iterator[None]:
         try:
             yield
         except UserError:
             raise
-        except Exception as error:  # a damaged archive fails in as many ways as there are parts of it
+        except Exception as error:  # damage makes every part of the reader fail in its own way
             which = f"'{name}' is damaged" if name else f"damaged, or not {self.expected}"
             raise UserError(f"{self.path}: {which} ({first_line(error)})") from None
 
 
 class NpzFile(Archive):
-    """The arrays of a `.npz`, by name: those stored uncompressed as views of its memory map."""
+    """The arrays of a `.npz` file by name. Uncompressed arrays are views of its memory map."""
 
     def __init__(self, path: Path, expected: str = "a .npz file"):
         super().__init__(path, expected)
-        self.header = {name.removesuffix(".npy"): entry for name, entry in self.entries.items()}
-        with _opened(path) as file:
+        self.header = {name.removesuffix(".npy"): entry for name, entry in self.members.items()}
+        with _open_for_reading(path) as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """An array's shape and type, before any memory is taken for it."""
+    def read_shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """An array's shape and type, read before any memory is allocated for it."""
         entry = self.header[name]
-        with self._reading(name), zipfile.ZipFile(self.path) as archive, archive.open(entry) as file:
-            shape, _, dtype, length = _npy_header(file)
+        with self._report_damage(name), zipfile.ZipFile(self.path) as archive, archive.open(entry) as file:
+            shape, _, dtype, length = _read_npy_header(file)
             if length + math.prod(shape) * dtype.itemsize != entry.file_size:
                 raise ValueError(f"{entry.file_size} bytes, not those of {dtype} of shape {list(shape)}")
             return shape, dtype
 
-    def tensor(self, name: str) -> np.ndarray:
-        shape, dtype = self.shape(name)
+    def read_tensor(self, name: str) -> np.ndarray:
+        shape, dtype = self.read_shape(name)
         entry = self.header[name]
-        with self._reading(name):
+        with self._report_damage(name):
             if entry.compress_type != zipfile.ZIP_STORED:
                 with zipfile.ZipFile(self.path) as archive, archive.open(entry) as file:
-                    _, fortran, _, _ = _npy_header(file)
+                    _, fortran, _, _ = _read_npy_header(file)
                     return _read_array(file, shape, dtype, fortran)
+            # The member's own header has 30 bytes. Its last 4 are the lengths of the name and extra field after it.
             start = entry.header_offset + 30
             start += sum(int.from_bytes(self.map[start - n : start - n + 2], "little") for n in (4, 2))
             stop = start + entry.file_size
-            if stop > len(self.map) or _checksum(self.map, start, stop) != entry.CRC:
+            if stop > len(self.map) or _compute_checksum(self.map, start, stop) != entry.CRC:
                 raise ValueError("its checksum differs from its content's")
-            with _opened(self.path) as file:
+            with _open_for_reading(self.path) as file:
                 file.seek(start)
-                _, fortran, _, length = _npy_header(file)
+                _, fortran, _, length = _read_npy_header(file)
             return np.ndarray(shape, dtype, self.map, start + length, order="F" if fortran else "C")
 
     def forget_pages(self) -> None:
-        _forget(self.map)
+        _forget_pages(self.map)
 
 
 def _read_array(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool) -> np.ndarray:
-    """The numbers after the header, read straight to their place; to the end, where the checksum is looked at."""
+    """Reads the numbers after the header into a new array, up to the end, where zipfile compares the checksum."""
     array = np.empty(shape, dtype, order="F" if fortran else "C")
-    left = array.reshape(-1, order="A").view(np.uint8).data
-    while len(left):
-        block = file.read(min(len(left), 1 << 24))
+    remaining = array.reshape(-1, order="A").view(np.uint8).data
+    while len(remaining):
+        block = file.read(min(len(remaining), 1 << 24))
         if not block:
-            raise ValueError(f"{len(left)} bytes are missing at its end")
-        left[: len(block)] = block
-        left = left[len(block) :]
+            raise ValueError(f"{len(remaining)} bytes are missing at its end")
+        remaining[: len(block)] = block
+        remaining = remaining[len(block) :]
     if file.read(1):
         raise ValueError("bytes follow its end")
     return array
@@ -206,18 +211,18 @@ def map_array(path: Path, expected: str) -> np.ndarray:
     size = check_file(path, expected)
     try:
         with path.open("rb") as file:
-            shape, fortran, dtype, length = _npy_header(file)
+            shape, fortran, dtype, length = _read_npy_header(file)
             if length + math.prod(shape) * dtype.itemsize != size:
                 raise ValueError(f"{size} bytes, not those of {dtype} of shape {list(shape)}")
             if not math.prod(shape):
                 return np.zeros(shape, dtype)
             return np.memmap(path, dtype, "r", length, shape, "F" if fortran else "C")
-    except Exception as error:  # numpy's reader of headers is one of Python's source code, and fails as that does
+    except Exception as error:  # numpy parses headers as Python source, which fails in many ways
         raise UserError(f"{path}: damaged ({first_line(error)}), expected {expected}") from None
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, whether in Fortran's order, type, and the header's own length."""
+def _read_npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether the order is Fortran's, type, and length of the header."""
     start = file.tell()
     version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -229,22 +234,23 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return shape, bool(fortran), dtype, file.tell() - start
 
 
-def _checksum(map: mmap.mmap, start: int, stop: int) -> int:
-    found, step = 0, 1 << 24
+def _compute_checksum(map: mmap.mmap, start: int, stop: int) -> int:
+    """The CRC-32 of a part of the memory map."""
+    checksum, step = 0, 1 << 24
     with memoryview(map) as view:
         for first in range(start, stop, step):
             with view[first : min(first + step, stop)] as part:
-                found = zlib.crc32(part, found)
-    return found
+                checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
-def _forget(map: mmap.mmap) -> None:
+def _forget_pages(map: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):
         map.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _open_for_reading(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb")
     except OSError as error:
@@ -254,11 +260,11 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Tensors by name, as `.npz` or safetensors."""
-    with new_file(path) as beside:
+    """Writes tensors by name, as `.npz` or safetensors by the suffix of the path."""
+    with create_file(path) as partial:
         if path.suffix == ".npz":
-            with beside.open("wb") as file:
+            with partial.open("wb") as file:
                 np.savez(file, **dict(tensors))  # type: ignore[arg-type]
         else:
-            save_file(dict(tensors), beside, metadata={"format": "pt"})
-            beside.chmod(0o644)  # the library leaves it to its owner alone
+            save_file(dict(tensors), partial, metadata={"format": "pt"})
+            partial.chmod(0o644)  # the library makes files that only their owner can read

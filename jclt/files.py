@@ -1,8 +1,9 @@
-"""Files: one way to read each kind, and one way to write a file or a folder whole.
+"""Files: one way to read each kind, and one way to write a file or folder atomically.
 
-Whoever reads a file here gets its content or a `UserError` of one line, whatever the file holds: text is UTF-8 whatever
-the locale, JSON may be nested too deeply or hold numbers too long, archives may claim to unpack to any size, what is no
-plain file is not opened. Whoever writes one sees it under its name only when it is whole, and nothing of it otherwise.
+Reading returns the content or raises a `UserError` of one line, whatever the file contains. Text is UTF-8 in every
+locale. JSON can be nested too deeply or have numbers that are too long. Pipes and devices are not opened.
+
+Writing is atomic: a file or folder gets its name only when it is complete, and an incomplete one is removed.
 """
 
 import glob
@@ -19,21 +20,21 @@ from typing import Any
 from safetensors import SafetensorError
 
 from jclt.errors import UserError, first_line, reason_of
-from jclt.interrupts import undone
+from jclt.interrupts import undo_on_interrupt
 
 
 def check_file(path: Path, expected: str = "a file") -> int:
-    """The size of a plain file; an error for anything else, a pipe among them, which would be waited for."""
+    """The size of a plain file. Anything else is an error: reading a pipe, for instance, could wait for ever."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise UserError(f"{path}: not found, expected {expected}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}), expected {expected}") from None
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no plain file"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no plain file"
         raise UserError(f"{path}: is {kind}, expected {expected}")
-    return found.st_size
+    return status.st_size
 
 
 def read_bytes(path: Path, expected: str = "a file") -> bytes:
@@ -45,11 +46,12 @@ def read_bytes(path: Path, expected: str = "a file") -> bytes:
 
 
 def read_text(path: Path, expected: str = "a text file") -> str:
-    """UTF-8, with or without a byte-order mark; line ends as they are."""
+    """UTF-8 text, with or without a byte-order mark; line ends are kept."""
     return decode(read_bytes(path, expected), path)
 
 
 def decode(data: bytes, where: object) -> str:
+    """UTF-8 text; `where` names it in errors."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -69,36 +71,38 @@ def parse_json(data: bytes | str, where: object) -> Any:
 
 def parse_object(data: bytes | str, where: object) -> dict[str, Any]:
     """A JSON object; `where` names it in errors."""
-    found = parse_json(data, where)
-    if not isinstance(found, dict):
+    content = parse_json(data, where)
+    if not isinstance(content, dict):
         raise UserError(f"{where}: expected a JSON object")
-    return found
+    return content
 
 
 def read_json(path: Path, expected: str = "a JSON file") -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """A JSON file with an object in it."""
     return parse_object(read_bytes(path, expected), path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The `name: value` lines of a YAML file."""
-    import yaml  # imported where it is needed: most folders have no YAML
+    """A YAML file with `name: value` lines."""
+    import yaml  # imported only where needed: most folders have no YAML
 
     text = read_text(path, "a YAML file")
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except RecursionError:
         raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: expected `name: value` lines")
-    return found
+    return content
 
 
 def read_lines(path: Path, expected: str = "a text file") -> list[str]:
-    """The lines of a text file, without their ends. Not `splitlines`, which also splits at signs that may stand within
-    a line (form feed, U+2028 ...)."""
+    """The lines of a text file, without line ends.
+
+    `str.splitlines` would also split at characters that a line can contain (form feed, U+2028 ...).
+    """
     lines = read_text(path, expected).split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -106,37 +110,44 @@ def read_lines(path: Path, expected: str = "a text file") -> list[str]:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A name to write under, in the folder of `path`, which is made: when the block ends well the file takes the place
-    of an older one under its own name, else it vanishes."""
-    beside = _beside(path)
-    with _writing(path, beside), undone():
+def create_file(path: Path) -> Iterator[Path]:
+    """A context that gives the path of a partial file to write, in the folder of `path`.
+
+    If the block succeeds, the partial file is renamed to `path` and replaces an older file; otherwise it is removed.
+    The folder is made if it does not exist.
+    """
+    partial = _partial_path(path)
+    with _report_write_errors(path, partial), undo_on_interrupt():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _forget_dead(path)
+        _remove_leftovers(path)
         try:
-            yield beside
-            os.replace(beside, path)
+            yield partial
+            os.replace(partial, path)
         finally:
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write in that gets its name when the block ends well, and vanishes when something fails."""
+def create_folder(folder: Path) -> Iterator[Path]:
+    """A context that gives a partial folder to write in.
+
+    If the block succeeds, the partial folder is renamed to `folder`, which must not exist or be empty; otherwise it is
+    removed.
+    """
     check_new_folder(folder)
     folder = folder.absolute()
-    beside = _beside(folder)
-    with _writing(folder, beside), undone():
+    partial = _partial_path(folder)
+    with _report_write_errors(folder, partial), undo_on_interrupt():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _forget_dead(folder)
+        _remove_leftovers(folder)
         try:
-            beside.mkdir()
-            yield beside
+            partial.mkdir()
+            yield partial
             if folder.exists():
                 folder.rmdir()
-            os.replace(beside, folder)
+            os.replace(partial, folder)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_new_folder(folder: Path) -> None:
@@ -153,12 +164,12 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder and sees that files can be written in it: before the work whose result is to lie there."""
-    with _writing(folder, folder):
+    """Makes the folder and checks that files can be written in it, before the work whose result will be saved there."""
+    with _report_write_errors(folder, folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise UserError(f"{folder}: is a file, expected a folder to write in")
-        probe = _beside(folder / "probe")
+        probe = _partial_path(folder / "probe")
         try:
             probe.write_bytes(b"")
         finally:
@@ -166,8 +177,8 @@ def check_writable(folder: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    with new_file(path) as beside:
-        beside.write_bytes(content)
+    with create_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -178,40 +189,42 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, to_json(content, path, indent=2) + "\n")
 
 
-def write_json_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """One object a line."""
-    with new_file(path) as beside, beside.open("w", encoding="utf-8") as file:
-        for entry in entries:
-            file.write(to_json(entry, path) + "\n")
+def write_json_lines(path: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """One object per line."""
+    with create_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for item in objects:
+            file.write(to_json(item, path) + "\n")
 
 
 def to_json(content: Any, where: object, indent: int | None = None) -> str:
-    """JSON as all read it: NaN and infinity are none."""
+    """Standard JSON, in which NaN and infinity do not exist: they are errors."""
     try:
         return json.dumps(content, indent=indent, allow_nan=False)
     except ValueError as error:
         raise UserError(f"{where}: not written, a number is not finite ({first_line(error)})") from None
 
 
-def _beside(path: Path) -> Path:
-    """Of several processes, on several hosts, each may write the same file."""
+def _partial_path(path: Path) -> Path:
+    """The name is different for each process and host, since several can write the same file."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
-_cleared: set[Path] = set()
+_cleaned_folders: set[Path] = set()
 
 
-def _forget_dead(path: Path) -> None:
-    """Removes what processes of this host that were killed left in the path's folder; looks once, for a folder may hold
-    many files."""
+def _remove_leftovers(path: Path) -> None:
+    """Removes partial files that killed processes of this host left in the folder of `path`.
+
+    This is done once per folder, since a folder can have many files.
+    """
     folder = path.parent.absolute()
-    if folder in _cleared:
+    if folder in _cleaned_folders:
         return
-    _cleared.add(folder)
-    for other in folder.glob(f"*.{glob.escape(socket.gethostname())}-*.partial"):
-        number = other.name.removesuffix(".partial").rpartition("-")[2]
+    _cleaned_folders.add(folder)
+    for leftover in folder.glob(f"*.{glob.escape(socket.gethostname())}-*.partial"):
+        number = leftover.name.removesuffix(".partial").rpartition("-")[2]
         if number.isdigit() and not _is_alive(int(number)):
-            shutil.rmtree(other, ignore_errors=True) if other.is_dir() else other.unlink(missing_ok=True)
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:
@@ -225,15 +238,15 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def _writing(path: Path, beside: Path) -> Iterator[None]:
-    """Says in one line that the file cannot be written; what has to do with other files passes."""
+def _report_write_errors(path: Path, partial: Path) -> Iterator[None]:
+    """Turns errors of writing this file into errors of one line; errors of other files pass through."""
     try:
         yield
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
     except OSError as error:
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-        inside = named is None or any(other in (named, *named.parents) for other in (path, beside, path.parent))
+        inside = named is None or any(other in (named, *named.parents) for other in (path, partial, path.parent))
         if not inside and named not in path.parents:
             raise
         raise UserError(f"{path}: cannot be written ({reason_of(error)})") from None

@@ -1,11 +1,13 @@
-"""What tells one set of weights from another: a few sums of bits, exact and the same however the weights lie.
+"""Fingerprints that tell one set of weights from another: exact, and the same on every mesh and kind of device.
 
-For each array, with u_i its numbers' bits as whole numbers and w_i odd numbers that depend on the place i,
+Each array gives two sums modulo 2^32, where u_i are the bits of its i-th number as a whole number:
 
-    sum of u_i  and  sum of w_i * u_i, both modulo 2^32
+    sum_i u_i    and    sum_i w_i u_i    with    w_i = 2 i + 1
 
-Whole numbers add up to the same in any order, so neither the mesh nor the kind of device matters, and one pass over the
-weights is all it costs. A single changed bit changes both sums: it adds a power of two times an odd number.
+1. A sum of whole numbers does not depend on the order, so the sharding of the array does not matter.
+2. A single changed bit changes u_i by a power of two below 2^32, and w_i is odd, so it changes both sums.
+
+The cost is one pass over the weights.
 """
 
 import hashlib
@@ -24,31 +26,31 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 @jax.jit
-def bit_sums(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Both sums of each array, `[2]`."""
-    return {name: _sums(x) for name, x in arrays.items()}
+def sum_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The two sums of each array, `[2]`, over the bits of its own type."""
+    return {name: _sum_array_bits(x) for name, x in arrays.items()}
 
 
 @jax.jit
-def _coarse_sums(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: _sums(x.astype(jnp.bfloat16)) for name, x in arrays.items()}
+def _sum_bfloat16_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: _sum_array_bits(x.astype(jnp.bfloat16)) for name, x in arrays.items()}
 
 
-def _sums(x: Array) -> Array:
+def _sum_array_bits(x: Array) -> Array:
     weight = jnp.uint32(1)
     if x.ndim:
-        where = jax.typeof(x).sharding
+        sharding = jax.typeof(x).sharding
         shape = (*x.shape, 2) if x.dtype.itemsize == 8 else x.shape
-        spec = jax.P(*where.spec, None) if x.dtype.itemsize == 8 else where.spec
-        out = None if where.mesh.empty else jax.NamedSharding(where.mesh, spec)
-        place = jnp.zeros((), jnp.uint32)
+        spec = jax.P(*sharding.spec, None) if x.dtype.itemsize == 8 else sharding.spec
+        out = None if sharding.mesh.empty else jax.NamedSharding(sharding.mesh, spec)
+        index = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=out)
-            place = along if axis == 0 else place * jnp.uint32(size % (1 << 32)) + along
-        weight = place * jnp.uint32(2) + jnp.uint32(1)
+            along_axis = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=out)
+            index = along_axis if axis == 0 else index * jnp.uint32(size % (1 << 32)) + along_axis
+        weight = index * jnp.uint32(2) + jnp.uint32(1)
     if x.dtype == jnp.bool_:
         bits = x.astype(jnp.uint32)
-    elif x.dtype.itemsize == 8:  # seen as two halves
+    elif x.dtype.itemsize == 8:  # as two halves of 4 bytes
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
         weight = weight if x.ndim else jnp.array([1, 3], jnp.uint32)
     else:
@@ -57,30 +59,33 @@ def _sums(x: Array) -> Array:
 
 
 _known: dict[int, tuple[Any, str]] = {}
+"""By the identity of a pytree: a weak reference to it, and its fingerprint."""
 
 
 def fingerprint(weights: Any) -> str:
-    """Of a pytree of weights, 16 hexadecimal digits, kept as long as the pytree lives.
+    """The fingerprint of a pytree of weights, 16 hexadecimal digits, cached as long as the pytree exists.
 
-    Weights count as bfloat16 has them, so that a model or coder is the same one whether it was loaded in float32 or in
-    bfloat16. On several hosts all must ask.
+    Weights are rounded to bfloat16 first, so a model or coder has the same fingerprint whether it was loaded in float32
+    or in bfloat16. With several hosts, every host must call it.
     """
-    kept = _known.get(id(weights))
-    if kept is not None and kept[0]() is weights:
-        return kept[1]
+    cached = _known.get(id(weights))
+    if cached is not None and cached[0]() is weights:
+        return cached[1]
     named = {
         jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(weights)
     }
-    sums = _coarse_sums({name: x for name, x in named.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)})
-    made = digest({name: [list(named[name].shape), np.asarray(own).tolist()] for name, own in sums.items()})
+    sums = _sum_bfloat16_bits(
+        {name: x for name, x in named.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+    )
+    result = hash_json({name: [list(named[name].shape), np.asarray(pair).tolist()] for name, pair in sums.items()})
     try:
         key = id(weights)
-        _known[key] = weakref.ref(weights, lambda _: _known.pop(key, None)), made
-    except TypeError:  # a plain dictionary: its owner may keep it
+        _known[key] = weakref.ref(weights, lambda _: _known.pop(key, None)), result
+    except TypeError:  # a plain dictionary cannot be referenced weakly: it is not cached
         pass
-    return made
+    return result
 
 
-def digest(settings: Any) -> str:
-    """Of anything that JSON can say, 16 hexadecimal digits; the order of names does not matter."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def hash_json(value: Any) -> str:
+    """A hash of any JSON value, 16 hexadecimal digits; the order of names does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Finding the other hosts of a run, and agreeing with them."""
+"""Finding the other hosts of a run, and doing things in step with them."""
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import os
@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,180 +14,200 @@ from jax.experimental.multihost_utils import broadcast_one_to_all, process_allga
 
 from jclt.errors import UserError, reason_of
 
-HEARTBEAT = 30
-"""Seconds after which a host that no longer answers is taken for dead, and the others end."""
+HEARTBEAT_SECONDS = 30
+"""A host that has not answered for so long counts as dead, and the other hosts end."""
 
 
-MEETING = 50
-"""Seconds that processes which are told where to meet wait there for one another."""
+MEETING_SECONDS = 50
+"""How long processes wait for one another at the address that the environment gives."""
+
+
+MESSAGE_BYTES = 1000
+"""How much of its error message a host sends to the others."""
 
 
 Result = TypeVar("Result")
 
 
-PLACE_IN_RUN = ("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS")
+PROCESS_VARIABLES = ("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS")
 
 
-def said_place() -> tuple[str, int, int] | None:
-    """Where processes meet, how many they are and which this is, if the environment says so."""
-    given = [os.environ[name] for name in PLACE_IN_RUN if name in os.environ]
-    if not given:
+class PlaceInRun(NamedTuple):
+    """One process among all those of a run."""
+
+    address: str  # host:port at which the processes meet
+    processes: int  # how many there are
+    process: int  # number of this process, from 0
+
+
+def read_place_in_run() -> PlaceInRun | None:
+    """The place of this process by the environment's `PROCESS_VARIABLES`; None where none of them is set."""
+    values = [os.environ[name] for name in PROCESS_VARIABLES if name in os.environ]
+    if not values:
         return None
-    if len(given) < len(PLACE_IN_RUN) or not all(number.isascii() and number.isdigit() for number in given[1:]):
-        raise UserError(f"{', '.join(PLACE_IN_RUN)}: expected all three, host:port and two whole numbers")
-    meeting, count, own = given[0], int(given[1]), int(given[2])
-    host, _, port = meeting.rpartition(":")
+    if len(values) < len(PROCESS_VARIABLES) or not all(number.isascii() and number.isdigit() for number in values[1:]):
+        raise UserError(f"{', '.join(PROCESS_VARIABLES)}: expected all three, host:port and two whole numbers")
+    address, count, process = values[0], int(values[1]), int(values[2])
+    host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        raise UserError(f"JCLT_COORDINATOR: '{meeting}', expected host:port, a port from 1 to 65535")
+        raise UserError(f"JCLT_COORDINATOR: '{address}', expected host:port, a port from 1 to 65535")
     if count < 1:
         raise UserError(f"JCLT_PROCESSES: {count}, expected at least 1")
-    if own >= count:
-        raise UserError(f"JCLT_PROCESS: {own}, expected 0 to {count - 1}, of {count} processes")
-    return meeting, count, own
+    if process >= count:
+        raise UserError(f"JCLT_PROCESS: {process}, expected 0 to {count - 1}, of {count} processes")
+    return PlaceInRun(address, count, process)
 
 
 def join_hosts() -> None:
-    """Joins the other hosts of this run, where there are any, before the first array is made.
+    """Joins the other hosts of this run, if there are any. Must be called before the first array is made.
 
-    TPU pods, Slurm, Open MPI and Kubernetes are recognised; elsewhere JCLT_COORDINATOR (host:port of the first
-    process), JCLT_PROCESSES (how many) and JCLT_PROCESS (which this is, from 0) say it.
+    TPU pods, Slurm, Open MPI and Kubernetes are recognised. Elsewhere set three environment variables:
+    JCLT_COORDINATOR (host:port of the first process), JCLT_PROCESSES (their count) and JCLT_PROCESS (the number of this
+    one, from 0).
     """
-    place = said_place()
+    place = read_place_in_run()
     if place is not None:
-        _meet(*place)
+        _meet_other_processes(place)
         return
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError:
         pass  # no cluster is recognised: the run is this one process
     except RuntimeError as error:
-        if "must be called before" not in str(error):  # a program that has computed already is alone as well
+        if "must be called before" not in str(error):  # a program that has already computed something is alone as well
             raise
 
 
-def _meet(meeting: str, count: int, own: int) -> None:
-    """Joins the others once all are there: JAX, which aborts where one stays away, need not wait for any."""
-    host, _, port = meeting.rpartition(":")
-    deadline = time.monotonic() + MEETING
-    if own == 0:
-        _wait_for_guests(int(port), count, deadline)
-    else:
-        _wait_at(host.strip("[]"), int(port), own, deadline)
-    jax.distributed.initialize(meeting, count, own, heartbeat_timeout_seconds=HEARTBEAT)
+def find_process_and_count() -> tuple[int, int]:
+    """The number of this process and the count of all, for work that is shared without communication.
+
+    If the environment tells both, the processes do not join: each can go on when another one ends.
+    """
+    place = read_place_in_run()
+    if place is not None:
+        return place.process, place.processes
+    join_hosts()
+    return jax.process_index(), jax.process_count()
 
 
-def _wait_for_guests(port: int, count: int, deadline: float) -> None:
-    """Until all other processes have come to this port, each saying its number; then they are told to go on."""
-    here: dict[int, socket.socket] = {}
+def broadcast_from_first_host(decision: bool) -> bool:
+    """The first host's decision, on all hosts. Every host must call it."""
+    return bool(broadcast_one_to_all(np.asarray(decision))) if jax.process_count() > 1 else decision
+
+
+def run_on_every_host(work: Callable[[], Result]) -> Result:
+    """Does the work on this host, waits until every host has done it, and returns this host's result.
+
+    If it fails on one host, an error is raised on all of them, so that no host waits for one that has ended. Every host
+    must call it.
+    """
+    if jax.process_count() == 1:
+        return work()
+    results: list[Result] = []
+    failure: Exception | None = None
     try:
-        with _listening(port) as door:
-            while missing := sorted({*range(1, count)} - here.keys()):
-                door.settimeout(max(deadline - time.monotonic(), 0.001))
+        results.append(work())
+    except Exception as error:
+        failure = error
+    message = np.zeros(MESSAGE_BYTES, np.uint8)  # zeros: no failure
+    if failure is not None:
+        text = (str(failure) or type(failure).__name__).encode(errors="replace")[:MESSAGE_BYTES]
+        message[: len(text)] = np.frombuffer(text, np.uint8)
+    messages = process_allgather(message)
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(messages):
+        if message.any():
+            text = message.tobytes().rstrip(b"\0").decode(errors="ignore")
+            raise UserError(f"process {process} of {len(messages)}: {text}")
+    return results[0]
+
+
+def run_on_first_host(work: Callable[[], None]) -> None:
+    """Does the work on the first host; the other hosts wait until it is done."""
+    run_on_every_host(lambda: work() if jax.process_index() == 0 else None)
+
+
+# Processes that meet at an address: the first one listens there, and all others connect to it.
+
+
+def _meet_other_processes(place: PlaceInRun) -> None:
+    """Waits until all processes have come, then joins them: JAX aborts if one is missing, so it need not wait."""
+    host, _, port = place.address.rpartition(":")
+    deadline = time.monotonic() + MEETING_SECONDS
+    if place.process == 0:
+        _wait_for_others(int(port), place.processes, deadline)
+    else:
+        _wait_for_first(host.strip("[]"), int(port), place.process, deadline)
+    jax.distributed.initialize(
+        place.address, place.processes, place.process, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+
+
+def _wait_for_others(port: int, count: int, deadline: float) -> None:
+    """The first process waits until each other one has connected and sent its number, then tells them to go on."""
+    connections: dict[int, socket.socket] = {}
+    try:
+        with _listen(port) as listener:
+            while missing := sorted({*range(1, count)} - connections.keys()):
+                listener.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
-                    guest, _ = door.accept()
+                    connection, _ = listener.accept()
                 except TimeoutError:
                     absent = ", ".join(map(str, missing))
                     raise UserError(
-                        f"JCLT_PROCESSES: of {count} processes {absent} did not come to port {port} within {MEETING} "
-                        "s, expected all to be started"
+                        f"JCLT_PROCESSES: of {count} processes {absent} did not come to port {port} within "
+                        f"{MEETING_SECONDS} s, expected all to be started"
                     ) from None
-                guest.settimeout(5)
+                connection.settimeout(5)
                 try:
-                    number = int.from_bytes(guest.recv(4))
+                    number = int.from_bytes(connection.recv(4))
                 except OSError:
                     number = 0
                 if 0 < number < count:
-                    here[number] = guest
-                else:  # whoever else may knock
-                    guest.close()
-        for guest in here.values():  # the port is free again for JAX
+                    connections[number] = connection
+                else:  # not a process of this run
+                    connection.close()
+        # The listener is closed first, so that JAX can listen at the same port.
+        for connection in connections.values():
             with suppress(OSError):
-                guest.sendall(b"!")
+                connection.sendall(b"!")
     finally:
-        for guest in here.values():
-            guest.close()
+        for connection in connections.values():
+            connection.close()
 
 
-def _wait_at(host: str, port: int, own: int, deadline: float) -> None:
-    """Until the first process, which waits for all others there, says that they have come."""
+def _wait_for_first(host: str, port: int, process: int, deadline: float) -> None:
+    """Another process waits until the first one, which waits for all others, tells it to go on."""
     why = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=left) as door:
-                door.sendall(own.to_bytes(4))
-                door.settimeout(max(deadline - time.monotonic(), 0.001))
-                if door.recv(1) == b"!":
+            with socket.create_connection((host, port), timeout=left) as connection:
+                connection.sendall(process.to_bytes(4))
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
+                if connection.recv(1) == b"!":
                     return
         except OSError as error:
             why = reason_of(error)
         time.sleep(min(0.2, max(left, 0)))
     raise UserError(
-        f"JCLT_COORDINATOR: process {own} did not meet all others at {host}:{port} within {MEETING} s ({why}), "
-        "expected every process to be started"
+        f"JCLT_COORDINATOR: process {process} did not meet all others at {host}:{port} within {MEETING_SECONDS} s "
+        f"({why}), expected every process to be started"
     )
 
 
-def _listening(port: int) -> socket.socket:
-    """The door that the first process opens; JAX itself may crash where it cannot."""
+def _listen(port: int) -> socket.socket:
+    """The first process listens at the port. An error here is one line, while JAX itself may crash."""
     both = socket.has_dualstack_ipv6()
-    door = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as one who was here a moment ago
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a run that has just ended is free
         if both:
-            door.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        door.bind(("::" if both else "", port))
-        door.listen(1000)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(("::" if both else "", port))
+        listener.listen(1000)
     except OSError as error:
-        door.close()
+        listener.close()
         why = reason_of(error)
         raise UserError(f"JCLT_COORDINATOR: port {port} cannot be used here ({why}), expected a free one") from None
-    return door
-
-
-def agreed(said: bool) -> bool:
-    """What the first host says, on all of them."""
-    return bool(broadcast_one_to_all(np.asarray(said))) if jax.process_count() > 1 else said
-
-
-SAID = 1000
-"""Bytes of its error that a host tells the others."""
-
-
-def together(work: Callable[[], Result]) -> Result:
-    """What the work gives on this host, once every host is done with it. Where one of them fails all do, so that none
-    waits for another that has ended: all hosts must ask."""
-    if jax.process_count() == 1:
-        return work()
-    made: list[Result] = []
-    failed: Exception | None = None
-    try:
-        made.append(work())
-    except Exception as error:
-        failed = error
-    own = np.zeros(SAID, np.uint8)
-    if failed is not None:
-        text = np.frombuffer((str(failed) or type(failed).__name__).encode(errors="replace")[:SAID], np.uint8)
-        own[: len(text)] = text
-    heard = process_allgather(own)
-    if failed is not None:
-        raise failed
-    for process, said in enumerate(heard):
-        if said.any():
-            text = said.tobytes().rstrip(b"\0").decode(errors="ignore")
-            raise UserError(f"process {process} of {len(heard)}: {text}")
-    return made[0]
-
-
-def on_first_host(work: Callable[[], None]) -> None:
-    """Done by the first host; the others wait until it is done."""
-    together(lambda: work() if jax.process_index() == 0 else None)
-
-
-def own_share() -> tuple[int, int]:
-    """Which of how many processes this is, for work that needs no word between them: where the environment says so
-    none is waited for, so that each goes on when another one ends."""
-    place = said_place()
-    if place is not None:
-        return place[2], place[1]
-    join_hosts()
-    return jax.process_index(), jax.process_count()
+    return listener

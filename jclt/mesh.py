@@ -1,11 +1,12 @@
-"""Meshes, and the one table that says on which mesh axes each named axis of an array lies.
+"""Meshes of devices, and the one table from logical axes (what an axis of an array means) to mesh axes.
 
-Every array is placed by the names of its axes, so that the same program runs on one CPU, on a GPU, on a pod and across
-hosts. Sharding is explicit: it is part of an array's type (`jax.typeof(x).sharding`), and a program that would move
-data without saying so does not trace.
+An array is sharded by the names of its axes, so the same program runs on one CPU, on a GPU, on a pod and across hosts.
+Sharding is explicit: it is part of an array's type (`jax.typeof(x).sharding`), and a program that would move data
+without a call that asks for it does not trace.
 """
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,31 +21,37 @@ from jax.sharding import PartitionSpec as P
 from jclt.errors import UserError
 from jclt.shapes import Array, ArrayLike
 
-MESH_AXES = ("data", "features")
+log = logging.getLogger(__name__)
+
+DATA_AXIS, FEATURES_AXIS = "data", "features"
+MESH_AXES = (DATA_AXIS, FEATURES_AXIS)
 
 
 AnyMesh = Mesh | AbstractMesh
-"""Of devices, or of the shape of devices that need not be at hand."""
+"""A mesh of devices, or the shape of a mesh whose devices need not be present."""
 
 
-RULES: dict[str, tuple[str, ...]] = {
-    # The language model's tokens are split over every chip: replicated over the feature shards, its forward pass would
-    # cost as much again on each of them.
-    "batch": ("data", "features"),
-    # Each of the language model's weights is stored in as many pieces as there are chips, along one axis; they are
-    # gathered a layer at a time where they are used, which costs least along the first axis.
-    "stored": ("data", "features"),
-    # A coder's features, and all that belongs to one, lie in as many pieces as the mesh has feature shards; its tokens
-    # are split over `data` alone, since every feature reads every token.
-    "features": ("features",),
-    "tokens": ("data",),
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    # Tokens of the language model: split over all devices. If every feature shard held all tokens, each of them would
+    # pay for the whole forward pass.
+    "batch": (DATA_AXIS, FEATURES_AXIS),
+    # One axis of each weight of the language model: split over all devices. Weights are gathered one layer at a time
+    # where they are used; gathering costs least along the first axis.
+    "stored": (DATA_AXIS, FEATURES_AXIS),
+    # Features of a coder, and all arrays with one row per feature: split over the feature shards.
+    "features": (FEATURES_AXIS,),
+    # Tokens of a coder: split over `data` alone, since every feature reads every token.
+    "tokens": (DATA_AXIS,),
+    # Lists that each device keeps for itself, such as its active pairs (token, feature).
+    "per_device": (DATA_AXIS, FEATURES_AXIS),
 }
+"""The mesh axes over which each logical axis is split."""
 
 
 def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data` x `features` devices; by default all devices lie on `features`.
+    """A mesh of `data` x `features` devices; by default all devices are on the `features` axis.
 
-    Of several TPU slices each is a part of the data axis: what that axis carries is little, and the network between
+    With several TPU slices, the data axis is split over the slices: it carries little traffic, and the network between
     slices is slow.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -56,123 +63,169 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
         raise UserError(f"mesh {data}x{features}: expected at most {len(devices)} devices, as many as there are")
     shape, devices = (data, features), devices[: data * features]
     if slices == 1:
-        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        device_grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif data % slices or data * features != count:
         raise UserError(f"mesh: data={data}, expected a multiple of {slices}, the number of slices")
     else:
-        within, between = (data // slices, features), (slices, 1)
-        placed = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
+        within_slice, between_slices = (data // slices, features), (slices, 1)
+        device_grid = create_hybrid_device_mesh(within_slice, between_slices, devices, allow_split_physical_axes=True)
+    return Mesh(device_grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
 
 
-def spec(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
-    """Where an array of this shape lies, axis by axis. An axis that does not divide evenly is kept whole; of several of
-    one name the first that does is split."""
-    placed: list[tuple[str, ...] | None] = []
-    for size, axis in zip(shape, axes, strict=True):
-        names = RULES[axis] if axis else ()
-        pieces = math.prod(mesh.shape[name] for name in names)
-        placed.append(names if pieces > 1 and size % pieces == 0 and names not in placed else None)
-    return P(*placed)
-
-
-def sharding(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
-    return NamedSharding(mesh, spec(mesh, shape, axes))
+def mesh_of(x: Array) -> Mesh | None:
+    """The mesh that an array is sharded over, if any."""
+    return x.sharding.mesh if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh) else None
 
 
 def device_kind() -> str:
-    """What the program is traced for: the devices of the mesh that is set, or those at hand."""
+    """The kind of device that the program is traced for: of the current mesh, or of the default devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def einsum_spec(equation: str, *operands: Array) -> P | None:
-    """Where the result of an einsum lies when each of its axes stays where its operand has it; None on no mesh.
+# From logical axes to shardings.
 
-    An axis that is summed over may lie in pieces: the sum over the pieces is then the one collective.
+
+def make_spec(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> P:
+    """The partition spec of an array of this shape, by the logical name of each axis (None: not split).
+
+    An axis whose size the number of shards does not divide is not split. Of several axes that would be split over the
+    same mesh axes, only the first is.
+    """
+    parts: list[tuple[str, ...] | None] = []
+    for size, axis in zip(shape, axes, strict=True):
+        mesh_axes = LOGICAL_AXES[axis] if axis else ()
+        shards = math.prod(mesh.shape[name] for name in mesh_axes)
+        if size % shards:
+            log.debug("axis '%s' of shape %s is not split: %d does not divide by %d", axis, [*shape], size, shards)
+        parts.append(mesh_axes if shards > 1 and size % shards == 0 and mesh_axes not in parts else None)
+    return P(*parts)
+
+
+def make_sharding(mesh: AnyMesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    """The sharding of an array of this shape, by the logical name of each axis, as in `make_spec`."""
+    return NamedSharding(mesh, make_spec(mesh, shape, axes))
+
+
+def einsum_spec(equation: str, *operands: Array) -> P | None:
+    """The spec of an einsum's result when each axis stays split as in its operand; None without a mesh.
+
+    If an axis that is summed over is split, the sum over its shards is the einsum's only collective.
     """
     inputs, output = equation.split("->")
-    where: dict[str, Any] = {}
+    part_of: dict[str, Any] = {}
     for letters, x in zip(inputs.split(","), operands, strict=True):
         parts = jax.typeof(x).sharding.spec.partitions
-        where |= {letter: part for letter, part in zip(letters, parts, strict=True) if part is not None}
-    return P(*(where.get(letter) for letter in output)) if where else None
+        part_of |= {letter: part for letter, part in zip(letters, parts, strict=True) if part is not None}
+    return P(*(part_of.get(letter) for letter in output)) if part_of else None
+
+
+def is_summed_over_features(equation: str, *operands: Array) -> bool:
+    """Whether an einsum sums over an axis that is split over the feature shards, so that each has a part of the sum."""
+    inputs, output = equation.split("->")
+    return any(
+        letter not in output and part in (FEATURES_AXIS, (FEATURES_AXIS,))
+        for letters, x in zip(inputs.split(","), operands, strict=True)
+        for letter, part in zip(letters, jax.typeof(x).sharding.spec.partitions, strict=True)
+    )
 
 
 def shard_shape(x: Array) -> tuple[int, ...]:
-    """Of the piece that lies on one device."""
+    """The shape of the shard on one device."""
     return jax.typeof(x).sharding.shard_shape(x.shape)
 
 
 def is_split(x: Array) -> bool:
-    """Whether the array's type says that it lies in pieces on several devices."""
+    """Whether any axis of the array is split over devices, by its type."""
     return any(part is not None for part in jax.typeof(x).sharding.spec)
 
 
-def gathered(x: Array) -> Array:
-    """The whole array on every device: what a stored piece of a weight becomes where it is used."""
+# Moving arrays between shardings.
+
+
+def replicate(x: Array) -> Array:
+    """All of the array on every device: gathers the shards of a stored weight where it is used."""
     return jax.reshard(x, P(*(None,) * x.ndim)) if is_split(x) else x
 
 
-def placed(x: Array, axes: Sequence[str | None]) -> Array:
-    """The array moved to where its axes belong on the mesh that is set; itself where none is."""
+def shard_by_axes(x: Array, axes: Sequence[str | None]) -> Array:
+    """The array resharded over the current mesh by the logical name of each axis; unchanged without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.reshard(x, spec(mesh, x.shape, axes))
+    return x if mesh.empty else jax.reshard(x, make_spec(mesh, x.shape, axes))
 
 
-def reduced_later(x: Array) -> Array:
-    """A weight whose gradients stay, by its type, pieces of a sum over the devices that it is the same on until they
-    are moved.
+def shard_like(x: Array, like: Array) -> Array:
+    """The array resharded as another array of its shape. A sum that is still unreduced is reduced."""
+    sharding = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == sharding else jax.reshard(x, sharding.spec)
 
-    So those of many micro-batches are added up where they are made, and travel once.
+
+def defer_gradient_sum(x: Array) -> Array:
+    """The same weight, with a type for which the sum of its gradients over devices is deferred.
+
+    Each device that holds the same values adds up the gradients of many micro-batches by itself. They are reduced over
+    the devices once, when the result is resharded (`shard_like`).
     """
-    where = jax.typeof(x).sharding
-    taken = {name for part in where.spec for name in ((part,) if isinstance(part, str) else part or ())}
-    axes = frozenset(name for name in RULES["batch"] if where.mesh.shape.get(name, 1) > 1) - taken
-    return jax.reshard(x, P(*where.spec, reduced=axes)) if axes else x
+    sharding = jax.typeof(x).sharding
+    split_over = {name for part in sharding.spec for name in ((part,) if isinstance(part, str) else part or ())}
+    deferred = frozenset(name for name in MESH_AXES if sharding.mesh.shape.get(name, 1) > 1) - split_over
+    return jax.reshard(x, P(*sharding.spec, reduced=deferred)) if deferred else x
 
 
-def as_placed(x: Array, like: Array) -> Array:
-    """The array moved to where another one of its shape lies; what was left as pieces of a sum is added up."""
-    where = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == where else jax.reshard(x, where.spec)
-
-
-TOKENS, FEATURES, TOKENS_AND_FEATURES = P("data"), P("features"), P("data", "features")
-
-
-ENTRIES = P(MESH_AXES)
-"""Where each device has its own list."""
-
-
-def on_each_device(function: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
-    """The function run by every device on its own pieces of the arguments, with results that lie as these specs say;
-    itself where no mesh is set."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function
-
-    def present(where: P) -> P:
-        """Without the mesh axes of one device, which types leave out."""
-        parts = [(part,) if isinstance(part, str) else part or () for part in where.partitions]
-        kept = [tuple(name for name in part if mesh.shape[name] > 1) for part in parts]
-        return P(*(part or None for part in kept), unreduced=where.unreduced)
-
-    return jax.shard_map(function, out_specs=jax.tree.map(present, outputs), check_vma=False)
-
-
-def sum_over(axis: str, x: Array) -> Array:
-    """Within `on_each_device`, the sum over the devices along a mesh axis."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, axis)
-
-
-def fetched(x: ArrayLike) -> np.ndarray:
-    """The whole array on this host, wherever its pieces lie; of several hosts all must ask for it."""
+def fetch_to_host(x: ArrayLike) -> np.ndarray:
+    """All of the array as numpy on this host. With several hosts, every host must call it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = process_allgather(x, tiled=True)
     return np.asarray(x)
 
 
-def mesh_of(x: Array) -> Mesh | None:
-    """The mesh that an array was placed on, if any."""
-    return x.sharding.mesh if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh) else None
+# Programs for one device's shards, with the collectives written out.
+
+
+def _full_spec(*axes: str) -> P:
+    """The spec of an array whose first axes have these logical names, whatever its shape and the mesh."""
+    return P(*(LOGICAL_AXES[axis] for axis in axes))
+
+
+TOKENS_SPEC, FEATURES_SPEC = _full_spec("tokens"), _full_spec("features")
+TOKENS_FEATURES_SPEC, PER_DEVICE_SPEC = _full_spec("tokens", "features"), _full_spec("per_device")
+
+
+def map_over_devices(function: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
+    """A function that every device runs on its own shards of the arguments; the results have the specs `outputs`.
+
+    This is `jax.shard_map` over the current mesh. Without a mesh it is the function itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def drop_axes_of_one_device(spec: P) -> P:
+        """Array types never name such mesh axes."""
+        parts = [(part,) if isinstance(part, str) else part or () for part in spec.partitions]
+        kept = [tuple(name for name in part if mesh.shape[name] > 1) for part in parts]
+        return P(*(part or None for part in kept), unreduced=spec.unreduced)
+
+    return jax.shard_map(function, out_specs=jax.tree.map(drop_axes_of_one_device, outputs), check_vma=False)
+
+
+def sum_over_feature_shards(x: Array) -> Array:
+    """The sum over the devices that hold the other features of the same tokens.
+
+    Of a coder's reconstructions this is the trainer's one large collective: each feature shard has computed what its
+    own features write. Within `map_over_devices` it adds up the devices' arrays. Elsewhere it adds up an array whose
+    type says that its parts on the feature shards are not added up yet (`unreduced`).
+    """
+    spec = jax.typeof(x).sharding.spec
+    if FEATURES_AXIS in spec.unreduced:
+        return jax.reshard(x, P(*spec.partitions, unreduced=spec.unreduced - {FEATURES_AXIS}))
+    return _sum_over(FEATURES_AXIS, x)
+
+
+def sum_over_data_shards(x: Array) -> Array:
+    """Within `map_over_devices`: the sum over the devices that hold other tokens and the same features."""
+    return _sum_over(DATA_AXIS, x)
+
+
+def _sum_over(mesh_axis: str, x: Array) -> Array:
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, mesh_axis)

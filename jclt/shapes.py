@@ -1,4 +1,6 @@
-"""The glossary of axis letters, the same in every annotation, einsum and docstring.
+"""The glossary: axis letters, and the words that mean the same thing in every file.
+
+Axis letters of annotations, einsums and docstrings:
 
 | letter | axis |
 |---|---|
@@ -13,7 +15,24 @@
 | M | MLP neuron |
 | V | vocabulary |
 | F | feature of a sparse coder |
-| N | node of a graph |
+| N | node of a graph; in kernels, tokens of all rows one after another |
+| E | active pair |
+
+Words:
+
+| word | meaning |
+|---|---|
+| coder | a sparse coder: cross-layer transcoder, per-layer transcoder or autoencoder |
+| site | a named activation inside the model (`models/sites.py`), such as `mlp_in` |
+| reads, writes | the site that a coder encodes, and the site that it reconstructs |
+| edit | a change of activations at sites during a forward pass |
+| active feature | a feature whose activation at a token is not zero |
+| active pair | a (token, feature) pair that the sparse kernels work on: active, or with a gradient |
+| capacity | the number of active pairs per token for which the sparse buffers have space |
+| source node, target node | the nodes at the two ends of an edge: activity flows from source to target |
+| error node | the part of a site's activation that the coder does not reconstruct, as one node |
+| logical axis, mesh axis | what an axis of an array means, and an axis of the mesh of devices (`mesh.py`) |
+| shard | the piece of an array on one device |
 """
 
 from collections.abc import Mapping
@@ -26,7 +45,9 @@ Stream = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]
 Mask = Bool[Array, "B T S"]
 Params = Mapping[str, Array]
-Seen = Mapping[str, Array]
+"""Weights by name."""
+Captured = Mapping[str, Array]
+"""Activations that a forward pass returns, by site."""
 Layer = int | Int[Array, ""] | None
 """A layer's number: an `int` where layers are unrolled, traced where they are scanned, `None` outside the layers."""
 
@@ -34,6 +55,7 @@ __all__ = [
     "Array",
     "ArrayLike",
     "Bool",
+    "Captured",
     "DTypeLike",
     "Float",
     "Int",
@@ -41,7 +63,6 @@ __all__ = [
     "Logits",
     "Mask",
     "Params",
-    "Seen",
     "Stream",
     "Tokens",
 ]

@@ -1,5 +1,4 @@
-"""The `jclt` command as a program of its own: sound streams, and interrupts that are answered before anything else is
-loaded."""
+"""The `jclt` command as a program: usable standard streams, and Ctrl-C handled before anything large is imported."""
 
 import os
 import sys
@@ -10,24 +9,27 @@ from jclt import interrupts
 
 def main() -> int:
     open_streams()
-    interrupts.watch()
+    interrupts.handle_interrupts()
     try:
         from jclt.cli.main import main as run
 
         status = run()
     except BaseException as error:  # libraries turn an interrupt into other errors
-        if not interrupts.was_asked() and not isinstance(error, KeyboardInterrupt):
+        if not interrupts.was_interrupted() and not isinstance(error, KeyboardInterrupt):
             raise
         status = interrupts.INTERRUPTED
     if status == interrupts.INTERRUPTED:
-        interrupts.end()
-    interrupts.over()
+        interrupts.exit_interrupted()
+    interrupts.mark_finished()
     return status
 
 
 def open_streams() -> None:
-    """What is closed leads nowhere, rather than into the next file that is opened; what a terminal cannot show is shown
-    as its escapes."""
+    """Makes the standard streams safe to use.
+
+    A closed stream is opened on the null device; otherwise the next file that is opened would take its number.
+    Characters that a terminal cannot show are written as escapes.
+    """
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Coders of each kind and rule, as files hold them."""
+"""Coders of each kind and rule, for tests of files."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ RULES = {"jumprelu": {}, "relu": {"activation": "relu"}, "topk": {"activation": 
 
 
 def random_coder(config: CoderConfig, dtype="float32", seed=0) -> SparseCoder:
-    """Weights that the type holds without loss."""
+    """A coder with random weights that `dtype` holds without loss."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -31,9 +31,9 @@ def random_coder(config: CoderConfig, dtype="float32", seed=0) -> SparseCoder:
     return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
 
 
-def outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def compute_outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Activations and reconstructions of every layer."""
-    inputs = [jnp.asarray(own) for own in x]
-    activations = [coder.encode(layer, own) for layer, own in enumerate(inputs)]
-    written = [coder.write(layer, activations, own) for layer, own in enumerate(inputs)]
+    inputs = [jnp.asarray(layer_x) for layer_x in x]
+    activations = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(inputs)]
+    written = [coder.write(layer, activations, layer_x) for layer, layer_x in enumerate(inputs)]
     return [np.asarray(a) for a in activations], [np.asarray(y) for y in written]

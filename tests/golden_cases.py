@@ -1,4 +1,4 @@
-"""The reference checkpoints under `golden/`: one random model for each family and option."""
+"""The reference checkpoints in `golden/`: a random model for each family and option."""
 
 from functools import cache
 from pathlib import Path

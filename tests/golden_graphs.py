@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph_lists import listed_graph
+from graph_lists import build_graph
 
 from jclt.graphs.graph import Graph
 
@@ -14,7 +14,7 @@ GRAPHS = ("gpt2", "llama", "gemma2")
 
 
 def golden_graph(folder: str) -> Graph:
-    """The reference graph in one of these folders; skips the test where there are none."""
+    """The reference graph in this folder; skips the test if the file is missing."""
     path = FOLDER / folder / "graph.npz"
     if not path.exists():
         pytest.skip(f"{path} is not on this machine")
@@ -22,12 +22,12 @@ def golden_graph(folder: str) -> Graph:
     config = json.loads((FOLDER / folder / "config.json").read_text())
     layers, tokens = config.get("num_hidden_layers") or config["n_layer"], found["tokens"]
     adjacency, outputs = found["adjacency"], found["logit_tokens"]
-    nothing = np.zeros(len(adjacency), adjacency.dtype)
-    return listed_graph(
+    zeros = np.zeros(len(adjacency), adjacency.dtype)
+    return build_graph(
         adjacency=adjacency,
-        bias=nothing,
-        rest=nothing,
-        rest_mass=nothing,
+        bias=zeros,
+        rest=zeros,
+        rest_mass=zeros,
         values=adjacency.sum(axis=1),
         features=found["active_features"],
         activations=found["activation_values"],

@@ -1,42 +1,42 @@
-"""Graphs of which the nodes are given kind by kind."""
+"""Graphs built from one list of nodes per kind, and two small examples."""
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from jclt.graphs import Graph, node_table
+from jclt.graphs import Graph, build_node_table
 
 LISTS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", "values")
 
 
-def listed_graph(**given: Any) -> Graph:
-    table = node_table(layers=given["layers"], **{name: given.pop(name) for name in LISTS})
-    return Graph(nodes=table, **given)
+def build_graph(**fields: Any) -> Graph:
+    table = build_node_table(layers=fields["layers"], **{name: fields.pop(name) for name in LISTS})
+    return Graph(nodes=table, **fields)
 
 
-def with_lists(graph: Graph, **changes: Any) -> Graph:
-    """The graph with other lists of nodes, or of anything else."""
+def replace_lists(graph: Graph, **changes: Any) -> Graph:
+    """A copy of the graph with other lists of nodes, or other fields."""
     lists = {name: changes.pop(name, getattr(graph, name)) for name in LISTS}
-    table = node_table(layers=changes.get("layers", graph.layers), **lists)
+    table = build_node_table(layers=changes.get("layers", graph.layers), **lists)
     return replace(graph, nodes=table, **changes)
 
 
 def random_graph(
     seed: int, features=20, layers=3, tokens=4, outputs=2, positions=False, rest=0.0, density=0.5
 ) -> Graph:
-    """Edges from strictly lower layers alone, and the law kept exactly."""
+    """Edges lead only into higher layers, and value = edges + bias + rest holds exactly."""
     random = np.random.default_rng(seed)
-    found = np.stack([random.integers(0, size, features) for size in (layers, tokens, 50)], axis=1)
-    found = found[np.lexsort(found.T[::-1])]
+    places = np.stack([random.integers(0, size, features) for size in (layers, tokens, 50)], axis=1)
+    places = places[np.lexsort(places.T[::-1])]
     size = features + layers * tokens + tokens * (1 + positions) + outputs
-    graph = listed_graph(
+    graph = build_graph(
         adjacency=np.zeros((size, size)),
         bias=np.zeros(size),
         rest=np.zeros(size),
         rest_mass=np.zeros(size),
         values=np.zeros(size),
-        features=found,
+        features=places,
         activations=random.uniform(0.1, 2, features),
         errors=np.stack(np.divmod(np.arange(layers * tokens), tokens), axis=1),
         tokens=random.integers(0, 50, tokens),
@@ -50,14 +50,14 @@ def random_graph(
         provenance={"model": "random", "seed": seed},
     )
     below = graph.nodes.layer[None] < graph.nodes.layer[:, None]
-    targets = graph.nodes.is_of("feature", "output")
+    targets = graph.nodes.is_kind("feature", "output")
     edges = random.standard_normal((size, size)) * (random.random((size, size)) < density)
-    adjacency = edges * below * targets[:, None] * (~graph.nodes.is_of("output"))
+    adjacency = edges * below * targets[:, None] * (~graph.nodes.is_kind("output"))
     signed = rest * random.standard_normal(size) * targets
     mass = np.abs(signed) * random.uniform(1, 2, size)
     bias = random.standard_normal(size) * targets
     values = adjacency.sum(axis=1) + signed + bias
-    return with_lists(graph, adjacency=adjacency, rest=signed, rest_mass=mass, bias=bias, values=values)
+    return replace_lists(graph, adjacency=adjacency, rest=signed, rest_mass=mass, bias=bias, values=values)
 
 
 def hand_graph() -> Graph:
@@ -67,12 +67,12 @@ def hand_graph() -> Graph:
     adjacency[output, [f1, token1]] = 3, 1
     adjacency[f1, [f0, error]] = 2, -2
     adjacency[f0, [token0, token1]] = 1, -3
-    nothing = np.zeros(6, np.float32)
-    return listed_graph(
+    zeros = np.zeros(6, np.float32)
+    return build_graph(
         adjacency=adjacency,
-        bias=nothing,
-        rest=nothing,
-        rest_mass=nothing,
+        bias=zeros,
+        rest=zeros,
+        rest_mass=zeros,
         values=adjacency.sum(axis=1),
         features=np.array([[0, 0, 17], [2, 1, 40]]),
         activations=np.ones(2, np.float32),

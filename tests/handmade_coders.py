@@ -1,4 +1,4 @@
-"""Coders of the model compiled by hand, one faithful and one not, and the edges that their graphs must show."""
+"""A faithful and an unfaithful coder of the handmade model, and the edges that their graphs must have."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +15,15 @@ Node = tuple
 
 
 def faithful_coder(model: Model) -> SparseCoder:
-    """The neurons, each writing to its own layer alone: a ReLU CLT with two active features, one in each layer."""
+    """A ReLU CLT whose features are the neurons and write to their own layer only. One is active in each layer."""
     up, down = model.params["up"], model.params["down"]
     return _coder(model, skipping=jnp.zeros_like(down[0]), read=up[1].T, write=down[1])
 
 
 def unfaithful_coder(model: Model) -> SparseCoder:
-    """A city's feature writes the state in layer 0 and the capital in layer 1, whose own features are gone.
+    """The feature of a city writes the state in layer 0 and the capital in layer 1; layer 1 has no features.
 
-    On the prompts it reconstructs both layers, with one active feature.
+    On the prompts it reconstructs both layers with one active feature.
     """
     up, down = model.params["up"], model.params["down"]
     _, seen = jclt.run(model, np.asarray(PROMPTS), capture=("mlp_neurons", "mlp_out"))
@@ -36,14 +36,14 @@ def unfaithful_coder(model: Model) -> SparseCoder:
 
 
 def _coder(model: Model, *, skipping: Array, read: Array, write: Array) -> SparseCoder:
-    """Layer 0 has its neurons, which write `skipping` to layer 1; layer 1 has features that read and write these."""
+    """The features of layer 0 are its neurons and also write `skipping` to layer 1; those of layer 1 read `read`."""
     p = model.params
     bias, constant = p["up_bias"], p["down_bias"]
     layers = (
         CoderLayer(p["up"][0].T, bias[0], None, jnp.stack([p["down"][0], skipping], axis=1), constant[0], None),
         CoderLayer(read, bias[1], None, write[:, None], constant[1], None),
     )
-    config = CoderConfig("clt", model.config.mlp_width, "relu").fitted(model.config, model.name)
+    config = CoderConfig("clt", model.config.mlp_width, "relu").fit_to_model(model.config, model.name)
     return SparseCoder(layers, config)
 
 
@@ -53,10 +53,10 @@ def nodes(city: int) -> tuple[Node, Node, Node]:
 
 
 def expected_edges(city: int, *, norms: bool = False, faithful: bool = True) -> dict[tuple[Node, Node], float]:
-    """Every edge that is not 0, (target, source) -> value; `city` counts from 0. A feature's edges sum to its
-    pre-activation, the logit's to the logit minus the mean logit.
+    """Every edge that is not 0, as (target, source) -> value, for the city with this number.
 
-    Without the state's feature, as the unfaithful coder has it, the city's writes the capital as well.
+    The edges of a feature sum to its pre-activation, those of the logit to the logit minus the mean logit. In the
+    unfaithful coder there is no feature for the state, and the city's feature writes the capital.
     """
     hop, state, logit = nodes(city)
     asked, bias = ("token", LAST), ("bias",)

@@ -21,5 +21,5 @@ CONFIG = TrainConfig(
 )
 
 
-def losses(folder: Path) -> np.ndarray:
+def read_losses(folder: Path) -> np.ndarray:
     return np.array([entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry])

@@ -9,8 +9,8 @@ import pytest
 
 import jclt
 from jclt import fingerprints
-from jclt.fingerprints import bit_sums, digest, fingerprint
-from jclt.mesh import sharding
+from jclt.fingerprints import fingerprint, hash_json, sum_bits
+from jclt.mesh import make_sharding
 
 TYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
 
@@ -24,7 +24,7 @@ def numbers(dtype: str, shape: tuple[int, ...] = (8, 16)) -> np.ndarray:
 def test_sums_are_what_their_formula_says(dtype):
     x = numbers(dtype)
     bits = x.view(f"u{x.itemsize}").ravel().astype(object)
-    first, second = np.asarray(bit_sums({"x": jnp.asarray(x)})["x"]).tolist()
+    first, second = np.asarray(sum_bits({"x": jnp.asarray(x)})["x"]).tolist()
     assert first == sum(bits) % 2**32
     assert second == sum(int(u) * (2 * place + 1) for place, u in enumerate(bits)) % 2**32
 
@@ -32,25 +32,25 @@ def test_sums_are_what_their_formula_says(dtype):
 @pytest.mark.parametrize("dtype", [dtype for dtype in TYPES if dtype != "bool"])
 def test_every_single_bit_changes_the_sums(dtype):
     x = numbers(dtype, (4, 4))
-    before = np.asarray(bit_sums({"x": jnp.asarray(x)})["x"])
+    before = np.asarray(sum_bits({"x": jnp.asarray(x)})["x"])
     for bit in range(0, x.nbytes * 8, 7):
         changed = x.copy()
         changed.view(np.uint8).reshape(-1)[bit // 8] ^= 1 << bit % 8
-        assert (np.asarray(bit_sums({"x": jnp.asarray(changed)})["x"]) != before).all()
+        assert (np.asarray(sum_bits({"x": jnp.asarray(changed)})["x"]) != before).all()
 
 
 def test_sums_are_the_same_on_every_mesh():
     x = numbers("float32", (16, 8))
-    whole = np.asarray(bit_sums({"x": jnp.asarray(x)})["x"])
+    whole = np.asarray(sum_bits({"x": jnp.asarray(x)})["x"])
     for shape in ((1, 8), (2, 4), (8, 1)):
         mesh = jclt.make_mesh(*shape)
         for axes in (("tokens", "features"), ("batch", None), (None, "features")):
-            placed = jax.device_put(x, sharding(mesh, x.shape, axes))
-            assert np.asarray(bit_sums({"x": placed})["x"]).tolist() == whole.tolist()
+            placed = jax.device_put(x, make_sharding(mesh, x.shape, axes))
+            assert np.asarray(sum_bits({"x": placed})["x"]).tolist() == whole.tolist()
 
 
 def test_a_scalar_and_an_empty_array_have_sums():
-    found = bit_sums({"scalar": jnp.float32(1), "empty": jnp.zeros((0, 3))})
+    found = sum_bits({"scalar": jnp.float32(1), "empty": jnp.zeros((0, 3))})
     assert np.asarray(found["scalar"]).tolist() == [0x3F800000] * 2 and not np.asarray(found["empty"]).any()
 
 
@@ -78,4 +78,4 @@ def test_a_fingerprint_is_kept_as_long_as_its_weights():
 
 
 def test_a_digest_of_settings_does_not_depend_on_their_order():
-    assert digest({"a": 1, "b": (2, 3)}) == digest({"b": [2, 3], "a": 1}) != digest({"a": 1, "b": [3, 2]})
+    assert hash_json({"a": 1, "b": (2, 3)}) == hash_json({"b": [2, 3], "a": 1}) != hash_json({"a": 1, "b": [3, 2]})

@@ -80,7 +80,7 @@ class Case:
 
     def filled(self, config: CoderConfig) -> SparseCoder:
         """Weights that the type holds without loss."""
-        config = config.fitted(self.model.config, "random")
+        config = config.fit_to_model(self.model.config, "random")
         coder = random_coder(config, cast(Any, np.dtype("float32")), seed=self.number)
 
         def rounded(path: Any, x: jax.Array) -> jax.Array:
@@ -120,12 +120,12 @@ def case_of(seed: int, number: int) -> Case:
 
 def law(graph: Graph, share: float = 1e-4) -> None:
     """What reaches each feature and output adds up to its value; only these have incoming edges."""
-    targets = graph.nodes.of("feature", "output")
+    targets = graph.nodes.find("feature", "output")
     total = graph.adjacency.sum(axis=1, dtype=np.float64) + graph.bias + graph.rest
     scale = np.abs(graph.values[targets]).max()
     np.testing.assert_allclose(total[targets], graph.values[targets], rtol=0, atol=share * scale)
     kinds: list[Kind] = ["error", "token", "position"]
-    assert not graph.adjacency[graph.nodes.of(*kinds)].any()
+    assert not graph.adjacency[graph.nodes.find(*kinds)].any()
     assert (graph.rest_mass >= np.abs(graph.rest) * (1 - 1e-5)).all()
     assert (graph.nodes.layer[:, None] > graph.nodes.layer[None])[graph.adjacency != 0].all()
 

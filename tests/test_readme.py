@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""The examples in the README run, and print what it shows."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture
 def as_a_user(tmp_path, monkeypatch):
-    """A scratch folder, and JAX as it is outside these tests."""
+    """An empty working folder, and JAX with the settings that users have."""
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -28,26 +28,26 @@ class Case(NamedTuple):
 
 
 @cache
-def make(name: str, kind: str, dtype: str) -> Case:
+def make_case(name: str, kind: str, dtype: str) -> Case:
     model = golden_model(name) if dtype == "float32" else jclt.load_model(FOLDER / name, dtype=dtype)
     coder = (
         neurons(model)
         if kind == "neurons"
-        else random_coder(KINDS[kind].fitted(model.config, "random"), cast(Any, np.dtype(dtype)))
+        else random_coder(KINDS[kind].fit_to_model(model.config, "random"), cast(Any, np.dtype(dtype)))
     )
     return Case(model, coder, np.random.default_rng(3).integers(0, model.config.vocabulary, 5))
 
 
 @cache
-def whole_graph(name: str, kind: str, dtype: str) -> Graph:
-    return attribute(*make(name, kind, dtype))
+def trace_whole_graph(name: str, kind: str, dtype: str) -> Graph:
+    return attribute(*make_case(name, kind, dtype))
 
 
-def missed(graph: Graph) -> float:
+def measure_residual(graph: Graph) -> float:
     return np.abs(graph.residual).max() / np.abs(graph.values).max()
 
 
-def close(got, want, share: float):
+def assert_close(got, want, share: float):
     """Within this share of the largest entry."""
     want = np.asarray(want)
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=share * np.abs(want).max())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jclt.pods import Pod, load_pod
-from jclt.pods.chips import chips_in
+from jclt.pods.chips import count_chips
 
 
 class Kind(NamedTuple):
@@ -65,7 +65,7 @@ def install_command(bucket: str) -> str:
 
 def accelerator_type(pod: Pod) -> str:
     kind = KINDS[pod.topology.partition(":")[0]]
-    return f"{kind.accelerator}-{chips_in(pod.topology) * kind.counts}"
+    return f"{kind.accelerator}-{count_chips(pod.topology) * kind.counts}"
 
 
 class Shell:
@@ -124,7 +124,7 @@ def on_vm(run: Shell, config: Path, pod: Pod, asked: argparse.Namespace) -> None
 def manifest(config: Path, pod: Pod, asked: argparse.Namespace) -> dict[str, Any]:
     """A JobSet: one job a slice, one pod a host; any failure starts all of them anew."""
     kind, shape = KINDS[pod.topology.partition(":")[0]], pod.topology.partition(":")[2]
-    chips = chips_in(pod.topology)
+    chips = count_chips(pod.topology)
     hosts = max(1, chips // CHIPS_A_HOST)
     container = {
         "name": "train",

@@ -26,7 +26,7 @@ from machine import Case, matmul_rate, parser, report
 
 import jclt
 from jclt.coders import CoderConfig, SparseCoder
-from jclt.coders.coder import declare as declare_coder
+from jclt.coders.coder import declare_coder as declare_coder
 from jclt.graphs import Graph
 from jclt.models import Model, ModelConfig, declare
 from jclt.world import TASKS
@@ -47,7 +47,7 @@ def random_model(context: int) -> Model:
 
 def random_coder(model: Model, tokens: np.ndarray, features: int, l0: float) -> SparseCoder:
     """A JumpReLU coder whose thresholds give that many active features a layer and token of this prompt."""
-    config = CoderConfig(features=features, reads="resid_mid", writes="mlp_out").fitted(model.config, "random")
+    config = CoderConfig(features=features, reads="resid_mid", writes="mlp_out").fit_to_model(model.config, "random")
     keys = iter(jax.random.split(jax.random.key(1), 8 * LAYERS))
     scales = {"encoder": WIDTH**-0.5, "decoder": 0.05 / (LAYERS * WIDTH) ** 0.5}
     coder = declare_coder(config, lambda name, shape: scales.get(name, 0.0) * jax.random.normal(next(keys), shape))

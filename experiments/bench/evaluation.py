@@ -14,21 +14,21 @@ import numpy as np
 from forward import GPT2
 from machine import Case, arguments, best, matmul_rate, report
 
-from jclt.coders import CoderConfig, SparseCoder, declare, writing
-from jclt.evaluation.reconstruction import summed
+from jclt.coders import CoderConfig, SparseCoder, declare_coder, writing
+from jclt.evaluation.reconstruction import sum_batch
 from jclt.kernels.active import SPARSE_BELOW
 from jclt.models import declare as declare_model
 from jclt.models import forward
-from jclt.training.coder.speed import forward_operations
+from jclt.training.coder.speed import count_forward_operations
 
 ROWS, LENGTH, FEATURES, ACTIVE = 16, 128, 4096, 100
 
 
 def coder_that_fires(params: dict[str, jax.Array], tokens: jax.Array) -> SparseCoder:
     """Random directions whose biases let each feature fire on its share of these tokens."""
-    config = CoderConfig(features=FEATURES, activation="relu").fitted(GPT2, "gpt2")
+    config = CoderConfig(features=FEATURES, activation="relu").fit_to_model(GPT2, "gpt2")
     random = np.random.default_rng(0)
-    coder = declare(config, lambda _, shape: jnp.asarray(0.02 * random.standard_normal(shape, np.float32)))
+    coder = declare_coder(config, lambda _, shape: jnp.asarray(0.02 * random.standard_normal(shape, np.float32)))
     reads = jax.jit(lambda p, t: forward(GPT2, p, t, capture=(config.reads,))[1][config.reads])(params, tokens)
     share = ACTIVE / (GPT2.layers * FEATURES)
 
@@ -47,12 +47,12 @@ def main() -> None:
     coder, mask = coder_that_fires(params, tokens), jnp.ones(tokens.shape, bool)
     count, layers = tokens.size, GPT2.layers
     products = 2.0 * count * FEATURES * GPT2.width * (layers + layers * (layers + 1) / 2)
-    work = products + forward_operations(GPT2, ROWS, LENGTH)
+    work = products + count_forward_operations(GPT2, ROWS, LENGTH)
     rate, repeats = matmul_rate(options.repeats), min(options.repeats, 3)
 
     def seconds(limits: dict[str, float]) -> tuple[float, np.ndarray]:
         writing.SPARSE_BELOW = limits
-        run = jax.jit(lambda p, c: summed(GPT2, p, c, tokens, mask))
+        run = jax.jit(lambda p, c: sum_batch(GPT2, p, c, tokens, mask))
         return best(lambda: run(params, coder), repeats), np.asarray(run(params, coder).error.spread)
 
     (dense, wanted), (by_rows, found) = seconds({}), seconds(SPARSE_BELOW)

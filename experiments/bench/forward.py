@@ -12,7 +12,7 @@ import numpy as np
 from machine import Case, arguments, best, matmul_rate, report
 
 from jclt.models import ModelConfig, declare, forward, known_config
-from jclt.training.coder.speed import forward_operations
+from jclt.training.coder.speed import count_forward_operations
 
 BATCH, LENGTH = 8, 128
 GPT2 = known_config("gpt2")
@@ -20,7 +20,7 @@ GPT2 = known_config("gpt2")
 
 def operations(config: ModelConfig, batch: int, length: int) -> float:
     """Multiplications and additions of the products in one forward pass."""
-    return forward_operations(config, batch, length) + 2.0 * batch * length * config.width * config.vocabulary
+    return count_forward_operations(config, batch, length) + 2.0 * batch * length * config.width * config.vocabulary
 
 
 def peer_seconds(tokens: np.ndarray, repeats: int) -> float | None:

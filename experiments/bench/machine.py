@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jclt.training.coder.speed import matmul_rate as measured_rate
+from jclt.training.coder.speed import measure_matmul_rate as measured_rate
 
 
 class Case(NamedTuple):

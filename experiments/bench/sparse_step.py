@@ -25,7 +25,7 @@ from machine import Case, matmul_rate, parser, report
 from train_step import LENGTH, ROWS, seconds, settings
 
 from jclt.mesh import make_mesh
-from jclt.training.coder.speed import coder_operations, forward_operations
+from jclt.training.coder.speed import count_coder_operations, count_forward_operations
 
 TOKENS = ROWS * LENGTH
 TABLE = [
@@ -37,27 +37,29 @@ TABLE = [
 """Layers, features a layer, active features a token over all layers."""
 
 
-def measured(layers: int, features: int, active: int, room: float | None, repeats: int) -> dict[str, float]:
+def measured(layers: int, features: int, active: int, capacity: float | None, repeats: int) -> dict[str, float]:
     """Seconds a step, and this process's peak of memory in GB."""
     model = replace(GPT2, layers=layers)
     config = settings(model, features)
     share = active / (layers * features)
     coder = replace(config.coder, activation="relu")
-    config = replace(config, coder=coder, initial_density=share, initial_rate=share * features, learning_rate=1e-9)
-    took = seconds(config, model, make_mesh(1, 1), repeats, room=room)
+    config = replace(config, coder=coder, initial_density=share, learning_rate=1e-9)
+    took = seconds(config, model, make_mesh(1, 1), repeats, capacity=capacity)
     return {"seconds": took, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
-def apart(layers: int, features: int, active: int, room: float | None, repeats: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--case", json.dumps([layers, features, active, room, repeats])]
+def apart(layers: int, features: int, active: int, capacity: float | None, repeats: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--case", json.dumps([layers, features, active, capacity, repeats])]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
 def compared(layers: int, features: int, active: int, repeats: int) -> list[Case]:
     model = replace(GPT2, layers=layers)
-    work = coder_operations(settings(model, features).coder, TOKENS) + forward_operations(model, ROWS, LENGTH)
-    room = -(-3.0 * active // (2 * layers))  # half as many again as are active
-    dense, sparse = (apart(layers, features, active, own, repeats) for own in (None, room))
+    work = count_coder_operations(settings(model, features).coder, TOKENS) + count_forward_operations(
+        model, ROWS, LENGTH
+    )
+    capacity = -(-3.0 * active // (2 * layers))  # half as many again as are active
+    dense, sparse = (apart(layers, features, active, own, repeats) for own in (None, capacity))
     name = f"{layers} x 768, {features} features, {active} active"
     gain = dense["seconds"] / sparse["seconds"]
     return [

@@ -26,9 +26,9 @@ from machine import Case, best, matmul_rate, parser, report
 from jclt.coders import CoderConfig
 from jclt.mesh import make_mesh
 from jclt.models import ModelConfig, declare
-from jclt.training.coder.batches import activations
+from jclt.training.coder.batches import harvest_batch
 from jclt.training.coder.prepare import init_state
-from jclt.training.coder.speed import coder_operations, forward_operations
+from jclt.training.coder.speed import count_coder_operations, count_forward_operations
 from jclt.training.coder.step import train_step
 from jclt.training.config import TrainConfig
 
@@ -37,7 +37,7 @@ ROWS, LENGTH, FEATURES = 16, 128, 4096
 
 def settings(model: ModelConfig, features: int = FEATURES, rows: int = ROWS) -> TrainConfig:
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    coder = CoderConfig(features=features, reads="mlp_in", writes="mlp_out").fitted(model, "random")
+    coder = CoderConfig(features=features, reads="mlp_in", writes="mlp_out").fit_to_model(model, "random")
     return TrainConfig(coder, model="random", batch=rows, length=LENGTH, compute=compute)
 
 
@@ -47,21 +47,21 @@ def seconds(
     mesh: Mesh,
     repeats: int,
     harvests: bool = True,
-    room: float | None = None,
+    capacity: float | None = None,
 ) -> float:
     """The fastest of some steps on one batch, of tokens or of activations harvested before."""
     dtype = jnp.dtype(config.compute)
     params = {name: weight.init(jax.random.key(0), dtype) for name, weight in declare(model).items()}
     tokens = jax.random.randint(jax.random.key(1), (config.batch, config.length), 0, model.vocabulary, jnp.int32)
     with jax.set_mesh(mesh):
-        found = jax.jit(partial(activations, config, model))(params, tokens)
+        found = jax.jit(partial(harvest_batch, config, model))(params, tokens)
         state = init_state(config, mesh, lambda _: found)
         batch: Any = tokens if harvests else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
         del found
 
         def step() -> Any:
             nonlocal state
-            state, _, values = train_step(config, model, False, state, None, params, batch, room)
+            state, _, values = train_step(config, model, False, state, None, params, batch, capacity)
             assert not values.get("overflow", 0.0)
             return state.step, values
 
@@ -144,7 +144,7 @@ def main() -> None:
     mesh, repeats = make_mesh(1, 1), min(given.repeats, 4)
     config = settings(GPT2)
     tokens = ROWS * LENGTH
-    dense, harvested = coder_operations(config.coder, tokens), forward_operations(GPT2, ROWS, LENGTH)
+    dense, harvested = count_coder_operations(config.coder, tokens), count_forward_operations(GPT2, ROWS, LENGTH)
     rate = matmul_rate(given.repeats, config.compute)
     alone = seconds(config, GPT2, mesh, repeats, harvests=False)
     whole = seconds(config, GPT2, mesh, repeats)
@@ -161,7 +161,7 @@ def main() -> None:
         sizes = [(f, ROWS) for f in (1024, 4096, 16384)] + [(FEATURES, rows) for rows in (4, 64)]
         for features, rows in sizes:
             own = settings(small, features, rows)
-            work = coder_operations(own.coder, rows * LENGTH) + forward_operations(small, rows, LENGTH)
+            work = count_coder_operations(own.coder, rows * LENGTH) + count_forward_operations(small, rows, LENGTH)
             took = seconds(own, small, mesh, repeats)
             cases.append(Case(f"4 layers, {features} features, {rows * LENGTH} tokens", work, took, work / took / rate))
     report(cases, rate, given.json)

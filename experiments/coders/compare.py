@@ -21,12 +21,12 @@ import numpy as np
 
 from jclt.coders import SparseCoder, load_coder, save_coder
 from jclt.errors import Interrupted, UserError
-from jclt.evaluation import evaluate_reconstruction, evaluate_replacement, state_exchange, world_agreement
+from jclt.evaluation import evaluate_reconstruction, evaluate_replacement, exchange_states, measure_world_agreement
 from jclt.models import Model, generate, load_model
 from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.presets import CODER_PRESETS
-from jclt.world import corpus
+from jclt.world import make_corpus
 
 Figures = Mapping[str, float | str]
 
@@ -67,9 +67,9 @@ class World:
 
     def figures(self, coder: SparseCoder) -> Figures:
         held_out, trained = (
-            world_agreement(self.model, coder, self.prompts, split=split) for split in ("report", "train")
+            measure_world_agreement(self.model, coder, self.prompts, split=split) for split in ("report", "train")
         )
-        moved = {size: state_exchange(self.model, coder, size=size) for size in (8, 16)}
+        moved = {size: exchange_states(self.model, coder, size=size) for size in (8, 16)}
         weakest = held_out.weakest()
         return {
             "agreement": held_out.overall.agreement,
@@ -103,7 +103,7 @@ class Other:
 
 def world(model: Model, small: bool) -> World:
     assert model.tokenizer is not None
-    held_out = corpus(64 if small else 1600, 64, seed=1, vocabulary=model.tokenizer.backend.get_vocab()).tokens
+    held_out = make_corpus(64 if small else 1600, 64, seed=1, vocabulary=model.tokenizer.backend.get_vocab()).tokens
     return World(model, held_out, prompts=25 if small else 400)
 
 

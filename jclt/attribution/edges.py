@@ -1,11 +1,13 @@
-"""Edges: for each target the derivative of what it reads with respect to everything that was written before it.
+"""Edges: the derivative of what each target reads with respect to everything that sources wrote before it.
 
-Targets go down the layers in blocks, each joining at the layer where it reads; `jax.vjp` of one layer of the linear
-model carries their gradients from its output to its input. At each layer the gradient of what is written there, times
-what each source writes there, is the sources' share. No target needs layers above its own, nor positions after its own.
+    edge(source -> target) = sum over layers l: gradient(target)[l, position of source] . write(source)[l]
 
-Embeddings are followed the other way, from each one up through the linear model to every target, since prompts have
-fewer tokens than targets; the gradients need then never go through the first layer's attention.
+Gradients go down the layers, and begin with the target's own vector at the layer where it reads. `jax.vjp` of one layer
+of the linear model carries them from the layer's output to its input, and to what its MLP writes; there the product
+with each source's write is that layer's share of the edge. Targets go down together in blocks, and a block begins at
+the layer of its highest target. Layers above a target and positions after it cannot reach it, and are left out.
+
+Edges from embeddings come from `embeddings.py`, so no gradient goes below the first layer's MLP.
 """
 
 from functools import partial
@@ -14,223 +16,237 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jclt.attribution.bases import FeatureNodes, Layout, SourceWrites
 from jclt.attribution.local import (
-    Held,
-    Reads,
-    Through,
-    final_read,
-    linear,
-    of_layers,
-    propagate,
-    stacked,
-    through_layer,
-    window,
+    Frozen,
+    Layers,
+    LocalModel,
+    Weights,
+    cut_positions,
+    read_final,
+    run_layer,
+    stack_layers,
 )
-from jclt.attribution.nodes import Active, Pass, Sources, groups_of
-from jclt.coders import CoderConfig
-from jclt.shapes import Array, Float, Int, Params
+from jclt.numerics import einsum
+from jclt.shapes import Array, Float, Int
 
 
-class Targets(NamedTuple):
-    """What edges lead to: a direction at a place that is read."""
+class TargetNodes(NamedTuple):
+    """What edges lead to: a vector at a layer and position, times which the value read there is the target's value."""
 
-    layers: Int[Array, "R"]  # the number of layers: what the unembedding reads
+    layers: Int[Array, "R"]  # the number of layers for what the unembedding reads
     positions: Int[Array, "R"]
     vectors: Float[Array, "R D"]
 
 
-class Edges(NamedTuple):
-    """Of blocks of targets, up to the last position of their window."""
+class PromptNodes(NamedTuple):
+    """What one prompt's edges are computed from: its linear model, its sources and its targets."""
 
-    features: Float[Array, "M G K R S"]  # by group of tiles
+    frozen: Frozen
+    sources: SourceWrites
+    features: FeatureNodes
+    outputs: TargetNodes
+
+
+class Edges(NamedTuple):
+    """The edges into M blocks of R targets, from sources up to the last position of their window."""
+
+    features: Float[Array, "M G K R S"]  # by group of tiles, tile and slot
     errors: Float[Array, "M L R T"]
 
 
+class LayerWrites(NamedTuple):
+    """What the sources of a window write to one layer."""
+
+    tiles: Float[Array, "K D S"]
+    tile_positions: Int[Array, "K"]
+    errors: Float[Array, "T D"]
+    group: Int[Array, ""]  # of the tiles
+    is_covered: Array  # whether any feature writes to this layer
+
+
+class Window(NamedTuple):
+    """A prompt's arrays, cut to a window of positions. Positions of sources and targets are counted from its start."""
+
+    frozen: Frozen
+    sources: SourceWrites
+    targets: TargetNodes  # in blocks
+
+    @property
+    def nothing(self) -> Float[Array, "T D"]:
+        return jnp.zeros_like(self.sources.errors[0])
+
+    def begin(self, block: Array, layer: Array | int) -> Float[Array, "R T D"]:
+        """The gradients of a block's targets with respect to what they read, if it is in this layer, else zero."""
+        targets = jax.tree.map(lambda x: x[block], self.targets)
+        length, dtype = self.nothing.shape[0], self.nothing.dtype
+        at_position = jax.nn.one_hot(targets.positions, length, dtype=dtype)
+        reads_here = (targets.layers == layer).astype(dtype)
+        return (at_position * reads_here[:, None])[:, :, None] * targets.vectors[:, None]
+
+
 def trace_targets(
-    through: Through,
-    config: CoderConfig,
+    local: LocalModel,
+    layout: Layout,
     start: int,
     stop: int,
-    tiles: int,
-    params: Params,
-    held: Held,
-    skips: Array | None,
-    sources: Sources,
-    joined: Int[Array, "levels"],
-    targets: Targets,
+    weights: Weights,
+    prompt: PromptNodes,
+    block_counts: Int[Array, "levels"],
+    targets: TargetNodes,
 ) -> Edges:
-    """Edges from the features of the first tiles and the errors from position `start` to before `stop`, where all
-    targets stand.
+    """Edges into targets that are all in the window of positions from `start` to before `stop`: from the features of
+    the first `layout.tiles` tiles of each group, and from the errors in the window.
 
-    Targets come in blocks `[M, R]`, those of high layers first: so many blocks as `joined` says of a layer read there
-    or above.
+    Targets come in blocks `[M, R]`, those of high layers first: `block_counts[l]` blocks hold targets that read at
+    layer l or above.
     """
-    held, depth, covered = window(held, start, stop), through.model.layers, config.covered
-    layers, errors = (stacked(through.model, params), of_layers(held), skips), sources.errors[:, start:stop]
-    of_tiles, places, dtype = sources.features[:, :tiles], sources.places[:, :tiles] - start, sources.errors.dtype
-    tile, groups = of_tiles.shape[-1], groups_of(config)
-    index_of = jnp.asarray([covered.index(layer) if layer in covered else 0 for layer in range(depth)])
-    is_covered = jnp.asarray([layer in covered for layer in range(depth)])
-    nothing = jnp.zeros((stop - start, sources.errors.shape[-1]), dtype)
-
-    def injected(block: Array, layer: Array | int) -> Float[Array, "R T D"]:
-        """Each target's vector at its position, if it reads at this layer."""
-        own = jax.tree.map(lambda x: x[block], targets)
-        here = (
-            jax.nn.one_hot(own.positions - start, stop - start, dtype=dtype)
-            * (own.layers == layer).astype(dtype)[:, None]
-        )
-        return here[:, :, None] * own.vectors[:, None]
-
-    def written(layer: Array | int) -> tuple[Array, Array, Array, Array]:
-        """What sources write to a layer: of tiles, each tile's position, of errors; and the layer's group."""
-        index = index_of[layer]
-        return of_tiles[index], places[index], errors[layer], index if groups > 1 else jnp.zeros_like(index)
-
-    def add_shares(
-        edges: Edges, block: Array, layer: Array | int, write: Array, sources: tuple[Array, Array, Array, Array]
-    ) -> Edges:
-        features, where, errors, group = sources
-
-        def product() -> Array:
-            by_tile = jnp.moveaxis(write, 1, 0)[where]
-            return jnp.einsum("krd,kds->krs", by_tile, features, precision="highest")
-
-        if len(covered) == depth:
-            of_features = product()
-        else:
-            of_features = jax.lax.cond(is_covered[layer], product, lambda: jnp.zeros((tiles, size, tile), dtype))
-        of_errors = jnp.sum(write * errors[None], axis=-1)  # no einsum: it would be a product of matrices with one row
-        return Edges(edges.features.at[block, group].add(of_features), edges.errors.at[block, layer].set(of_errors))
-
-    def descend(step: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
-        layer = depth - 1 - step
-        weights, own, skip = jax.tree.map(lambda x: x[layer], layers)
-        writing = written(layer)
-        _, back = jax.vjp(lambda x, write: through_layer(through, weights, own, x, write, skip), nothing, nothing)
-
-        def one(block: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
-            streams, edges = carry
-            stream, write = jax.vmap(back)((streams[block], injected(block, layer)))
-            return streams.at[block].set(stream), add_shares(edges, block, layer, write, writing)
-
-        return jax.lax.fori_loop(0, joined[layer], one, carry)
-
-    def begin(block: Array, streams: Array) -> Array:
-        _, to_stream = jax.vjp(lambda x: final_read(through.model, params, held, x), nothing)
-        return streams.at[block].set(jax.vmap(to_stream)(injected(block, depth))[0])
-
-    blocks, size = targets.positions.shape
-    streams = jnp.zeros((blocks, size, *nothing.shape), dtype)
-    streams = jax.lax.fori_loop(0, joined[depth], begin, streams)
-    edges = Edges(
-        jnp.zeros((blocks, groups, tiles, size, tile), dtype), jnp.zeros((blocks, depth, size, stop - start), dtype)
+    depth, sources = local.model.layers, prompt.sources
+    window = Window(
+        frozen=cut_positions(prompt.frozen, start, stop),
+        sources=SourceWrites(
+            tiles=sources.tiles[:, : layout.tiles],
+            tile_positions=sources.tile_positions[:, : layout.tiles] - start,
+            errors=sources.errors[:, start:stop],
+        ),
+        targets=targets._replace(positions=targets.positions - start),
     )
-    # Above the highest target there is nothing to do; below the first layer's MLP nothing is left but embeddings.
-    highest = jnp.sum((joined[:depth] > 0).astype(jnp.int32))
-    streams, edges = jax.lax.fori_loop(depth - highest, depth - 1, descend, (streams, edges))
-    weights, own, skip = jax.tree.map(lambda x: x[0], layers)
-    writing = written(0)
-    _, back = jax.vjp(lambda write: through_layer(through, weights, own, nothing, write, skip)[0], nothing)
+    layers = stack_layers(local, weights, window.frozen)
+    blocks, size = targets.positions.shape
+    dtype = sources.errors.dtype
+    streams = jnp.zeros((blocks, size, *window.nothing.shape), dtype)
+    edges = Edges(
+        features=jnp.zeros((blocks, layout.groups, layout.tiles, size, layout.tile_size), dtype),
+        errors=jnp.zeros((blocks, depth, size, stop - start), dtype),
+    )
 
-    def end(block: Array, edges: Edges) -> Edges:
-        (write,) = jax.vmap(back)(streams[block])
-        return add_shares(edges, block, 0, write, writing)
+    def trace_next_layer(step: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
+        number = depth - 1 - step
+        layer = jax.tree.map(lambda x: x[number], layers)
+        return trace_layer(local, layout, layer, window, number, block_counts[number], carry)
 
-    edges = jax.lax.fori_loop(0, joined[1], end, edges)
+    streams = trace_final_norm(local, weights, window, block_counts[depth], streams)
+    highest = jnp.sum((block_counts[:depth] > 0).astype(jnp.int32))  # above the highest target there is nothing to do
+    streams, edges = jax.lax.fori_loop(depth - highest, depth - 1, trace_next_layer, (streams, edges))
+    first_layer = jax.tree.map(lambda x: x[0], layers)
+    edges = trace_first_layer(local, layout, first_layer, window, block_counts[1], streams, edges)
     return edges._replace(errors=jnp.pad(edges.errors, ((0, 0), (0, 0), (0, 0), (start, 0))))
 
 
-@partial(jax.jit, static_argnames=("through", "config", "start", "stop", "tiles"))
-def trace_blocks(
-    through: Through,
-    config: CoderConfig,
-    start: int,
-    stop: int,
-    tiles: int,
-    params: Params,
-    held: Held,
-    skips: Array | None,
-    sources: Sources,
-    joined: Int[Array, "levels"],
-    active: Active,
-    others: Targets,
-    chosen: Int[Array, "B M R"],
+def trace_final_norm(local: LocalModel, weights: Weights, window: Window, count: Array, streams: Array) -> Array:
+    """From what the unembedding reads to the residual stream after the last layer."""
+    _, pull_back = jax.vjp(lambda x: read_final(local.model, weights.params, window.frozen, x), window.nothing)
+
+    def trace_block(block: Array, streams: Array) -> Array:
+        return streams.at[block].set(jax.vmap(pull_back)(window.begin(block, local.model.layers))[0])
+
+    return jax.lax.fori_loop(0, count, trace_block, streams)
+
+
+def trace_layer(
+    local: LocalModel,
+    layout: Layout,
+    layer: Layers,
+    window: Window,
+    number: Array,
+    count: Array,
+    carry: tuple[Array, Edges],
+) -> tuple[Array, Edges]:
+    """Carries the gradients of `count` blocks through one layer, and adds the layer's shares of their edges."""
+    depth, nothing = local.model.layers, window.nothing
+    layer_writes = select_layer(layout, depth, window.sources, number)
+    _, pull_back = jax.vjp(lambda x, write: run_layer(local, *layer, x, write), nothing, nothing)
+
+    def trace_block(block: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
+        streams, edges = carry
+        stream, write = jax.vmap(pull_back)((streams[block], window.begin(block, number)))
+        return streams.at[block].set(stream), add_shares(edges, layout, block, number, write, layer_writes)
+
+    return jax.lax.fori_loop(0, count, trace_block, carry)
+
+
+def trace_first_layer(
+    local: LocalModel, layout: Layout, layer: Layers, window: Window, count: Array, streams: Array, edges: Edges
 ) -> Edges:
-    """Blocks of each prompt's targets, chosen by number: the entries of the lists of `active`, then the `others`."""
+    """As `trace_layer`; but below the first layer's MLP only embeddings are left (`embeddings.py`)."""
+    layer_writes = select_layer(layout, local.model.layers, window.sources, 0)
+    _, pull_back = jax.vjp(lambda write: run_layer(local, *layer, window.nothing, write)[0], window.nothing)
 
-    def one(held: Held, sources: Sources, active: Active, others: Targets, chosen: Array) -> Edges:
-        targets = jax.tree.map(lambda x: x[chosen], all_targets(config.covered, active, others))
-        return trace_targets(through, config, start, stop, tiles, params, held, skips, sources, joined, targets)
+    def trace_block(block: Array, edges: Edges) -> Edges:
+        (write,) = jax.vmap(pull_back)(streams[block])
+        return add_shares(edges, layout, block, 0, write, layer_writes)
 
-    return jax.vmap(one)(held, sources, active, others, chosen)
+    return jax.lax.fori_loop(0, count, trace_block, edges)
 
 
-def all_targets(covered: tuple[int, ...], active: Active, others: Targets) -> Targets:
-    """One prompt's targets in one list: its active features, layer by layer, then the others."""
-    layers = jnp.repeat(jnp.asarray(covered), active.valid.shape[1])
-    flat = active.encoders.reshape(-1, active.encoders.shape[-1])
-    return Targets(
-        jnp.concatenate([layers, others.layers]),
-        jnp.concatenate([active.positions.ravel(), others.positions]),
-        jnp.concatenate([flat, others.vectors]),
+def select_layer(layout: Layout, depth: int, sources: SourceWrites, layer: Array | int) -> LayerWrites:
+    """What sources write to one of the model's `depth` layers; the features' part is only valid in a covered one."""
+    covered = layout.layers
+    index_of = jnp.asarray([covered.index(layer) if layer in covered else 0 for layer in range(depth)])
+    is_covered = jnp.asarray([layer in covered for layer in range(depth)])
+    index = index_of[layer]
+    return LayerWrites(
+        tiles=sources.tiles[index],
+        tile_positions=sources.tile_positions[index],
+        errors=sources.errors[layer],
+        group=index if layout.groups > 1 else jnp.zeros_like(index),
+        is_covered=is_covered[layer],
     )
 
 
-class Fixed(NamedTuple):
-    """What reaches the targets of one prompt, in the order of `all_targets`, other than from features and errors."""
+def add_shares(
+    edges: Edges,
+    layout: Layout,
+    block: Array,
+    layer: Array | int,
+    gradients: Float[Array, "R T D"],
+    sources: LayerWrites,
+) -> Edges:
+    """Adds one layer's share of a block's edges: gradients with respect to what the layer's MLP writes, times what each
+    source writes there."""
 
-    values: Float[Array, "N"]  # what each target adds up to, all in all
-    bias: Float[Array, "N"]
-    tokens: Float[Array, "N T"]
-    positions: Float[Array, "N T"] | None
+    def multiply_tiles() -> Float[Array, "K R S"]:
+        gradients_of_tiles = jnp.moveaxis(gradients, 1, 0)[sources.tile_positions]
+        return einsum("krd,kds->krs", gradients_of_tiles, sources.tiles)
+
+    if len(layout.layers) == edges.errors.shape[1]:
+        of_features = multiply_tiles()
+    else:
+        nothing = jnp.zeros((layout.tiles, gradients.shape[0], layout.tile_size), gradients.dtype)
+        of_features = jax.lax.cond(sources.is_covered, multiply_tiles, lambda: nothing)
+    # No einsum: it would be a matrix product with a matrix of one row.
+    of_errors = jnp.sum(gradients * sources.errors[None], axis=-1)
+    return Edges(edges.features.at[block, sources.group].add(of_features), edges.errors.at[block, layer].set(of_errors))
 
 
-SOURCES_AT_ONCE = 16
+@partial(jax.jit, static_argnames=("local", "layout", "start", "stop"))
+@jax.named_scope("trace_targets")
+def trace_blocks(
+    local: LocalModel,
+    layout: Layout,
+    start: int,
+    stop: int,
+    weights: Weights,
+    prompts: PromptNodes,
+    block_counts: Int[Array, "levels"],
+    numbers: Int[Array, "B M R"],
+) -> Edges:
+    """`trace_targets` for a batch of prompts; targets are given by their `numbers` among `list_targets`."""
+
+    def trace_prompt(prompt: PromptNodes, numbers: Int[Array, "M R"]) -> Edges:
+        every_target = list_targets(layout.layers, prompt.features, prompt.outputs)
+        targets = jax.tree.map(lambda x: x[numbers], every_target)
+        return trace_targets(local, layout, start, stop, weights, prompt, block_counts, targets)
+
+    return jax.vmap(trace_prompt)(prompts, numbers)
 
 
-@partial(jax.jit, static_argnames=("through", "covered", "positions_are_nodes", "at_once"))
-def trace_embeddings(
-    through: Through,
-    covered: tuple[int, ...],
-    positions_are_nodes: bool,
-    at_once: int,
-    params: Params,
-    skips: Array | None,
-    found: Pass,
-    active: Active,
-    others: Targets,
-) -> Fixed:
-    """Of a batch of prompts, so many embeddings at once. Position embeddings that are no nodes count as a bias."""
-
-    def one(found: Pass, active: Active, others: Targets) -> Fixed:
-        def at_targets(reads: Reads) -> Float[Array, "N"]:
-            own = reads.layers[jnp.asarray(covered)[:, None], active.positions]
-            other = jnp.concatenate([reads.layers, reads.final[None]])[others.layers, others.positions]
-            to_features = jnp.einsum("cnd,cnd->cn", own, active.encoders, precision="highest")
-            return jnp.concatenate(
-                [to_features.ravel(), jnp.einsum("kd,kd->k", other, others.vectors, precision="highest")]
-            )
-
-        alone = linear(through, params, found.held, found.reads, skips)
-
-        def from_each(embeddings: Float[Array, "T D"]) -> Float[Array, "N T"]:
-            def from_one(place: Array) -> Array:
-                here = jax.nn.one_hot(place, embeddings.shape[0], dtype=embeddings.dtype)
-                return at_targets(alone(here[:, None] * embeddings))
-
-            return jax.lax.map(from_one, jnp.arange(embeddings.shape[0]), batch_size=at_once).T
-
-        own_bias = jnp.concatenate([active.biases.ravel(), jnp.zeros(len(others.layers), active.biases.dtype)])
-        constant = jnp.zeros_like(found.tokens)
-        if found.positions is not None and not positions_are_nodes:
-            constant = found.positions
-        biases = propagate(through, params, found.held, constant, found.constant, skips)
-        return Fixed(
-            at_targets(Reads(found.reads, found.final)) + own_bias,
-            at_targets(biases) + own_bias,
-            from_each(found.tokens),
-            from_each(found.positions) if found.positions is not None and positions_are_nodes else None,
-        )
-
-    return jax.vmap(one)(found, active, others)
+def list_targets(covered: tuple[int, ...], features: FeatureNodes, outputs: TargetNodes) -> TargetNodes:
+    """One prompt's targets in one list: its features layer by layer, padding included, then the outputs."""
+    layers = jnp.repeat(jnp.asarray(covered), features.valid.shape[1])
+    encoders = features.encoders.reshape(-1, features.encoders.shape[-1])
+    return TargetNodes(
+        layers=jnp.concatenate([layers, outputs.layers]),
+        positions=jnp.concatenate([features.positions.ravel(), outputs.positions]),
+        vectors=jnp.concatenate([encoders, outputs.vectors]),
+    )

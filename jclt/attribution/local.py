@@ -1,8 +1,8 @@
-"""The local replacement model: on one prompt, the transformer with attention patterns and norm denominators held.
+"""The local replacement model: on one prompt, the transformer with its attention patterns and norm denominators frozen.
 
-What is left between MLPs is linear, so `propagate` is a linear function (with the biases, an affine one) of the
-embeddings and of what MLPs write. Every edge of an attribution graph is a derivative of it. It runs the block code of
-the true pass, with the held values put in at their sites.
+What is left between MLPs is linear. So `propagate` is a linear function (with the biases, an affine one) of the
+embeddings and of what MLPs write, and every edge of an attribution graph is a derivative of it. It runs the block code
+of the true pass, with the frozen values put in at their sites.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,117 +11,130 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jclt.models import PATTERNS_AND_DENOMINATORS, ModelConfig, Sites
-from jclt.models.transformer import block, norm, shared_context
-from jclt.models.weights import layer_weights
+from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Freeze, ModelConfig, Sites
+from jclt.models.transformer import apply_norm, block, make_context
+from jclt.models.weights import declare_layer_weights
+from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Params
 
-Held = Mapping[str, Array]
-"""By site: patterns `[L, H, T, T]` and denominators `[L, T]`, the final norm's `[T]`."""
+Frozen = Mapping[str, Array]
+"""Frozen values by site: patterns `[L, H, T, T]` and denominators `[L, T]`; the final norm's denominator is `[T]`."""
 
 
-class Through(NamedTuple):
-    """Where a coder stands in the model."""
+class LocalModel(NamedTuple):
+    """What the programs of the local replacement model are compiled for."""
 
     model: ModelConfig
-    reads: str
-    writes: str
+    reads: str  # the site that the coder reads in each layer
+    writes: str  # the site that it writes
+
+
+class Weights(NamedTuple):
+    """The weights of the local replacement model."""
+
+    params: Params
+    skips: Float[Array, "L D D"] | None  # the coder's affine skips, zero in layers without one
 
 
 class Reads(NamedTuple):
     """What is read from the residual stream."""
 
-    layers: Float[Array, "L T D"]  # by a coder
+    layers: Float[Array, "L T D"]  # by the coder
     final: Float[Array, "T D"]  # by the unembedding
 
 
-def held_sites(config: ModelConfig) -> tuple[str, ...]:
-    """The sites that a linear pass needs; the norms of queries and keys act on the pattern alone."""
+def list_frozen_sites(config: ModelConfig) -> tuple[str, ...]:
+    """The sites that a linear pass needs. The norms of queries and keys only affect the pattern, which is frozen."""
     absent = {"query_denominator", "key_denominator"}
     absent |= set() if config.post_norms else {"attn_post_denominator", "mlp_post_denominator"}
     return tuple(name for name in PATTERNS_AND_DENOMINATORS if name not in absent)
 
 
-def window(held: Held, start: int, stop: int) -> Held:
-    """The held values of the positions from `start` to before `stop`: no position after a target matters to it."""
+def cut_positions(frozen: Frozen, start: int, stop: int) -> Frozen:
+    """The frozen values of the positions from `start` to before `stop`."""
 
     def cut(name: str, x: Array) -> Array:
         return x[..., start:stop, start:stop] if name == "pattern" else x[..., start:stop]
 
-    return {name: cut(name, x) for name, x in held.items()}
+    return {name: cut(name, x) for name, x in frozen.items()}
 
 
-def through_layer(
-    through: Through,
+def run_layer(
+    local: LocalModel,
     weights: Params,
-    held: Held,
+    frozen: Frozen,
+    skip: Array | None,
     x: Float[Array, "T D"],
     write: Float[Array, "T D"],
-    skip: Array | None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """One block: the residual stream after it, and what the coder reads in it."""
+    """Runs one block whose MLP writes `write`. Returns the residual stream after it, and what the coder reads in it."""
     read = x
 
-    def edit(site: str, _: object, value: Array) -> Array:
+    def pass_through_coder(site: str, _: object, value: Array) -> Array:
         nonlocal read
-        if site in held:
-            return jax.lax.stop_gradient(held[site])[None]
-        if site == through.reads:
+        if site == local.reads:
             read = value[0]
-        if site == through.writes:
-            through_skip = 0 if skip is None else jnp.einsum("td,ed->te", read, skip, precision="highest")
-            return (write + through_skip)[None]
+        if site == local.writes:
+            skip_write = 0 if skip is None else einsum("td,ed->te", read, skip)
+            return (write + skip_write)[None]
         return value
 
-    context = shared_context(through.model, jnp.arange(x.shape[0])[None], x.shape[0], x.dtype)
-    x, _ = block(context, weights, 0, Sites(0, (), (), edit), x[None], None)
+    context = make_context(local.model, jnp.arange(x.shape[0])[None], x.shape[0], x.dtype)
+    edit = Compose((Freeze(frozen), pass_through_coder))
+    # The layer's number only matters for the attention pattern, which is frozen, so any layer may be called 0; the
+    # frozen values are those of one layer, without a layer axis, so their sites have no layer.
+    x, _ = block(context, weights, 0, Sites(None, edit=edit), x[None], None)
     return x[0], read
 
 
-def final_read(config: ModelConfig, params: Params, held: Held, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """What the unembedding reads of the last block's residual stream."""
-    sites = Sites(None, (), (), lambda site, _, value: jax.lax.stop_gradient(held[site]) if site in held else value)
-    return norm(config, params, "final_norm", sites, x)
+def read_final(config: ModelConfig, params: Params, frozen: Frozen, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """What the unembedding reads, given the residual stream after the last block."""
+    return apply_norm(config, params, "final_norm", Sites(None, edit=Freeze(frozen)), x)
 
 
-def stacked(config: ModelConfig, params: Params) -> Params:
-    """The weights of the layers, with their leading layer axis."""
-    return {name: params[name] for name in layer_weights(config)}
+class Layers(NamedTuple):
+    """The arrays of the local model that have a layer axis, or one layer's part of each."""
+
+    weights: Params
+    frozen: Frozen
+    skips: Array | None
 
 
-def of_layers(held: Held) -> Held:
-    return {name: x for name, x in held.items() if name != "final_denominator"}
+def stack_layers(local: LocalModel, weights: Weights, frozen: Frozen) -> Layers:
+    return Layers(
+        weights={name: weights.params[name] for name in declare_layer_weights(local.model)},
+        frozen={name: x for name, x in frozen.items() if name != "final_denominator"},
+        skips=weights.skips,
+    )
 
 
 def propagate(
-    through: Through,
-    params: Params,
-    held: Held,
+    local: LocalModel,
+    weights: Weights,
+    frozen: Frozen,
     embeddings: Float[Array, "T D"],
     writes: Float[Array, "L T D"],
-    skips: Float[Array, "L D D"] | None = None,
 ) -> Reads:
     """From what enters the residual stream to what is read from it.
 
-    `writes` is what each layer's MLP writes, less what an affine `skips` makes of the layer's own read.
+    `writes` is what each layer's MLP writes, without the part that the coder's skip makes of the layer's own read.
     """
 
-    def step(x: Array, layer: tuple[Params, Held, Array, Array | None]) -> tuple[Array, Array]:
-        weights, own, write, skip = layer
-        return through_layer(through, weights, own, x, write, skip)
+    def step(x: Array, inputs: tuple[Layers, Array]) -> tuple[Array, Array]:
+        layer, write = inputs
+        return run_layer(local, *layer, x, write)
 
-    layers = (stacked(through.model, params), of_layers(held), writes, skips)
-    x, reads = jax.lax.scan(step, embeddings, layers)
-    return Reads(reads, final_read(through.model, params, held, x))
+    x, reads = jax.lax.scan(step, embeddings, (stack_layers(local, weights, frozen), writes))
+    return Reads(reads, read_final(local.model, weights.params, frozen, x))
 
 
-def linear(
-    through: Through, params: Params, held: Held, writes_like: Array, skips: Array | None
+def linearize_embeddings(
+    local: LocalModel, weights: Weights, frozen: Frozen, writes_like: Array
 ) -> Callable[[Float[Array, "T D"]], Reads]:
-    """What an embedding alone brings to every read: `propagate` without its biases."""
+    """The linear part of `propagate` in the embeddings: what an embedding alone, without biases, adds to every read."""
     nothing = jnp.zeros_like(writes_like)
 
-    def of_embeddings(embeddings: Array) -> Reads:
-        return propagate(through, params, held, embeddings, nothing, skips)
+    def from_embeddings(embeddings: Array) -> Reads:
+        return propagate(local, weights, frozen, embeddings, nothing)
 
-    return lambda embeddings: jax.jvp(of_embeddings, (jnp.zeros_like(embeddings),), (embeddings,))[1]
+    return lambda embeddings: jax.jvp(from_embeddings, (jnp.zeros_like(embeddings),), (embeddings,))[1]

@@ -4,32 +4,33 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from jclt.attribution.attribute import BATCH, attribute_each, check, prompt_tokens, provenance
+from jclt.attribution.attribute import BATCH, attribute_each, check_coder, describe_provenance
 from jclt.attribution.options import Options
-from jclt.attribution.targets import Target, as_targets, resolved
+from jclt.attribution.prompts import encode_prompt
+from jclt.attribution.targets import Target, parse_targets, resolve_targets
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.files import parse_object, read_bytes, read_json, read_lines, write_json, write_json_lines
-from jclt.fingerprints import digest
+from jclt.fingerprints import hash_json
 from jclt.graphs.graph import Graph
 from jclt.graphs.load import load_graph
 from jclt.models import Model
 
 log = logging.getLogger(__name__)
 
-BETWEEN = 30.0
-"""Seconds between two lines on how far it is, where no bar shows it."""
+LOG_INTERVAL = 30.0
+"""Seconds between two log lines on the progress, where no progress bar is shown."""
 
 
 class Line(NamedTuple):
-    """A prompt of a file: the number of its line, from 0, its text or token ids, and the targets it brings itself."""
+    """A line of the file: its number, counted from 0, its prompt as text or token ids, and its own targets, if any."""
 
     number: int
     prompt: str | list[int]
@@ -46,91 +47,120 @@ def attribute_file(
     share: tuple[int, int] = (0, 1),
     also: Callable[[Graph, str], None] | None = None,
 ) -> tuple[int, int]:
-    """Writes the graph of each line of `prompts` to `out/NUMBER.npz`, and a line on each to `out/graphs.jsonl`; returns
-    how many there are and how many prompts failed.
+    """Writes the graph of each line of `prompts` to `out/NUMBER.npz`, and an entry for each to `out/graphs.jsonl`;
+    returns the number of graphs and the number of prompts that failed.
 
-    A prompt that cannot be traced is reported, in `out/failed.jsonl` too, and passed over. What is there already is
-    not written again: the same command goes on where it stopped, and ends with the same bytes as if it had not. Of
-    several processes each takes its `share`, which of how many; they need no word of one another, and the last to be
-    done lists all. `also` is called with every graph and its number as a name, with those found there first.
+    A prompt that cannot be traced is logged, written to `out/failed.jsonl`, and passed over. Graphs that are in the
+    folder already are not written again: after an interruption the same command continues, and the folder ends up with
+    the same bytes. Of several processes, process i of n handles `share=(i, n)`; they do not communicate, and the last
+    one lists the graphs of all. `also` is called with each graph and its number as a name, those in the folder first.
     """
     lines = read_prompts(prompts)
-    check(model, coder)
+    check_coder(model, coder)
     options = options.check()
     if options.targets is not None:
-        resolved(model, options.targets)
-    begin(out, lines, provenance(model, coder, options))
-    mine = [line for line in lines if line.number % share[1] == share[0]]
-    traced: list[Line] = []
-    tokens: list[np.ndarray] = []
-    done = {line.number for line in mine if path_of(out, line.number).exists()}
-    failed = 0
-
-    def fail(line: Line, error: UserError) -> None:
-        nonlocal failed
-        failed += 1
-        log.warning("line %d: %s", line.number + 1, error)
-        write_json_lines(failure_path(out, line.number), [entry_on(line) | {"error": str(error)}])
-
-    for line in mine:
-        if line.number in done:
-            if also is not None:
-                also(load_graph(path_of(out, line.number)), path_of(out, line.number).stem)
+        resolve_targets(model, options.targets)
+    prepare_folder(out, lines, describe_provenance(model, coder, options))
+    process, processes = share
+    own_lines = [line for line in lines if line.number % processes == process]
+    done = {line.number for line in own_lines if graph_path(out, line.number).exists()}
+    encoded = encode_lines(model, options, out, own_lines, done, also)
+    finished = len(own_lines) - sum(line.number not in done for line, _ in encoded)
+    traced = trace_lines(model, coder, options, batch, encoded, done)
+    for line, graph in show_progress(traced, finished, len(own_lines)):
+        if isinstance(graph, UserError):
+            record_failure(out, line, graph)
         else:
+            graph.save(graph_path(out, line.number))
+            if also is not None:
+                also(graph, graph_path(out, line.number).stem)
+    return write_lists(out, lines)
+
+
+Encoded = list[tuple[Line, np.ndarray]]
+"""Lines with the token ids of their prompts."""
+
+
+def encode_lines(
+    model: Model,
+    options: Options,
+    out: Path,
+    lines: Sequence[Line],
+    done: set[int],
+    also: Callable[[Graph, str], None] | None,
+) -> Encoded:
+    """Encodes the prompts of all lines, and records those that are no prompts. Of lines that are `done`, with the graph
+    in the folder, `also` gets the graph; of the others an earlier failure is forgotten."""
+    encoded: Encoded = []
+    for line in lines:
+        if line.number not in done:
             failure_path(out, line.number).unlink(missing_ok=True)
+        elif also is not None:
+            also(load_graph(graph_path(out, line.number)), graph_path(out, line.number).stem)
         try:
-            tokens.append(prompt_tokens(model, line.prompt, options.conventions))
-            traced.append(line)
+            encoded.append((line, encode_prompt(model, line.prompt, options.conventions)))
         except UserError as error:
-            fail(line, error)
-    written = {place for place, line in enumerate(traced) if line.number in done}
-    targets = [line.targets for line in traced]
-    with tqdm(total=len(mine), initial=len(done) + failed, unit="graph", disable=None) as progress:
-        said, count = time.monotonic(), len(done) + failed
-        for place, graph in attribute_each(model, coder, tokens, options, batch, targets, written):
-            line = traced[place]
-            if isinstance(graph, UserError):
-                fail(line, graph)
-            else:
-                graph.save(path_of(out, line.number))
-                if also is not None:
-                    also(graph, path_of(out, line.number).stem)
+            record_failure(out, line, error)
+    return encoded
+
+
+def trace_lines(
+    model: Model, coder: Coder, options: Options, batch: int, encoded: Encoded, done: set[int]
+) -> Iterator[tuple[Line, Graph | UserError]]:
+    """The graph or the error of each line that is not done. Lines that are done still share batches with the others."""
+    tokens, targets = [ids for _, ids in encoded], [line.targets for line, _ in encoded]
+    done_indices = {index for index, (line, _) in enumerate(encoded) if line.number in done}
+    for index, graph in attribute_each(model, coder, tokens, options, batch, targets, done_indices):
+        yield encoded[index][0], graph
+
+
+def show_progress(
+    results: Iterator[tuple[Line, Graph | UserError]], finished: int, total: int
+) -> Iterator[tuple[Line, Graph | UserError]]:
+    """Passes results on, with a progress bar; where there is no terminal, with a log line from time to time."""
+    with tqdm(total=total, initial=finished, unit="graph", disable=None) as progress:
+        logged = time.monotonic()
+        for count, result in enumerate(results, finished + 1):
+            yield result
             progress.update()
-            count += 1
-            if progress.disable and time.monotonic() - said >= BETWEEN:
-                said = time.monotonic()
-                log.info("%d of %d graphs", count, len(mine))
-    return list_all(out, lines)
+            if progress.disable and time.monotonic() - logged >= LOG_INTERVAL:
+                logged = time.monotonic()
+                log.info("%d of %d graphs", count, total)
 
 
-def list_all(out: Path, lines: Sequence[Line]) -> tuple[int, int]:
-    """Writes the lists of what is there and of what failed, and says how many they are."""
+def record_failure(out: Path, line: Line, error: UserError) -> None:
+    log.warning("line %d: %s", line.number + 1, error)
+    write_json_lines(failure_path(out, line.number), [describe_line(line) | {"error": str(error)}])
+
+
+def write_lists(out: Path, lines: Sequence[Line]) -> tuple[int, int]:
+    """Writes the lists of the graphs in the folder and of the prompts that failed; returns the length of each."""
     graphs, failures = [], []
     for line in lines:
-        path, failure = path_of(out, line.number), failure_path(out, line.number)
+        path, failure = graph_path(out, line.number), failure_path(out, line.number)
         if path.exists():
             try:
-                graphs.append(line_on(line, path))
-            except UserError as error:  # damaged since: deleted, it is made again
+                graphs.append(describe_graph(line, path))
+            except UserError as error:  # the file is damaged; when it is deleted, the graph is made again
                 log.warning("line %d: %s", line.number + 1, error)
-                failures.append(entry_on(line) | {"error": str(error)})
+                failures.append(describe_line(line) | {"error": str(error)})
         elif failure.exists():
             try:
                 failures.append(parse_object(read_bytes(failure), failure))
-            except UserError:  # what failed is known by its name
-                failures.append(entry_on(line) | {"error": "unknown"})
+            except UserError:  # the name of the file still tells which prompt failed
+                failures.append(describe_line(line) | {"error": "unknown"})
     write_json_lines(out / "failed.jsonl", failures)
     write_json_lines(out / "graphs.jsonl", graphs)
     return len(graphs), len(failures)
 
 
 def read_prompts(path: Path) -> list[Line]:
-    """Lines of text; or of JSON with the field `prompt`, text or token ids, and maybe `target` or `targets`, as
-    `attribute` takes them. Blank lines are passed over."""
+    """The lines of a file that are not blank. A line is a text. In a file named .jsonl or .json it is a JSON object
+    with the field `prompt`, text or token ids, and perhaps `target` or `targets`, as `attribute` takes them."""
     texts = read_lines(path, "a file of prompts")
     is_json = path.suffix in (".jsonl", ".json")
     lines = [
-        _json_line(path, number, text) if is_json else Line(number, text)
+        _parse_json_line(path, number, text) if is_json else Line(number, text)
         for number, text in enumerate(texts)
         if text.strip()
     ]
@@ -139,33 +169,33 @@ def read_prompts(path: Path) -> list[Line]:
     return lines
 
 
-def _json_line(path: Path, number: int, text: str) -> Line:
+def _parse_json_line(path: Path, number: int, text: str) -> Line:
     where = f"{path}: line {number + 1}"
     try:
-        found = parse_object(text, where)
-        prompt = found["prompt"]
+        fields = parse_object(text, where)
+        prompt = fields["prompt"]
     except (UserError, KeyError):
         raise UserError(f"{where} is not JSON with a field 'prompt'") from None
     is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
     if not isinstance(prompt, str) and not is_ids:
         raise UserError(f"{where}: 'prompt' is {json.dumps(prompt)[:80]}, expected text or a list of token ids")
-    given = [name for name in ("target", "targets") if found.get(name) is not None]
-    if len(given) > 1:
+    names = [name for name in ("target", "targets") if fields.get(name) is not None]
+    if len(names) > 1:
         raise UserError(f"{where}: both 'target' and 'targets', expected one of them")
-    if not given:
+    if not names:
         return Line(number, prompt)
-    targets = [found["target"]] if given == ["target"] else found["targets"]
+    targets = [fields["target"]] if names == ["target"] else fields["targets"]
     if not isinstance(targets, list | str | int):
         raise UserError(f"{where}: 'targets' is {json.dumps(targets)[:80]}, expected a list of tokens or pairs of them")
     try:
-        return Line(number, prompt, as_targets(targets))
+        return Line(number, prompt, parse_targets(targets))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def begin(out: Path, lines: Sequence[Line], about: dict[str, Any]) -> None:
-    """Makes the folder, or sees that it was begun with the same prompts, weights and settings."""
-    settings = json.loads(json.dumps(about | {"prompts": digest([list(line) for line in lines])}))
+def prepare_folder(out: Path, lines: Sequence[Line], about: dict[str, Any]) -> None:
+    """Makes the folder, or checks that it was begun with the same prompts, weights and settings."""
+    settings = json.loads(json.dumps(about | {"prompts": hash_json([list(line) for line in lines])}))
     path = out / "settings.json"
     if not path.exists():
         others = out.exists() and any(not file.name.startswith(path.name) for file in out.iterdir())
@@ -187,8 +217,8 @@ def begin(out: Path, lines: Sequence[Line], about: dict[str, Any]) -> None:
             raise UserError(f"{out}: begun with {name} {begun.get(name)}, expected {value}")
 
 
-def path_of(out: Path, number: int) -> Path:
-    """Numbered as the lines are, from 1."""
+def graph_path(out: Path, number: int) -> Path:
+    """Numbered like the lines, from 1."""
     return out / f"{number + 1:06d}.npz"
 
 
@@ -196,23 +226,23 @@ def failure_path(out: Path, number: int) -> Path:
     return out / f"{number + 1:06d}.failed"
 
 
-def entry_on(line: Line) -> dict[str, Any]:
+def describe_line(line: Line) -> dict[str, Any]:
     return {"line": line.number + 1, "prompt": line.prompt}
 
 
-def line_on(line: Line, path: Path) -> dict[str, Any]:
+def describe_graph(line: Line, path: Path) -> dict[str, Any]:
     graph = load_graph(path)
     scores = graph.scores
-    return entry_on(line) | {
+    return describe_line(line) | {
         "file": path.name,
         "outputs": list(graph.logit_names),
-        "probabilities": [_rounded(p) for p in graph.logit_probabilities],
+        "probabilities": [_round_finite(p) for p in graph.logit_probabilities],
         "features": len(graph.features),
-        "completeness": _rounded(scores.completeness),
-        "replacement": _rounded(scores.replacement),
+        "completeness": _round_finite(scores.completeness),
+        "replacement": _round_finite(scores.replacement),
     }
 
 
-def _rounded(x: float) -> float | None:
-    """JSON has no NaN."""
+def _round_finite(x: float) -> float | None:
+    """Rounded; None for NaN or infinity, which JSON does not have."""
     return round(float(x), 6) if math.isfinite(x) else None

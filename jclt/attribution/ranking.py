@@ -1,28 +1,43 @@
-"""One prompt's rows of edges on the host: which to compute next, best first, and the graph that they make.
+"""Steps 4 and 5 on the host, for one prompt: ranking (which features to trace next) and assembling the graph.
 
-Read each row of |edges|, divided by its sum, as the steps of a walk that starts at the outputs and goes from target to
-source. A node's influence is the probability that the walk visits it. A row not yet traced ends the walk, so every
-influence is too low by at most m, the probability that the walk ends at an untraced feature: a walk of the whole graph
-visits a node either before it meets the first untraced feature, which has been counted, or after it, which has no more
-than that probability to happen. Tracing stops when m falls below a tolerance, or when enough features have been traced.
+A row of edges holds the edges into one target. Take |row| / sum |row| as the probabilities of the steps of a walk that
+starts at the outputs and goes from target to source. A node's influence is the probability that the walk visits it. The
+walk ends at a target that has no row yet. This is the definition of `graphs/influence.py`, applied to the rows traced
+so far: in a row all sources are present, so its `rest_mass` is 0. Let m be the probability that the walk ends at an
+untraced feature. Then
 
-Rows are kept without what cannot reach their targets: sources of the target's own layer, of higher ones, and of later
-positions. They are dropped as they are put in their places in the graph.
+1. a walk in the whole graph is the same as this walk until it meets an untraced feature, and visits until then are
+   counted;
+2. with probability 1 - m it never meets one;
+3. so every influence is too low by at most m.
+
+Tracing stops when m falls below the tolerance, or when enough features are traced.
+
+Rows are kept without the sources that cannot reach their targets: those in the target's own layer, in higher layers and
+at later positions. Each row is dropped as soon as it has been copied into the graph.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jclt.attribution.edges import Fixed
+from jclt.attribution.embeddings import EmbeddingEdges
 from jclt.attribution.targets import Outputs
 from jclt.graphs.graph import Graph
-from jclt.graphs.nodes import node_table
+from jclt.graphs.nodes import build_node_table
 from jclt.shapes import Float, Int
 
-QUEUE = 512
-"""Features traced between two rankings: so many or a sixteenth of all, whichever is less, and at least 16. Which are
-kept does thus not depend on how rows are computed."""
+ROUND_SIZE = 512
+"""Features traced between two rankings: at most so many, at most a sixteenth of all, and at least 16. So which features
+are kept does not depend on how rows are computed."""
+
+
+class Limits(NamedTuple):
+    """How much of a graph is traced."""
+
+    max_features: int
+    tolerance: float
+    round_size: int | None = None
 
 
 class Rows(NamedTuple):
@@ -35,136 +50,133 @@ class Rows(NamedTuple):
 
 
 class PromptRows:
-    """Targets are numbered: first the n active features, then the k outputs. So are sources, a row's columns: features,
-    errors, token embeddings and position embeddings. `fixed` holds more than these targets, which stand in it at
-    `places`."""
+    """The rows of one prompt. Targets are numbered: first the n active features, then the k outputs. So are sources,
+    the columns of a row: features, errors by layer, token embeddings and position embeddings."""
 
     def __init__(
         self,
+        *,
         tokens: Int[np.ndarray, "T"],
-        features: Int[np.ndarray, "n 3"],
+        features: Int[np.ndarray, "n 3"],  # layer, position, feature
         activations: Float[np.ndarray, "n"],
-        slots: Int[np.ndarray, "3 n"],
+        slots: Int[np.ndarray, "3 n"],  # group, tile, slot
         outputs: Outputs,
-        fixed: Fixed,
-        places: Int[np.ndarray, "_"],
+        embedding_edges: EmbeddingEdges,
+        numbers: Int[np.ndarray, "_"],  # of the targets on the device, in `list_targets`
         layers: int,
-        limit: int,
-        tolerance: float,
-        queue: int | None = None,
+        limits: Limits,
     ):
         self.tokens, self.features, self.activations, self.slots = tokens, features, activations, slots
         self.outputs, self.layers = outputs, layers
-        self.limit, self.tolerance = min(limit, len(features)), tolerance
-        self.queue = min(QUEUE, max(16, len(features) // 16)) if queue is None else queue
+        self.limit, self.tolerance = min(limits.max_features, len(features)), limits.tolerance
+        default_size = min(ROUND_SIZE, max(16, len(features) // 16))
+        self.round_size = default_size if limits.round_size is None else limits.round_size
         self.target_layers = np.concatenate([features[:, 0], outputs.layers])
         self.target_positions = np.concatenate([features[:, 1], outputs.positions])
-        self.values, self.bias = fixed.values[places], fixed.bias[places]
-        self.embeddings, self.places = [x for x in (fixed.tokens, fixed.positions) if x is not None], places
-        self.is_traced = np.zeros(len(features), bool)  # has a row, or is about to
+        self.values, self.bias = embedding_edges.values[numbers], embedding_edges.bias[numbers]
+        self.embeddings = [x for x in (embedding_edges.tokens, embedding_edges.positions) if x is not None]
+        self.numbers = numbers
+        self.is_traced = np.zeros(len(features), bool)  # has a row, or will have it at the end of the round
         self.rows: list[Rows] = []
-        self.reaching: dict[tuple[int, int], np.ndarray] = {}
+        self.columns: dict[tuple[int, int], np.ndarray] = {}
 
     @property
-    def sources(self) -> int:
+    def source_count(self) -> int:
         return len(self.features) + (self.layers + len(self.embeddings)) * len(self.tokens)
 
-    def columns(self, layer: int, stop: int) -> Int[np.ndarray, "c"]:
+    def list_columns(self, layer: int, stop: int) -> Int[np.ndarray, "c"]:
         """The sources in lower layers and before a position."""
-        if (layer, stop) not in self.reaching:
-            count, length = len(self.features), len(self.tokens)
-            at = np.arange(stop)
+        if (layer, stop) not in self.columns:
             features = np.flatnonzero((self.features[:, 0] < layer) & (self.features[:, 1] < stop))
-            others = [count + length * row + at for row in (*range(layer), *self.rows_of_embeddings)]
-            self.reaching[layer, stop] = np.concatenate([features, *others]).astype(np.int32)
-        return self.reaching[layer, stop]
+            # After the features come blocks of one column per position: each layer's errors, then the embeddings.
+            blocks = (*range(layer), *range(self.layers, self.layers + len(self.embeddings)))
+            starts = [len(self.features) + len(self.tokens) * block for block in blocks]
+            others = [start + np.arange(stop) for start in starts]
+            self.columns[layer, stop] = np.concatenate([features, *others]).astype(np.int32)
+        return self.columns[layer, stop]
 
-    @property
-    def rows_of_embeddings(self) -> range:
-        """Where embeddings stand among the sources after the features, a row for each layer's errors before them."""
-        return range(self.layers, self.layers + len(self.embeddings))
-
-    def first(self) -> Int[np.ndarray, "_"]:
-        """The outputs, and every feature if all are traced whatever their rank."""
-        ends = len(self.features) + np.arange(len(self.outputs.tokens))
+    def choose_first(self) -> Int[np.ndarray, "_"]:
+        """The targets of the first round: the outputs, and every feature if all are traced whatever their rank."""
+        outputs = len(self.features) + np.arange(len(self.outputs.tokens))
         if self.limit < len(self.features) or self.tolerance:
-            return ends
+            return outputs
         self.is_traced[:] = True
-        return np.append(ends, np.arange(len(self.features)))
+        return np.append(outputs, np.arange(len(self.features)))
 
-    def next(self) -> Int[np.ndarray, "_"]:
-        """The features to trace now; none when the graph is done."""
-        room, left = self.limit - np.count_nonzero(self.is_traced), np.flatnonzero(~self.is_traced)
-        if not room or not len(left):
-            return left[:0]
-        influence = self.influence()[left]
+    def choose_next(self) -> Int[np.ndarray, "_"]:
+        """The features of the next round, the most influential ones; none when the graph is done."""
+        budget, untraced = self.limit - np.count_nonzero(self.is_traced), np.flatnonzero(~self.is_traced)
+        if not budget or not len(untraced):
+            return untraced[:0]
+        influence = self.compute_influence()[untraced]
         if influence.sum() < self.tolerance * self.outputs.weights.sum():
-            return left[:0]
-        chosen = left[np.argsort(-influence, kind="stable")[: min(self.queue, room)]]
+            return untraced[:0]
+        chosen = untraced[np.argsort(-influence, kind="stable")[: min(self.round_size, budget)]]
         self.is_traced[chosen] = True
         return chosen
 
-    def record(self, targets: Int[np.ndarray, "r"], to_features: np.ndarray, to_errors: np.ndarray) -> None:
-        """Takes in blocks `[M, G, K, R, S]` and `[M, L, R, T]` up to some position, of which the first rows are these
-        targets'."""
+    def add_blocks(self, targets: Int[np.ndarray, "r"], to_features: np.ndarray, to_errors: np.ndarray) -> None:
+        """Keeps the rows of blocks `[M, G, K, R, S]` and `[M, L, R, T]`, which begin with the rows of these targets."""
         blocks, groups, tiles, size, _ = to_features.shape
         to_tiles = to_features.reshape(blocks, groups * tiles, size, -1)
         stop, count = min(len(self.tokens), to_errors.shape[3]), len(self.features)
         for layer in np.unique(self.target_layers[targets]):
-            numbers = np.flatnonzero(self.target_layers[targets] == layer)
-            block, place = np.divmod(numbers, size)
-            columns = self.columns(int(layer), stop)
+            in_layer = np.flatnonzero(self.target_layers[targets] == layer)
+            block, row = np.divmod(in_layer, size)
+            columns = self.list_columns(int(layer), stop)
             features = columns[: np.searchsorted(columns, count)]
             group, tile, slot = self.slots[:, features]
-            edges = np.empty((len(numbers), len(columns)), to_features.dtype)
+            edges = np.empty((len(in_layer), len(columns)), to_features.dtype)
             end = len(features) + int(layer) * stop
-            edges[:, : len(features)] = to_tiles[block[:, None], group * tiles + tile, place[:, None], slot]
-            edges[:, len(features) : end] = to_errors[block, :layer, place, :stop].reshape(len(numbers), -1)
-            own = [x[self.places[targets[numbers]], :stop] for x in self.embeddings]
-            np.concatenate(own, axis=1, out=edges[:, end:])
-            self.rows.append(Rows(int(layer), targets[numbers], columns, edges))
+            edges[:, : len(features)] = to_tiles[block[:, None], group * tiles + tile, row[:, None], slot]
+            edges[:, len(features) : end] = to_errors[block, :layer, row, :stop].reshape(len(in_layer), -1)
+            to_embeddings = [x[self.numbers[targets[in_layer]], :stop] for x in self.embeddings]
+            np.concatenate(to_embeddings, axis=1, out=edges[:, end:])
+            self.rows.append(Rows(int(layer), targets[in_layer], columns, edges))
 
-    def influence(self) -> Float[np.ndarray, "C"]:
+    def compute_influence(self) -> Float[np.ndarray, "C"]:
         """The probability that the walk visits each source, times the sum of the outputs' weights."""
-        found, count = np.zeros(self.sources), len(self.features)
+        influence, count = np.zeros(self.source_count), len(self.features)
         for rows in sorted(self.rows, key=lambda rows: -rows.layer):
             are_outputs = rows.targets >= count
-            walkers = found[np.where(are_outputs, 0, rows.targets)]
+            walkers = influence[np.where(are_outputs, 0, rows.targets)]
             walkers[are_outputs] = self.outputs.weights[rows.targets[are_outputs] - count]
-            found[rows.columns] += visited(rows.edges, walkers)
-        return found
+            influence[rows.columns] += move_walkers(rows.edges, walkers)
+        return influence
 
-    def graph(self, token_texts: tuple[str, ...], provenance: dict[str, Any]) -> Graph:
-        """The traced features, all errors and embeddings, and the outputs; untraced features are the rest."""
+    def build_graph(self, token_texts: tuple[str, ...], provenance: dict[str, Any]) -> Graph:
+        """The traced features, all errors and embeddings, and the outputs; the untraced features add up to the rest."""
         count, length, ends = len(self.features), len(self.tokens), len(self.outputs.tokens)
         kept = np.flatnonzero(self.is_traced)
         targets = np.append(kept, count + np.arange(ends))
-        sources = len(kept) + self.sources - count
+        sources = len(kept) + self.source_count - count
         size = sources + ends
-        of_features = np.where(self.is_traced, np.cumsum(self.is_traced) - 1, -1)
-        of_sources = np.append(of_features, np.arange(len(kept), sources))
-        of_targets = np.append(of_sources[:count], sources + np.arange(ends))
+        # The graph's node of each source and of each target; -1 for an untraced feature.
+        feature_nodes = np.where(self.is_traced, np.cumsum(self.is_traced) - 1, -1)
+        source_nodes = np.append(feature_nodes, np.arange(len(kept), sources))
+        target_nodes = np.append(feature_nodes, sources + np.arange(ends))
         dtype = self.values.dtype
 
-        def on_nodes(x: Any) -> Float[np.ndarray, "N"]:
-            whole = np.zeros(size, dtype)
-            whole[of_targets[targets]] = x
-            return whole
+        def spread_over_nodes(x: Any) -> Float[np.ndarray, "N"]:
+            by_node = np.zeros(size, dtype)
+            by_node[target_nodes[targets]] = x
+            return by_node
 
         adjacency = np.zeros((size, size), dtype)
         rest, rest_mass = np.zeros(size, dtype), np.zeros(size, dtype)
         while self.rows:
-            _, own, columns, edges = self.rows.pop()
-            nodes, columns = of_targets[own], of_sources[columns]
+            rows = self.rows.pop()
+            nodes, columns, edges = target_nodes[rows.targets], source_nodes[rows.columns], rows.edges
+            del rows  # so that the edges below are dropped when they have been copied
             if not self.is_traced.all():
-                lost = edges[:, columns < 0]
-                rest[nodes], rest_mass[nodes] = lost.sum(axis=1), np.abs(lost).sum(axis=1)
+                untraced = edges[:, columns < 0]
+                rest[nodes], rest_mass[nodes] = untraced.sum(axis=1), np.abs(untraced).sum(axis=1)
                 edges, columns = edges[:, columns >= 0], columns[columns >= 0]
             for node, row in zip(nodes, edges, strict=True):
                 adjacency[node, columns] = row
         return Graph(
             adjacency=adjacency,
-            nodes=node_table(
+            nodes=build_node_table(
                 layers=self.layers,
                 features=self.features[kept],
                 errors=np.stack(np.divmod(np.arange(self.layers * length), length), axis=1),
@@ -172,9 +184,9 @@ class PromptRows:
                 positions=np.arange(length if len(self.embeddings) > 1 else 0),
                 logit_tokens=self.outputs.tokens,
                 logit_positions=self.outputs.positions,
-                values=on_nodes(self.values[targets]),
+                values=spread_over_nodes(self.values[targets]),
             ),
-            bias=on_nodes(self.bias[targets]),
+            bias=spread_over_nodes(self.bias[targets]),
             rest=rest,
             rest_mass=rest_mass,
             activations=self.activations[kept],
@@ -187,20 +199,20 @@ class PromptRows:
         )
 
 
-def visited(rows: Float[np.ndarray, "r C"], walkers: Float[np.ndarray, "r"]) -> Float[np.ndarray, "C"]:
+def move_walkers(rows: Float[np.ndarray, "r C"], walkers: Float[np.ndarray, "r"]) -> Float[np.ndarray, "C"]:
     """How many of the walkers at the targets of these rows go on to each source."""
-    steps = np.abs(rows)
-    shares = walkers / np.maximum(steps.sum(axis=1, dtype=np.float64), 1e-30)
-    return (shares.astype(steps.dtype) @ steps).astype(np.float64)
+    sizes = np.abs(rows)
+    shares = walkers / np.maximum(sizes.sum(axis=1, dtype=np.float64), 1e-30)
+    return (shares.astype(sizes.dtype) @ sizes).astype(np.float64)
 
 
-def size_of_rows(
-    counts: Int[np.ndarray, "C T"], covered: tuple[int, ...], layers: int, nodes: int, limit: int, outputs: int
+def estimate_sizes(
+    counts: Int[np.ndarray, "C T"], covered: tuple[int, ...], layers: int, embeddings: int, limit: int, outputs: int
 ) -> tuple[float, float]:
-    """About how many numbers the rows of a prompt hold, and its graph; `nodes` are kinds of embeddings."""
+    """About how many numbers the rows of a prompt hold, and its graph; there are so many kinds of `embeddings`."""
     length, total = counts.shape[1], int(counts.sum())
     limit = min(limit, total)
     below = np.cumsum(np.cumsum(counts, axis=0) - counts, axis=1) + np.outer(covered, np.arange(1, length + 1))
-    mean = float((counts * (below + nodes * np.arange(1, length + 1))).sum()) / max(total, 1)
-    fixed = (layers + nodes) * length
-    return limit * mean + outputs * (total + fixed), float(limit + fixed + outputs) ** 2
+    mean = float((counts * (below + embeddings * np.arange(1, length + 1))).sum()) / max(total, 1)
+    always = (layers + embeddings) * length
+    return limit * mean + outputs * (total + always), float(limit + always + outputs) ** 2

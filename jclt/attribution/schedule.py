@@ -1,7 +1,13 @@
-"""From prompts of like length to their rows of edges: the device computes blocks of them, the host says of what."""
+"""Schedules steps 1 to 4 for prompts of similar length: the host chooses targets, the device computes their edges.
 
+Edges are computed in blocks of targets. A call of the program computes several blocks, for all prompts of the batch at
+once; while the device works on the next calls, the host stores the rows of the one before.
+"""
+
+import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,216 +15,282 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.edges import Edges, Fixed, Targets, trace_blocks, trace_embeddings
-from jclt.attribution.local import Through
-from jclt.attribution.nodes import Active, Layout, gather_sources, groups_of, run_pass, skips_of, tile_of, tiles_before
-from jclt.attribution.options import Options, silent_positions
-from jclt.attribution.ranking import PromptRows
+from jclt.attribution.bases import FeatureNodes, Layout, gather_sources
+from jclt.attribution.edges import Edges, PromptNodes, TargetNodes, trace_blocks
+from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
+from jclt.attribution.local import LocalModel, Weights
+from jclt.attribution.options import Options, count_silent_positions
+from jclt.attribution.ranking import Limits, PromptRows
 from jclt.attribution.sizes import (
     BATCH_BYTES,
-    BLOCK,
-    GRADIENT,
-    IN_FLIGHT,
-    blocks_of_call,
+    CALLS_IN_FLIGHT,
+    DeviceBytes,
     check_rows,
-    embeddings_at_once,
-    length_bucket,
-    pass_bytes,
-    size_for,
-    source_bytes,
+    choose_block_size,
+    choose_blocks_per_call,
+    choose_embeddings_at_once,
+    choose_layout,
+    estimate_pass_bytes,
+    estimate_source_bytes,
+    estimate_target_bytes,
+    round_up,
+    round_up_length,
 )
-from jclt.attribution.targets import Outputs, Target, Unembedding, outputs
+from jclt.attribution.targets import Outputs, Target, Unembedding, build_outputs
+from jclt.attribution.true_pass import TruePass, run_true_pass
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.memory import check_memory
 from jclt.models import Model
-from jclt.shapes import Int, Params
+from jclt.shapes import Int
 
-PEER_QUEUE = 4 * 256
+log = logging.getLogger(__name__)
+
+PEER_ROUND_SIZE = 4 * 256
 """Features that circuit-tracer traces between two rankings: its command line's batches of 256, four at a time."""
 
+WINDOWS, LEAST_WINDOWED = 4, 1 << 14
+"""A target needs no positions after its own. So where targets times positions are at least so many, targets are traced
+in so many windows of positions, each with a program of its own length."""
 
-WINDOWS, WORTH_WINDOWS = 4, 1 << 14
-"""A target needs no positions after its own: where targets times positions are many, blocks come in so many lengths."""
+WINDOW_TILE_SIZES = 16
+"""How many numbers of tiles a window can have, so that few programs are compiled."""
 
 
-WINDOW_TILES = 16
-"""Sizes that a window's part of all tiles can have."""
+class Setup(NamedTuple):
+    """What all prompts of one call of `attribute_each` share, on the devices of the mesh."""
+
+    model: Model
+    local: LocalModel
+    weights: Weights
+    coder: Coder
+    unembedding: Unembedding
+    mesh: Mesh
+    options: Options
+
+    @property
+    def by_prompt(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P("prompts"))
+
+    @property
+    def uses_our_conventions(self) -> bool:
+        return self.options.conventions == "jclt"
+
+    @property
+    def itemsize(self) -> int:
+        return self.unembedding.table.dtype.itemsize
 
 
-def trace_prompts(
-    model: Model,
-    through: Through,
-    params: Params,
-    coder: Coder,
-    prompts: list[np.ndarray],
-    targets: list[Sequence[Target] | None],
-    unembedding: Unembedding,
-    mesh: Mesh,
-    options: Options,
-) -> list[PromptRows]:
-    """Prompts of one length bucket, split over the mesh; in parts where they take too much memory together."""
-    ours, config = options.conventions == "jclt", coder.config
-    by_prompt, covered = NamedSharding(mesh, P("prompts")), config.covered
-    length = min(length_bucket(max(map(len, prompts))), model.config.context)
-    count = -(-size_for(len(prompts)) // mesh.size) * mesh.size
+class Batch(NamedTuple):
+    """Prompts whose sources are gathered: the arrays on the devices, and the rows on the host."""
+
+    setup: Setup
+    layout: Layout
+    tile_counts: Int[np.ndarray, "T"]  # tiles of a group with the features of all positions up to each
+    nodes: PromptNodes
+    rows: list[PromptRows]
+    size: int  # prompts on all devices, with those that only fill the batch up
+    length: int  # of the padded prompts
+
+
+def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequence[Target] | None]) -> list[PromptRows]:
+    """Traces prompts of one length bucket, split over the mesh; as two halves where they take too much memory."""
+    model, config, backend = setup.model, setup.coder.config, jax.default_backend()
+    log.debug("1 true pass: %d prompts of up to %d tokens", len(prompts), max(map(len, prompts)))
+    tokens, lengths = pad_prompts(setup, prompts)
+    (count, length), itemsize = tokens.shape, setup.itemsize
+    per_device = count // setup.mesh.size
+    pass_bytes = estimate_pass_bytes(model.config, config, length, itemsize)
+    what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
+    check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
+    arrays = jax.device_put((tokens, lengths), setup.by_prompt)
+    silent = count_silent_positions(model, setup.options)
+    true_pass = run_true_pass(setup.local, setup.weights.params, setup.coder, *arrays, silent)
+    logits, counts = np.asarray(true_pass.logits)[: len(prompts)], np.asarray(true_pass.counts)
+    check_true_pass(model, logits, counts[: len(prompts)])
+
+    layout, tile_counts = choose_layout(config, counts)
+    at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device)
+    source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize)
+    if len(prompts) > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:
+        del true_pass
+        halves = slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)
+        return [rows for half in halves for rows in trace_prompts(setup, prompts[half], targets[half])]
+    outputs = [
+        build_outputs(model, setup.unembedding, len(prompt), prompt_logits, wanted, setup.uses_our_conventions)
+        for prompt, prompt_logits, wanted in zip(prompts, logits, targets, strict=True)
+    ]
+    target_bytes = estimate_target_bytes(model.config, length, layout, itemsize)
+    on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
+    check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
+
+    nodes, embedding_edges = gather_nodes(setup, layout, true_pass, outputs, at_once)
+    del true_pass
+    rows = make_rows(setup, layout, prompts, outputs, nodes.features, embedding_edges)
+    if not bool(jnp.isfinite(nodes.sources.errors).all()):
+        raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
+    batch = Batch(setup, layout, tile_counts, nodes, rows, count, length)
+    log.debug("3 trace outputs")
+    trace_rows(batch, [prompt_rows.choose_first() for prompt_rows in rows])
+    while number := sum(map(len, wanted := [prompt_rows.choose_next() for prompt_rows in rows])):
+        log.debug("4 rank and trace features: the next %d", number)
+        trace_rows(batch, wanted)
+    return rows
+
+
+def pad_prompts(setup: Setup, prompts: list[np.ndarray]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Tokens of one length, for a number of prompts that the mesh can split; and the prompts' own lengths."""
+    length = min(round_up_length(max(map(len, prompts))), setup.model.config.context)
+    count = -(-round_up(len(prompts)) // setup.mesh.size) * setup.mesh.size
     tokens, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-
-    on_one, itemsize, backend = count // mesh.size, unembedding.table.dtype.itemsize, jax.default_backend()
-    passing = pass_bytes(model.config, config, length, itemsize)
-    what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
-    check_memory(passing * on_one, what, "a shorter prompt would fit")
-    silent = silent_positions(model, options)
-    found = run_pass(through, params, coder, *jax.device_put((tokens, lengths), by_prompt), silent)
-    ends, counts = np.asarray(found.logits)[: len(prompts)], np.asarray(found.counts)
-    check_found(model, ends, counts[: len(prompts)])
-
-    groups = groups_of(config)
-    tile = tile_of(counts, groups)
-    before = tiles_before(counts, groups, tile)
-    longest, tiles = size_for(int(counts.sum(axis=2).max()), 16), size_for(int(before[-1]), 4)
-    layout = Layout(longest, groups, tiles, tile)
-    at_once = embeddings_at_once(backend, longest, len(covered), model.config.width, on_one)
-    sources_need = source_bytes(model.config, config, length, layout, at_once, itemsize)
-    if len(prompts) > 1 and on_one * (passing + sources_need) > BATCH_BYTES[backend]:
-        del found
-        parts = [slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)]
-        given = (model, through, params, coder)
-        return [
-            own
-            for part in parts
-            for own in trace_prompts(*given, prompts[part], targets[part], unembedding, mesh, options)
-        ]
-    explained = [
-        outputs(model, unembedding, len(p), end, own, ours) for p, end, own in zip(prompts, ends, targets, strict=True)
-    ]
-    of_target = 2 * length * model.config.width + groups * tiles * tile + model.config.layers * length
-    on_device = on_one * sources_need, on_one * of_target * itemsize
-    check_rows(model, config, counts[: len(prompts)], explained, options, itemsize, *on_device)
-
-    active, sources = gather_sources(coder, found, layout)
-    found = found.without_features()
-    others = jax.device_put(target_arrays(explained, count, ends.dtype), by_prompt)
-    skips = skips_of(coder, model.config.layers)
-    fixed = trace_embeddings(through, covered, ours, at_once, params, skips, found, active, others)
-    held = found.held
-    del found
-    entries, made = on_host(model, coder, layout, prompts, explained, active, fixed, options)
-    if not bool(jnp.isfinite(sources.errors).all()):
-        raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
-    nothing = active.valid[0].size + others.layers.shape[1] - 1
-
-    def trace(wanted: list[Int[np.ndarray, "_"]]) -> None:
-        """Computes the edges into each prompt's targets, given by number."""
-        flying: list[tuple[list[np.ndarray], Edges]] = []
-
-        def land() -> None:
-            numbers, edges = flying.pop(0)
-            for own, some, *parts in zip(made, numbers, *map(np.asarray, edges), strict=False):
-                own.record(some, *parts)
-
-        rows = GRADIENT[backend] // (count * model.config.width)
-        for stop, size, joined, numbers in windows(made, wanted, length, rows):
-            step = -(-tiles // WINDOW_TILES)
-            of_window = min(-(-int(before[stop - 1]) // step) * step, tiles)
-            within = layout._replace(tiles=of_window)
-            most = blocks_of_call(
-                backend, stop, model.config.width, model.config.layers, within, size, on_one, itemsize
-            )
-            blocks = -(-max(map(len, numbers)) // size)
-            for first in range(0, blocks, most):
-                some = [own[first * size : (first + most) * size] for own in numbers]
-                held_blocks = min(1 << (min(blocks - first, most) - 1).bit_length(), most)
-                chosen = np.full((count, held_blocks * size), nothing)
-                for row, own in enumerate(some):
-                    chosen[row, : len(own)] = entries[row][own]
-                placed = jax.device_put(chosen.reshape(count, -1, size), by_prompt)
-                which = (jnp.asarray(np.clip(joined - first, 0, held_blocks)), active, others, placed)
-                start = min(silent, stop - 1)
-                edges = trace_blocks(through, config, start, stop, of_window, params, held, skips, sources, *which)
-                flying.append((some, edges))
-                if len(flying) > IN_FLIGHT:
-                    land()
-        while flying:
-            land()
-
-    trace([own.first() for own in made])
-    while sum(map(len, wanted := [own.next() for own in made])):
-        trace(wanted)
-    return made
+    return tokens, lengths
 
 
-def check_found(model: Model, logits: np.ndarray, counts: np.ndarray) -> None:
+def check_true_pass(model: Model, logits: np.ndarray, counts: np.ndarray) -> None:
     if not np.isfinite(logits).all():
         raise UserError(f"model {model.name}: its logits are not finite, expected weights without NaN or infinity")
     if not counts.any(axis=(1, 2)).all():
         raise UserError("prompt: no feature of the coder is active on it, expected at least one")
 
 
-def target_arrays(explained: list[Outputs], count: int, dtype: Any) -> Targets:
+def gather_nodes(
+    setup: Setup, layout: Layout, true_pass: TruePass, outputs: list[Outputs], at_once: int
+) -> tuple[PromptNodes, EmbeddingEdges]:
+    """Gathers a batch's sources and traces its embeddings."""
+    log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
+    features, sources = gather_sources(setup.coder, true_pass, layout)
+    true_pass = true_pass.drop_activations()
+    log.debug("3 trace embeddings")
+    output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
+    output_nodes = jax.device_put(output_nodes, setup.by_prompt)
+    embedding_edges = trace_embeddings(
+        setup.local,
+        layout.layers,
+        setup.uses_our_conventions,
+        at_once,
+        setup.weights,
+        true_pass,
+        features,
+        output_nodes,
+    )
+    return PromptNodes(true_pass.frozen, sources, features, output_nodes), embedding_edges
+
+
+def stack_outputs(outputs: list[Outputs], count: int, dtype: Any) -> TargetNodes:
     """All prompts' outputs in arrays of one shape, longer than any of them: the last entry is a target of nothing."""
-    most = size_for(max(len(own.tokens) for own in explained) + 1, 16)
-    width = explained[0].vectors.shape[1]
+    most = round_up(max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + 1, 16)
+    width = outputs[0].vectors.shape[1]
     layers, positions = np.zeros((count, most), np.int64), np.zeros((count, most), np.int64)
     vectors = np.zeros((count, most, width), dtype)
-    for row, own in enumerate(explained):
-        size = len(own.tokens)
-        layers[row, :size], positions[row, :size], vectors[row, :size] = own.layers, own.positions, own.vectors
-    return Targets(layers, positions, vectors)  # type: ignore[arg-type]
+    for row, prompt in enumerate(outputs):
+        size = len(prompt.tokens)
+        layers[row, :size], positions[row, :size], vectors[row, :size] = prompt.layers, prompt.positions, prompt.vectors
+    return TargetNodes(layers, positions, vectors)  # type: ignore[arg-type]
 
 
-def on_host(
-    model: Model,
-    coder: Coder,
+def make_rows(
+    setup: Setup,
     layout: Layout,
     prompts: list[np.ndarray],
-    explained: list[Outputs],
-    active: Active,
-    fixed: Fixed,
-    options: Options,
-) -> tuple[list[Int[np.ndarray, "_"]], list[PromptRows]]:
-    """For each prompt the place of its targets among `all_targets`, and what the host keeps of it."""
-    valids, places, numbers, values, slots = (np.asarray(x) for x in active[:5])
-    fixed = jax.tree.map(np.asarray, fixed)
-    queue = None if options.conventions == "jclt" else PEER_QUEUE
-    entries, made = [], []
-    for row, (tokens, own) in enumerate(zip(prompts, explained, strict=True)):
-        valid = valids[row]
-        layers = np.broadcast_to(np.array(coder.config.covered)[:, None], valid.shape)[valid]
-        features = np.stack([layers, places[row][valid], numbers[row][valid]], axis=1).astype(np.int64)
-        at = np.append(np.flatnonzero(valid), valid.size + np.arange(len(own.tokens)))
-        mine: Fixed = jax.tree.map(lambda x, row=row: x[row], fixed)
-        slot = np.stack(np.unravel_index(slots[row][valid], (layout.groups, layout.tiles, layout.tile)))
-        lists = (tokens, features, values[row][valid], slot)
-        limits = (options.max_features, options.tolerance, queue)
-        made.append(PromptRows(*lists, own, mine, at, model.config.layers, *limits))
-        entries.append(at)
-    return entries, made
+    outputs: list[Outputs],
+    features: FeatureNodes,
+    embedding_edges: EmbeddingEdges,
+) -> list[PromptRows]:
+    """For each prompt what the host keeps of it: its nodes, the edges from embeddings, and rows, none as yet."""
+    vectors = ("encoders", "biases")  # stay on the device
+    lists = {name: np.asarray(x) for name, x in features._asdict().items() if name not in vectors}
+    embedding_edges = jax.tree.map(np.asarray, embedding_edges)
+    round_size = None if setup.uses_our_conventions else PEER_ROUND_SIZE
+    all_rows = []
+    for row, (tokens, prompt_outputs) in enumerate(zip(prompts, outputs, strict=True)):
+        valid = lists["valid"][row]
+        layers = np.broadcast_to(np.array(layout.layers)[:, None], valid.shape)
+        places = [layers[valid], lists["positions"][row][valid], lists["features"][row][valid]]
+        slots = lists["slots"][row][valid]
+        prompt_rows = PromptRows(
+            tokens=tokens,
+            features=np.stack(places, axis=1).astype(np.int64),
+            activations=lists["activations"][row][valid],
+            slots=np.stack(np.unravel_index(slots, (layout.groups, layout.tiles, layout.tile_size))),
+            outputs=prompt_outputs,
+            embedding_edges=jax.tree.map(lambda x, row=row: x[row], embedding_edges),
+            numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),
+            layers=setup.model.config.layers,
+            limits=Limits(setup.options.max_features, setup.options.tolerance, round_size),
+        )
+        all_rows.append(prompt_rows)
+    return all_rows
 
 
-def windows(
-    made: list[PromptRows], wanted: list[Int[np.ndarray, "_"]], length: int, rows: int
-) -> Iterator[tuple[int, int, Int[np.ndarray, "levels"], list[Int[np.ndarray, "_"]]]]:
-    """Parts each prompt's targets by position, and orders each part from high layers to low.
+def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
+    """Computes the edges into each prompt's targets, given by number, and stores them as its rows."""
+    in_flight: deque[tuple[list[np.ndarray], Edges]] = deque()
 
-    Gives the end of the positions, the size of a block, how many blocks hold targets of each layer or a higher one, and
-    the targets of each prompt.
-    """
-    parts = WINDOWS if max(map(len, wanted)) * length >= WORTH_WINDOWS else 1
-    starts = sorted({-(-length * part // parts) for part in range(parts)})
+    def store_oldest() -> None:
+        numbers, edges = in_flight.popleft()
+        to_features, to_errors = map(np.asarray, edges)
+        for row, (prompt_rows, targets) in enumerate(zip(batch.rows, numbers, strict=True)):
+            prompt_rows.add_blocks(targets, to_features[row], to_errors[row])
+
+    for call in launch_calls(batch, wanted):
+        in_flight.append(call)
+        if len(in_flight) > CALLS_IN_FLIGHT:
+            store_oldest()
+    while in_flight:
+        store_oldest()
+
+
+def launch_calls(batch: Batch, wanted: list[np.ndarray]) -> Iterator[tuple[list[np.ndarray], Edges]]:
+    """Starts one call of the program after another; yields each prompt's targets in the call, and their edges."""
+    setup, layout, config = batch.setup, batch.layout, batch.setup.model.config
+    per_device, backend = batch.size // setup.mesh.size, jax.default_backend()
+    padding = batch.nodes.features.valid[0].size + batch.nodes.outputs.layers.shape[1] - 1  # a target of nothing
+    silent = count_silent_positions(setup.model, setup.options)
+    for window in split_windows(batch, wanted):
+        step = -(-layout.tiles // WINDOW_TILE_SIZES)
+        tiles = min(-(-int(batch.tile_counts[window.stop - 1]) // step) * step, layout.tiles)
+        within, size, start = layout._replace(tiles=tiles), window.block_size, min(silent, window.stop - 1)
+        most = choose_blocks_per_call(backend, window.stop, config, within, size, per_device, setup.itemsize)
+        blocks = -(-max(map(len, window.targets)) // size)
+        for first in range(0, blocks, most):
+            call_blocks = min(1 << (min(blocks - first, most) - 1).bit_length(), most)
+            targets = [numbers[first * size : (first + most) * size] for numbers in window.targets]
+            chosen = np.full((batch.size, call_blocks * size), padding)
+            for row, (prompt_rows, numbers) in enumerate(zip(batch.rows, targets, strict=True)):
+                chosen[row, : len(numbers)] = prompt_rows.numbers[numbers]
+            chosen = jax.device_put(chosen.reshape(batch.size, -1, size), setup.by_prompt)
+            block_counts = jnp.asarray(np.clip(window.block_counts - first, 0, call_blocks))
+            program = (setup.local, within, start, window.stop)
+            yield targets, trace_blocks(*program, setup.weights, batch.nodes, block_counts, chosen)
+
+
+class WindowTargets(NamedTuple):
+    """The targets at some of the positions, from high layers to low."""
+
+    stop: int  # the end of the positions
+    block_size: int
+    block_counts: Int[np.ndarray, "levels"]  # by layer: the blocks that hold targets which read there or above
+    targets: list[Int[np.ndarray, "_"]]  # by prompt
+
+
+def split_windows(batch: Batch, wanted: list[np.ndarray]) -> Iterator[WindowTargets]:
+    """Splits each prompt's targets by position, where this is worth it."""
+    length, width, levels = batch.length, batch.setup.model.config.width, np.arange(batch.rows[0].layers + 1)
+    windows = WINDOWS if max(map(len, wanted)) * length >= LEAST_WINDOWED else 1
+    starts = sorted({-(-length * window // windows) for window in range(windows)})
     for start, stop in zip(starts, [*starts[1:], length], strict=True):
-        lists = []
-        for own, some in zip(made, wanted, strict=True):
-            position, layer = own.target_positions[some], own.target_layers[some]
+        targets = []
+        for rows, numbers in zip(batch.rows, wanted, strict=True):
+            position, layer = rows.target_positions[numbers], rows.target_layers[numbers]
             within = (position >= start) & (position < stop)
-            lists.append(some[within][np.argsort(-layer[within], kind="stable")])
-        most = max(map(len, lists))
-        size = min(max(16, rows // stop), BLOCK[jax.default_backend()]) if most > 16 else 16
-        levels = np.arange(made[0].layers + 1)
-        at_least = [
-            (own.target_layers[some][:, None] >= levels).sum(axis=0) for own, some in zip(made, lists, strict=True)
+            targets.append(numbers[within][np.argsort(-layer[within], kind="stable")])
+        most = max(map(len, targets))
+        size = choose_block_size(jax.default_backend(), stop, width, batch.size) if most > 16 else 16
+        at_or_above = [
+            (rows.target_layers[numbers][:, None] >= levels).sum(axis=0)
+            for rows, numbers in zip(batch.rows, targets, strict=True)
         ]
         if most:
-            yield stop, size, -(-np.max(at_least, axis=0) // size), lists
+            yield WindowTargets(stop, size, -(-np.max(at_or_above, axis=0) // size), targets)

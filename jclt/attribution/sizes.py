@@ -1,123 +1,158 @@
 """How much is computed at once, and whether it fits in memory."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
-from jclt.attribution.edges import SOURCES_AT_ONCE
-from jclt.attribution.nodes import Layout
+from jclt.attribution.bases import Layout, choose_tile_size, count_groups, count_tiles
+from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
-from jclt.attribution.ranking import size_of_rows
+from jclt.attribution.ranking import estimate_sizes
 from jclt.attribution.targets import Outputs
 from jclt.coders import CoderConfig
-from jclt.memory import SPARE, check_memory, free_host_memory
+from jclt.memory import SPARE_SHARE, check_memory, measure_free_host_memory
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Int
 
-GRADIENT = {"cpu": 3 << 19, "gpu": 1 << 27, "tpu": 1 << 27}
+GRADIENT_SIZE = {"cpu": 3 << 19, "gpu": 1 << 27, "tpu": 1 << 27}
+BLOCK_SIZE = {"cpu": 128, "gpu": 1024, "tpu": 1024}
+"""The most numbers in a block's gradients, and the most targets in a block, by kind of device: enough for efficient
+products, few enough that the targets of a block begin in much the same layer."""
 
-
-BLOCK = {"cpu": 128, "gpu": 1024, "tpu": 1024}
-"""A block's gradients hold at most so many numbers, and it has at most so many targets, by kind of device: enough for
-long products, few enough that its targets are alike."""
-
-
-CALL = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}
-"""Bytes of gradients and edges of the blocks that are computed by one call, beyond which there is one block a call."""
-
+CALL_BYTES = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}
+"""The most bytes of gradients and edges in the blocks of one call; a larger block has a call of its own."""
 
 BATCH_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 32}
-"""Bytes of a device that prompts traced together may take, beyond which they are traced one by one. Not what is free:
-which prompts share a batch must not depend on that."""
+"""The most bytes of a device for prompts that are traced together; beyond, they are traced one by one. It does not
+depend on what is free, since that must not decide which prompts share a batch."""
+
+CALLS_IN_FLIGHT = 2
+"""Calls that the device works on while the host stores the results of the one before."""
 
 
-IN_FLIGHT = 2
-"""Calls that the device works on while the host takes in the one before."""
-
-
-def length_bucket(length: int) -> int:
-    """The length that prompts are filled up to: a multiple of 8, and four steps from each power of two to the next."""
+def round_up_length(length: int) -> int:
+    """The length that prompts are padded to: a multiple of 8, with four steps from each power of two to the next."""
     step = max(8, 2 ** max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
 
-def size_for(need: int, least: int = 1) -> int:
-    """How long an array of varying content is made: a power of two or the middle between two, so that most batches of
-    prompts find their programs compiled. It depends on nothing but the content, as the last bits of results may
+def round_up(need: int, least: int = 1) -> int:
+    """The length of an array for `need` entries: a power of two or the middle between two, so that most batches of
+    prompts find their programs compiled. It depends on nothing but the content, since the last bits of results may
     depend on it."""
     power = 1 << (max(need, least) - 1).bit_length()
     return power * 3 // 4 if need <= power * 3 // 4 and power * 3 // 4 >= least else power
 
 
-def pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
+def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> tuple[Layout, Int[np.ndarray, "T"]]:
+    """The layout for a batch with so many active features; and how many of its tiles hold the features of all positions
+    up to each."""
+    groups = count_groups(config)
+    tile_size = choose_tile_size(counts, groups)
+    tiles = count_tiles(counts, groups, tile_size)
+    layout = Layout(
+        layers=config.covered,
+        list_length=round_up(int(counts.sum(axis=2).max()), 16),
+        groups=groups,
+        tiles=round_up(int(tiles[-1]), 4),
+        tile_size=tile_size,
+    )
+    return layout, tiles
+
+
+def estimate_pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
     """About what the true pass over one prompt takes on a device."""
-    of_coder = 2 * len(coder.covered) * coder.features
-    of_model = 8 * model.layers * model.width + 2 * model.layers * model.heads * length
-    return length * (of_coder + of_model) * itemsize + model.vocabulary * itemsize
+    for_coder = 2 * len(coder.covered) * coder.features
+    for_model = 8 * model.layers * model.width + 2 * model.layers * model.heads * length
+    return length * (for_coder + for_model) * itemsize + model.vocabulary * itemsize
 
 
-def source_bytes(
+def estimate_source_bytes(
     model: ModelConfig, coder: CoderConfig, length: int, layout: Layout, at_once: int, itemsize: int
 ) -> int:
-    """About what one prompt's sources and targets take on a device while edges are computed, beside the pass."""
-    covered, size = len(coder.covered), model.width
+    """About what one prompt's sources and targets take on a device while edges are computed, beside the true pass."""
+    covered, width = len(coder.covered), model.width
     reach = max(coder.reach(index) for index in range(covered))
-    listed = covered * layout.longest
-    written = covered * layout.tiles * layout.tile * size
-    lists = listed * size * (2 + max(reach, at_once)) + 2 * listed * length
-    return (2 * written + lists) * itemsize
+    listed = covered * layout.list_length
+    in_tiles = covered * layout.tiles * layout.tile_size * width
+    in_lists = listed * width * (2 + max(reach, at_once)) + 2 * listed * length
+    return (2 * in_tiles + in_lists) * itemsize
 
 
-def blocks_of_call(
-    backend: str, length: int, width: int, depth: int, layout: Layout, size: int, count: int, itemsize: int
+def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, itemsize: int) -> int:
+    """What the gradients and edges of one target take on a device."""
+    tiles = layout.groups * layout.tiles * layout.tile_size
+    return (2 * length * model.width + tiles + model.layers * length) * itemsize
+
+
+def choose_block_size(backend: str, length: int, width: int, prompts: int) -> int:
+    """How many targets a block holds, in windows of this length, for so many prompts at once."""
+    return min(max(16, GRADIENT_SIZE[backend] // (prompts * width) // length), BLOCK_SIZE[backend])
+
+
+def choose_blocks_per_call(
+    backend: str, length: int, model: ModelConfig, layout: Layout, block_size: int, prompts: int, itemsize: int
 ) -> int:
-    """How many blocks of targets one call computes, a power of two."""
-    of_one = 2 * size * length * width + size * (layout.groups * layout.tiles * layout.tile + depth * length)
-    most = max(CALL[backend] // (of_one * count * itemsize), 1)
+    """How many blocks of targets one call computes, a power of two; so many prompts are on one device."""
+    block_bytes = block_size * estimate_target_bytes(model, length, layout, itemsize)
+    most = max(CALL_BYTES[backend] // (block_bytes * prompts), 1)
     return 1 << (most.bit_length() - 1)
 
 
-def embeddings_at_once(backend: str, longest: int, covered: int, width: int, count: int) -> int:
+def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts: int) -> int:
     """How many embeddings are followed at once, a power of two: each is read by all targets."""
-    most = min(max(CALL[backend] // 2 // (longest * covered * width * count), 1), SOURCES_AT_ONCE)
+    read = layout.list_length * len(layout.layers) * width * prompts
+    most = min(max(CALL_BYTES[backend] // 2 // read, 1), MOST_EMBEDDINGS_AT_ONCE)
     return 1 << (most.bit_length() - 1)
+
+
+class DeviceBytes(NamedTuple):
+    """What a batch of prompts takes on one device."""
+
+    sources: int
+    target: int  # for each target that is traced in one call
 
 
 def check_rows(
     model: Model,
     config: CoderConfig,
     counts: Int[np.ndarray, "B C T"],
-    explained: list[Outputs],
+    outputs: list[Outputs],
     options: Options,
     itemsize: int,
-    of_sources: int,
-    of_target: int,
+    on_device: DeviceBytes,
 ) -> None:
-    """An error of one line if the rows of the prompts' graphs, or the bytes that their sources and each target take on
-    the device, do not fit; it says how many features would."""
+    """An error of one line if the rows of the prompts' graphs do not fit in the host's memory, or sources and targets
+    do not fit on the device. It says how many features would fit."""
     backend = jax.default_backend()
     on_cpu = backend == "cpu"
     embeddings = 1 + (model.config.learned_positions and options.conventions == "jclt")
+    most_active = int(counts.sum(axis=(1, 2)).max())
+    most_outputs = max(len(prompt_outputs.tokens) for prompt_outputs in outputs)
 
-    def on_device(limit: int) -> int:
-        return of_sources + min((IN_FLIGHT + 1) * CALL[backend], (limit + outs) * of_target)
+    def estimate_device(limit: int) -> int:
+        calls = (CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend]
+        return on_device.sources + min(calls, (limit + most_outputs) * on_device.target)
 
-    def need(limit: int) -> float:
+    def estimate_host(limit: int) -> float:
         sizes = [
-            size_of_rows(own, config.covered, model.config.layers, embeddings, limit, len(ends.tokens))
-            for own, ends in zip(counts, explained, strict=True)
+            estimate_sizes(
+                prompt_counts, config.covered, model.config.layers, embeddings, limit, len(prompt_outputs.tokens)
+            )
+            for prompt_counts, prompt_outputs in zip(counts, outputs, strict=True)
         ]
         rows, graphs = (np.array(x) for x in zip(*sizes, strict=True))
-        return float(rows.sum() + graphs.max()) * itemsize + (on_device(limit) if on_cpu else 0)
+        return float(rows.sum() + graphs.max()) * itemsize + (estimate_device(limit) if on_cpu else 0)
 
-    active, outs = int(counts.sum(axis=(1, 2)).max()), max(len(own.tokens) for own in explained)
-    limit, free = min(options.max_features, active), free_host_memory()
+    limit, free = min(options.max_features, most_active), measure_free_host_memory()
     if not on_cpu:
-        check_memory(on_device(limit), f"prompt: its {active} active features", "a shorter prompt would fit")
-    if free is not None and need(limit) > free * (1 - SPARE):
+        check_memory(estimate_device(limit), f"prompt: its {most_active} active features", "a shorter prompt would fit")
+    if free is not None and estimate_host(limit) > free * (1 - SPARE_SHARE):
         low, high = 0, limit
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if need(middle) <= free * (1 - SPARE) else (low, middle)
+            low, high = (middle, high) if estimate_host(middle) <= free * (1 - SPARE_SHARE) else (low, middle)
         remedy = f"max_features={low} would fit" if low else "a shorter prompt would fit"
-        what = f"prompt: a graph of {limit} of its {active} active features"
-        check_memory(need(limit), what, remedy, host=True)
+        what = f"prompt: a graph of {limit} of its {most_active} active features"
+        check_memory(estimate_host(limit), what, remedy, host=True)

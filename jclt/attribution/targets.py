@@ -1,4 +1,5 @@
-"""What a graph explains: the likeliest next tokens, or tokens, differences and directions of the user's choice."""
+"""What a graph explains, its outputs: the likeliest next tokens, or tokens, differences of two and directions that the
+user chooses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.errors import UserError
-from jclt.fingerprints import digest
-from jclt.models import Model, ops
+from jclt.fingerprints import hash_json
+from jclt.models import Model
+from jclt.numerics import at_least_float32
 from jclt.shapes import Array, ArrayLike, Float, Int, Params
 
 MOST_LOGITS, LOGIT_MASS = 10, 0.95
-"""Circuit Tracing (2025): the smallest set of tokens that has this probability, but at most so many."""
+"""As in Circuit Tracing (2025): the smallest set of tokens with this probability together, but at most so many."""
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """The value of `vector` times what is read at a position: by the coder in a layer, or by the unembedding."""
+    """A target with the value `vector` times what is read at a position, by the coder in a layer or the unembedding."""
 
     vector: Float[ArrayLike, "D"]
     layer: int | None = None  # None: what the unembedding reads
@@ -28,108 +30,119 @@ class Direction:
 
     def summary(self) -> dict[str, Any]:
         """For a graph's file: the vector by a digest."""
-        vector = digest(np.asarray(self.vector, np.float64).tolist())
+        vector = hash_json(np.asarray(self.vector, np.float64).tolist())
         return {"direction": self.name, "layer": self.layer, "position": self.position, "vector": vector}
 
 
 Token = int | str | np.integer
 Target = Token | tuple[Token, Token] | Direction
-"""A token, as text or id: its logit less the vocabulary's mean; two: the first one's logit less the second's."""
+"""A token as text or id: its logit minus the mean logit of the vocabulary. A pair: the first token's logit minus the
+second's."""
 
 
-def as_targets(given: Any) -> list[Target] | None:
-    """Targets in plain types, in a list: a single one may stand for itself."""
-    if given is None:
+def parse_targets(targets: Any) -> list[Target] | None:
+    """Targets in plain types, in a list. A single target need not be in a list."""
+    if targets is None:
         return None
-    if isinstance(given, str | int | np.integer | Direction):
-        given = [given]
-    if not isinstance(given, Sequence | np.ndarray):
-        raise UserError(f"targets: {given!r}, expected a list of tokens, pairs of tokens and directions")
-    if not len(given):
+    if isinstance(targets, str | int | np.integer | Direction):
+        targets = [targets]
+    if not isinstance(targets, Sequence | np.ndarray):
+        raise UserError(f"targets: {targets!r}, expected a list of tokens, pairs of tokens and directions")
+    if not len(targets):
         raise UserError("targets: none given, expected at least one, or None for the likeliest next tokens")
-    return [_plain(target) for target in given]
+    return [_parse_target(target) for target in targets]
 
 
-def _plain(target: Any) -> Target:
-    def token(x: Any) -> int | str | None:
+def _parse_target(target: Any) -> Target:
+    def parse_token(x: Any) -> int | str | None:
         if isinstance(x, bool | np.bool_):
             return None
         return str(x) if isinstance(x, str) else int(x) if isinstance(x, int | np.integer) else None
 
     if isinstance(target, Direction):
         return target
-    parts = [token(x) for x in target] if isinstance(target, tuple | list) else [token(target)]
+    parts = [parse_token(x) for x in target] if isinstance(target, tuple | list) else [parse_token(target)]
     if len(parts) > 2 or not parts or None in parts or (isinstance(target, tuple | list) and len(parts) < 2):
         raise UserError(f"target {target!r}: expected a token (text or id), a pair of them, or a Direction")
-    found: Any = tuple(parts) if len(parts) > 1 else parts[0]
-    return found
+    parsed: Any = tuple(parts) if len(parts) > 1 else parts[0]
+    return parsed
 
 
-def resolved(model: Model, targets: Sequence[Target]) -> list[int | tuple[int, int] | Direction]:
-    """Tokens by their ids; an error where the same is asked for twice."""
+def resolve_targets(model: Model, targets: Sequence[Target]) -> list[int | tuple[int, int] | Direction]:
+    """Targets with tokens as ids; an error where two are the same."""
 
     def resolve(target: Target) -> int | tuple[int, int] | Direction:
         if isinstance(target, Direction):
             return target
         if isinstance(target, tuple):
-            return token_of(model, target[0]), token_of(model, target[1])
-        return token_of(model, target)
+            return find_token(model, target[0]), find_token(model, target[1])
+        return find_token(model, target)
 
-    found, seen = [resolve(target) for target in targets], set[Any]()
-    for target, own in zip(targets, found, strict=True):
-        key = str(own.summary()) if isinstance(own, Direction) else own
+    resolved_targets, seen = [resolve(target) for target in targets], set[Any]()
+    for target, resolved in zip(targets, resolved_targets, strict=True):
+        key = str(resolved.summary()) if isinstance(resolved, Direction) else resolved
         if key in seen:
             name = f"'{target.name}'" if isinstance(target, Direction) else repr(target)
             raise UserError(f"target {name}: given twice, expected different targets")
         seen.add(key)
-    return found
+    return resolved_targets
 
 
 class Unembedding(NamedTuple):
-    """What logits are made with: a direction for each token, and their mean."""
+    """The unembedding matrix, one row for each token, and the mean of its rows."""
 
     table: Float[Array, "V D"]
     mean: Float[np.ndarray, "D"]
 
-    def rows(self, tokens: Sequence[int]) -> Float[np.ndarray, "n D"]:
+    def gather_rows(self, tokens: Sequence[int]) -> Float[np.ndarray, "n D"]:
         padded = np.zeros(-(-max(len(tokens), 1) // 16) * 16, np.int32)  # few shapes, few programs
         padded[: len(tokens)] = tokens
-        return np.asarray(_rows(self.table, padded))[: len(tokens)]
+        return np.asarray(_gather_rows(self.table, padded))[: len(tokens)]
 
 
-def unembedding(model: Model, params: Params) -> Unembedding:
+def make_unembedding(model: Model, params: Params) -> Unembedding:
     table = params["token_embedding" if model.config.tied else "unembedding"]
-    return Unembedding(table, np.asarray(_mean_row(table)))
+    return Unembedding(table, np.asarray(_average_rows(table)))
 
 
 @jax.jit
-def _rows(table: Array, tokens: Array) -> Array:
+def _gather_rows(table: Array, tokens: Array) -> Array:
     return table[tokens]
 
 
 @jax.jit
-def _mean_row(table: Array) -> Array:
-    """Summed in pieces, as a long sum loses digits."""
+def _average_rows(table: Array) -> Array:
+    """The mean row. It is summed in pieces, as a long sum loses digits."""
     piece = 512
-    padded = jnp.pad(table, ((0, -len(table) % piece), (0, 0))).astype(ops.wide(table.dtype))
+    padded = jnp.pad(table, ((0, -len(table) % piece), (0, 0))).astype(at_least_float32(table.dtype))
     return padded.reshape(-1, piece, table.shape[1]).sum(axis=1).sum(axis=0) / len(table)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """One prompt's outputs as arrays."""
+    """The outputs of one prompt's graph as arrays."""
 
     tokens: Int[np.ndarray, "k"]  # -1: no single token
     names: tuple[str, ...]
     layers: Int[np.ndarray, "k"]
     positions: Int[np.ndarray, "k"]
     vectors: Float[np.ndarray, "k D"]
-    probabilities: Float[np.ndarray, "k"]  # the model's own; 0 for what is no single token
-    weights: Float[np.ndarray, "k"]  # what each counts
+    probabilities: Float[np.ndarray, "k"]  # the model's; 0 for what is no single token
+    weights: Float[np.ndarray, "k"]  # how much each counts for influence
 
 
-def likeliest(logits: Float[np.ndarray, "V"]) -> list[int]:
-    """The smallest set of tokens that together have `LOGIT_MASS`, the likeliest first."""
+class _Output(NamedTuple):
+    token: int
+    name: str
+    layer: int
+    position: int
+    vector: np.ndarray
+    probability: float = 0.0
+    weight: float = 1.0
+
+
+def choose_likeliest(logits: Float[np.ndarray, "V"]) -> list[int]:
+    """The smallest set of tokens with a probability of `LOGIT_MASS` together, the likeliest first."""
     probabilities = softmax(logits)
     order = np.argsort(-probabilities, kind="stable")[:MOST_LOGITS]
     enough = np.searchsorted(np.cumsum(probabilities[order]), LOGIT_MASS) + 1
@@ -141,7 +154,7 @@ def softmax(logits: Float[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
     return raised / raised.sum()
 
 
-def outputs(
+def build_outputs(
     model: Model,
     unembedding: Unembedding,
     length: int,
@@ -149,39 +162,42 @@ def outputs(
     targets: Sequence[Target] | None,
     renormalize: bool,
 ) -> Outputs:
-    """Of a prompt of this length with these logits at its end; without targets, the likeliest next tokens."""
-    wanted = likeliest(logits) if targets is None else resolved(model, targets)
-    tokens = sorted({t for own in wanted if not isinstance(own, Direction) for t in np.atleast_1d(own).tolist()})
-    rows = dict(zip(tokens, unembedding.rows(tokens), strict=True))
-    last, end, chances = model.config.layers, length - 1, softmax(logits)
-    found: list[tuple[int, str, int, int, np.ndarray, float, float]] = []
+    """The outputs of a prompt with this length and these last logits: its targets, or the likeliest next tokens."""
+    wanted = choose_likeliest(logits) if targets is None else resolve_targets(model, targets)
+    by_token = [target for target in wanted if not isinstance(target, Direction)]
+    tokens = sorted({token for target in by_token for token in np.atleast_1d(target).tolist()})
+    rows = dict(zip(tokens, unembedding.gather_rows(tokens), strict=True))
+    last, end, probabilities = model.config.layers, length - 1, softmax(logits)
+    found: list[_Output] = []
     for target in wanted:
         if isinstance(target, Direction):
-            found.append((-1, target.name, *_place(model, length, target), 0.0, 1.0))
+            layer, position, vector = _locate(model, length, target)
+            found.append(_Output(-1, target.name, layer, position, vector))
         elif isinstance(target, tuple):
             first, second = target
-            name = f"{text_of(model, first)} - {text_of(model, second)}"
-            found.append((-1, name, last, end, rows[first] - rows[second], 0.0, 1.0))
+            name = f"{decode_token(model, first)} - {decode_token(model, second)}"
+            found.append(_Output(-1, name, last, end, rows[first] - rows[second]))
         else:
-            chance = float(chances[target])
-            found.append((target, text_of(model, target), last, end, rows[target] - unembedding.mean, chance, chance))
-    ids, names, layers, positions, vectors, probabilities, counting = zip(*found, strict=True)
-    weights = np.asarray(counting, np.float64)
+            probability = float(probabilities[target])
+            vector = rows[target] - unembedding.mean
+            name = decode_token(model, target)
+            found.append(_Output(target, name, last, end, vector, probability, weight=probability))
+    weights = np.array([output.weight for output in found], np.float64)
     if renormalize:
         weights = weights / weights.sum() if weights.any() else np.full(len(weights), 1 / len(weights))
     return Outputs(
-        np.array(ids),
-        tuple(names),
-        np.array(layers),
-        np.array(positions),
-        np.stack(vectors).astype(unembedding.mean.dtype),
-        np.asarray(probabilities, np.float64),
-        weights,
+        tokens=np.array([output.token for output in found]),
+        names=tuple(output.name for output in found),
+        layers=np.array([output.layer for output in found]),
+        positions=np.array([output.position for output in found]),
+        vectors=np.stack([output.vector for output in found]).astype(unembedding.mean.dtype),
+        probabilities=np.array([output.probability for output in found], np.float64),
+        weights=weights,
     )
 
 
-def _place(model: Model, length: int, target: Direction) -> tuple[int, int, np.ndarray]:
-    """A direction's layer, position and vector."""
+def _locate(model: Model, length: int, target: Direction) -> tuple[int, int, np.ndarray]:
+    """A direction's layer, position and vector, checked."""
     last = model.config.layers
     vector, layer = np.asarray(target.vector), last if target.layer is None else target.layer
     if vector.shape != (model.config.width,):
@@ -194,7 +210,7 @@ def _place(model: Model, length: int, target: Direction) -> tuple[int, int, np.n
     return layer, target.position % length, vector
 
 
-def token_of(model: Model, token: Token) -> int:
+def find_token(model: Model, token: Token) -> int:
     """The id of a token that the model knows."""
     if isinstance(token, str):
         if model.tokenizer is None:
@@ -210,5 +226,5 @@ def token_of(model: Model, token: Token) -> int:
     return int(token)
 
 
-def text_of(model: Model, token: int) -> str:
+def decode_token(model: Model, token: int) -> str:
     return str(token) if model.tokenizer is None else model.tokenizer.text(token)

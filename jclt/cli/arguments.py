@@ -1,4 +1,4 @@
-"""What several commands are asked, and the types of what is typed."""
+"""Arguments that several commands share, and parsers of arguments' values."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from jclt.errors import UserError, printable, shortened
+from jclt.errors import UserError, escape_unprintable, shorten
 
 if TYPE_CHECKING:
     from jclt.coders import SparseCoder
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line after the usage: what was typed may hold colours and line breaks."""
-        super().error(shortened(printable(message)))
+        """Prints the usage and the message in one line; escapes colours and line breaks that the user typed."""
+        super().error(shorten(escape_unprintable(message)))
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Older Pythons take the value of `--flag=--` for none."""
+        """Refuses `--flag=--`, which older versions of Python read as a flag without a value."""
         if arg_strings == ["--"] and action.nargs is None and action.option_strings:
             raise argparse.ArgumentError(action, "expected one argument")
         return super()._get_values(action, arg_strings)
@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 Subcommands = argparse._SubParsersAction
 
 
-def text(typed: str) -> str:
-    """What was typed as text, whatever the locale takes its bytes for: UTF-8 if they are that."""
+def parse_text(typed: str) -> str:
+    """Decodes an argument as UTF-8, whatever the locale is."""
     try:
         return os.fsencode(typed).decode()
     except UnicodeError:
@@ -46,10 +46,10 @@ def text(typed: str) -> str:
     return typed
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number that is not below."""
+def make_int_parser(least: int) -> Callable[[str], int]:
+    """Returns a parser of integers that are at least `least`."""
 
-    def whole(typed: str) -> int:
+    def parse_int(typed: str) -> int:
         try:
             number = int(typed)
         except ValueError:
@@ -58,11 +58,11 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{number}, expected at least {least}")
         return number
 
-    return whole
+    return parse_int
 
 
-def amount(typed: str) -> float:
-    """The type of a number from 0 on."""
+def parse_amount(typed: str) -> float:
+    """A number that is at least 0."""
     try:
         number = float(typed)
     except ValueError:
@@ -72,41 +72,47 @@ def amount(typed: str) -> float:
     return number
 
 
-def target(typed: str) -> str | tuple[str, str]:
-    """A token, or two with ~ between them."""
-    parts = text(typed).split("~") if typed.strip() != "~" else [typed]
+def parse_target(typed: str) -> str | tuple[str, str]:
+    """A token, or two tokens separated by ~."""
+    parts = parse_text(typed).split("~") if typed.strip() != "~" else [typed]
     if len(parts) > 2 or not all(parts):
         raise argparse.ArgumentTypeError(f"{typed!r}, expected TOKEN, or FIRST~SECOND for their difference")
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
+def add_model_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", help="demo, a folder or a hub name (default: the model that the coder's own files name)"
     )
 
 
-def add_fit(command: argparse.ArgumentParser) -> None:
-    """How a coder stands in its model."""
-    command.add_argument("--reads", metavar="SITE", help="where it reads, if its files do not say (such as mlp_in)")
-    command.add_argument("--writes", metavar="SITE", help="where it writes, likewise (such as mlp_out)")
+def add_fit_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments that say how a coder fits its model."""
+    command.add_argument(
+        "--reads", metavar="SITE", help="where the coder reads, if its files do not say (such as mlp_in)"
+    )
+    command.add_argument(
+        "--writes", metavar="SITE", help="where the coder writes, if its files do not say (such as mlp_out)"
+    )
     command.add_argument(
         "--no-check",
         action="store_true",
-        help="takes the coder even if what it makes of a short text does not fit the model",
+        help="do not check on a short text that the coder fits the model",
     )
 
 
-def add_run(command: argparse.ArgumentParser, presets: str, settings: str) -> None:
-    """The arguments of everything that trains."""
+def add_run_arguments(command: argparse.ArgumentParser, presets: str, settings: str) -> None:
+    """The arguments of the commands that train."""
     command.add_argument(
-        "config", metavar="CONFIG", help=f"a preset ({presets}), or a .py file, which is run, that defines `config`"
+        "config",
+        metavar="CONFIG",
+        help=f"a preset ({presets}), or a .py file that defines `config`; the file is executed",
     )
     command.add_argument("--out", help="the run's folder, or a URL such as gs://bucket/run (default runs/NAME)")
     command.add_argument(
         "--set",
         action="append",
-        type=text,
+        type=parse_text,
         default=[],
         metavar="NAME=VALUE",
         help=f"overrides a setting, such as {settings}; can be repeated",
@@ -116,12 +122,12 @@ def add_run(command: argparse.ArgumentParser, presets: str, settings: str) -> No
 def start_run(
     arguments: argparse.Namespace, kind: type[Config], presets: Mapping[str, Callable[[], Config]]
 ) -> tuple[Config, str]:
-    """What `add_run` asked for: the run's settings and its folder."""
+    """Joins the other hosts, and returns the run's settings and its folder from the `add_run_arguments`."""
     from jclt.config import load_settings, override
     from jclt.hosts import join_hosts
     from jclt.pods.flags import set_flags
 
-    set_flags()  # read when the first TPU is used
+    set_flags()  # before the first use of a TPU, which reads them
     join_hosts()
     config = override(load_settings(arguments.config, kind, presets), arguments.set)
     out = arguments.out or f"runs/{Path(arguments.config).stem}"
@@ -135,7 +141,7 @@ def start_run(
 
 
 def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, SparseCoder]":
-    """The coder that was asked for and its model: by default the one that its own files name."""
+    """Loads the coder and its model; by default, the model that the coder's files name."""
     from jclt.coders import load_coder
     from jclt.models import load_model
 
@@ -144,7 +150,7 @@ def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, SparseC
         raise UserError(f"model '{name}': expected --coder too, a coder of this model (demo is the demo model's)")
     coder = coder or "demo"
     if name is None and coder != "demo":
-        name = _named_model(coder)
+        name = _find_model_name(coder)
         log.info("model %s, as the coder's files say", name)
         try:
             model = load_model(name)
@@ -157,8 +163,8 @@ def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, SparseC
     )
 
 
-def _named_model(coder: str) -> str:
-    """The name of the model that a coder's files say it is of."""
+def _find_model_name(coder: str) -> str:
+    """The name of the model on which the coder was trained, from the coder's files."""
     from jclt.coders import coder_model
 
     name = coder_model(coder)
@@ -168,7 +174,7 @@ def _named_model(coder: str) -> str:
 
 
 def check_new_json(path: Path | None) -> None:
-    """Before the work: the file can be written once there is something to write."""
+    """Raises an error if the file cannot be written later. Called before long computations."""
     from jclt.files import check_writable
 
     if path is not None:

@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jclt.cli.arguments import Subcommands, add_fit, add_model, at_least, load_coder_and_model, target, text
+from jclt.cli.arguments import (
+    Subcommands,
+    add_fit_arguments,
+    add_model_argument,
+    load_coder_and_model,
+    make_int_parser,
+    parse_target,
+    parse_text,
+)
 from jclt.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,47 +24,54 @@ def add_command(commands: Subcommands) -> None:
     command = commands.add_parser(
         "attribute",
         help="compute attribution graphs",
-        description="Computes the attribution graph of a prompt, prints what it explains and its strongest paths, and "
-        "with --out writes it: NAME.npz, NAME.json for viewers and NAME.png, where NAME is made of the prompt. The "
-        "same prompt with the same settings takes the place of its older graph; any other gets a name of its own "
+        description="Computes the attribution graph of a prompt and prints what it explains and its strongest paths. "
+        "With --out it also writes NAME.npz, NAME.json for viewers and NAME.png, where NAME is made from the prompt. A "
+        "new graph of the same prompt with the same settings replaces the older one; other graphs get other names "
         "(NAME-2 ...). graph-metadata.json lists the folder's graphs for viewers. With --prompts it computes a graph "
-        "for every line of a file, many at once; the same command goes on where it stopped. The exit status is 1 where "
-        "every prompt failed.",
+        "for every line of a file, many at a time; the same command continues where it stopped. The exit status is 1 "
+        "if every prompt failed.",
         epilog="example: jclt attribute 'calc: 36+59=' --out sum; jclt attribute 'calc: 36+59=' --target 95~94; jclt "
         "attribute 'Once upon a' --coder runs/mine/coder --no-check; jclt attribute --prompts prompts.txt --out graphs "
         "--json",
     )
-    command.add_argument("prompt", nargs="?", type=text, metavar="PROMPT", help="text")
-    command.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, or JSON lines with `prompt`")
-    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to write to; needed with --prompts")
+    command.add_argument("prompt", nargs="?", type=parse_text, metavar="PROMPT", help="text")
     command.add_argument(
-        "--json", action="store_true", help="with --prompts: each graph also as NUMBER.json, pruned, for viewers"
+        "--prompts", type=Path, metavar="FILE", help="one prompt per line, or JSON lines with `prompt`"
     )
-    add_model(command)
-    command.add_argument("--coder", help="demo, or a folder in any layout that is read (default demo, for model demo)")
-    add_fit(command)
+    command.add_argument("--out", type=Path, metavar="DIR", help="the folder to write to; required with --prompts")
+    command.add_argument(
+        "--json", action="store_true", help="with --prompts: also write each pruned graph as NUMBER.json for viewers"
+    )
+    add_model_argument(command)
+    command.add_argument("--coder", help="demo, or a folder in any known layout (default demo, for model demo)")
+    add_fit_arguments(command)
     command.add_argument(
         "--target",
         action="append",
-        type=target,
+        type=parse_target,
         metavar="TOKEN",
-        help="a token to explain, such as ' Denver', or two as ' Denver~ Austin', the first one's logit less the "
-        "second's; can be repeated (default: the likeliest next tokens)",
+        help="a token to explain, such as ' Denver', or the difference of two tokens' logits, such as "
+        "' Denver~ Austin'; can be repeated (default: the likeliest next tokens)",
     )
     command.add_argument(
-        "--max-features", type=int, default=7500, metavar="N", help="features to trace at most (default 7500)"
+        "--max-features", type=int, default=7500, metavar="N", help="trace at most N features (default 7500)"
     )
     command.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
         metavar="M",
-        help="trace only until every influence is known to this much (default 0: all up to --max-features)",
+        help="stop tracing when the error of every influence is at most M (default 0: trace up to --max-features)",
     )
     command.add_argument(
-        "--conventions", default="jclt", metavar="WHOSE", help="jclt (default), or circuit-tracer for its very graphs"
+        "--conventions",
+        default="jclt",
+        metavar="WHOSE",
+        help="jclt (default), or circuit-tracer to get the graphs of that tool",
     )
-    command.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="prompts at once (default 8)")
+    command.add_argument(
+        "--batch", type=make_int_parser(1), default=8, metavar="N", help="prompts per batch (default 8)"
+    )
     command.set_defaults(function=run)
 
 
@@ -64,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     from jclt.attribution import Options, attribute, attribute_file
     from jclt.files import check_file, check_writable
     from jclt.graphs import write_index
-    from jclt.hosts import own_share
-    from jclt.viewer import MEANING, summary, write_graph, write_viewer_json
+    from jclt.hosts import find_process_and_count
+    from jclt.viewer import SCORES_EXPLAINED, summarize_graph, write_graph, write_viewer_json
 
     if (arguments.prompt is None) == (arguments.prompts is None):
         raise UserError("attribute: expected either a prompt or --prompts FILE")
@@ -73,14 +88,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("attribute: --prompts needs --out DIR, the folder for the graphs")
     if arguments.prompt == "":
         raise UserError("prompt: empty, expected at least one token")
-    options = Options(arguments.target, arguments.max_features, arguments.tolerance, arguments.conventions)
+    options = Options(
+        targets=arguments.target,
+        max_features=arguments.max_features,
+        tolerance=arguments.tolerance,
+        conventions=arguments.conventions,
+    )
     options.check()
     if arguments.prompts is not None:
         check_file(arguments.prompts, "a file with a prompt on each line")
     out: Path | None = arguments.out
     if out is not None:
         check_writable(out)
-    share = own_share() if arguments.prompts is not None else (0, 1)
+    process_and_count = find_process_and_count() if arguments.prompts is not None else (0, 1)
     model, coder = load_coder_and_model(arguments)
     if arguments.prompts is not None and out is not None:
 
@@ -89,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         also = write_json if arguments.json else None
         written, failed = attribute_file(
-            model, coder, arguments.prompts, out, options, arguments.batch, share, also=also
+            model, coder, arguments.prompts, out, options, arguments.batch, process_and_count, also=also
         )
         if arguments.json:
             write_index(out)
@@ -99,9 +119,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"done: {written} graphs in {out}, listed in graphs.jsonl; {failed} prompts failed")
         return 0
     graph = attribute(model, coder, arguments.prompt, **options._asdict())
-    small = graph.prune()
-    print(f"{summary(graph, small)}\n{MEANING}")
+    pruned = graph.prune()
+    print(f"{summarize_graph(graph, pruned)}\n{SCORES_EXPLAINED}")
     if out is not None:
-        name = write_graph(graph, small, out)
+        name = write_graph(graph, pruned, out)
         print(f"written: {name}.npz, {name}.json and {name}.png in {out}")
     return 0

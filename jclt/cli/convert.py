@@ -1,18 +1,18 @@
-"""`jclt convert`: writes a sparse coder in another layout."""
+"""`jclt convert`: writes a coder in another layout."""
 
 import argparse
 from pathlib import Path
 
-from jclt.cli.arguments import Subcommands, add_fit
+from jclt.cli.arguments import Subcommands, add_fit_arguments
 
 
 def add_command(commands: Subcommands) -> None:
     command = commands.add_parser(
         "convert",
         help="write a sparse coder in another layout",
-        description="Reads a coder in any layout and writes it in another. jclt keeps all of a coder, and "
-        "circuit-tracer loads its folders too; the other layouts hold what their own tools read, and what one of them "
-        "cannot say is refused in one line. With --model, the coder is first seen to fit that model.",
+        description="Reads a coder in any layout and writes it in another. The layout jclt keeps everything, and "
+        "circuit-tracer loads it too. The other layouts hold what their own tools read; a coder that a layout cannot "
+        "represent is refused. With --model, first checks that the coder fits this model.",
         epilog="example: jclt convert gemma-scope-2b-pt-transcoders/layer_12/width_16k/average_l0_6 layer_12 --to "
         "jclt; jclt convert runs/mine/coder mine --to saelens --model gpt2 --no-check",
     )
@@ -25,8 +25,10 @@ def add_command(commands: Subcommands) -> None:
         help="jclt, circuit-tracer, gemma-scope, gemma-scope-2 or saelens",
     )
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
-    command.add_argument("--model", metavar="NAME", help="the model that it must fit: demo, a folder or a hub name")
-    add_fit(command)
+    command.add_argument(
+        "--model", metavar="NAME", help="the model that the coder must fit: demo, a folder or a hub name"
+    )
+    add_fit_arguments(command)
     command.set_defaults(function=run)
 
 

@@ -1,21 +1,21 @@
-"""`jclt demo`: how the shipped model finds its answers."""
+"""`jclt demo`: explains answers of the shipped model."""
 
 import argparse
 from pathlib import Path
 
-from jclt.cli.arguments import Subcommands, at_least
+from jclt.cli.arguments import Subcommands, make_int_parser
 
 
 def add_command(commands: Subcommands) -> None:
     command = commands.add_parser(
         "demo",
         help="see how the shipped model finds its answers",
-        description="For one prompt of each task of the small world, none of which the shipped model was trained on: "
-        "its answer, its attribution graph by the shipped transcoder, how much of it that explains, and the strongest "
-        "paths from the prompt to the answer. The graphs are written as .npz, as a viewer's .json and as a picture.",
+        description="Takes one prompt of each task of the small world. The shipped model was not trained on these "
+        "prompts. Prints the model's answer, how much of it the attribution graph explains, and the strongest paths "
+        "from the prompt to the answer. Writes the graphs as .npz, as .json for viewers and as pictures.",
     )
     command.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the graphs (default demo)")
-    command.add_argument("--seed", type=at_least(0), default=0, help="draws other prompts (default 0)")
+    command.add_argument("--seed", type=make_int_parser(0), default=0, help="seed of the prompts (default 0)")
     command.set_defaults(function=run)
 
 
@@ -27,15 +27,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def explain_examples(out: Path, seed: int = 0) -> str:
-    """What the shipped model answers, and how, by its graphs; their files lie in `out`."""
+    """Answers one prompt of each task, writes the graphs to `out` and describes them."""
     from tqdm import tqdm
 
     from jclt.attribution import attribute_batch
     from jclt.coders import load_coder
     from jclt.models import load_model
-    from jclt.viewer.text import MEANING, summary, write_graph
+    from jclt.viewer.text import SCORES_EXPLAINED, summarize_graph, write_graph
     from jclt.world import TASKS
-    from jclt.world.measure import answers
+    from jclt.world.measure import answer_examples
 
     model = load_model("demo")
     coder = load_coder("demo", model=model, check=False)
@@ -43,23 +43,23 @@ def explain_examples(out: Path, seed: int = 0) -> str:
     with tqdm(
         total=2 * len(examples) + 1, desc="loading", leave=False, bar_format="{desc}: {bar} {elapsed}"
     ) as progress:
-        given = answers(model, examples)
+        answers = answer_examples(model, examples)
         progress.update()
         progress.set_description("computing graphs")
         graphs = attribute_batch(model, coder, [example.prompt for example in examples], batch=len(examples))
         progress.update(len(examples))
         blocks = []
-        for example, answer, graph in zip(examples, given, graphs, strict=True):
+        for example, answer, graph in zip(examples, answers, graphs, strict=True):
             progress.set_description(f"drawing {example.task}")
-            small = graph.prune()
-            write_graph(graph, small, out, example.task)
+            pruned = graph.prune()
+            write_graph(graph, pruned, out, example.task)
             verdict = "right" if answer.right else f"wrong, expected {' or '.join(map(repr, example.answers[:3]))}"
-            head = f"{example.task}: {example.prompt!r} -> {answer.said!r} {answer.probability:.3f} {verdict}"
-            blocks.append(f"{head}\n{summary(graph, small)}")
+            head = f"{example.task}: {example.prompt!r} -> {answer.predicted!r} {answer.probability:.3f} {verdict}"
+            blocks.append(f"{head}\n{summarize_graph(graph, pruned)}")
             progress.update()
-    right = sum(answer.right for answer in given)
+    right = sum(answer.right for answer in answers)
     blocks.append(
-        f"{right} of {len(given)} right; none of these prompts was in the training data. Graphs in {out}: NAME.npz "
-        f"(jclt.load_graph), NAME.json (graph viewers), NAME.png\n{MEANING}"
+        f"{right} of {len(answers)} right; none of these prompts was in the training data. Graphs in {out}: NAME.npz "
+        f"(jclt.load_graph), NAME.json (graph viewers), NAME.png\n{SCORES_EXPLAINED}"
     )
     return "\n\n".join(blocks)

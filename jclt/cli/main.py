@@ -1,6 +1,9 @@
-"""The `jclt` command: each subcommand is a module here that parses, calls one function of a package and prints.
+"""The `jclt` command.
 
-Nothing that loads JAX is imported before a command needs it, so that help and mistakes are answered at once.
+Each subcommand is a module of this package with two functions: `add_command` defines its arguments, `run` calls one
+function of another package and prints the result. To add a subcommand, write such a module and add it to `COMMANDS`.
+
+JAX is imported only inside `run`, so that help and errors in arguments appear without delay.
 """
 
 import argparse
@@ -15,16 +18,16 @@ from typing import Any
 from jclt.cli import attribute, convert, demo, evaluate, inspect, plan, tokenize, train, train_lm
 from jclt.cli.arguments import Parser
 from jclt.config import cache_folder
-from jclt.errors import Interrupted, UserError, first_line, printable, reason_of, shortened
+from jclt.errors import Interrupted, UserError, escape_unprintable, first_line, reason_of, shorten
 from jclt.interrupts import INTERRUPTED
 
 COMMANDS = (demo, attribute, train_lm, train, evaluate, inspect, tokenize, plan, convert)
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     top = Parser(prog="jclt", description="Circuit tracing of language models in JAX.")
     top.add_argument("--version", action="version", version="jclt " + version("jclt"))
-    top.add_argument("-v", "--verbose", action="store_true", help="say more of what is done")
+    top.add_argument("-v", "--verbose", action="store_true", help="log more")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_command(commands)
@@ -32,49 +35,49 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("jclt").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    status = _run(arguments)
-    if status and _joined():
-        # Else this process waits at the door for others, which wait for it in a collective.
+    status = _run_command(arguments)
+    if status and _has_other_hosts():
+        # A normal exit would wait for the other processes, which wait for this one in a collective.
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    """Runs the command; what the user can mend is said in one line."""
+def _run_command(arguments: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         _keep_compiled_programs()
         status = arguments.function(arguments) or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read the output has had enough
-        _drop_output()
+    except BrokenPipeError:  # the reader of the output has ended
+        _discard_output()
         return 0
     except UserError as error:
-        return _refused(str(error))
+        return _print_error(str(error))
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
-        return _refused(f"{where or f'{arguments.command}: output or a file'}: {reason_of(error)}")
+        return _print_error(f"{where or f'{arguments.command}: output or a file'}: {reason_of(error)}")
     except Interrupted as reason:
         print(f"jclt: {reason}", file=sys.stderr)
-        return os.EX_TEMPFAIL  # whatever started it can tell that it is not done
+        return os.EX_TEMPFAIL  # tells the scheduler to start the command again
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         if _is_out_of_memory(error):
-            less = f"; {LESS[arguments.command]}" if arguments.command in LESS else ""
-            return _refused(f"{arguments.command}: memory has ended ({first_line(error)[:200]}){less}")
-        if not _joined():
+            advice = f"; {LESS_MEMORY[arguments.command]}" if arguments.command in LESS_MEMORY else ""
+            return _print_error(f"{arguments.command}: memory has ended ({first_line(error)[:200]}){advice}")
+        if not _has_other_hosts():
             raise
         import jax
 
-        if not isinstance(error, jax.errors.JaxRuntimeError):  # that is what the end of another process makes of this
+        if not isinstance(error, jax.errors.JaxRuntimeError):  # JaxRuntimeError: another process has ended
             traceback.print_exc()
-        return _refused(
+        return _print_error(
             f"process {jax.process_index()} of {jax.process_count()} cannot go on: {first_line(error)}. If another "
             "process has ended, its own message says why; started again together, they go on from the newest "
             "checkpoint",
@@ -82,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
 
 
-LESS = {
+LESS_MEMORY = {
     "attribute": "fewer --max-features, a smaller --batch or a shorter prompt take less",
     "train-lm": "a smaller batch or model takes less, and --set remat=true",
     "train": "a smaller batch, more micro_batches or fewer coder.features take less, and --set remat=true",
@@ -91,25 +94,25 @@ LESS = {
     "convert": "--dtype bfloat16 takes less",
     "plan": "compiling a smaller run, or on fewer chips, takes less",
 }
-"""What a command can be asked that takes less memory."""
+"""For each command, options that need less memory."""
 
 
-def _refused(message: str, status: int = 2) -> int:
-    print(f"jclt: {shortened(printable(message))}", file=sys.stderr)
+def _print_error(message: str, status: int = 2) -> int:
+    print(f"jclt: {shorten(escape_unprintable(message))}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:
-        _drop_output()
+        _discard_output()
     return status
 
 
-def _drop_output() -> None:
-    """What is still to be written when the process ends goes nowhere."""
+def _discard_output() -> None:
+    """Discards the output that Python would write at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _joined() -> bool:
-    """Whether there are other hosts; of a command that ended before it loaded JAX there are none."""
+def _has_other_hosts() -> bool:
+    """Whether this process has joined others. A command that has not loaded JAX has joined none."""
     jax: Any = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
 
@@ -121,7 +124,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _keep_compiled_programs() -> None:
-    """What was compiled once is read from a cache the next time."""
+    """Turns on JAX's cache of compiled programs, so that later commands compile nothing again."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder()))

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from jclt.cli.arguments import Subcommands, text
+from jclt.cli.arguments import Subcommands, parse_text
 from jclt.errors import UserError
 
 
@@ -11,11 +11,11 @@ def add_command(commands: Subcommands) -> None:
     command = commands.add_parser(
         "tokenize",
         help="turn text into token arrays for training",
-        description="Tokenises text once, for any number of runs: text files (each one document; one of more than "
-        "16 MiB is tokenised in pieces cut at line breaks), JSON lines (the field `text`) and Parquet (the column "
-        "`text`), packed as .gz, .bz2, .xz or .zst or not. The folder gets tokens-00000.npy ..., in which documents "
-        "follow one another, each with its end token, the tokenizer, and at last manifest.json. The tokens do not "
-        "depend on the number of workers. The same command on the same folder goes on after the last whole shard.",
+        description="Tokenises text once, for any number of runs. Reads text files (each is one document; a file of "
+        "more than 16 MiB is tokenised in pieces cut at line breaks), JSON lines (the field `text`) and Parquet (the "
+        "column `text`), also compressed as .gz, .bz2, .xz or .zst. Writes tokens-00000.npy ... with one document "
+        "after another, each followed by the end token, then the tokenizer and manifest.json. The tokens do not depend "
+        "on the number of workers. The same command on the same folder continues after the last complete shard.",
         epilog="example: jclt tokenize 'stories/*.jsonl.gz' more.parquet --tokenizer gpt2 --out tokens; "
         "then: jclt train-lm config.py --set data=tokens",
     )
@@ -28,21 +28,25 @@ def add_command(commands: Subcommands) -> None:
     )
     command.add_argument("--out", required=True, metavar="DIR", help="the folder or URL to write to")
     command.add_argument(
-        "--field", type=text, default="text", metavar="NAME", help="of JSON lines and Parquet (default text)"
+        "--field",
+        type=parse_text,
+        default="text",
+        metavar="NAME",
+        help="the field of JSON lines, the column of Parquet (default text)",
     )
     command.add_argument(
         "--end",
-        type=text,
+        type=parse_text,
         metavar="TOKEN",
-        help="what ends a document, as text or number (default: eos_token of the tokenizer's tokenizer_config.json)",
+        help="the end token, as text or number (default: eos_token of the tokenizer's tokenizer_config.json)",
     )
-    command.add_argument("--workers", type=int, metavar="N", help="threads that tokenise (default: one per core)")
+    command.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
     command.add_argument(
         "--shard-tokens",
         type=int,
         default=1 << 26,
         metavar="N",
-        help="a file ends with the first document that brings it to this many tokens (default 67108864)",
+        help="a shard ends after the document with which it reaches N tokens (default 67108864)",
     )
     command.set_defaults(function=run)
 
@@ -50,7 +54,7 @@ def add_command(commands: Subcommands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from jclt.data.tokenize import tokenize
 
-    made = tokenize(
+    manifest = tokenize(
         arguments.inputs,
         _find_tokenizer(arguments.tokenizer),
         arguments.out,
@@ -59,12 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
         end=arguments.end,
         field=arguments.field,
     )
-    shards = f"{len(made['shards'])} shards in {arguments.out}"
-    print(f"done: {made['tokens']} tokens of {made['documents']} documents, {shards}")
+    shards = f"{len(manifest['shards'])} shards in {arguments.out}"
+    print(f"done: {manifest['tokens']} tokens of {manifest['documents']} documents, {shards}")
 
 
 def _find_tokenizer(name: str) -> Path:
-    """The folder of this name, or where the tokenizer's files of this hub name are kept."""
+    """The folder of this name, or the local folder of the tokenizer with this hub name."""
     from jclt.models import find_model
 
     folder = Path(name).expanduser()

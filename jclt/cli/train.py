@@ -2,7 +2,7 @@
 
 import argparse
 
-from jclt.cli.arguments import Subcommands, add_run, at_least, start_run
+from jclt.cli.arguments import Subcommands, add_run_arguments, make_int_parser, start_run
 
 
 def add_command(commands: Subcommands) -> None:
@@ -10,18 +10,18 @@ def add_command(commands: Subcommands) -> None:
         "train",
         help="train a sparse coder on a language model",
         description="Trains a cross-layer transcoder, a per-layer transcoder or an SAE on any model that jclt loads, "
-        "on all devices at hand. The run's folder gets metrics.jsonl, curves.png, checkpoints, and at the end coder/, "
+        "on all devices. Writes metrics.jsonl, curves.png and checkpoints to the run's folder, and at the end coder/, "
         "which load_coder and circuit-tracer read. The same command on the same folder resumes exactly where it "
         "stopped.",
         epilog="example: jclt train tiny --out runs/tiny --set steps=300 --set coder.features=256",
     )
-    add_run(command, "tiny, small-world", "steps=500, model=gpt2 or coder.features=4096")
+    add_run_arguments(command, "tiny, small-world", "steps=500, model=gpt2 or coder.features=4096")
     command.add_argument(
         "--profile",
-        type=at_least(0),
+        type=make_int_parser(0),
         default=0,
         metavar="STEPS",
-        help="traces so many steps for XProf, into OUT/profile",
+        help="records this many steps for XProf, in OUT/profile",
     )
     command.set_defaults(function=run)
 

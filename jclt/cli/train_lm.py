@@ -2,7 +2,7 @@
 
 import argparse
 
-from jclt.cli.arguments import Subcommands, add_run, start_run
+from jclt.cli.arguments import Subcommands, add_run_arguments, start_run
 
 
 def add_command(commands: Subcommands) -> None:
@@ -10,11 +10,11 @@ def add_command(commands: Subcommands) -> None:
         "train-lm",
         help="train a language model",
         description="Trains a transformer of any configuration on text, JSON lines or the generated small world. "
-        "The run's folder gets the token rows, metrics.jsonl, loss.png, checkpoints, and at the end model/ in Hugging "
-        "Face layout. The same command on the same folder resumes exactly where it stopped.",
+        "Writes the token rows, metrics.jsonl, loss.png and checkpoints to the run's folder, and at the end model/ in "
+        "Hugging Face layout. The same command on the same folder resumes exactly where it stopped.",
         epilog="example: jclt train-lm small-world --out runs/world --set steps=500",
     )
-    add_run(command, "small-world", "steps=500, learning_rate=1e-3 or model.layers=6")
+    add_run_arguments(command, "small-world", "steps=500, learning_rate=1e-3 or model.layers=6")
     command.set_defaults(function=run)
 
 

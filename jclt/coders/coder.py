@@ -1,8 +1,8 @@
 """Sparse coders: one definition for cross-layer transcoders, per-layer transcoders and SAEs.
 
-They differ in one number, a layer's reach: a feature of a cross-layer transcoder writes to its own layer and to all
-later ones, one of a per-layer transcoder or an SAE to its own alone. Whatever presents the same methods is a coder too,
-such as the model's own neurons (`neurons.py`).
+They differ in one number, the reach of a layer's features. A feature of a cross-layer transcoder writes to its layer
+and to all later ones; a feature of a per-layer transcoder or an SAE writes to its layer alone. Any class with the
+methods of `Coder` is a coder too, such as a model's MLP neurons (`neurons.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,91 +14,95 @@ import jax.numpy as jnp
 
 from jclt.coders.activations import jump_relu, top_k
 from jclt.coders.config import CoderConfig
-from jclt.kernels import matmuls as products
-from jclt.kernels import sparse_matmuls as sparse
-from jclt.kernels.active import Entries
-from jclt.kernels.matmuls import exact, letters, product
-from jclt.mesh import AnyMesh, placed, sharding
+from jclt.kernels.active import ActivePairs
+from jclt.kernels.matmuls import apply_weight, decode, token_letters, widen_for_product
+from jclt.kernels.sparse_matmuls import decode_active
+from jclt.mesh import AnyMesh, make_sharding, shard_by_axes
 from jclt.shapes import Array, DTypeLike, Float
 
 
 @runtime_checkable
 class Coder(Protocol):
-    """Features that read a layer's input and write to this layer and later ones. Layers are counted among the covered
-    ones, `config.layers`."""
+    """Features that read the input of a layer and write to this layer and later ones.
+
+    `layer` is an index into the covered layers, `config.layers`.
+    """
 
     config: CoderConfig
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
-        """Activations of one layer's features, from what it reads."""
+        """The activations of one layer's features on the layer's input x."""
         ...
 
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
     ) -> Float[Array, "*N D"]:
-        """What all features up to this layer write to it, with its bias and skip, which reads the layer's own x."""
+        """The output at a layer: what all features up to this layer write to it, plus its bias and the skip of x."""
         ...
 
-    def rows(self, layer: int) -> Float[Array, "F R D"]:
-        """What one layer's features write to each layer of their reach, for an activation of one."""
+    def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
+        """Rows and biases of the linear part of `encode`: a pre-activation is the feature's row times x, plus bias."""
         ...
 
-    def reading(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
-        """The linear part of `encode`: a feature's pre-activation is its row times x, plus its bias."""
+    def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
+        """For each feature of one layer the vectors that it writes to the R layers of its reach at activation 1."""
         ...
 
-    def constant(self, layer: int) -> Float[Array, "D"]:
-        """What is written to a layer whatever it reads."""
+    def decoder_bias(self, layer: int) -> Float[Array, "D"]:
+        """The constant part of the output at a layer."""
         ...
 
     def skip(self, layer: int) -> Float[Array, "D D"] | None:
-        """What is written to a layer in proportion to what it reads, [output, input]."""
+        """The linear map [output, input] from a layer's input to its output, if the coder has one."""
         ...
 
 
 class CoderLayer(eqx.Module):
-    """The features that read one layer; R is their reach."""
+    """The weights of the features that read one layer. R is their reach: the number of layers that they write to."""
 
     encoder: Float[Array, "F D"]
     encoder_bias: Float[Array, "F"]
     threshold: Float[Array, "F"] | None  # under JumpReLU
-    decoder: Float[Array, "F R D"] | None  # none where it is the encoder (tied)
-    decoder_bias: Float[Array, "D"]  # of what is written to this layer
+    decoder: Float[Array, "F R D"] | None  # None if tied: the decoder is the encoder
+    decoder_bias: Float[Array, "D"]  # of the output at this layer
     skip: Float[Array, "D D"] | None  # [output, input]
 
     @property
-    def rows(self) -> Float[Array, "F R D"]:
+    def decoder_rows(self) -> Float[Array, "F R D"]:
+        """The decoder, also where it is tied to the encoder."""
         return self.encoder[:, None] if self.decoder is None else self.decoder
 
     @property
-    def opens_at(self) -> Float[Array, "F"]:
-        """The threshold; 0 where the rule knows none."""
+    def threshold_or_zero(self) -> Float[Array, "F"]:
+        """The threshold; 0 under rules that have none."""
         return jnp.zeros_like(self.encoder_bias) if self.threshold is None else self.threshold
 
     @property
     def norms(self) -> Float[Array, "F"]:
-        """The length of each feature's decoder, all its target layers together."""
-        return jnp.sqrt(jnp.sum(jnp.square(self.rows.astype(jnp.float32)), axis=(1, 2)) + 1e-12)
+        """The norm of each feature's decoder, over all its target layers together."""
+        return jnp.sqrt(jnp.sum(jnp.square(self.decoder_rows.astype(jnp.float32)), axis=(1, 2)) + 1e-12)
 
 
 class SparseCoder(eqx.Module):
+    """A cross-layer transcoder, per-layer transcoder or SAE."""
+
     layers: tuple[CoderLayer, ...]
     config: CoderConfig = eqx.field(static=True)
 
     def __repr__(self) -> str:
         c = self.config
-        where = "no layers yet" if c.layers is None else f"{len(c.layers)} layers"
+        layers = "no layers yet" if c.layers is None else f"{len(c.layers)} layers"
         rule = f"{c.rule} features{'' if c.k is None else f' (k={c.k})'}"
-        return f"<SparseCoder: {c.kind} of '{c.model}', {where} of {c.features} {rule}, {c.reads} to {c.writes}>"
+        return f"<SparseCoder: {c.kind} of '{c.model}', {layers} of {c.features} {rule}, {c.reads} to {c.writes}>"
 
-    def preactivation(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
-        """In at least float32, of products in the type of x."""
-        own = self.layers[layer]
-        h = product(f"{letters(x)}d,fd->{letters(x)}f", x, own.encoder)
-        return h + own.encoder_bias.astype(h.dtype)[(None,) * (x.ndim - 1)]
+    def compute_preactivation(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
+        """Computed in the type of x, summed in at least float32."""
+        weights = self.layers[layer]
+        h = apply_weight(f"{token_letters(x)}d,fd->{token_letters(x)}f", x, weights.encoder)
+        return h + weights.encoder_bias.astype(h.dtype)[(None,) * (x.ndim - 1)]
 
     def activate(self, layer: int, h: Float[Array, "*N F"]) -> Float[Array, "*N F"]:
-        """The rule at inference."""
+        """Activations from pre-activations, by the rule at inference."""
         if self.config.activation == "relu":
             return jax.nn.relu(h)
         if self.config.activation == "topk":
@@ -110,29 +114,30 @@ class SparseCoder(eqx.Module):
         return jump_relu(h, threshold, self.config.bandwidth, self.config.through)
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
-        """Of the weights as they are: neither they nor x are rounded to the other's type."""
-        return self.activate(layer, self.preactivation(layer, exact(x, self.layers[layer].encoder)))
+        """Activations at inference: neither x nor the weights are rounded to the other's type."""
+        return self.activate(layer, self.compute_preactivation(layer, widen_for_product(x, self.layers[layer].encoder)))
 
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
     ) -> Float[Array, "*N D"]:
-        own, n = self.layers[layer], letters(x)
-        out = own.decoder_bias.astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
+        weights, n = self.layers[layer], token_letters(x)
+        output = weights.decoder_bias.astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
         for source, a in enumerate(activations[: layer + 1]):
             if layer - source < self.config.reach(source):
-                rows = self.layers[source].rows[:, layer - source]
-                out = out + product(f"{n}f,fd->{n}d", exact(a, rows), rows)
-        if own.skip is None:
-            return out
-        return out + product(f"{n}d,ed->{n}e", exact(x, own.skip), own.skip).astype(out.dtype)
+                rows = self.layers[source].decoder_rows[:, layer - source]
+                output = output + apply_weight(f"{n}f,fd->{n}d", widen_for_product(a, rows), rows)
+        if weights.skip is None:
+            return output
+        skipped = apply_weight(f"{n}d,ed->{n}e", widen_for_product(x, weights.skip), weights.skip)
+        return output + skipped.astype(output.dtype)
 
-    def rows(self, layer: int) -> Float[Array, "F R D"]:
-        return self.layers[layer].rows
-
-    def reading(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
+    def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
         return self.layers[layer].encoder, self.layers[layer].encoder_bias
 
-    def constant(self, layer: int) -> Float[Array, "D"]:
+    def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
+        return self.layers[layer].decoder_rows
+
+    def decoder_bias(self, layer: int) -> Float[Array, "D"]:
         return self.layers[layer].decoder_bias
 
     def skip(self, layer: int) -> Float[Array, "D D"] | None:
@@ -142,23 +147,27 @@ class SparseCoder(eqx.Module):
         self,
         activations: Sequence[Float[Array, "N F"]] | Sequence[Float[Array, "E"]],
         x: Sequence[Float[Array, "N D"]],
-        entries: Sequence[Entries] | None = None,
+        active_pairs: Sequence[ActivePairs] | None = None,
     ) -> tuple[Float[Array, "N D"], ...]:
-        """What is written to every layer: `write` for all at once, as training computes it, split over all devices.
-        With entries the activations are those at them, and all others are 0."""
+        """The outputs at all layers, as training computes them: `write` for all layers at once, split over all devices.
 
-        def whole(own: CoderLayer, x: Array, written: Array) -> Array:
-            written = written + own.decoder_bias[None].astype(written.dtype)
-            if own.skip is None:
-                return written
-            return written + product("nd,ed->ne", placed(x, ("batch", None)), own.skip).astype(written.dtype)
+        With `active_pairs`, one for each layer, `activations` are the values at these pairs, and all others are 0.
+        """
 
-        rows = tuple(own.rows for own in self.layers)
-        if entries is None:
-            written = products.decode(tuple(activations), rows)
+        def add_bias_and_skip(weights: CoderLayer, x: Array, written: Array) -> Array:
+            output = written + weights.decoder_bias[None].astype(written.dtype)
+            if weights.skip is None:
+                return output
+            return output + apply_weight("nd,ed->ne", shard_by_axes(x, ("batch", None)), weights.skip).astype(
+                output.dtype
+            )
+
+        decoders = tuple(layer.decoder_rows for layer in self.layers)
+        if active_pairs is None:
+            written = decode(tuple(activations), decoders)
         else:
-            written = sparse.decode_active(tuple(entries), tuple(activations), rows)
-        return tuple(map(whole, self.layers, x, written))
+            written = decode_active(tuple(active_pairs), tuple(activations), decoders)
+        return tuple(map(add_bias_and_skip, self.layers, x, written))
 
 
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -169,14 +178,14 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "decoder_bias": (None,),
     "skip": (None, None),
 }
-"""The named axes of each weight, which `sharding.RULES` places."""
+"""The logical axes of each weight (see `mesh.LOGICAL_AXES`)."""
 
 
-def declare(config: CoderConfig, leaf: Callable[[str, tuple[int, ...]], Any]) -> SparseCoder:
-    """A coder whose weights are `leaf(name, shape)`: shapes, placements and initial values all come from here."""
+def declare_coder(config: CoderConfig, leaf: Callable[[str, tuple[int, ...]], Any]) -> SparseCoder:
+    """A coder whose weights are `leaf(name, shape)`: the one declaration of its weights and their shapes."""
     f, d = config.features, config.size
 
-    def layer(index: int) -> CoderLayer:
+    def declare_layer(index: int) -> CoderLayer:
         return CoderLayer(
             encoder=leaf("encoder", (f, d)),
             encoder_bias=leaf("encoder_bias", (f,)),
@@ -186,16 +195,15 @@ def declare(config: CoderConfig, leaf: Callable[[str, tuple[int, ...]], Any]) ->
             skip=leaf("skip", (d, d)) if config.skip else None,
         )
 
-    return SparseCoder(tuple(layer(index) for index in range(len(config.covered))), config)
+    return SparseCoder(tuple(declare_layer(index) for index in range(len(config.covered))), config)
 
 
 def abstract_coder(config: CoderConfig, mesh: AnyMesh | None = None, dtype: DTypeLike = jnp.float32) -> SparseCoder:
-    """The shapes, types and placements of a coder's weights."""
-
-    shapes = jax.eval_shape(lambda: declare(config, lambda _, shape: jnp.zeros(shape, dtype)))
+    """A coder that holds the shapes, types and shardings of its weights in place of their values."""
+    shapes = jax.eval_shape(lambda: declare_coder(config, lambda _, shape: jnp.zeros(shape, dtype)))
 
     def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        placed = sharding(mesh, x.shape, AXES[path[-1].name]) if mesh else None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
+        sharding = make_sharding(mesh, x.shape, AXES[path[-1].name]) if mesh else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)

@@ -1,10 +1,10 @@
-"""What a sparse coder is: its kind, its size, where it reads and writes, and its rule at inference."""
+"""The settings of a sparse coder: its kind, its size, the sites that it reads and writes, and its activation."""
 
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jclt.coders.activations import Through
+from jclt.coders.activations import GradientTo
 from jclt.errors import UserError
 from jclt.models import ModelConfig, check_sites
 from jclt.shapes import Layer
@@ -15,26 +15,26 @@ Activation = Literal["relu", "jumprelu", "topk", "batchtopk"]
 
 @dataclass(frozen=True)
 class CoderConfig:
-    """`layers` and `width` are those of the model where they are not given."""
+    """Settings of a coder. `layers` and `width` are None until they are known from the model (`fit_to_model`)."""
 
     kind: Kind = "clt"
-    features: int = 1024  # a layer
+    features: int = 1024  # in each layer
     activation: Activation = "jumprelu"
-    k: int | None = None  # active features: a layer's under topk, those of all layers on average under batchtopk
-    reads: str = "mlp_in"
-    writes: str = "mlp_out"
+    k: int | None = None  # active features per token: topk, in each layer; batchtopk, in all layers together on average
+    reads: str = "mlp_in"  # the site of the input
+    writes: str = "mlp_out"  # the site of the output
     bandwidth: float = 1.0  # of JumpReLU's straight-through gradient (Circuit Tracing 2025)
-    through: Through = "all"  # whom that gradient reaches (Circuit Tracing 2025)
-    skip: bool = False  # an affine map from what a layer reads to what it writes, beside the features
-    tied: bool = False  # decoders are the encoders transposed (SAEs)
-    layers: tuple[int, ...] | None = None  # the model's layers that it covers, in order
+    through: GradientTo = "all"  # the arguments that receive that gradient (Circuit Tracing 2025)
+    skip: bool = False  # a linear map from input to output of each layer, beside the features
+    tied: bool = False  # the decoder is the encoder (SAEs)
+    layers: tuple[int, ...] | None = None  # the covered layers of the model, in order
     width: int | None = None
     model: str = ""
-    model_fingerprint: str = ""  # of the model's weights (`jclt.fingerprints`); empty where nothing says it
+    model_fingerprint: str = ""  # of the model's weights (`jclt.fingerprints`); empty if not known
 
     @property
     def rule(self) -> Literal["relu", "jumprelu", "topk"]:
-        """How activations are decided at inference: BatchTopK's threshold makes a JumpReLU."""
+        """The activation at inference: BatchTopK becomes a JumpReLU with a fixed threshold."""
         return "jumprelu" if self.activation == "batchtopk" else self.activation
 
     @property
@@ -48,25 +48,25 @@ class CoderConfig:
         return self.width
 
     def index(self, layer: Layer) -> int | None:
-        """Where a layer of the model stands among the covered ones, if it is one of them."""
+        """The index of a model's layer among the covered layers; None if it is not covered."""
         return self.covered.index(layer) if isinstance(layer, int) and layer in self.covered else None
 
     def reach(self, index: int) -> int:
-        """How many of the covered layers the features of one write to: its own, or all from its own on."""
+        """The number of covered layers that the features of one layer write to: its own, or all from its own on."""
         return len(self.covered) - index if self.kind == "clt" else 1
 
-    def fitted(self, model: ModelConfig, name: str, fingerprint: str = "") -> "CoderConfig":
-        """The configuration with everything that follows from the model filled in, or one line on what is wrong."""
+    def fit_to_model(self, model: ModelConfig, name: str, fingerprint: str = "") -> "CoderConfig":
+        """The settings with all that follows from the model filled in, or an error if they do not fit the model."""
         check_sites((self.reads, self.writes), model)
         layers = tuple(range(model.layers)) if self.layers is None else self.layers
         if not layers or list(layers) != sorted(set(layers)) or layers[-1] >= model.layers or layers[0] < 0:
             raise UserError(f"setting 'coder.layers': {layers}, expected layers from 0 to {model.layers - 1}, in order")
         if self.width not in (None, model.width):
             raise UserError(f"setting 'coder.width': {self.width}, expected {model.width}, the model's")
-        fitted = replace(self, layers=layers, width=model.width, model=self.model or name)
-        fitted = replace(fitted, model_fingerprint=self.model_fingerprint or fingerprint)
-        fitted.check()
-        return fitted
+        config = replace(self, layers=layers, width=model.width, model=self.model or name)
+        config = replace(config, model_fingerprint=self.model_fingerprint or fingerprint)
+        config.check()
+        return config
 
     def check(self) -> None:
         if self.features < 1:

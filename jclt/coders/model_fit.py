@@ -1,4 +1,4 @@
-"""Does a coder belong to a model: what it reconstructs of a short text."""
+"""Checks that a coder belongs to a model, by its reconstruction error on a short text."""
 
 import logging
 from contextlib import nullcontext
@@ -10,86 +10,107 @@ import numpy as np
 
 from jclt.coders.coder import Coder
 from jclt.errors import UserError
-from jclt.kernels.matmuls import einsum, exact
-from jclt.mesh import fetched, mesh_of
+from jclt.kernels.matmuls import sharded_einsum, widen_for_product
+from jclt.mesh import fetch_to_host, mesh_of
 from jclt.models import Model, run
 from jclt.shapes import Array, ArrayLike, Float, Int
-from jclt.world import TASKS
 
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 128
+PROBE_TEXT = (
+    "She works at the General Society Station Central (G The Civic General Nuclear Aviation (C The Academy "
+    "Chemical Digital Northern (A Fact: Lionel Williams is a star of The athlete Pete Gordon plays the sport of "
+    "The athlete Babe Hill plays the sport of calc: 21+54= calc: 24+42= calc: 62+77= Question: in the state of "
+    "South Creek, what is the capital? Answer: The city of Mount Haven lies in a state with the capital Question: "
+    "in the state of Mount Haven, what is the capital? Answer: Often the gardens near the pictures Yesterday the "
+    "pictures behind the lamps Often the keys under the windows When Julia and Laura went to the beach, Laura gave "
+    "a flower to After Grace and Daniel left the station, Daniel brought a flower to When Peter and Henry went to "
+    "the school, Henry gave a letter to From 1323 a journey went on until 13 From 1912 a famine went on until 19 "
+    "The drought lasted from 1138 to 11 English: poor or El contrario de mojado es The contrary of big is List: "
+    "first third fifth Step: 1 after neon is List: novembre janvier mars Nest: « needle Nest: [ « anchor Nest: [ "
+    "feather Copy: bell cup wagon hammer anchor carpet pillow barrel stone apple wagon Copy: carpet helmet apple "
+    "ladder lantern stone spoon cup lantern stone Copy: shoe rope feather hammer mirror apple coin lantern candle "
+    "spoon anchor brick apple"
+)
+"""The first prompts of each task of the small world (`jclt.world.TASKS`), so that the shipped model knows them."""
 
 
 class Fit(NamedTuple):
-    """For each covered layer the normalised error, 1 where the mean would do as well, and active features a token."""
+    """How well a coder reconstructs, for each covered layer."""
 
-    error: np.ndarray
-    active: np.ndarray
+    error: np.ndarray  # squared error over variance: 1 for a constant output, the mean
+    active: np.ndarray  # active features per token
 
 
 def measure_fit(coder: Coder, model: Model) -> Fit:
-    """On text that ships, or random tokens where the model has no tokenizer; a layer at a time, so that beside the
-    coder there is room for little more."""
+    """Measured on `PROBE_TEXT`, or on random tokens if the model has no tokenizer.
+
+    It computes one layer at a time, since the coder may leave little memory.
+    """
     config = coder.config
-    _, seen = run(model, _probe_tokens(model), capture=(config.reads, config.writes))
-    # Models treat the first position as no other: it is a place to rest attention on.
-    x, y = (fetched(seen[site]).astype(np.float32)[list(config.covered), 1:] for site in (config.reads, config.writes))
+    _, seen = run(model, _get_probe_tokens(model), capture=(config.reads, config.writes))
+    # Without the first position: many models use it as an attention sink, and its activations are like no others.
+    covered = list(config.covered)
+    x, y = (fetch_to_host(seen[site]).astype(np.float32)[covered, 1:] for site in (config.reads, config.writes))
     mesh = mesh_of(jax.tree.leaves(coder)[0])
     written, active = np.zeros_like(y), np.zeros(len(y))
     with jax.set_mesh(mesh) if mesh else nullcontext():
-        for layer, own in enumerate(map(jnp.asarray, x)):
-            a = coder.encode(layer, own)
+        for layer, layer_input in enumerate(map(jnp.asarray, x)):
+            a = coder.encode(layer, layer_input)
             active[layer] = np.asarray(jnp.sum(a != 0, axis=-1)).mean()
-            rows = coder.rows(layer)
-            for row in range(rows.shape[1]):
-                written[layer + row] += np.asarray(_added(a, rows, np.int32(row)), np.float32)
-            written[layer] += np.asarray(coder.constant(layer), np.float32)
+            decoder = coder.decoder_rows(layer)
+            for i in range(decoder.shape[1]):
+                written[layer + i] += np.asarray(_decode_to_target(a, decoder, np.int32(i)), np.float32)
+            written[layer] += np.asarray(coder.decoder_bias(layer), np.float32)
             if (skip := coder.skip(layer)) is not None:
                 written[layer] += x[layer] @ np.asarray(skip, np.float32).T
-    left = np.square(y - written).sum((1, 2))
-    spread = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
-    return Fit(left / np.maximum(spread, np.finfo(np.float32).tiny), active)
+    squared_error = np.square(y - written).sum((1, 2))
+    variance = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
+    return Fit(squared_error / np.maximum(variance, np.finfo(np.float32).tiny), active)
 
 
 @jax.jit
-def _added(a: Float[Array, "N F"], rows: Float[Array, "F R D"], row: Int[ArrayLike, ""]) -> Float[Array, "N D"]:
-    """What features write to one of the layers that they reach."""
-    own = jax.lax.dynamic_index_in_dim(rows, row, axis=1, keepdims=False)
-    return einsum("nf,fd->nd", exact(a, own), own)
+def _decode_to_target(
+    a: Float[Array, "N F"], decoder: Float[Array, "F R D"], i: Int[ArrayLike, ""]
+) -> Float[Array, "N D"]:
+    """What features write to the i-th layer of their reach."""
+    rows = jax.lax.dynamic_index_in_dim(decoder, i, axis=1, keepdims=False)
+    return sharded_einsum("nf,fd->nd", widen_for_product(a, rows), rows)
 
 
 def check_fit(coder: Coder, model: Model, name: str) -> None:
-    """An error saying plainly that the coder is not this model's; a warning where its files name this very model, and
-    it has not learnt enough yet."""
+    """Raises an error if the coder is not this model's.
+
+    If the coder's files name this very model, it logs a warning instead: the coder was then trained too little.
+    """
     error, active = measure_fit(coder, model)
     c = coder.config
-    fires = 0 < active.mean() < c.features or c.kind == "neurons"
-    if error.mean() < 1 and fires:
+    some_active = 0 < active.mean() < c.features or c.kind == "neurons"
+    if error.mean() < 1 and some_active:
         return
-    found = (
+    finding = (
         f"on a short text it misses {error.mean():.3g} of the variance with {active.mean():.3g} of {c.features} "
         "features active a token and layer, expected less than 1 and some but not all"
     )
     if c.model_fingerprint and c.model_fingerprint == model.fingerprint and np.isfinite(error).all():
-        log.warning("coder '%s' fits model '%s' badly, which it was trained on: %s", name, model.name, found)
+        log.warning("coder '%s' fits model '%s' badly, which it was trained on: %s", name, model.name, finding)
         return
-    other = ""
+    reason = ""
     if c.model_fingerprint and c.model_fingerprint != model.fingerprint:
-        other = (
+        reason = (
             f"it was trained on model '{c.model}' (fingerprint {c.model_fingerprint}), not on this one "
             f"({model.fingerprint}); "
         )
     elif c.model not in ("", model.name):
-        other = f"its files name model '{c.model}'; "
+        reason = f"its files name model '{c.model}'; "
     raise UserError(
-        f"coder '{name}' does not fit model '{model.name}': {other}{found} (check=False loads it all the same)"
+        f"coder '{name}' does not fit model '{model.name}': {reason}{finding} (check=False loads it all the same)"
     )
 
 
-def _probe_tokens(model: Model) -> np.ndarray:
+def _get_probe_tokens(model: Model) -> np.ndarray:
     length = min(model.config.context, PROBE_TOKENS)
     if model.tokenizer is None:
         return np.random.default_rng(0).integers(0, model.config.vocabulary, length)
-    text = " ".join(example.prompt for task in TASKS.values() for example in task.examples("report", 3, seed=0))
-    return np.asarray(model.encode(text)[:length])
+    return np.asarray(model.encode(PROBE_TEXT)[:length])

@@ -1,4 +1,4 @@
-"""The neuron basis: a model's own MLP neurons as the features of a coder that makes no error."""
+"""The neuron basis: the MLP neurons of a model as the features of a coder without error."""
 
 from collections.abc import Sequence
 
@@ -6,29 +6,30 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from jclt.coders.config import CoderConfig
-from jclt.kernels.matmuls import exact, letters
+from jclt.kernels.matmuls import token_letters, widen_for_product
 from jclt.models import Model
 from jclt.models.config import ModelConfig
-from jclt.models.ops import ACTIVATIONS, contract
+from jclt.models.ops import ACTIVATIONS
+from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Params
 
-NAMES = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
+WEIGHTS = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
 
 
 class Neurons(eqx.Module):
-    """Every neuron reads the MLP's input and writes one direction, its row of the down projection."""
+    """A neuron reads the input of the MLP and writes one direction, its row of the down projection."""
 
-    params: Params  # stacked over layers, as the model has them
+    params: Params  # stacked over layers, as in the model
     model: ModelConfig = eqx.field(static=True)
     config: CoderConfig = eqx.field(static=True)
 
     def _project(self, name: str, layer: int, x: Array) -> Array:
-        """In the type of x, or a wider one of the weights."""
-        n, weight = letters(x), self.params[name][layer]
-        x = exact(x, weight)
-        out = contract(f"{n}d,de->{n}e", x, weight.astype(x.dtype)).astype(x.dtype)
+        """One of the MLP's projections of x, in the wider type of x and the weights."""
+        n, weight = token_letters(x), self.params[name][layer]
+        x = widen_for_product(x, weight)
+        projected = einsum(f"{n}d,de->{n}e", x, weight.astype(x.dtype)).astype(x.dtype)
         bias = self.params.get(f"{name}_bias")
-        return out if bias is None else out + bias[layer].astype(x.dtype)[(None,) * (x.ndim - 1)]
+        return projected if bias is None else projected + bias[layer].astype(x.dtype)[(None,) * (x.ndim - 1)]
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
         act, up = ACTIVATIONS[self.model.activation], self._project("up", layer, x)
@@ -39,16 +40,16 @@ class Neurons(eqx.Module):
     ) -> Float[Array, "*N D"]:
         return self._project("down", layer, activations[layer])
 
-    def rows(self, layer: int) -> Float[Array, "F R D"]:
+    def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         return self.params["down"][layer][:, None]
 
-    def reading(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
-        """Of a gated neuron the factor that its gate multiplies: the gate is held, like a norm's denominator."""
+    def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
+        """For gated neurons the factor that the gate multiplies; the gate is constant, like norms' denominators."""
         up = self.params["up"][layer].T
         bias = self.params.get("up_bias")
         return up, jnp.zeros(up.shape[:1], up.dtype) if bias is None else bias[layer]
 
-    def constant(self, layer: int) -> Float[Array, "D"]:
+    def decoder_bias(self, layer: int) -> Float[Array, "D"]:
         bias = self.params.get("down_bias")
         return jnp.zeros_like(self.params["down"][layer, 0]) if bias is None else bias[layer]
 
@@ -57,12 +58,12 @@ class Neurons(eqx.Module):
 
 
 def neurons(model: Model) -> Neurons:
-    """The neurons of a model as a coder: `mlp_in` to `mlp_raw_out`."""
+    """The MLP neurons of a model as a coder from `mlp_in` to `mlp_raw_out`."""
     config = CoderConfig(
         kind="neurons",
         features=model.config.mlp_width,
         activation="relu",
         reads="mlp_in",
         writes="mlp_raw_out",
-    ).fitted(model.config, model.name)
-    return Neurons({name: model.params[name] for name in NAMES if name in model.params}, model.config, config)
+    ).fit_to_model(model.config, model.name)
+    return Neurons({name: model.params[name] for name in WEIGHTS if name in model.params}, model.config, config)

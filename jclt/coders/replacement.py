@@ -1,37 +1,49 @@
-"""The replacement model: the same transformer with what a coder writes in place of what it computed itself."""
+"""The replacement model: the same transformer, in which the coder's output replaces what each covered layer wrote."""
+
+from typing import Any
+
+import equinox as eqx
 
 from jclt.coders.coder import Coder, SparseCoder
-from jclt.coders.writing import Writing
-from jclt.mesh import placed
-from jclt.models import Edit
+from jclt.coders.decoder_sums import DecoderSums
+from jclt.mesh import shard_by_axes
 from jclt.shapes import Array, Layer
 
 
-def replacing(coder: Coder, *, trained: bool = False) -> Edit:
-    """An edit for one forward pass with unrolled layers: at every position what the coder writes replaces the model's
-    own value there; attention stays free and no error is added back. Where the coder is `trained` through the pass it
-    has gradients, at the price of dense products, and computes in the type of what it reads.
+class CoderReplacement(eqx.Module):
+    """The edit that makes a forward pass with unrolled layers the replacement model.
 
-    It remembers the activations of the pass it stands in, so each pass needs one of its own.
+    At every position the coder's output replaces what the covered layers write. Attention is free, and no error is
+    added. With `trained` the coder receives gradients; its products are then dense, and in the type of what it reads.
     """
-    config = coder.config
-    writing = Writing(coder, densely=trained)
-    reads: list[Array] = []
 
-    def edit(site: str, layer: Layer, value: Array) -> Array:
+    coder: Coder
+    trained: bool = eqx.field(static=True)
+    current_pass: dict[str, Any]
+    """State of the pass that is being traced, from the first covered layer to the last; empty between passes."""
+
+    def __init__(self, coder: Coder, *, trained: bool = False):
+        self.coder, self.trained, self.current_pass = coder, trained, {}
+
+    def __call__(self, site: str, layer: Layer, value: Array) -> Array:
+        config, state = self.coder.config, self.current_pass
         index = config.index(layer)
         if index is None:
             return value
         if site == config.reads:
-            # The model's tokens are split over every chip, the coder's over the data shards alone.
-            reads.append(placed(value, ("tokens", None, None)))
-            if trained and isinstance(coder, SparseCoder):
-                writing.add(index, coder.activate(index, coder.preactivation(index, reads[-1])))
-            else:
-                writing.add(index, coder.encode(index, reads[-1]))
+            if index == 0:
+                state["decoder_sums"] = DecoderSums(self.coder, dense=self.trained)
+            # The model's tokens are split over all devices, the coder's over the data axis alone.
+            state["read"] = shard_by_axes(value, ("tokens", None, None))
+            state["decoder_sums"].add(index, self._encode(index, state["read"]))
         if site == config.writes:
-            written = writing.to(index, reads[-1])
-            return placed(written, ("batch", None, None)).astype(value.dtype)
+            written = state["decoder_sums"].output(index, state["read"])
+            if index == len(config.covered) - 1:
+                state.clear()
+            return shard_by_axes(written, ("batch", None, None)).astype(value.dtype)
         return value
 
-    return edit
+    def _encode(self, index: int, x: Array) -> Array:
+        if self.trained and isinstance(self.coder, SparseCoder):
+            return self.coder.activate(index, self.coder.compute_preactivation(index, x))
+        return self.coder.encode(index, x)

@@ -1,4 +1,4 @@
-"""Which rows make up the batch of a step, as a function of seed and step, and how they get to the devices."""
+"""Which rows make up the batch of a step, as a function of seed and step, and how the rows get to the devices."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,59 +10,60 @@ from jax.sharding import Sharding
 
 from jclt.shapes import Array
 
-ROUNDS = 6
+FEISTEL_ROUNDS = 6
 
 
 def batch_rows(count: int, seed: int, step: int, batch: int) -> np.ndarray:
-    """Which of `count` rows make up the batch of this step: every epoch is a permutation of its own."""
-    epoch, at = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
-    return np.concatenate([shuffled(at[epoch == e], count, (seed, int(e))) for e in np.unique(epoch)])
+    """The numbers of the rows, out of `count`, in the batch of this step. Each epoch is another permutation of all."""
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
+    return np.concatenate([permute(places[epochs == e], count, (seed, int(e))) for e in np.unique(epochs)])
 
 
-def shuffled(places: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
-    """Where the key's permutation of `count` numbers takes these; no table is made, so billions cost what ten do.
+def permute(places: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
+    """The images of these numbers under the key's permutation of 0 ... count - 1.
 
-    A Feistel network permutes the numbers of an even number of bits; what it takes beyond `count` goes round again.
+    No table is made, so the cost does not depend on `count`. A Feistel network permutes the numbers of an even number
+    of bits; a result that is not below `count` is permuted again until it is.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
-    found = places.astype(np.uint64)
-    outside = np.ones(len(found), bool)
+    round_keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(result), bool)
     while outside.any():
-        left, right = found[outside] >> half, found[outside] & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mixed(right ^ round_key) & mask)
-        found[outside] = (left << half) | right
-        outside = found >= count
-    return found.astype(np.int64)
+        left, right = result[outside] >> half, result[outside] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_hash_bits(right ^ round_key) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= count
+    return result.astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """A hash of 64 bits to 64 bits (the finaliser of splitmix64)."""
+def _hash_bits(x: np.ndarray) -> np.ndarray:
+    """A hash from 64 bits to 64 bits (the finaliser of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def place(read: Callable[[np.ndarray], Any], index: np.ndarray, sharding: Sharding) -> Any:
-    """The rows of these numbers as global arrays: each process reads those that lie on its own devices.
+def place_rows(read: Callable[[np.ndarray], Any], index: np.ndarray, sharding: Sharding) -> Any:
+    """The rows with these numbers as global arrays; each process reads only the rows of its own devices.
 
-    `read` gives arrays (in any pytree) whose first axis is the rows asked for; the sharding holds for each of them.
+    `read` returns a pytree of arrays whose first axis is the rows asked for. All of them get the same sharding.
     """
-    kinds, structure = jax.tree.flatten(read(index[:0]))
+    empty_arrays, structure = jax.tree.flatten(read(index[:0]))
 
-    @cache  # several devices may hold the same rows, and every array asks for them
-    def rows(start: int, stop: int) -> list[np.ndarray]:
+    @cache  # several devices can hold the same rows, and every array asks for them
+    def read_slice(start: int, stop: int) -> list[np.ndarray]:
         return jax.tree.leaves(read(index[start:stop]))
 
-    def placed(n: int) -> Array:
-        def part(where: tuple[slice, ...] | None) -> np.ndarray:
-            first, *others = where or (slice(None),)
-            start, stop, _ = first.indices(len(index))
-            return rows(start, stop)[n][(slice(None), *others)]
+    def build_array(n: int) -> Array:
+        def read_shard(slices: tuple[slice, ...] | None) -> np.ndarray:
+            rows, *others = slices or (slice(None),)
+            start, stop, _ = rows.indices(len(index))
+            return read_slice(start, stop)[n][(slice(None), *others)]
 
-        shape = (len(index), *kinds[n].shape[1:])
-        return jax.make_array_from_callback(shape, sharding, part, dtype=kinds[n].dtype)
+        shape = (len(index), *empty_arrays[n].shape[1:])
+        return jax.make_array_from_callback(shape, sharding, read_shard, dtype=empty_arrays[n].dtype)
 
-    return jax.tree.unflatten(structure, [placed(n) for n in range(len(kinds))])
+    return jax.tree.unflatten(structure, [build_array(n) for n in range(len(empty_arrays))])

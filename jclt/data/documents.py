@@ -1,4 +1,4 @@
-"""Documents of text files, JSON lines and Parquet, streamed from any place that fsspec opens."""
+"""Documents of text files, JSON lines and Parquet, streamed from any file system that fsspec knows."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from fsspec.utils import infer_compression
 from jclt.errors import UserError, first_line
 from jclt.files import parse_json
 
-BLOCK = 1 << 24  # bytes read at once; a longer text is given in pieces of about this size
-LONGEST = 1 << 30  # bytes of a line: what a small packed file unpacks to may have no end
+BLOCK_BYTES = 1 << 24  # read at once; a longer text is cut into pieces of about this size
+MAX_LINE_BYTES = 1 << 30  # a small compressed file can unpack to a line without end
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-PACKED = (".gz", ".bz2", ".xz", ".lzma", ".zip", ".zst", ".lz4", ".snappy")
+COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zip", ".zst", ".lz4", ".snappy")
 
 
 class Piece(NamedTuple):
-    """A document, or the part of a long text between two of its line breaks."""
+    """A document, or a part of a long text, cut at line breaks."""
 
     text: str
     begins: bool  # the document begins here
@@ -31,6 +31,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Input:
+    """One input file."""
+
     system: fsspec.AbstractFileSystem
     path: str
 
@@ -44,13 +46,13 @@ class Input:
 
     @property
     def suffix(self) -> str:
-        """What the name ends in once its compression is taken off."""
+        """The suffix of the name, without the suffix of a compression."""
         path = PurePosixPath(self.path)
-        return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+        return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path on it."""
+def open_file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it."""
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -58,48 +60,48 @@ def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Input]:
-    """The files that the paths, folders, globs and URLs stand for, those of one pattern in the order of their names."""
-    found: list[Input] = []
+    """All files that the paths, folders, globs and URLs name; those of one pattern are sorted by name."""
+    inputs: list[Input] = []
     for pattern in patterns:
-        system, path = file_system(pattern)
+        system, path = open_file_system(pattern)
         if system.isfile(path):
             paths = [path]
         elif system.isdir(path):
-            # In a folder on this machine there may be pipes too, which would be waited for.
+            # A local folder can hold pipes too, and opening one could wait for ever.
             paths = [p for p in system.find(path) if not isinstance(system, LocalFileSystem) or system.isfile(p)]
             paths = [p for p in paths if Input(system, str(p)).suffix in (".txt", ".parquet", *JSON_LINES)]
         else:
             paths = [p for p in system.glob(path) if system.isfile(p)] if fsspec.core.has_magic(path) else []
         if not paths:
             raise UserError(f"input '{pattern}': nothing found, expected a file, a glob, or a folder with text in it")
-        found += [Input(system, str(p)) for p in sorted(paths)]
-    return found
+        inputs += [Input(system, str(p)) for p in sorted(paths)]
+    return inputs
 
 
-def pieces(source: Input, field: str = "text") -> Iterator[Piece]:
-    """The documents of one file, one after another; of a text file that is one, however long."""
+def read_pieces(source: Input, field: str = "text") -> Iterator[Piece]:
+    """The documents of one file, one after another. A text file is one document, of any length."""
     compression = infer_compression(source.path)
-    if compression is None and PurePosixPath(source.path).suffix.lower() in PACKED:
+    if compression is None and PurePosixPath(source.path).suffix.lower() in COMPRESSED:
         raise UserError(f"{source.name}: fsspec finds no package installed that unpacks this (.zst needs zstandard)")
     opened = OpenFile(source.system, source.path, "rb", compression)
     try:
         with opened as raw:
-            stream: Any = raw if compression is None else io.BufferedReader(raw)  # zstandard's has no lines of its own
+            stream: Any = raw if compression is None else io.BufferedReader(raw)  # zstandard's stream has no readline
             if source.suffix == ".parquet":
-                yield from _parquet(stream, source, field)
+                yield from _read_parquet(stream, source, field)
             elif source.suffix in JSON_LINES:
-                yield from _json_lines(stream, opened, source.name, field)
+                yield from _read_json_lines(stream, opened, source.name, field)
             else:
-                yield from _text(stream, opened, source.name)
+                yield from _read_text(stream, opened, source.name)
     except UserError:
         raise
-    except Exception as error:  # of what unpacks a file each part fails in a way of its own
+    except Exception as error:  # each decompressor has its own kinds of errors
         raise UserError(f"{source.name}: cannot be read ({first_line(error)})") from None
 
 
-def _text(stream: Any, opened: OpenFile, name: str) -> Iterator[Piece]:
+def _read_text(stream: Any, opened: OpenFile, name: str) -> Iterator[Piece]:
     waiting: Piece | None = None
-    for text, read in _blocks(stream, opened, name):
+    for text, read in _read_blocks(stream, opened, name):
         if waiting is not None:
             yield waiting
         waiting = Piece(text, begins=waiting is None, ends=False, read=read)
@@ -107,32 +109,34 @@ def _text(stream: Any, opened: OpenFile, name: str) -> Iterator[Piece]:
         yield waiting._replace(ends=True)
 
 
-def _json_lines(stream: Any, opened: OpenFile, name: str, field: str) -> Iterator[Piece]:
+def _read_json_lines(stream: Any, opened: OpenFile, name: str, field: str) -> Iterator[Piece]:
     number = 0
-    for block, read in _blocks(stream, opened, name):
-        # Not splitlines, which also splits at signs that JSON allows within a string.
+    for block, read in _read_blocks(stream, opened, name):
+        # `splitlines` would also split at characters that JSON allows within a string.
         for line in block.removesuffix("\n").split("\n"):
             number += 1
             if line.strip():
-                yield Piece(_field(line, field, f"{name}:{number}"), begins=True, ends=True, read=read)
+                yield Piece(_read_field(line, field, f"{name}:{number}"), begins=True, ends=True, read=read)
 
 
-def _field(line: str, field: str, where: str) -> str:
-    found = parse_json(line, where)
-    text = found.get(field) if isinstance(found, dict) else None
+def _read_field(line: str, field: str, where: str) -> str:
+    document = parse_json(line, where)
+    text = document.get(field) if isinstance(document, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{where}: expected a JSON object with '{field}'")
-    # JSON can write half a surrogate pair, which is no text: it is read as other decoders read it.
+    # JSON can contain half of a surrogate pair, which is not text: it becomes the replacement character.
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _blocks(stream: Any, opened: OpenFile, name: str) -> Iterator[tuple[str, int]]:
-    """Whole lines of about `BLOCK` bytes together, and how much of the file as it lies has been read."""
+def _read_blocks(stream: Any, opened: OpenFile, name: str) -> Iterator[tuple[str, int]]:
+    """Blocks of whole lines, of about `BLOCK_BYTES`, and how many bytes of the (compressed) file have been read."""
     done = 0
-    while block := stream.read(BLOCK):
-        line = stream.readline(LONGEST + 1)
-        if len(line) > LONGEST:
-            raise UserError(f"{name}: a line of more than {LONGEST} bytes (from byte {done} on), expected shorter ones")
+    while block := stream.read(BLOCK_BYTES):
+        line = stream.readline(MAX_LINE_BYTES + 1)
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{name}: a line of more than {MAX_LINE_BYTES} bytes (from byte {done} on), expected shorter ones"
+            )
         block += line
         try:
             text = block.decode()
@@ -142,7 +146,7 @@ def _blocks(stream: Any, opened: OpenFile, name: str) -> Iterator[tuple[str, int
         done += len(block)
 
 
-def _parquet(stream: Any, source: Input, field: str) -> Iterator[Piece]:
+def _read_parquet(stream: Any, source: Input, field: str) -> Iterator[Piece]:
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile

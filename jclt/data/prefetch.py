@@ -1,4 +1,4 @@
-"""Work done ahead of time in background threads, its results handed over in order."""
+"""Work done ahead of time in background threads, with results in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,34 +12,34 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def mapped_ahead(
+def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, depth: int
 ) -> Iterator[Iterator[Result]]:
-    """The function's results in the order of the items, `depth` of them under way while the consumer works.
+    """A context that gives the function's results in the order of the items, and works up to `depth` items ahead.
 
-    What the function raises is raised where its result is asked for. Leaving the context drops what has not begun.
+    An error of the function is raised where its result is taken. Leaving the context cancels work that has not begun.
     """
     with ThreadPoolExecutor(workers) as threads:
 
-        def results() -> Iterator[Result]:
-            coming = iter(items)
-            under_way: deque[Future[Result]] = deque(threads.submit(function, item) for item in islice(coming, depth))
-            while under_way:
-                result = under_way.popleft().result()
-                under_way.extend(threads.submit(function, item) for item in islice(coming, 1))
+        def take_results() -> Iterator[Result]:
+            remaining = iter(items)
+            pending: deque[Future[Result]] = deque(threads.submit(function, item) for item in islice(remaining, depth))
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(threads.submit(function, item) for item in islice(remaining, 1))
                 yield result
 
         try:
-            yield results()
+            yield take_results()
         finally:
             threads.shutdown(cancel_futures=True)
 
 
-def prefetched(
+def prefetch(
     batch: Callable[[int], Result], start: int, stop: int, depth: int = 2
 ) -> AbstractContextManager[Iterator[Result]]:
-    """The batches of steps `start` to `stop`, made by one thread up to `depth` steps ahead of the consumer.
+    """The batches of steps `start` to `stop`, which one thread makes up to `depth` steps ahead.
 
-    `with prefetched(batch, 0, steps) as batches: ...`
+    `with prefetch(batch, 0, steps) as batches: ...`
     """
-    return mapped_ahead(batch, range(start, stop), workers=1, depth=depth)
+    return map_ahead(batch, range(start, stop), workers=1, depth=depth)

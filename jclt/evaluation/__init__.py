@@ -1,15 +1,15 @@
-"""What a sparse coder is worth: its reconstruction, its replacement model, and what it keeps of the small world."""
+"""Measures of a sparse coder: its reconstruction, its replacement model, and how it does on the small world."""
 
-from jclt.evaluation.exchange import StateExchange, state_exchange
+from jclt.evaluation.exchange import StateExchange, exchange_states
 from jclt.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
 from jclt.evaluation.replacement import (
     Replacement,
     check_replaceable,
+    compute_replaced_logits,
     evaluate_replacement,
-    mean_writes,
-    replaced_logits,
+    measure_mean_writes,
 )
-from jclt.evaluation.world import TaskAgreement, WorldAgreement, world_agreement
+from jclt.evaluation.world import TaskAgreement, WorldAgreement, measure_world_agreement
 
 __all__ = [
     "Reconstruction",
@@ -20,8 +20,8 @@ __all__ = [
     "check_replaceable",
     "evaluate_reconstruction",
     "evaluate_replacement",
-    "mean_writes",
-    "replaced_logits",
-    "state_exchange",
-    "world_agreement",
+    "measure_mean_writes",
+    "compute_replaced_logits",
+    "exchange_states",
+    "measure_world_agreement",
 ]

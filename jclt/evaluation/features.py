@@ -1,4 +1,4 @@
-"""Features read off the true model, and set to other values in it."""
+"""Reads features in the true model, and runs it with features set to other values."""
 
 from functools import partial
 
@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from jclt.coders import Coder
-from jclt.kernels.matmuls import einsum
-from jclt.mesh import as_placed, placed
-from jclt.models import ModelConfig, forward
-from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Layer, Logits, Params, Tokens
+from jclt.kernels.matmuls import sharded_einsum
+from jclt.mesh import shard_by_axes, shard_like
+from jclt.models import ModelConfig, Replace, forward
+from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Logits, Params, Tokens
 
 
 def read_features(
     config: ModelConfig, params: Params, coder: Coder, layers: tuple[int, ...], tokens: Tokens
 ) -> tuple[list[Float[Array, "B T F"]], list[Float[Array, "B T D"]]]:
-    """Activations of the given covered layers on the model's own values, and what these layers write."""
-    own = coder.config
-    _, seen, _ = forward(config, params, tokens, capture=(own.reads, own.writes))
-    at = {i: placed(seen[own.reads][own.covered[i]], ("tokens", None, None)) for i in layers}
-    return [coder.encode(i, at[i]) for i in layers], [seen[own.writes][own.covered[i]] for i in layers]
+    """Activations in these covered layers on the model's own values, and what the model's layers write."""
+    reads, writes, covered = coder.config.reads, coder.config.writes, coder.config.covered
+    _, seen, _ = forward(config, params, tokens, capture=(reads, writes))
+    inputs = {i: shard_by_axes(seen[reads][covered[i]], ("tokens", None, None)) for i in layers}
+    return [coder.encode(i, inputs[i]) for i in layers], [seen[writes][covered[i]] for i in layers]
 
 
-def with_features(
+def run_with_features(
     config: ModelConfig,
     params: Params,
     coder: Coder,
@@ -32,44 +32,43 @@ def with_features(
     values: Float[Array, "l B T F"],
     where: Bool[Array, "l B T F"],
 ) -> Logits:
-    """The true model's logits when features of the given layers have the given values where the mask says so.
+    """The true model's logits when features of these layers have `values` where the mask `where` is true.
 
-    What these layers write is what they wrote on the untouched prompt plus the change that the features make: held
-    there, so that none of them answers the change of an earlier one a second time; later layers are left to the model,
-    so what features write to those is not added. Attention is free.
+    These layers write what they wrote on the unchanged prompt, plus the change that the features make. They are frozen
+    there, so that none of them responds a second time to the change of an earlier one. Later layers are computed by the
+    model, so what features write to them is not added. Attention is not frozen.
     """
     activations, writes = read_features(config, params, coder, layers, tokens)
     changes = [
-        jnp.where(as_placed(where[i], a), as_placed(values[i], a).astype(a.dtype) - a, jnp.zeros_like(a))
+        jnp.where(shard_like(where[i], a), shard_like(values[i], a).astype(a.dtype) - a, jnp.zeros_like(a))
         for i, a in enumerate(activations)
     ]
-    held: dict[int, Array] = {}
+    changed_writes: list[Array] = []
     for i, target in enumerate(layers):
         out = writes[i]
         for source, change in zip(layers[: i + 1], changes, strict=False):
             if target - source < coder.config.reach(source):
-                row = coder.rows(source)[:, target - source]
-                written = einsum("btf,fd->btd", change, row)
-                out = out + placed(written, ("batch", None, None)).astype(out.dtype)
-        held[coder.config.covered[target]] = out
+                row = coder.decoder_rows(source)[:, target - source]
+                written = sharded_einsum("btf,fd->btd", change, row)
+                out = out + shard_by_axes(written, ("batch", None, None)).astype(out.dtype)
+        changed_writes.append(out)
 
-    def edit(site: str, layer: Layer, value: Array) -> Array:
-        return held[layer] if site == coder.config.writes and isinstance(layer, int) and layer in held else value
-
+    covered = [coder.config.covered[i] for i in layers]
+    edit = Replace({coder.config.writes: jnp.stack(changed_writes)}, layers=covered)
     return forward(config, params, tokens, edit=edit, unroll=True)[0]
 
 
 @eqx.filter_jit
-def features_on(
+def compute_features(
     config: ModelConfig, params: Params, coder: Coder, layers: tuple[int, ...], tokens: Tokens
 ) -> Float[Array, "l B T F"]:
-    """The activations, whole on every device."""
+    """The activations, replicated on every device."""
     activations, _ = read_features(config, params, coder, layers, tokens)
-    return placed(jnp.stack(activations), (None,) * 4)
+    return shard_by_axes(jnp.stack(activations), (None,) * 4)
 
 
 @eqx.filter_jit
-def answers_with(
+def predict_with_features(
     config: ModelConfig,
     params: Params,
     coder: Coder,
@@ -79,12 +78,12 @@ def answers_with(
     where: Bool[ArrayLike, "l B T F"],
 ) -> Int[Array, "B T"]:
     """The most probable next tokens under `with_features`."""
-    logits = with_features(config, params, coder, layers, tokens, jnp.asarray(values), jnp.asarray(where))
-    return placed(jnp.argmax(logits, axis=-1), (None, None))
+    logits = run_with_features(config, params, coder, layers, tokens, jnp.asarray(values), jnp.asarray(where))
+    return shard_by_axes(jnp.argmax(logits, axis=-1), (None, None))
 
 
 @eqx.filter_jit
-def effects_on(
+def measure_effects(
     config: ModelConfig,
     params: Params,
     coder: Coder,
@@ -94,16 +93,15 @@ def effects_on(
     end: int,
     words: Int[ArrayLike, "W"],
 ) -> Float[Array, "W l T F"]:
-    """How much each word's logit at `end` rises above the words' mean for one more of a feature: a gradient, averaged
-    over the rows that are kept."""
-    activations = features_on(config, params, coder, layers, tokens)
+    """d (a word's logit at `end` - mean of the words' logits) / d activation, averaged over the rows that are kept."""
+    activations = compute_features(config, params, coder, layers, tokens)
     everywhere, words = jnp.ones_like(activations, bool), jnp.asarray(words)
     weight = jnp.asarray(kept, jnp.float32) / jnp.sum(jnp.asarray(kept, jnp.float32))
 
-    def raised(more: Float[Array, "l T F"], own: Array) -> Float[Array, ""]:
-        logits = with_features(config, params, coder, layers, tokens, activations + more[:, None], everywhere)
-        among = placed(logits[:, end], (None, None))[:, words].astype(jnp.float32)
-        return jnp.sum(weight * (among @ own - jnp.mean(among, axis=1)))
+    def raise_logit(more: Float[Array, "l T F"], word: Array) -> Float[Array, ""]:
+        logits = run_with_features(config, params, coder, layers, tokens, activations + more[:, None], everywhere)
+        word_logits = shard_by_axes(logits[:, end], (None, None))[:, words].astype(jnp.float32)
+        return jnp.sum(weight * (word_logits @ word - jnp.mean(word_logits, axis=1)))
 
     nothing = jnp.zeros_like(activations[:, 0])
-    return jax.lax.map(partial(jax.grad(raised), nothing), jnp.eye(words.shape[0], dtype=jnp.float32))
+    return jax.lax.map(partial(jax.grad(raise_logit), nothing), jnp.eye(words.shape[0], dtype=jnp.float32))

@@ -1,7 +1,7 @@
-"""What a coder keeps of a model of the small world: how often the replacement model gives the model's own answer.
+"""A coder on the tasks of the small world: how often the replacement model gives the same answer as the model.
 
-Two answers agree when they are the same token or both right: where several answers are right, the model is not bound to
-one of them either.
+Two answers agree when they are the same token or both right, since the model too may choose any of several right
+answers.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from jclt.coders import Coder
-from jclt.evaluation.batches import batches, check_finite
-from jclt.evaluation.replacement import check_replaceable, mean_writes, said
+from jclt.evaluation.batches import check_finite, iterate_batches
+from jclt.evaluation.replacement import check_replaceable, measure_mean_writes, predict_tokens
 from jclt.models import Model
 from jclt.models.model import on_mesh
 from jclt.shapes import Float
 from jclt.world.example import Example, Split
-from jclt.world.measure import padded, vocabulary_of
+from jclt.world.measure import get_vocabulary, pad_prompts
 from jclt.world.tasks import TASKS
 
 PROMPTS_AT_ONCE = 64
-LENGTHS = 16
+LENGTH_MULTIPLE = 16
 """Prompts and their number are padded to multiples of these, so that a few programs serve all tasks."""
 
 
@@ -42,10 +42,10 @@ class WorldAgreement:
     @property
     def overall(self) -> TaskAgreement:
         """Over all examples."""
-        found, counts = list(self.tasks.values()), [task.count for task in self.tasks.values()]
+        tasks, counts = list(self.tasks.values()), [task.count for task in self.tasks.values()]
 
         def mean(name: str) -> float:
-            return float(np.average([getattr(task, name) for task in found], weights=counts))
+            return float(np.average([getattr(task, name) for task in tasks], weights=counts))
 
         names = ("agreement", "ablated_agreement", "accuracy", "model_accuracy")
         return TaskAgreement(sum(counts), **{name: mean(name) for name in names})
@@ -74,60 +74,64 @@ class WorldAgreement:
         return "\n".join(lines)
 
 
-def world_agreement(
+def measure_world_agreement(
     model: Model, coder: Coder, count: int = 400, seed: int = 0, *, split: Split = "report"
 ) -> WorldAgreement:
-    """On up to `count` held-out examples of every task; the control writes the means over the prompts of all tasks."""
+    """On at most `count` held-out examples of each task. The control writes the means over the prompts of all tasks."""
     check_replaceable(coder.config)
     examples = {name: task.examples(split, count, seed) for name, task in TASKS.items()}
-    means = mean_prompt_writes(model, coder, [e.prompt for found in examples.values() for e in found])
-    return WorldAgreement({name: task_agreement(model, coder, means, found) for name, found in examples.items()})
+    means = measure_mean_prompt_writes(
+        model, coder, [example.prompt for of_task in examples.values() for example in of_task]
+    )
+    return WorldAgreement(
+        {name: measure_task_agreement(model, coder, means, of_task) for name, of_task in examples.items()}
+    )
 
 
-def mean_prompt_writes(model: Model, coder: Coder, prompts: Sequence[str]) -> Float[np.ndarray, "L D"]:
-    tokens, ends = padded(model, prompts)
-    return mean_writes(
+def measure_mean_prompt_writes(model: Model, coder: Coder, prompts: Sequence[str]) -> Float[np.ndarray, "L D"]:
+    tokens, ends = pad_prompts(model, prompts)
+    return measure_mean_writes(
         model, coder.config, tokens, mask=np.arange(tokens.shape[1])[None] <= ends[:, None], batch=PROMPTS_AT_ONCE
     )
 
 
-def task_agreement(
+def measure_task_agreement(
     model: Model, coder: Coder, means: Float[np.ndarray, "L D"], examples: Sequence[Example]
 ) -> TaskAgreement:
-    vocabulary = vocabulary_of(model)
-    own, replaced, ablated = last_words(model, coder, means, [e.prompt for e in examples])
+    vocabulary = get_vocabulary(model)
+    answers, replaced, ablated = predict_last_tokens(model, coder, means, [e.prompt for e in examples])
     right = [{vocabulary[answer] for answer in e.answers} for e in examples]
     return TaskAgreement(
         count=len(examples),
-        agreement=agreement(own, replaced, right),
-        ablated_agreement=agreement(own, ablated, right),
-        accuracy=accuracy(replaced, right),
-        model_accuracy=accuracy(own, right),
+        agreement=measure_agreement(answers, replaced, right),
+        ablated_agreement=measure_agreement(answers, ablated, right),
+        accuracy=measure_accuracy(replaced, right),
+        model_accuracy=measure_accuracy(answers, right),
     )
 
 
-def agreement(own: np.ndarray, other: np.ndarray, right: Sequence[set[int]]) -> float:
-    return float(np.mean([a == b or {a, b} <= valid for a, b, valid in zip(own, other, right, strict=True)]))
+def measure_agreement(answers: np.ndarray, others: np.ndarray, right: Sequence[set[int]]) -> float:
+    return float(np.mean([a == b or {a, b} <= valid for a, b, valid in zip(answers, others, right, strict=True)]))
 
 
-def accuracy(words: np.ndarray, right: Sequence[set[int]]) -> float:
-    return float(np.mean([word in valid for word, valid in zip(words, right, strict=True)]))
+def measure_accuracy(answers: np.ndarray, right: Sequence[set[int]]) -> float:
+    return float(np.mean([answer in valid for answer, valid in zip(answers, right, strict=True)]))
 
 
-def last_words(
+def predict_last_tokens(
     model: Model, coder: Coder, means: Float[np.ndarray, "L D"], prompts: Sequence[str]
 ) -> tuple[np.ndarray, ...]:
     """The most probable token `[N]` after each prompt: the model's, the replacement's, the control's."""
-    tokens, ends = padded(model, prompts)
-    tokens = np.pad(tokens, ((0, -len(tokens) % PROMPTS_AT_ONCE), (0, -tokens.shape[1] % LENGTHS)))
+    tokens, ends = pad_prompts(model, prompts)
+    tokens = np.pad(tokens, ((0, -len(tokens) % PROMPTS_AT_ONCE), (0, -tokens.shape[1] % LENGTH_MULTIPLE)))
     with on_mesh(model):
-        found = [
-            np.asarray(said(model.config, model.params, coder, means, rows))
-            for rows, _ in batches(model, tokens, None, PROMPTS_AT_ONCE)
+        predicted = [
+            np.asarray(predict_tokens(model.config, model.params, coder, means, rows))
+            for rows, _ in iterate_batches(model, tokens, None, PROMPTS_AT_ONCE)
         ]
-    words = np.concatenate(found, axis=1)[:, np.arange(len(ends)), ends]
-    for own, whose in zip(
-        words, (f"model {model.name}: its", "coder: its replacement model's", "the control's"), strict=True
+    answers = np.concatenate(predicted, axis=1)[:, np.arange(len(ends)), ends]
+    for model_answers, whose in zip(
+        answers, (f"model {model.name}: its", "coder: its replacement model's", "the control's"), strict=True
     ):
-        check_finite(own >= 0, f"{whose} logits are")
-    return tuple(words)
+        check_finite(model_answers >= 0, f"{whose} logits are")
+    return tuple(answers)

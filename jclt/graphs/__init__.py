@@ -7,7 +7,7 @@ from jclt.graphs.graph import Graph
 from jclt.graphs.import_json import import_json
 from jclt.graphs.influence import Scores
 from jclt.graphs.load import load_graph
-from jclt.graphs.nodes import KINDS, Kind, NodeTable, node_table
+from jclt.graphs.nodes import KINDS, Kind, NodeTable, build_node_table
 from jclt.graphs.paths import (
     Path,
     between_supernodes,
@@ -36,7 +36,7 @@ __all__ = [
     "import_json",
     "load_graph",
     "name_of",
-    "node_table",
+    "build_node_table",
     "path_lengths",
     "read_circuit_tracer",
     "slug_of",

@@ -1,4 +1,4 @@
-"""How small a graph gets and how much it still explains, as it is pruned further and further."""
+"""The size of a pruned graph against how much it still explains."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jclt.graphs.pruning import Rule
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A pruned graph's size and what it still explains."""
+    """The size and the scores of a graph pruned at one threshold."""
 
     node_threshold: float
     nodes: int
@@ -23,7 +23,7 @@ class CurvePoint:
 def curve(
     graph: Graph, node_thresholds: Iterable[float], edge_threshold: float = 0.98, rule: Rule = "paper"
 ) -> list[CurvePoint]:
-    """How small the graph gets and how much it still explains, for several node thresholds."""
+    """Prunes the graph at each node threshold and measures its size and scores."""
     points = []
     for threshold in node_thresholds:
         pruned = graph.prune(threshold, edge_threshold, rule)

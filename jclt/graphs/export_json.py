@@ -1,10 +1,7 @@
-"""A graph as published viewers read it: JSON of schema version 1."""
+"""Writes a graph as JSON of schema version 1, which published viewers read."""
 
-import gzip
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import overload
@@ -13,14 +10,23 @@ import numpy as np
 
 from jclt.errors import UserError
 from jclt.files import write_bytes
+from jclt.graphs.export_nodes import make_node_ids, make_nodes
 from jclt.graphs.graph import Graph
-from jclt.graphs.nodes import Kind
 from jclt.graphs.npz import to_plain
-from jclt.graphs.viewer_json import FIELDS, TYPES, Json, Labels, are_groups, named_groups, notes_of, shortest_decimals
+from jclt.graphs.viewer_json import (
+    FIELDS,
+    Json,
+    Labels,
+    encode_json,
+    get_annotations,
+    is_list_of_groups,
+    name_groups,
+    to_shortest_decimals,
+)
 from jclt.shapes import Float
 
-SLUG = 40
-"""Letters of a graph's name, or a few more."""
+SLUG_LETTERS = 40
+"""About how many letters a slug has at most."""
 
 
 @overload
@@ -48,219 +54,131 @@ def export_json(
     title: str | None = None,
     labels: Labels | None = None,
 ) -> Json | None:
-    """Writes the graph as published viewers read it, with gzip if the name ends in .gz; without a path, returns it.
+    """Writes the graph as published viewers read it, compressed if the name ends in .gz. Without a path, returns the
+    content.
 
-    What `graph.annotations` says takes the place of what is made here, and `slug`, `title` and `labels` of both. A
-    node's influence is its share in the whole graph, so that viewers, which show what lies within `node_threshold`,
-    show all that pruning kept, and less where the user asks for less.
+    Fields in `graph.annotations` override the fields made here; `slug`, `title` and `labels` override both. Viewers
+    show the nodes whose field `influence` is at most `node_threshold`. This field is the cumulative share in the whole
+    graph, so that viewers show all nodes that pruning kept, and fewer if the user lowers the threshold.
     """
     if path is None:
-        return _content(graph, slug, title, labels or {}, slug_of(graph))
+        return _build_content(graph, slug, title, labels or {}, slug_of(graph))
     path = Path(path)
-    write_bytes(path, encoded(_content(graph, slug, title, labels or {}, path.name.split(".json")[0]), path))
+    write_bytes(path, encode_json(_build_content(graph, slug, title, labels or {}, path.name.split(".json")[0]), path))
     return None
 
 
-def _content(graph: Graph, slug: str | None, title: str | None, labels: Labels, default_slug: str) -> Json:
-    saved, ids = graph.annotations, _node_ids(graph)
-    nodes = [node | note for node, note in zip(_nodes(graph), notes_of(graph), strict=True)]
-    for node, node_id, name in zip(nodes, ids, _feature_labels(graph, labels), strict=True):
-        node |= {"node_id": node_id} if name is None else {"node_id": node_id, "clerp": name}
-    _show_kept(graph, nodes)
+def _build_content(graph: Graph, slug: str | None, title: str | None, labels: Labels, default_slug: str) -> Json:
+    ids = make_node_ids(graph)
+    nodes = [node | saved for node, saved in zip(make_nodes(graph), get_annotations(graph), strict=True)]
+    for node, node_id, label in zip(nodes, ids, _list_labels(graph, labels), strict=True):
+        node |= {"node_id": node_id} if label is None else {"node_id": node_id, "clerp": label}
+    _limit_influence(graph, nodes)
     content: Json = {
-        "metadata": _metadata(graph, slug, title, default_slug),
-        "qParams": _view(graph, ids),
-        **{key: value for key, value in saved.items() if key not in FIELDS},
-        "nodes": [node for node, absent in zip(nodes, _absent(graph), strict=True) if not absent],
+        "metadata": _make_metadata(graph, slug, title, default_slug),
+        "qParams": _make_view(graph, ids),
+        **{key: value for key, value in graph.annotations.items() if key not in FIELDS},
+        "nodes": [node for node, absent in zip(nodes, _find_absent_tokens(graph), strict=True) if not absent],
     }
-    return to_plain(content, "graph") | {"links": _links(graph.adjacency, ids)}
+    return to_plain(content, "graph") | {"links": _make_links(graph.adjacency, ids)}
 
 
 def slug_of(graph: Graph) -> str:
-    """A name for the graph's files and for viewers: the first words of its prompt, without tokens like <bos>."""
+    """A name for the graph in viewers and for its files: the first words of its prompt, without tokens like <bos>."""
     prompt = "".join(text for text in graph.token_texts if not re.fullmatch(r"<.*>", text))
     words, slug = re.findall(r"[a-z0-9]+", prompt.lower()), ""
     for word in words:
-        if slug and len(slug) + len(word) > SLUG:
+        if slug and len(slug) + len(word) > SLUG_LETTERS:
             break
-        slug = f"{slug}-{word}" if slug else word[:SLUG]
+        slug = f"{slug}-{word}" if slug else word[:SLUG_LETTERS]
     return slug or "graph"
 
 
-def encoded(content: Json, path: Path) -> bytes:
-    """The JSON file's bytes, gzipped if its name says so."""
-    try:
-        text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError as error:
-        raise UserError(f"{path}: not written, a number is not finite ({error})") from None
-    return gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text
+def _find_absent_tokens(graph: Graph) -> list[bool]:
+    """For each node, whether it is a token without a node in the file that the graph was read from."""
+    tokens = dict(zip(graph.nodes.find("token").tolist(), graph.tokens.tolist(), strict=True))
+    return [not saved and tokens.get(node, 0) < 0 for node, saved in enumerate(get_annotations(graph))]
 
 
-def cantor(layer: int, feature: int) -> int:
-    """One number for a layer and a feature, as the dashboards of schema version 1 are numbered."""
-    return (layer + feature) * (layer + feature + 1) // 2 + feature
+def _list_labels(graph: Graph, labels: Labels) -> list[str | None]:
+    """The label of each feature, and None for all other nodes."""
+    feature_labels = [labels.get((layer, feature)) for layer, _, feature in graph.features.tolist()]
+    return feature_labels + [None] * (len(graph) - len(feature_labels))
 
 
-def _node_ids(graph: Graph) -> list[str]:
-    """Each node's id: the one it came with, or the one the viewers expect, which for an error may be a feature's."""
-    features = [f"{layer}_{feature}_{position}" for layer, position, feature in graph.features.tolist()]
-    taken = set(features)
-    ids = [
-        *features,
-        *(f"{'err' if f'0_{layer}_{pos}' in taken else '0'}_{layer}_{pos}" for layer, pos in graph.errors.tolist()),
-        *(f"E_{token}_{position}" for position, token in enumerate(graph.tokens.tolist())),
-        *(f"P_{position}" for position in graph.positions.tolist()),
-        *(f"{graph.layers + 1}_{token}_{position}" for token, position in _outputs(graph)),
-    ]
-    ids = [note.get("node_id", node_id) for node_id, note in zip(ids, notes_of(graph), strict=True)]
-    repeated = [node_id for node_id, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise UserError(f"graph: two nodes have the id '{repeated[0]}', expected each node and output once")
-    return ids
-
-
-def _outputs(graph: Graph) -> Iterator[tuple[int, int]]:
-    """Token and position of each output; one that is no token gets a number below zero of its own."""
-    for place, (token, position) in enumerate(
-        zip(graph.logit_tokens.tolist(), graph.logit_positions.tolist(), strict=True)
-    ):
-        yield token if token >= 0 else -1 - place, position
-
-
-def _absent(graph: Graph) -> list[bool]:
-    """Tokens that the file from which this graph came has no node for."""
-    of_token = dict(zip(graph.nodes.of("token").tolist(), graph.tokens.tolist(), strict=True))
-    return [not note and of_token.get(node, 0) < 0 for node, note in enumerate(notes_of(graph))]
-
-
-def _feature_labels(graph: Graph, labels: Labels) -> list[str | None]:
-    given = [labels.get((layer, feature)) for layer, _, feature in graph.features.tolist()]
-    return given + [None] * (len(graph) - len(given))
-
-
-def _nodes(graph: Graph) -> Iterator[Json]:
-    """Every node without its id and any label, in the graph's order."""
-    shares = iter(shortest_decimals(graph.cumulative_shares.astype(np.float32)))
-
-    for (layer, position, feature), activation in zip(
-        graph.features.tolist(), shortest_decimals(graph.activations), strict=True
-    ):
-        js_id, number = f"{layer}_{feature}-0", cantor(layer, feature)
-        yield _node("feature", js_id, layer, position, number, next(shares), activation=activation)
-    for layer, position in graph.errors.tolist():
-        yield _node("error", f"{layer}_{position}-0", layer, position, -1, next(shares))
-    for position, token in enumerate(graph.tokens.tolist()):
-        yield _node("token", f"E_{token}-{position}", "E", position, position, next(shares))
-    for position in graph.positions.tolist():
-        clerp = f"Position {position}"
-        yield _node("position", f"P_{position}-{position}", "E", position, position, next(shares), clerp=clerp)
-    probabilities = shortest_decimals(graph.logit_probabilities)
-    for place, (token, position) in enumerate(_outputs(graph)):
-        probability = probabilities[place]
-        # Viewers stop where there is no "(p=", and take the empty number for 0.
-        shown = f"{probability:.3f}" if token >= 0 else ""
-        clerp = f'Output "{graph.logit_names[place]}" (p={shown})'
-        js_id, layer = f"L_{token}-{position}", graph.layers + 1
-        target = probability == max(probabilities) and probability not in probabilities[:place]
-        yield _node("output", js_id, layer, position, token, None, None, clerp, probability, target)
-
-
-def _node(
-    kind: Kind,
-    js_id: str,
-    layer: int | str,
-    position: int,
-    feature: int,
-    influence: float | None,
-    activation: float | None = None,
-    clerp: str = "",
-    probability: float = 0,
-    target: bool = False,
-) -> Json:
-    return {
-        "node_id": "",
-        "feature": feature,
-        "layer": str(layer),
-        "ctx_idx": position,
-        "feature_type": TYPES[kind],
-        "token_prob": probability,
-        "is_target_logit": target,
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-        "jsNodeId": js_id,
-        "clerp": clerp,
-        "influence": influence,
-        "activation": activation if kind == "feature" else None,
-    }
-
-
-def _show_kept(graph: Graph, nodes: Sequence[Json]) -> None:
-    """Viewers show what lies within the node threshold. The last node to come in passes it, and errors stay whatever
-    their influence: all that pruning kept is put within."""
-    threshold = _said(graph, "pruning_settings").get("node_threshold")
+def _limit_influence(graph: Graph, nodes: Sequence[Json]) -> None:
+    """Lowers each `influence` field to the node threshold, so that viewers show all nodes that pruning kept. The last
+    node that pruning keeps exceeds the threshold, and so may errors, which it always keeps."""
+    threshold = _get_provenance(graph, "pruning_settings").get("node_threshold")
     for node in nodes:
         if isinstance(threshold, int | float) and isinstance(node["influence"], int | float):
             node["influence"] = min(node["influence"], float(threshold))
 
 
-def _metadata(graph: Graph, slug: str | None, title: str | None, default_slug: str) -> Json:
+def _make_metadata(graph: Graph, slug: str | None, title: str | None, default_slug: str) -> Json:
     chosen = {key: value for key, value in (("slug", slug), ("title_prefix", title)) if value is not None}
-    saved, known = graph.annotations.get("metadata", {}), graph.provenance
-    if "slug" in saved:  # a file's own, which tells also by what it leaves out: an old one has no schema version
-        return saved | _pruning(_said(graph, "pruning_settings")) | chosen
+    saved, provenance = graph.annotations.get("metadata", {}), graph.provenance
+    if (
+        "slug" in saved
+    ):  # the metadata of a file; nothing is added, because an old file must stay without schema version
+        return saved | _make_pruning_fields(_get_provenance(graph, "pruning_settings")) | chosen
 
-    settings, own, whole = _said(graph, "settings"), graph.scores.both, _said(graph, "whole_graph_scores")
-    pruning = _said(graph, "pruning_settings") or {
+    settings, scores, whole_graph_scores = (
+        _get_provenance(graph, "settings"),
+        graph.scores.both,
+        _get_provenance(graph, "whole_graph_scores"),
+    )
+    pruning = _get_provenance(graph, "pruning_settings") or {
         key: source[key]
         for key in ("node_threshold", "edge_threshold")
-        for source in (known, settings)
+        for source in (provenance, settings)
         if key in source
     }
     info: Json = {"generator": {"name": "jclt", "version": version("jclt")}}
-    if isinstance(known.get("coder"), str):
-        info["description"] = known["coder"]
-    made = {
+    if isinstance(provenance.get("coder"), str):
+        info["description"] = provenance["coder"]
+    metadata = {
         "slug": default_slug,
-        "scan": PurePath(str(known.get("model", ""))).name,  # viewers know models without owner or folder
+        "scan": PurePath(str(provenance.get("model", ""))).name,  # viewers know models without owner or folder
         "transcoder_list": [],
         "prompt_tokens": list(graph.token_texts),
-        "prompt": known.get("prompt", "".join(graph.token_texts)),
+        "prompt": provenance.get("prompt", "".join(graph.token_texts)),
         "schema_version": 1,
         "info": info,
         "generation_settings": settings,
-        **_pruning(pruning),
-        # As circuit-tracer computes them, before it prunes.
-        **{f"{name}_score": score for name, score in (own | whole).items()},
-        **({"whole_graph_scores": whole, "pruned_graph_scores": own} if whole else {}),
-        **({} if graph.logit_weights is None else {"output_weights": shortest_decimals(graph.logit_weights)}),
+        **_make_pruning_fields(pruning),
+        # Before pruning, as circuit-tracer computes these scores.
+        **{f"{name}_score": score for name, score in (scores | whole_graph_scores).items()},
+        **({"whole_graph_scores": whole_graph_scores, "pruned_graph_scores": scores} if whole_graph_scores else {}),
+        **({} if graph.logit_weights is None else {"output_weights": to_shortest_decimals(graph.logit_weights)}),
     }
-    return made | saved | chosen
+    return metadata | saved | chosen
 
 
-def _pruning(settings: Json) -> Json:
+def _make_pruning_fields(settings: Json) -> Json:
     threshold = {key: value for key, value in settings.items() if key == "node_threshold"}
     return threshold | ({"pruning_settings": settings} if settings else {})
 
 
-def _said(graph: Graph, name: str) -> Json:
-    """What the graph's provenance says under this name, if that is an object."""
-    said = graph.provenance.get(name)
-    return said if isinstance(said, dict) else {}
+def _get_provenance(graph: Graph, name: str) -> Json:
+    """The object of this name in the graph's provenance; empty if it is missing or no object."""
+    value = graph.provenance.get(name)
+    return value if isinstance(value, dict) else {}
 
 
-def _view(graph: Graph, ids: Sequence[str]) -> Json:
-    """What the viewer shows at first: named groups of nodes, and the nodes pinned, without which it shows no group."""
+def _make_view(graph: Graph, ids: Sequence[str]) -> Json:
+    """The viewer's first view: groups of nodes, and pinned nodes. Viewers show a group only if its nodes are pinned."""
     saved = graph.annotations.get("qParams", {})
     number = {node_id: node for node, node_id in enumerate(ids)}
     groups = [[name, *(ids[node] for node in members)] for name, members in graph.supernodes.items()]
     pinned = saved.get("pinnedIds") or []
-    pinned = pinned.split(",") if isinstance(pinned, str) else pinned  # as viewers save them
+    pinned = pinned.split(",") if isinstance(pinned, str) else pinned  # viewers save a text
     pinned = pinned if isinstance(pinned, list) else []
     pinned = [node_id for node_id in pinned if isinstance(node_id, str) and node_id in number]
-    known = saved.get("supernodes", [])
-    if are_groups(known) and named_groups(known, number) == graph.supernodes:
-        # Where groups share a name, only the file still has it.
-        groups = [[name, *(node_id for node_id in members if node_id in number)] for name, *members in known]
+    saved_groups = saved.get("supernodes", [])
+    if is_list_of_groups(saved_groups) and name_groups(saved_groups, number) == graph.supernodes:
+        # The saved groups, because they may share a name, which supernodes cannot.
+        groups = [[name, *(node_id for node_id in members if node_id in number)] for name, *members in saved_groups]
     else:
         pinned += [node_id for _, *members in groups for node_id in members]
     return (
@@ -270,12 +188,14 @@ def _view(graph: Graph, ids: Sequence[str]) -> Json:
     )
 
 
-def _links(adjacency: Float[np.ndarray, "N N"], ids: Sequence[str]) -> list[Json]:
+def _make_links(adjacency: Float[np.ndarray, "N N"], ids: Sequence[str]) -> list[Json]:
     targets, sources = np.nonzero(adjacency)
     weights = adjacency[targets, sources]
     if not np.isfinite(weights).all():
         raise UserError("graph: an edge is not finite, expected numbers only")
     return [
         {"source": ids[source], "target": ids[target], "weight": weight}
-        for source, target, weight in zip(sources.tolist(), targets.tolist(), shortest_decimals(weights), strict=True)
+        for source, target, weight in zip(
+            sources.tolist(), targets.tolist(), to_shortest_decimals(weights), strict=True
+        )
     ]

@@ -1,7 +1,19 @@
-"""How much each node counts for the outputs, and how much of the model's work the graph explains.
+"""Influence: how much each node and each edge contributes to the outputs, and how much of the model a graph explains.
 
-Everything here reads |edges|, divided by all that reaches their target, as a walk from the outputs down: a walker at a
-node goes to each source with that share, stops at embeddings and errors, and leaves the graph into `rest`.
+The one definition, with w the output weights and t, s the target and source of an edge:
+
+    mass[t]               = sum over s of |adjacency[t, s]|  +  rest_mass[t]
+    share[t, s]           = |adjacency[t, s]| / mass[t]
+    influence             = w share + w share^2 + w share^3 + ...
+    visits                = w + influence
+    edge influence[t, s]  = visits[t] share[t, s]
+
+As a random walk: walkers start at the outputs, w[t] of them at output t. From a target a walker steps to source s with
+probability share[t, s], or leaves the graph with probability rest_mass[t] / mass[t]. It ends at embeddings and errors,
+which have no incoming edges. A node's influence is how many walkers visit it after their start.
+
+Pruning, scores, paths and pictures use the functions below. `attribution/ranking.py` applies the same definition to the
+rows that it has traced so far.
 """
 
 from collections.abc import Iterator
@@ -14,83 +26,121 @@ from jclt.graphs.nodes import NodeTable
 from jclt.shapes import Float, Int
 
 FLOOR = 1e-10
+"""The least mass to divide by."""
+
 BLOCK = 1 << 26
-"""Bytes of edges that are worked on at once, so that scores and pruning need no second matrix of all edges."""
+"""Bytes of edges to process at once. Scores and pruning need no second matrix of all edges."""
 
 
 class Edges(NamedTuple):
-    """All that influence and scores read of a graph."""
+    """The parts of a graph that determine influence and scores."""
 
     adjacency: Float[np.ndarray, "N N"]  # row = target, column = source
-    rest_mass: Float[np.ndarray, "N"]  # sum of |what reaches a target from outside the graph|
+    rest_mass: Float[np.ndarray, "N"]  # sum of the absolute contributions to a target from outside the graph
     nodes: NodeTable
-    weights: Float[np.ndarray, "N"]  # how many walks start at each node: an output's weight, else 0
+    output_weights: Float[np.ndarray, "N"]  # 0 for nodes that are not outputs
 
 
-def rows_at_once(width: int, itemsize: int) -> int:
-    """How many rows make up `BLOCK` bytes; at least one."""
+def count_rows_per_block(width: int, itemsize: int) -> int:
+    """How many rows of this width fit into `BLOCK` bytes; at least one."""
     return max(BLOCK // max(width * itemsize, 1), 1)
 
 
-def row_blocks(width: int, itemsize: int, rows: Int[np.ndarray, "r"]) -> Iterator[Int[np.ndarray, "_"]]:
-    many = rows_at_once(width, itemsize)
-    return (rows[start : start + many] for start in range(0, len(rows), many))
+def split_rows(width: int, itemsize: int, rows: Int[np.ndarray, "r"]) -> Iterator[Int[np.ndarray, "_"]]:
+    """Splits row numbers into blocks of at most `BLOCK` bytes."""
+    size = count_rows_per_block(width, itemsize)
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-class Steps:
-    """|Edges| among some nodes, or all, each divided by all that reaches its target from these or from outside; of a
-    few rows at a time."""
+class EdgeShares:
+    """`share[t, s]` among all nodes or a subset of them, computed a few rows at a time.
+
+    For a subset, mass counts the edges within the subset and `rest_mass`.
+    """
 
     def __init__(self, edges: Edges, nodes: Int[np.ndarray, "n"] | None = None):
         self.adjacency, self.nodes = edges.adjacency, nodes
         self.layers = edges.nodes.layer if nodes is None else edges.nodes.layer[nodes]
         rest_mass = edges.rest_mass if nodes is None else edges.rest_mass[nodes]
         self.mass = np.empty(len(self), np.result_type(rest_mass, np.float64))
-        for rows in self.blocks():
-            self.mass[rows] = self._sizes(rows).sum(axis=1, dtype=np.float64)
+        for rows in self.split_rows():
+            self.mass[rows] = self._compute_sizes(rows).sum(axis=1, dtype=np.float64)
         self.mass = np.maximum(self.mass + rest_mass, FLOOR)
-        self.rest = rest_mass / self.mass
+        self.rest_shares = rest_mass / self.mass
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def blocks(self, rows: Int[np.ndarray, "r"] | None = None) -> Iterator[Int[np.ndarray, "_"]]:
-        return row_blocks(len(self), self.adjacency.itemsize, np.arange(len(self)) if rows is None else rows)
+    def split_rows(self, rows: Int[np.ndarray, "r"] | None = None) -> Iterator[Int[np.ndarray, "_"]]:
+        """Splits these rows, or all, into blocks."""
+        return split_rows(len(self), self.adjacency.itemsize, np.arange(len(self)) if rows is None else rows)
 
-    def rows(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
-        """Each row's shares, which sum to at most 1; nothing where nothing reaches the target."""
-        shares = self._sizes(rows)
+    def compute_rows(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
+        """The shares of some rows. Each row sums to at most 1; a row without incoming edges is 0."""
+        shares = self._compute_sizes(rows)
         shares /= self.mass[rows].astype(shares.dtype)[:, None]
         return shares
 
-    def visits_below(self, start: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-        """start A + start A^2 + ..., exact in one pass: every source lies in a lower layer than its target."""
+    def count_visits_after(self, start: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+        """start share + start share^2 + ..., exact in one pass: every source is in a lower layer than its target."""
         visits = start.astype(np.float64)
         for layer in np.unique(self.layers)[::-1]:
-            for rows in self.blocks(np.flatnonzero((self.layers == layer) & (visits != 0))):
-                shares = self.rows(rows)
+            for rows in self.split_rows(np.flatnonzero((self.layers == layer) & (visits != 0))):
+                shares = self.compute_rows(rows)
                 visits += visits[rows].astype(shares.dtype) @ shares
         return (visits - start).astype(self.adjacency.dtype)
 
-    def _sizes(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
-        found = self.adjacency[rows] if self.nodes is None else self.adjacency[np.ix_(self.nodes[rows], self.nodes)]
-        return np.abs(found, out=found)
+    def _compute_sizes(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
+        """|adjacency| of some rows."""
+        edges = self.adjacency[rows] if self.nodes is None else self.adjacency[np.ix_(self.nodes[rows], self.nodes)]
+        return np.abs(edges, out=edges)
 
 
-def normalize(edges: Edges) -> Float[np.ndarray, "N N"]:
-    """|Edges|, each divided by all that reaches its target, from the graph or from outside."""
-    return Steps(edges).rows(np.arange(len(edges.nodes)))
+class EdgeInfluence:
+    """The influence of each edge among all nodes or a subset of them, computed a few rows at a time."""
+
+    def __init__(self, edges: Edges, nodes: Int[np.ndarray, "n"] | None = None):
+        self.shares = EdgeShares(edges, nodes)
+        weights = edges.output_weights if nodes is None else edges.output_weights[nodes]
+        self.visits = self.shares.count_visits_after(weights) + weights
+
+    def compute_blocks(self) -> Iterator[tuple[Int[np.ndarray, "r"], Float[np.ndarray, "r n"]]]:
+        """Blocks of rows, and the influence of each edge in these rows."""
+        for rows in self.shares.split_rows():
+            values = self.shares.compute_rows(rows)
+            values *= self.visits[rows][:, None]
+            yield rows, values
+
+    def list_positive(self) -> Float[np.ndarray, "_"]:
+        """All influences above 0, in one array."""
+        counts = [int(np.count_nonzero(values > 0)) for _, values in self.compute_blocks()]
+        positive, start = np.empty(sum(counts), self.visits.dtype), 0
+        for (_, values), count in zip(self.compute_blocks(), counts, strict=True):
+            positive[start : start + count] = values[values > 0]
+            start += count
+        return positive
 
 
-def node_influence(edges: Edges) -> Float[np.ndarray, "N"]:
-    """How often walks from the outputs, as many as each output's weight, come to each node."""
-    return Steps(edges).visits_below(edges.weights)
+def compute_edge_shares(edges: Edges) -> Float[np.ndarray, "N N"]:
+    return EdgeShares(edges).compute_rows(np.arange(len(edges.nodes)))
 
 
-def cumulative_share(influence: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """For each node the share of all influence that it and the stronger ones have: the smaller, the more important.
+def compute_influence(edges: Edges) -> Float[np.ndarray, "N"]:
+    return EdgeShares(edges).count_visits_after(edges.output_weights)
 
-    Rounded where circuit-tracer rounds.
+
+def compute_edge_influence(edges: Edges) -> Float[np.ndarray, "N N"]:
+    influence = np.empty_like(edges.adjacency)
+    for rows, values in EdgeInfluence(edges).compute_blocks():
+        influence[rows] = values
+    return influence
+
+
+def compute_cumulative_shares(influence: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """For each node, the share of all influence that this node and all stronger nodes have together. A small value
+    means an important node.
+
+    Rounds where circuit-tracer rounds.
     """
     order = np.argsort(-influence, kind="stable")
     sums = np.cumsum(influence[order], dtype=np.float64).astype(influence.dtype)
@@ -99,24 +149,43 @@ def cumulative_share(influence: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"
     return shares
 
 
-def missing_share(edges: Edges) -> float:
-    """The part of the walks from the outputs that leaves the graph: no node's influence is further below what the
-    whole graph would give it, as a share of the outputs' weight."""
-    flow = _flow(edges)
-    return _ratio(flow.left.sum(), flow.weight)
+def compute_missing_share(edges: Edges) -> float:
+    """The share of the walkers that leaves the graph. In the complete graph, no node's influence is higher by more than
+    this share of the total output weight."""
+    visits = _count_visits(edges)
+    return _divide(visits.leaving.sum(), visits.weight)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What part of the outputs' making the graph explains, and what the graph with nothing in `rest` could have said.
+    """How much of the outputs the graph explains, and intervals that hold for any completion of the graph.
 
-    The intervals hold because walks in the whole graph are the walks here up to where these leave. Of those that leave
-    (a weight m in all), any part may end at tokens, any at errors: the bounds of `replacement`. For completeness,
-    visits are counted, S in all, C of them weighted by what is not error. A walk that leaves a node in layer l makes 1
-    to l + 1 visits more, for layers fall at each: X in all at most, each weighted between 0 and 1. Its last visit is to
-    a node without inputs and counts in full, which makes up for what the step out may have been of error. So the whole
-    graph has C + x visits in S + y, with 0 <= x <= y <= X. Completeness itself takes what is in `rest` for error
-    without such a last visit; where little is explained it can lie below its interval.
+    With v visits (`visits[n]` in the formulas at the head of this file) and r walkers that leave the graph:
+
+        v[n]   visits of node n                    r[n] = v[n] rest_mass[n] / mass[n]     walkers that leave at node n
+        e[n]   share of n's mass that is errors    l[n] = layer of node n
+        T = sum of v over embeddings               E = sum of v over errors               m = sum of r
+        S = sum of v                               C = sum of v (1 - e)                   X = sum of r (l + 1)
+
+        replacement  = T / (T + E + m)
+        completeness = (C - m) / S                 what leaves the graph counts as error
+
+    The intervals:
+
+    1. A walk in the complete graph equals a walk in this graph until it leaves this graph.
+    2. Each of the m leaving walks may end at an embedding or at an error, so in the complete graph
+           T / (T + E + m)  <=  replacement  <=  (T + m) / (T + E + m)
+    3. A walk that leaves at layer l makes at least 1 and at most l + 1 further visits, because the layer falls at each
+       step. All leaving walks together make y further visits, with m <= y <= X.
+    4. A further visit adds a weight 1 - e between 0 and 1 to C. The last visit of a walk is to a node without inputs
+       and adds 1. So the further visits add at least m and at most y.
+    5. The step out of this graph may lead to an error. C counts this step as no error, so the correction lowers C by at
+       most m. Together with point 4, C changes by some x with 0 <= x <= y.
+    6. So completeness in the complete graph is (C + x) / (S + y) with 0 <= x <= y <= X, and
+           C / (S + X)  <=  completeness  <=  (C + X) / (S + X)
+
+    The value `completeness` itself does not count the last visits of point 4. It can be below its interval where the
+    graph explains little.
     """
 
     replacement: float
@@ -126,44 +195,49 @@ class Scores:
 
     @property
     def both(self) -> dict[str, float]:
-        """Without the intervals."""
+        """The scores without their intervals."""
         return {"replacement": self.replacement, "completeness": self.completeness}
 
 
 def measure_scores(edges: Edges) -> Scores:
-    """Replacement: of the walks from the outputs, the part that ends at embeddings. Completeness: of the inputs of all
-    visited nodes, the part that is no error; a node without inputs counts as explained. `rest` counts as error."""
-    flow = _flow(edges)
-    tokens = flow.visits[edges.nodes.is_of("token", "position")].sum()
-    errors = flow.visits[edges.nodes.is_of("error")].sum()
-    left = flow.left.sum()
-    ends = tokens + errors + left
-    visits, explained = flow.visits.sum(), (flow.visits * (1 - flow.error_shares)).sum()
-    further = (flow.left * (edges.nodes.layer + 1)).sum()
+    """Replacement is the share of the walks that ends at embeddings. Completeness is the share of the inputs of all
+    visited nodes that is no error; a node without inputs counts as explained. `rest` counts as error in both."""
+    visits = _count_visits(edges)
+    tokens = visits.counts[edges.nodes.is_kind("token", "position")].sum()
+    errors = visits.counts[edges.nodes.is_kind("error")].sum()
+    leaving = visits.leaving.sum()
+    ends = tokens + errors + leaving
+    total, explained = visits.counts.sum(), (visits.counts * (1 - visits.error_shares)).sum()
+    further = (visits.leaving * (edges.nodes.layer + 1)).sum()
     return Scores(
-        replacement=_ratio(tokens, ends),
-        replacement_interval=(_ratio(tokens, ends), _ratio(tokens + left, ends)),
-        completeness=_ratio(explained - left, visits),
-        completeness_interval=(_ratio(explained, visits + further), _ratio(explained + further, visits + further)),
+        replacement=_divide(tokens, ends),
+        replacement_interval=(_divide(tokens, ends), _divide(tokens + leaving, ends)),
+        completeness=_divide(explained - leaving, total),
+        completeness_interval=(_divide(explained, total + further), _divide(explained + further, total + further)),
     )
 
 
 @dataclass(frozen=True)
-class _Flow:
-    visits: Float[np.ndarray, "N"]  # influence, and for outputs their own weight
-    left: Float[np.ndarray, "N"]  # of the visits to a node those that leave the graph there
-    error_shares: Float[np.ndarray, "N"]
-    weight: float  # of all outputs
+class _Visits:
+    counts: Float[np.ndarray, "N"]  # influence + output weight
+    leaving: Float[np.ndarray, "N"]  # how many walkers leave the graph at each node
+    error_shares: Float[np.ndarray, "N"]  # of each node's mass
+    weight: float  # of all outputs together
 
 
-def _flow(edges: Edges) -> _Flow:
-    steps, weights, errors = Steps(edges), edges.weights, edges.nodes.of("error")
-    visits = steps.visits_below(weights).astype(np.float64) + weights
+def _count_visits(edges: Edges) -> _Visits:
+    shares, weights, errors = EdgeShares(edges), edges.output_weights, edges.nodes.find("error")
+    counts = shares.count_visits_after(weights).astype(np.float64) + weights
     error_shares = np.zeros(len(edges.nodes))
-    for rows in steps.blocks(np.flatnonzero(visits)):
-        error_shares[rows] = steps.rows(rows)[:, errors].sum(axis=1, dtype=np.float64)
-    return _Flow(visits, visits * steps.rest, error_shares, float(weights.sum(dtype=np.float64)))
+    for rows in shares.split_rows(np.flatnonzero(counts)):
+        error_shares[rows] = shares.compute_rows(rows)[:, errors].sum(axis=1, dtype=np.float64)
+    return _Visits(
+        counts=counts,
+        leaving=counts * shares.rest_shares,
+        error_shares=error_shares,
+        weight=float(weights.sum(dtype=np.float64)),
+    )
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else 0.0
+def _divide(part: float, total: float) -> float:
+    return float(part / total) if total else 0.0

@@ -1,23 +1,23 @@
-"""Reading our own graph files."""
+"""Reading the graph files that `Graph.save` writes."""
 
 from pathlib import Path
 
 from jclt.graphs import npz
 from jclt.graphs.check import check_graph, check_layers
 from jclt.graphs.graph import Graph
-from jclt.graphs.nodes import node_table
+from jclt.graphs.nodes import build_node_table
 
-LISTS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", "values")
-"""What the file holds of the node table, kind by kind."""
+NODE_LISTS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", "values")
+"""The stored lists from which the node table is built."""
 
 
 def load_graph(path: str | Path) -> Graph:
-    """Reads what `Graph.save` wrote; nothing in the file is run."""
+    """Reads a graph that `Graph.save` wrote. No code in the file is executed."""
     path = Path(path)
-    found, adjacency = npz.read_file(path)
-    check_layers(found["layers"], path)
-    table = node_table(layers=found["layers"], **{name: found.pop(name) for name in LISTS})
-    found["supernodes"] = {name: tuple(nodes) for name, nodes in found["supernodes"].items()}
-    graph = Graph(adjacency=adjacency, nodes=table, **found)
+    stored, adjacency = npz.read_file(path)
+    check_layers(stored["layers"], path)
+    table = build_node_table(layers=stored["layers"], **{name: stored.pop(name) for name in NODE_LISTS})
+    stored["supernodes"] = {name: tuple(nodes) for name, nodes in stored["supernodes"].items()}
+    graph = Graph(adjacency=adjacency, nodes=table, **stored)
     check_graph(graph, path)
     return graph

@@ -1,4 +1,4 @@
-"""The node table: what each node of an attribution graph is, where it stands and its value."""
+"""The node table: the kind, layer, position and value of each node in an attribution graph."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -10,18 +10,24 @@ from jclt.shapes import Bool, Float, Int
 
 Kind = Literal["feature", "error", "token", "position", "output"]
 KINDS: tuple[Kind, ...] = ("feature", "error", "token", "position", "output")
-"""Token and position are embeddings."""
+"""
+feature   an active feature of the coder
+error     at one layer and position, what the coder fails to reconstruct
+token     a token's embedding
+position  a position's embedding, in models that learn them
+output    a logit, or another linear function of the final residual stream
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class NodeTable:
-    """Columns with one entry per node. Nodes of one kind stand together, in the order of `KINDS`."""
+    """One column per property, one entry per node. The nodes are sorted by kind, in the order of `KINDS`."""
 
     kind: np.ndarray  # [N], the kind's name
-    layer: Int[np.ndarray, "N"]  # -1 for embeddings; for outputs the number of layers
+    layer: Int[np.ndarray, "N"]  # -1 for embeddings; the model's number of layers for outputs
     position: Int[np.ndarray, "N"]
-    index: Int[np.ndarray, "N"]  # a feature's number, an embedding's or output's token; -1 where there is none
-    value: Float[np.ndarray, "N"]  # a feature's pre-activation, an output's logit less the mean logit; else 0
+    index: Int[np.ndarray, "N"]  # the feature's number, or the token of an embedding or output; -1 if there is none
+    value: Float[np.ndarray, "N"]  # a feature's pre-activation, an output's logit minus the mean logit; else 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -31,20 +37,20 @@ class NodeTable:
     def __len__(self) -> int:
         return len(self.kind)
 
-    def is_of(self, *kinds: Kind) -> Bool[np.ndarray, "N"]:
-        """For each node whether it is of one of these kinds."""
+    def is_kind(self, *kinds: Kind) -> Bool[np.ndarray, "N"]:
+        """A mask: for each node, whether it is of one of these kinds."""
         return np.isin(self.kind, kinds)
 
-    def of(self, *kinds: Kind) -> Int[np.ndarray, "_"]:
+    def find(self, *kinds: Kind) -> Int[np.ndarray, "_"]:
         """The numbers of all nodes of these kinds, kind after kind."""
         return np.concatenate([np.flatnonzero(self.kind == kind) for kind in kinds])
 
     def select(self, kept: np.ndarray) -> "NodeTable":
-        """The table of some of its nodes, in the same order."""
-        return NodeTable(*(getattr(self, field.name)[kept] for field in fields(self)))
+        """The table of the kept nodes, in the same order."""
+        return NodeTable(**{field.name: getattr(self, field.name)[kept] for field in fields(self)})
 
 
-def node_table(
+def build_node_table(
     *,
     layers: int,
     values: Float[np.ndarray, "N"],
@@ -55,20 +61,29 @@ def node_table(
     logit_tokens: Int[np.ndarray, "k"],
     logit_positions: Int[np.ndarray, "k"],
 ) -> NodeTable:
-    """The table of nodes that are listed kind by kind: features as layer, position, number; errors as layer, position;
-    the tokens of the prompt, in order; positions that have an embedding of their own; outputs."""
+    """Builds the table from one list for each kind.
+
+    features   layer, position and number of each feature
+    errors     layer and position of each error
+    tokens     the tokens of the prompt, in order
+    positions  the positions that have an embedding
+    logit_*    token and position of each output
+    """
     lists = (features, errors, tokens, positions, logit_tokens)
     if len(values) != sum(map(len, lists)):
         raise UserError(f"graph: {len(values)} values, expected one for each of {sum(map(len, lists))} nodes")
-    layer = (features[:, 0], errors[:, 0], _all(-1, tokens), _all(-1, positions), _all(layers, logit_tokens))
+    layer = (features[:, 0], errors[:, 0], _repeat(-1, tokens), _repeat(-1, positions), _repeat(layers, logit_tokens))
     position = (features[:, 1], errors[:, 1], np.arange(len(tokens)), positions, logit_positions)
-    index = (features[:, 2], _all(-1, errors), tokens, _all(-1, positions), logit_tokens)
+    index = (features[:, 2], _repeat(-1, errors), tokens, _repeat(-1, positions), logit_tokens)
     return NodeTable(
-        np.repeat(KINDS, [len(nodes) for nodes in lists]),
-        *(np.concatenate(parts).astype(np.int64) for parts in (layer, position, index)),
+        kind=np.repeat(KINDS, [len(nodes) for nodes in lists]),
+        layer=np.concatenate(layer).astype(np.int64),
+        position=np.concatenate(position).astype(np.int64),
+        index=np.concatenate(index).astype(np.int64),
         value=values,
     )
 
 
-def _all(number: int, nodes: np.ndarray) -> Int[np.ndarray, "n"]:
+def _repeat(number: int, nodes: np.ndarray) -> Int[np.ndarray, "n"]:
+    """The number, once for each node."""
     return np.full(len(nodes), number)

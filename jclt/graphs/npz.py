@@ -1,4 +1,4 @@
-"""Our graph file: one compressed `.npz`."""
+"""The graph file: one compressed `.npz`, with the array `about` for texts and other JSON."""
 
 import math
 from collections.abc import Mapping
@@ -9,16 +9,15 @@ import numpy as np
 
 from jclt.array_files import NpzFile
 from jclt.errors import UserError
-from jclt.files import new_file, parse_json, to_json
-from jclt.graphs.influence import rows_at_once
+from jclt.files import create_file, parse_json, to_json
+from jclt.graphs.influence import count_rows_per_block
 from jclt.memory import check_memory
 from jclt.shapes import Float
 
 FORMAT, VERSIONS = "jclt-graph", (1, 2)
-"""In version 2 outputs have weights beside their probabilities, without which influences would be others."""
+"""Version 2 adds weights of the outputs. A reader that ignored them would compute other influences."""
 
-
-AXES = {
+ARRAY_AXES = {
     "bias": "N",
     "rest": "N",
     "rest_mass": "N",
@@ -32,46 +31,39 @@ AXES = {
     "logit_positions": "k",
     "logit_probabilities": "k",
 }
-"""The arrays beside the edges; a digit is a length."""
+"""The arrays except the edges. A letter is an axis, a digit the length of an axis."""
+
+OPTIONAL_AXES = {"logit_weights": "k", "whole_shares": "N"}
+
+INTEGER_ARRAYS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions")
+
+TEXT_AXES = {"token_texts": "T", "logit_names": "k"}
+
+JSON_FIELDS: dict[str, type] = {"layers": int, "provenance": dict, "supernodes": dict, "annotations": dict}
+
+MAX_ABOUT_BYTES = 1 << 28
+"""Most bytes of texts, provenance and annotations in a file. Those of 100,000 nodes take a tenth of it."""
+
+STORED_FIELDS = (*ARRAY_AXES, *OPTIONAL_AXES, *TEXT_AXES, *JSON_FIELDS)
+"""The fields of a `Graph` in the file, except the edges."""
 
 
-OPTIONAL = {"logit_weights": "k", "whole_shares": "N"}
+def write_file(path: str | Path, fields: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
+    """Writes the `STORED_FIELDS` and the edges to one file. An older file is replaced when the new one is complete."""
+    with create_file(Path(path)) as partial:
+        _write_archive(partial, fields, adjacency)
 
 
-WHOLE_NUMBERS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions")
-
-
-TEXTS = {"token_texts": "T", "logit_names": "k"}
-
-
-SAID: dict[str, type] = {"layers": int, "provenance": dict, "supernodes": dict, "annotations": dict}
-
-
-MOST_SAID = 1 << 28
-"""Bytes of texts, provenance and annotations in a file: those of a hundred thousand nodes take a tenth of it."""
-
-
-STORED = (*AXES, *OPTIONAL, *TEXTS, *SAID)
-"""What the file holds of a graph, beside the edges."""
-
-
-def write_file(path: str | Path, found: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
-    """Writes `FIELDS` and edges in one file, which replaces an older one when it is complete."""
-    with new_file(Path(path)) as beside:
-        write_here(beside, found, adjacency)
-
-
-def write_here(path: Path, found: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
-    """The file itself, under this very name."""
-    said = {name: found[name] for name in (*TEXTS, *SAID)}
-    version = 1 if found["logit_weights"] is None else 2
-    about = to_json(to_plain({"format": FORMAT, "version": version} | said, "graph"), "graph").encode()
-    if len(about) > MOST_SAID:
-        raise UserError(f"graph: its texts and annotations take {len(about)} bytes, expected at most {MOST_SAID}")
-    arrays = {name: found[name] for name in (*AXES, *OPTIONAL) if found[name] is not None}
+def _write_archive(path: Path, fields: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
+    texts = {name: fields[name] for name in (*TEXT_AXES, *JSON_FIELDS)}
+    version = 1 if fields["logit_weights"] is None else 2
+    about = to_json(to_plain({"format": FORMAT, "version": version} | texts, "graph"), "graph").encode()
+    if len(about) > MAX_ABOUT_BYTES:
+        raise UserError(f"graph: its texts and annotations take {len(about)} bytes, expected at most {MAX_ABOUT_BYTES}")
+    arrays = {name: fields[name] for name in (*ARRAY_AXES, *OPTIONAL_AXES) if fields[name] is not None}
     arrays |= {"about": np.frombuffer(about, np.uint8)}
     for name, array in (arrays | {"edges": adjacency}).items():
-        if array.dtype.kind not in "fiu":  # numpy would write other numbers as bytes of no type
+        if array.dtype.kind not in "fiu":  # numpy writes other number types as bytes without a type
             raise UserError(f"graph: {name} is of type {array.dtype}, expected one of numpy's own number types")
     arrays |= _pack(adjacency)
     with path.open("wb") as file:
@@ -79,19 +71,20 @@ def write_here(path: Path, found: Mapping[str, Any], adjacency: Float[np.ndarray
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], Float[np.ndarray, "N N"]]:
-    """`FIELDS` and edges as `write_file` wrote them, with lengths that agree; nothing in the file is run."""
+    """Reads the `STORED_FIELDS` and the edges from a file of `write_file`, and checks that their lengths agree. No code
+    in the file is executed."""
     file = NpzFile(path, "a graph that jclt saved")
     about = _read_about(path, file)
-    axes = AXES | {name: axis for name, axis in OPTIONAL.items() if name in file.header}
+    axes = ARRAY_AXES | {name: axis for name, axis in OPTIONAL_AXES.items() if name in file.header}
     nodes = _check_lengths(path, file, about, axes)
-    found: dict[str, Any] = dict.fromkeys(OPTIONAL)
-    found |= {name: np.require(file.tensor(name), requirements="W") for name in axes}
-    found |= {name: tuple(about[name]) for name in TEXTS} | {name: about[name] for name in SAID}
-    return found, _unpack(path, file, nodes)
+    fields: dict[str, Any] = dict.fromkeys(OPTIONAL_AXES)
+    fields |= {name: np.require(file.read_tensor(name), requirements="W") for name in axes}
+    fields |= {name: tuple(about[name]) for name in TEXT_AXES} | {name: about[name] for name in JSON_FIELDS}
+    return fields, _unpack(path, file, nodes)
 
 
 def to_plain(value: Any, where: object) -> Any:
-    """The same in Python's own numbers, lists and dictionaries, which JSON can say."""
+    """The value with all arrays and numbers converted to Python's own types, so that it can be written as JSON."""
     try:
         return _to_plain(value)
     except RecursionError:
@@ -115,10 +108,10 @@ def _to_plain(value: Any) -> Any:
 def _read_about(path: Path, file: NpzFile) -> dict[str, Any]:
     if "about" not in file.header:
         raise UserError(f"{path}: not a graph that jclt saved, holds the arrays {', '.join(list(file.header)[:9])}")
-    shape, dtype = file.shape("about")
-    if len(shape) != 1 or dtype != np.uint8 or shape[0] > MOST_SAID:
-        raise UserError(f"{path}: 'about' is damaged: {dtype}{list(shape)}, expected at most {MOST_SAID} bytes")
-    about = parse_json(file.tensor("about").tobytes(), f"{path}: 'about' is damaged")
+    shape, dtype = file.read_shape("about")
+    if len(shape) != 1 or dtype != np.uint8 or shape[0] > MAX_ABOUT_BYTES:
+        raise UserError(f"{path}: 'about' is damaged: {dtype}{list(shape)}, expected at most {MAX_ABOUT_BYTES} bytes")
+    about = parse_json(file.read_tensor("about").tobytes(), f"{path}: 'about' is damaged")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{path}: not a graph that jclt saved, expected format '{FORMAT}' in 'about'")
     version = about.get("version")
@@ -126,36 +119,36 @@ def _read_about(path: Path, file: NpzFile) -> dict[str, Any]:
         newer = ": written by a newer jclt" if type(version) is int and version > max(VERSIONS) else ""
         known = " or ".join(map(str, VERSIONS))
         raise UserError(f"{path}: version {version}, expected {known}, those that this jclt reads{newer}")
-    for name, kind in SAID.items() | dict.fromkeys(TEXTS, list).items():
+    for name, kind in JSON_FIELDS.items() | dict.fromkeys(TEXT_AXES, list).items():
         if type(about.get(name)) is not kind:
             raise UserError(f"{path}: '{name}' in 'about' is damaged or missing, expected {kind.__name__}")
-    if not all(isinstance(text, str) for name in TEXTS for text in about[name]):
-        raise UserError(f"{path}: {' or '.join(TEXTS)} in 'about' is damaged, expected texts")
+    if not all(isinstance(text, str) for name in TEXT_AXES for text in about[name]):
+        raise UserError(f"{path}: {' or '.join(TEXT_AXES)} in 'about' is damaged, expected texts")
     return about
 
 
 def _check_lengths(path: Path, file: NpzFile, about: dict[str, Any], all_axes: dict[str, str]) -> int:
-    """The number of nodes, after a check that everything in the file agrees on it and that there is memory for it:
-    nothing is unpacked before."""
+    """Checks that all lengths in the file agree and that the graph fits into memory, before anything is unpacked.
+    Returns the number of nodes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    need = 0
+    memory = 0
     for name in (*all_axes, "edges", "edges_present"):
         if name not in file.header:
             raise UserError(f"{path}: array '{name}' is missing, expected in a saved graph")
-        kind = "u" if name == "edges_present" else "iu" if name in WHOLE_NUMBERS else "f"
-        shape, dtype = file.shape(name)
+        kind = "u" if name == "edges_present" else "iu" if name in INTEGER_ARRAYS else "f"
+        shape, dtype = file.read_shape(name)
         if dtype.kind not in kind or len(shape) != len(all_axes.get(name, "1")):
             raise UserError(f"{path}: array '{name}' is damaged: {dtype}{list(shape)}")
         shapes[name] = shape
-        need += math.prod(shape) * dtype.itemsize
+        memory += math.prod(shape) * dtype.itemsize
     lists = ("features", "errors", "tokens", "positions", "logit_tokens")
-    sizes = {AXES[name][0]: shapes[name][0] for name in lists}
+    sizes = {ARRAY_AXES[name][0]: shapes[name][0] for name in lists}
     nodes = sizes["N"] = sum(sizes.values())
     for name, axes in all_axes.items():
         expected = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
         if shapes[name] != expected:
             raise UserError(f"{path}: array '{name}' has shape {list(shapes[name])}, expected {list(expected)}")
-    for name, axis in TEXTS.items():
+    for name, axis in TEXT_AXES.items():
         if len(about[name]) != sizes[axis]:
             raise UserError(f"{path}: '{name}' in 'about' has {len(about[name])} entries, expected {sizes[axis]}")
     for name, members in about["supernodes"].items():
@@ -165,30 +158,31 @@ def _check_lengths(path: Path, file: NpzFile, about: dict[str, Any], all_axes: d
         raise UserError(f"{path}: edges of another number of nodes, expected those of {nodes}")
     if shapes["edges"][0] > nodes * nodes:
         raise UserError(f"{path}: {shapes['edges'][0]} edges have values, expected at most those among {nodes} nodes")
-    need += nodes * nodes * file.shape("edges")[1].itemsize
-    check_memory(need, f"{path}: {nodes} nodes", "load it where there is more, or prune it there first", host=True)
+    memory += nodes * nodes * file.read_shape("edges")[1].itemsize
+    check_memory(memory, f"{path}: {nodes} nodes", "load it where there is more, or prune it there first", host=True)
     return nodes
 
 
 def _pack(adjacency: Float[np.ndarray, "N N"]) -> dict[str, np.ndarray]:
-    """The edges that are there, and a bit for each possible one; a few rows at a time."""
+    """The non-zero edges, and one bit for each possible edge that is 1 if the edge is not zero. Packs a few rows at a
+    time."""
     size = len(adjacency)
     edges = np.empty(np.count_nonzero(adjacency), adjacency.dtype)
     bits, start = [], 0
-    for first, last in _byte_rows(size):
+    for first, last in _split_rows_at_bytes(size):
         block = adjacency[first:last]
         present = block != 0
-        found = block[present]
-        edges[start : start + len(found)] = found
-        start += len(found)
+        values = block[present]
+        edges[start : start + len(values)] = values
+        start += len(values)
         bits.append(np.packbits(present))
     return {"edges_present": np.concatenate([np.zeros(0, np.uint8), *bits]), "edges": edges}
 
 
 def _unpack(path: Path, file: NpzFile, size: int) -> Float[np.ndarray, "N N"]:
-    bits, edges = file.tensor("edges_present"), file.tensor("edges")
+    bits, edges = file.read_tensor("edges_present"), file.read_tensor("edges")
     adjacency, start = np.zeros((size, size), edges.dtype), 0
-    for first, last in _byte_rows(size):
+    for first, last in _split_rows_at_bytes(size):
         packed = bits[first * size // 8 : -(-last * size // 8)]
         present = np.unpackbits(packed, count=(last - first) * size).view(bool).reshape(last - first, size)
         count = int(np.count_nonzero(present))
@@ -200,7 +194,7 @@ def _unpack(path: Path, file: NpzFile, size: int) -> Float[np.ndarray, "N N"]:
     return adjacency
 
 
-def _byte_rows(size: int) -> list[tuple[int, int]]:
-    """Ranges of rows whose bits begin at whole bytes."""
-    many = -(-rows_at_once(size, 1) // 8) * 8
-    return [(first, min(first + many, size)) for first in range(0, size, many)]
+def _split_rows_at_bytes(size: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose first bits are the first bits of a byte."""
+    count = -(-count_rows_per_block(size, 1) // 8) * 8
+    return [(first, min(first + count, size)) for first in range(0, size, count)]

@@ -1,4 +1,4 @@
-"""The graph in words: its nodes, its strongest paths, how long paths are, and groups of nodes."""
+"""Names of nodes, strongest paths, lengths of paths, and supernodes (named sets of nodes)."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,24 +6,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jclt.errors import UserError, printable
+from jclt.errors import UserError, escape_unprintable
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import FLOOR, normalize
+from jclt.graphs.influence import FLOOR, compute_edge_shares
 from jclt.graphs.nodes import Kind
 from jclt.shapes import Float
 
 
 @dataclass(frozen=True)
 class Path:
-    """From a source to an output; the share of all walks from the outputs that goes this way, and its sign (1, -1)."""
+    """A path from a source node up to an output."""
 
-    nodes: tuple[int, ...]
-    share: float
-    sign: int
+    nodes: tuple[int, ...]  # from the source to the output
+    share: float  # of all walks from the outputs (see influence.py), the share along this path
+    sign: int  # 1 or -1: the product of the edges' signs
 
 
 def name_of(graph: Graph, node: int) -> str:
-    """The node in plain words."""
+    """The node in words."""
     _check_node(graph, node)
     nodes = graph.nodes
     kind, layer, position, index = (
@@ -34,33 +34,34 @@ def name_of(graph: Graph, node: int) -> str:
     )
     match kind:
         case "feature":
-            return f"layer {layer} feature {index} at {_token(graph, position)}"
+            return f"layer {layer} feature {index} at {_describe_token(graph, position)}"
         case "error":
-            return f"error of layer {layer} at {_token(graph, position)}"
+            return f"error of layer {layer} at {_describe_token(graph, position)}"
         case "token":
-            return _token(graph, position)
+            return _describe_token(graph, position)
         case "position":
             return f"position {position}"
         case _:
-            name = graph.logit_names[node - int(nodes.of("output")[0])]
-            return printable(name) if index < 0 else _quoted(name, int(index))
+            name = graph.logit_names[node - int(nodes.find("output")[0])]
+            return escape_unprintable(name) if index < 0 else _quote(name, int(index))
 
 
 def describe(graph: Graph, path: Path, labels: Mapping[tuple[int, int], str] | None = None) -> str:
-    """The path's nodes and share in one line; `labels` say what features stand for, by layer and feature."""
+    """The path's nodes and share in one line. `labels` are names of features, by layer and feature."""
     names = []
     for node in path.nodes:
         name = name_of(graph, node)
         if labels and graph.nodes.kind[node] == "feature":
             label = labels.get((int(graph.nodes.layer[node]), int(graph.nodes.index[node])))
-            name = name.replace(" at ", f" ({printable(label)}) at ", 1) if label else name
+            name = name.replace(" at ", f" ({escape_unprintable(label)}) at ", 1) if label else name
         names.append(name)
     return f"{' -> '.join(names)} {path.share:.1%}{', against it' if path.sign < 0 else ''}"
 
 
 def path_lengths(graph: Graph, kinds: Sequence[Kind] = ("token", "position", "error")) -> Float[np.ndarray, "l"]:
-    """Of the walks from the outputs that end at nodes of these kinds, the share of each number of edges, from 0 on."""
-    shares, ends = normalize(graph.edges), graph.nodes.of(*kinds)
+    """The distribution of path lengths: of all walks from the outputs that end at nodes of these kinds, the share that
+    has 0, 1, 2 ... edges."""
+    shares, ends = compute_edge_shares(graph.edges), graph.nodes.find(*kinds)
     lengths = np.zeros(graph.layers + 2)
     walkers = graph.output_weights
     for length in range(1, len(lengths)):
@@ -72,40 +73,44 @@ def path_lengths(graph: Graph, kinds: Sequence[Kind] = ("token", "position", "er
 def strongest_paths(
     graph: Graph, count: int = 5, target: int | None = None, kinds: Sequence[Kind] = ("token",)
 ) -> list[Path]:
-    """The paths from nodes of these kinds to the outputs, or to one target node, that carry most: the product of each
-    edge's share of its target and, among outputs, of the output's share of their weight. Exact, the strongest first."""
+    """The `count` strongest paths from nodes of these kinds to the outputs, or to one target node, strongest first.
+
+    A path's strength is the product of its edges' shares and, if it ends at an output, the output's share of all output
+    weights. The search is exact: layer by layer downward, it finds the `count` strongest partial paths from the top to
+    each node. They all extend partial paths that are among the `count` strongest of their own node.
+    """
     if count < 1:
         raise UserError(f"count={count}: expected at least 1 path")
-    start = _start(graph, target)
-    shares, layers = normalize(graph.edges), graph.nodes.layer
-    best = np.zeros((len(graph), count))  # of the paths down to each node the strongest, in order
+    start = _find_start(graph, target)
+    shares, layers = compute_edge_shares(graph.edges), graph.nodes.layer
+    best = np.zeros((len(graph), count))  # strength of the strongest partial paths down to each node, in order
     best[:, 0] = start
-    above = np.full((len(graph), count), -1)  # the node before on each of these, and which of its paths it continues
-    rank = np.zeros((len(graph), count), int)
+    previous = np.full((len(graph), count), -1)  # the node before on each partial path, -1 at its top
+    rank = np.zeros((len(graph), count), int)  # which partial path of the previous node it extends
     for layer in np.unique(layers[layers < layers[start > 0].max(initial=-1)])[::-1]:
         columns = np.flatnonzero(layers == layer)
         targets = np.flatnonzero((best[:, 0] > 0) & (layers > layer))
-        # The strongest few paths pass through no other targets than those that have the strongest first path.
-        first = best[targets, 0][:, None] * shares[np.ix_(targets, columns)]
-        few = min(count, len(targets))
-        via = targets[np.argpartition(-first, few - 1, axis=0)[:few]].T
+        # The `count` strongest paths to a column go through the `count` targets whose strongest paths are best.
+        strongest = best[targets, 0][:, None] * shares[np.ix_(targets, columns)]
+        width = min(count, len(targets))
+        via = targets[np.argpartition(-strongest, width - 1, axis=0)[:width]].T
         products = best[via] * shares[via, columns[:, None]][:, :, None]
-        products = products.reshape(len(columns), few * count)
+        products = products.reshape(len(columns), width * count)
         order = np.argsort(-products, axis=1, kind="stable")[:, :count]
-        found = np.take_along_axis(products, order, axis=1)
-        fresh = np.where(found > 0, np.take_along_axis(via, order // count, axis=1), -1)
-        best[columns], above[columns], rank[columns] = found, fresh, order % count
-    sources = graph.nodes.of(*kinds)
-    values = np.where(above[sources] >= 0, best[sources], 0).ravel()
+        best[columns] = np.take_along_axis(products, order, axis=1)
+        previous[columns] = np.where(best[columns] > 0, np.take_along_axis(via, order // count, axis=1), -1)
+        rank[columns] = order % count
+    sources = graph.nodes.find(*kinds)
+    values = np.where(previous[sources] >= 0, best[sources], 0).ravel()
     return [
-        _traced(graph, best, above, rank, int(sources[place // count]), place % count)
-        for place in np.argsort(-values, kind="stable")[:count].tolist()
-        if values[place] > 0
+        _trace_path(graph, best, previous, rank, int(sources[index // count]), index % count)
+        for index in np.argsort(-values, kind="stable")[:count].tolist()
+        if values[index] > 0
     ]
 
 
 def with_supernodes(graph: Graph, groups: Mapping[str, Iterable[int]]) -> Graph:
-    """The graph with these named sets of nodes in place of those it had."""
+    """A copy of the graph with these supernodes instead of its own. A node may be in one supernode at most."""
     owner: dict[int, str] = {}
     members = {name: tuple(int(node) for node in nodes) for name, nodes in groups.items()}
     for name, nodes in members.items():
@@ -118,32 +123,35 @@ def with_supernodes(graph: Graph, groups: Mapping[str, Iterable[int]]) -> Graph:
 
 
 def between_supernodes(graph: Graph, others: bool = False) -> tuple[list[str], Float[np.ndarray, "S S"]]:
-    """The supernodes' names and the edges between them, row = target; with `others` each remaining node is one too.
+    """The supernodes' names, and the edges between supernodes (row = target). With `others`, each node outside all
+    supernodes counts as a supernode of its own.
 
-    An edge is what the source's members bring to a member of the target, signs kept, as a share of all absolute values
-    that reach this member; averaged over the target's members by their influence. So a row's absolute values sum to at
-    most 1, and with one node a group it is the row of signed shares.
+    With t the members of target group P, s the members of source group Q:
+
+        edge[P, Q] = sum over t of weight[t] (sum over s of sign(adjacency[t, s]) share[t, s])
+        weight[t]  = visits[t] / (sum of visits in P);  equal weights if the sum is 0
+
+    `share` and `visits` are defined in `influence.py`. The absolute values of a row sum to at most 1.
     """
     groups = dict(graph.supernodes)
     if others:
         grouped = {node for members in groups.values() for node in members}
-        alone = [node for node in range(len(graph)) if node not in grouped]
-        names, sets = [*groups, *(name_of(graph, node) for node in alone)], [*groups.values(), *((n,) for n in alone)]
+        single = [node for node in range(len(graph)) if node not in grouped]
+        names, sets = [*groups, *(name_of(graph, node) for node in single)], [*groups.values(), *((n,) for n in single)]
     else:
         names, sets = list(groups), list(groups.values())
-    member = np.zeros((len(sets), len(graph)))
-    for row, nodes in zip(member, sets, strict=True):
+    is_member = np.zeros((len(sets), len(graph)))
+    for row, nodes in zip(is_member, sets, strict=True):
         row[list(nodes)] = 1
-    weights = member * (graph.influence + graph.output_weights)
-    # Where no walk comes, all members count the same.
-    weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, member)
+    weights = is_member * (graph.influence + graph.output_weights)
+    weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, is_member)
     weights /= np.maximum(weights.sum(axis=1, keepdims=True), FLOOR)
-    signed = np.copysign(normalize(graph.edges), graph.adjacency)
-    return names, weights @ (signed @ member.T)
+    signed_shares = np.copysign(compute_edge_shares(graph.edges), graph.adjacency)
+    return names, weights @ (signed_shares @ is_member.T)
 
 
-def _start(graph: Graph, target: int | None) -> np.ndarray:
-    """Where walks start: at the outputs by their weight, or at the one target."""
+def _find_start(graph: Graph, target: int | None) -> np.ndarray:
+    """The weight of each node at which paths may end: the outputs' shares of their weights, or 1 for the one target."""
     if target is None:
         weights = graph.output_weights.astype(np.float64)
         return weights / (weights.sum() or 1)
@@ -153,9 +161,10 @@ def _start(graph: Graph, target: int | None) -> np.ndarray:
     return start
 
 
-def _traced(graph: Graph, best: np.ndarray, above: np.ndarray, rank: np.ndarray, node: int, place: int) -> Path:
+def _trace_path(graph: Graph, best: np.ndarray, previous: np.ndarray, rank: np.ndarray, node: int, place: int) -> Path:
+    """The path number `place` of this node, followed up to its top."""
     share, nodes = float(best[node, place]), [node]
-    while (target := int(above[node, place])) >= 0:
+    while (target := int(previous[node, place])) >= 0:
         place = int(rank[node, place])
         node = target
         nodes.append(node)
@@ -168,10 +177,10 @@ def _check_node(graph: Graph, node: int, where: str = "") -> None:
         raise UserError(f"{where}node {node}: expected a number from 0 to {len(graph) - 1}")
 
 
-def _token(graph: Graph, position: int) -> str:
-    return f"{_quoted(graph.token_texts[position], int(graph.tokens[position]))} ({position})"
+def _describe_token(graph: Graph, position: int) -> str:
+    return f"{_quote(graph.token_texts[position], int(graph.tokens[position]))} ({position})"
 
 
-def _quoted(text: str, token: int) -> str:
-    """The text as it would be written in a program, or the token's number where no text is known."""
-    return printable(json.dumps(text, ensure_ascii=False)) if text else f"token {token}"
+def _quote(text: str, token: int) -> str:
+    """The text in quotes with escapes, or the token's number if its text is unknown."""
+    return escape_unprintable(json.dumps(text, ensure_ascii=False)) if text else f"token {token}"

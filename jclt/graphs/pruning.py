@@ -1,14 +1,14 @@
-"""The few nodes and edges that carry most of the influence on the outputs."""
+"""Pruning: which nodes and edges have most of the influence on the outputs."""
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jclt.errors import UserError, nearest
-from jclt.graphs.influence import Edges, Steps, cumulative_share, node_influence
+from jclt.errors import UserError, suggest_name
+from jclt.graphs.influence import EdgeInfluence, Edges, compute_cumulative_shares, compute_influence
 from jclt.graphs.nodes import Kind
-from jclt.shapes import Bool, Float, Int
+from jclt.shapes import Bool, Float
 
 Rule = Literal["paper", "circuit-tracer"]
 NEVER_REMOVED: dict[str, tuple[Kind, ...]] = {
@@ -18,107 +18,91 @@ NEVER_REMOVED: dict[str, tuple[Kind, ...]] = {
 
 
 class Masks(NamedTuple):
+    """What pruning keeps."""
+
     nodes: Bool[np.ndarray, "N"]
     edges: Bool[np.ndarray, "N N"]
     cumulative: Float[np.ndarray, "N"]
-    """The share of all influence that a node has together with all nodes of more influence: small is important."""
+    """For each node, the share of all influence that this node and all stronger nodes have together."""
 
 
 def choose_nodes_and_edges(edges: Edges, node_threshold: float, edge_threshold: float, rule: Rule) -> Masks:
-    """Which nodes and edges pruning keeps. An edge counts by its share of what reaches its target from the kept nodes,
-    times the target's influence through those; features that are left without inputs or outputs go too.
+    """Chooses the nodes and edges that pruning keeps.
 
-    Under the rule "circuit-tracer" error nodes may go as well, under "paper" they all stay.
+    1. Keep the strongest nodes that together have `node_threshold` of all node influence, and every node of a kind that
+       the rule never removes: "paper" keeps all errors, "circuit-tracer" does not.
+    2. Compute edge influence in the graph of these nodes alone. Keep the strongest edges that together have
+       `edge_threshold` of it.
+    3. Remove features without incoming edges, and features or errors without outgoing edges, until none is left.
     """
     for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 <= threshold <= 1:
             raise UserError(f"{name}={threshold}: expected a share between 0 and 1")
     if rule not in NEVER_REMOVED:
-        raise UserError(f"rule '{rule}' is unknown; {nearest(rule, NEVER_REMOVED)}")
-    influence = node_influence(edges)
-    fixed = edges.nodes.is_of(*NEVER_REMOVED[rule])
-    nodes = fixed | (influence >= _threshold_value(influence[influence > 0], node_threshold))
+        raise UserError(f"rule '{rule}' is unknown; {suggest_name(rule, NEVER_REMOVED)}")
+    influence = compute_influence(edges)
+    never_removed = edges.nodes.is_kind(*NEVER_REMOVED[rule])
+    node_mask = never_removed | (influence >= _find_cutoff(influence[influence > 0], node_threshold))
 
-    chosen = np.flatnonzero(nodes)
-    among = _EdgeScores(edges, chosen)
-    least = _threshold_value(among.positive(), edge_threshold)
+    chosen = np.flatnonzero(node_mask)
+    edge_influence = EdgeInfluence(edges, chosen)
+    cutoff = _find_cutoff(edge_influence.list_positive(), edge_threshold)
     kept = np.empty((len(chosen), len(chosen)), bool)
-    for rows, values in among.blocks():
-        kept[rows] = values >= least
-    alive = _without_dead_ends(kept, fixed[chosen], edges.nodes.is_of("feature")[chosen])
-    kept &= alive[:, None]
-    kept &= alive
-    nodes[chosen] = alive
-    kept_edges = np.zeros(edges.adjacency.shape, bool)
-    kept_edges[np.ix_(chosen, chosen)] = kept
-    return Masks(nodes, kept_edges, cumulative_share(influence))
+    for rows, values in edge_influence.compute_blocks():
+        kept[rows] = values >= cutoff
+    connected = _remove_dead_ends(kept, never_removed[chosen], edges.nodes.is_kind("feature")[chosen])
+    kept &= connected[:, None]
+    kept &= connected
+    node_mask[chosen] = connected
+    edge_mask = np.zeros(edges.adjacency.shape, bool)
+    edge_mask[np.ix_(chosen, chosen)] = kept
+    return Masks(nodes=node_mask, edges=edge_mask, cumulative=compute_cumulative_shares(influence))
 
 
-class _EdgeScores:
-    """The influence that flows through each edge among the chosen nodes when there are no others; never all at once."""
-
-    def __init__(self, edges: Edges, chosen: Int[np.ndarray, "c"]):
-        self.steps = Steps(edges, chosen)
-        weights = edges.weights[chosen]
-        self.flow = self.steps.visits_below(weights) + weights
-
-    def blocks(self) -> Iterator[tuple[Int[np.ndarray, "r"], Float[np.ndarray, "r c"]]]:
-        """Some rows, and what flows through their edges."""
-        for rows in self.steps.blocks():
-            values = self.steps.rows(rows)
-            values *= self.flow[rows][:, None]
-            yield rows, values
-
-    def positive(self) -> Float[np.ndarray, "_"]:
-        counts = [int(np.count_nonzero(values > 0)) for _, values in self.blocks()]
-        found, start = np.empty(sum(counts), self.flow.dtype), 0
-        for (_, values), count in zip(self.blocks(), counts, strict=True):
-            found[start : start + count] = values[values > 0]
-            start += count
-        return found
-
-
-def _threshold_value(values: np.ndarray, share: float) -> float:
-    """The largest of these positive values such that those not below it make up this share of the sum; at share 1 the
-    least. The values are sorted in place."""
+def _find_cutoff(values: np.ndarray, share: float) -> float:
+    """The largest cutoff such that the values at or above it sum to at least this share of the total. All values are
+    positive; they are sorted in place."""
     if not len(values):
         return np.inf
     if share == 1:
         return float(values.min())
     values.sort()
-    ordered = values[::-1]
-    # Rounded where circuit-tracer rounds, so that the same values are the last ones in.
-    total = ordered.dtype.type(0)
-    for sums in _running_sums(ordered):
+    descending = values[::-1]
+    # Rounds where circuit-tracer rounds, so that both find the same cutoff.
+    total = descending.dtype.type(0)
+    for sums in _iterate_running_sums(descending):
         total = sums[-1]
-    place = 0
-    for sums in _running_sums(ordered):
+    count = 0
+    for sums in _iterate_running_sums(descending):
         sums /= total or 1
-        place += int(np.searchsorted(sums, ordered.dtype.type(share)))
+        count += int(np.searchsorted(sums, descending.dtype.type(share)))
         if sums[-1] >= share:
             break
-    return float(ordered[min(place, len(ordered) - 1)])
+    return float(descending[min(count, len(descending) - 1)])
 
 
-def _running_sums(values: Float[np.ndarray, "n"], size: int = 1 << 22) -> Iterator[Float[np.ndarray, "_"]]:
-    """The sums of all values up to each one, added in double precision, a part of them at a time."""
+def _iterate_running_sums(values: Float[np.ndarray, "n"], size: int = 1 << 22) -> Iterator[Float[np.ndarray, "_"]]:
+    """The cumulative sum of the values, added in double precision, `size` values at a time."""
     total = 0.0
     for start in range(0, len(values), size):
-        part = values[start : start + size].astype(np.float64)
-        part[0] += total
-        sums = np.cumsum(part)
+        block = values[start : start + size].astype(np.float64)
+        block[0] += total
+        sums = np.cumsum(block)
         total = sums[-1]
         yield sums.astype(values.dtype)
 
 
-def _without_dead_ends(edges: np.ndarray, fixed: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """The nodes that stay when those without outputs, and features without inputs, go until all have them."""
-    alive = np.ones(len(edges), bool)
+def _remove_dead_ends(
+    edges: Bool[np.ndarray, "n n"], never_removed: Bool[np.ndarray, "n"], is_feature: Bool[np.ndarray, "n"]
+) -> Bool[np.ndarray, "n"]:
+    """A mask of the nodes that are left when nodes without outgoing edges, and features without incoming edges, are
+    removed again and again until there are none."""
+    connected = np.ones(len(edges), bool)
     edges = edges.copy()
     while True:
-        dead = alive & ~fixed & ~(edges.any(axis=0) & (edges.any(axis=1) | ~features))
+        dead = connected & ~never_removed & ~(edges.any(axis=0) & (edges.any(axis=1) | ~is_feature))
         if not dead.any():
-            return alive
-        alive &= ~dead
+            return connected
+        connected &= ~dead
         edges[dead] = False
         edges[:, dead] = False

@@ -1,54 +1,104 @@
-"""What the JSON of published graph viewers says, for writing and for reading it."""
+"""The JSON format of published graph viewers: what `export_json.py` and `import_json.py` share."""
 
+import gzip
+import io
+import json
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jclt.errors import UserError, first_line
+from jclt.files import parse_object, read_bytes
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import Kind
+from jclt.memory import check_memory
 from jclt.shapes import Float
 
 Json = dict[str, Any]
 
-
 Labels = Mapping[tuple[int, int], str]
-"""What a feature is called, by its layer and number."""
+"""Names of features, by layer and number."""
 
-
-TYPES: dict[Kind, str] = {
-    "feature": "cross layer transcoder",  # the viewers know no other name, also for transcoders of one layer
+FEATURE_TYPES: dict[Kind, str] = {
+    "feature": "cross layer transcoder",  # the viewers know no other name, so per-layer transcoders use it too
     "error": "mlp reconstruction error",
     "token": "embedding",
     "position": "embedding",
     "output": "logit",
 }
 
-
 FIELDS = ("metadata", "qParams", "nodes", "links")
+"""The objects of a viewer's file."""
+
+MAX_UNPACKED_RATIO = 100
+"""By what factor a compressed file may grow when it is unpacked. Graphs grow about tenfold."""
+
+MEMORY_PER_BYTE = 10
+"""How much memory the objects of a JSON text may need, per byte of text. Links need about 6."""
 
 
-def notes_of(graph: Graph) -> list[Json]:
+def read_viewer_file(path: Path) -> Json:
+    """The object in a JSON file, which may be compressed with gzip."""
+    data = read_bytes(path, "a graph's JSON file")
+    if data[:2] == b"\x1f\x8b":
+        data = _unpack_gzip(path, data)
+    check_memory(
+        MEMORY_PER_BYTE * len(data), f"{path}: {len(data)} bytes of JSON", "read it where there is more", host=True
+    )
+    return parse_object(data, path)
+
+
+def _unpack_gzip(path: Path, data: bytes) -> bytes:
+    limit = MAX_UNPACKED_RATIO * len(data) + 1_000_000
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            text = file.read(limit + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not valid gzip ({first_line(error)})") from None
+    if len(text) > limit:
+        raise UserError(
+            f"{path}: unpacks to more than {limit} bytes, expected at most {MAX_UNPACKED_RATIO} times its size"
+        )
+    return text
+
+
+def encode_json(content: Json, path: Path) -> bytes:
+    """The JSON file's bytes, compressed if its name ends in .gz."""
+    try:
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError as error:
+        raise UserError(f"{path}: not written, a number is not finite ({error})") from None
+    return gzip.compress(text, 6, mtime=0) if path.suffix == ".gz" else text
+
+
+def get_annotations(graph: Graph) -> list[Json]:
+    """For each node, the fields of the file that it was read from; empty for other graphs."""
     return graph.annotations.get("nodes") or [{}] * len(graph)
 
 
-def shortest_decimals(values: Float[np.ndarray, "n"]) -> list[float]:
-    """The numbers as Python's, those of single precision as the shortest decimals that read back as the same."""
+def to_shortest_decimals(values: Float[np.ndarray, "n"]) -> list[float]:
+    """The numbers as Python floats. A float32 becomes the shortest decimal that reads back as the same float32."""
     if values.dtype == np.float64:
         return values.tolist()
     return values.astype(np.float32).astype("U32").astype(np.float64).tolist()
 
 
-def are_groups(groups: Any) -> bool:
+def is_list_of_groups(groups: Any) -> bool:
+    """Whether this is a list of lists of texts, each a name and node ids."""
     return isinstance(groups, list) and all(
         isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups
     )
 
 
-def named_groups(groups: Sequence[Sequence[str]], number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Named sets of nodes; a name that is there already is numbered, an id that names no node is left out."""
-    named: dict[str, tuple[int, ...]] = {}
+def name_groups(groups: Sequence[Sequence[str]], number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Supernodes from a file's groups, each a name and node ids. Repeated names get a number; unknown ids are left
+    out."""
+    supernodes: dict[str, tuple[int, ...]] = {}
     for name, *members in groups:
-        free = next(new for i in range(1, 2 + len(named)) if (new := name if i == 1 else f"{name} ({i})") not in named)
-        named[free] = tuple(number[node_id] for node_id in members if node_id in number)
-    return named
+        candidates = (name if i == 1 else f"{name} ({i})" for i in range(1, 2 + len(supernodes)))
+        free = next(candidate for candidate in candidates if candidate not in supernodes)
+        supernodes[free] = tuple(number[node_id] for node_id in members if node_id in number)
+    return supernodes

@@ -1,7 +1,7 @@
-"""A coder's products: float32 sums and float32 gradients whatever they multiply, on any mesh.
+"""A coder's dense products: float32 sums and float32 gradients whatever the operands' types, on any mesh.
 
-`jax.vjp` would give a weight's gradient the type that the product multiplied in. Written by hand it stays float32, so
-that gradients of micro-batches add up without loss.
+`jax.vjp` would give a weight's gradient the type of the operands. These gradients are written by hand and stay float32,
+so that the gradients of micro-batches add up without loss.
 """
 
 from functools import partial
@@ -11,87 +11,97 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jclt.mesh import einsum_spec, placed, shard_shape
-from jclt.models.ops import held, wide
+from jclt.mesh import (
+    FEATURES_AXIS,
+    einsum_spec,
+    is_summed_over_features,
+    shard_by_axes,
+    shard_shape,
+    sum_over_feature_shards,
+)
+from jclt.models.ops import prevent_fusion
+from jclt.numerics import at_least_float32, einsum
 from jclt.shapes import Array, Float
 
 
-def einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
-    """Both operands in the type of the first, the sum in at least float32; what is summed over pieces of a mesh axis is
-    added up across it.
+def sharded_einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
+    """An einsum of both operands in the type of x, summed in at least float32. Each axis stays split as in its operand.
 
-    Where the result is the gradient of a weight whose type says that its gradients are added up later (`reduced`), it
-    is left as pieces of a sum (`unreduced`).
+    Where the sum runs over features, each feature shard adds up its own, and `sum_over_feature_shards` the results.
+    Where the result is the gradient of `weight`, its sum over devices is deferred if the weight's type asks for that
+    (`mesh.defer_gradient_sum`).
     """
     dtype = x.dtype
-    where = einsum_spec(equation, x, y)
-    if weight is not None and where is not None:
-        where = P(*where, unreduced=jax.typeof(weight).sharding.spec.reduced)
+    spec = einsum_spec(equation, x, y)
+    over_features = is_summed_over_features(equation, x, y)
+    if spec is not None:
+        deferred = frozenset() if weight is None else jax.typeof(weight).sharding.spec.reduced
+        spec = P(*spec, unreduced=deferred | {FEATURES_AXIS} if over_features else deferred)
 
     def multiply(x: Array, y: Array) -> Array:
-        return jnp.einsum(
-            equation,
-            x,
-            y,
-            precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-            preferred_element_type=wide(dtype),
-            out_sharding=where,
-        )
+        return einsum(equation, x, y, out_sharding=spec)
 
-    if dtype != jnp.bfloat16:
-        return multiply(x, y.astype(dtype))
-    # On CPUs the compiler lacks some of the products of bfloat16 with float32 sums; these are the same numbers.
-    widened: Any = lambda x, y: multiply(x.astype(jnp.float32), y.astype(jnp.float32))  # noqa: E731
-    return jax.lax.platform_dependent(x, y.astype(dtype), cpu=widened, default=multiply)
+    def multiply_in_float32(x: Array, y: Array) -> Array:
+        return multiply(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    if dtype == jnp.bfloat16:
+        # On CPUs the compiler lacks some of the products of bfloat16 with float32 sums; these are the same numbers.
+        product = jax.lax.platform_dependent(x, y.astype(dtype), cpu=multiply_in_float32, default=multiply)
+    else:
+        product = multiply(x, y.astype(dtype))
+    return sum_over_feature_shards(product) if over_features else product
 
 
-def exact(x: Array, weight: Array) -> Array:
-    """x in a type in which `product(x, weight)` rounds neither: its own where both have one, else the wider of the two,
-    at least float32."""
+def widen_for_product(x: Array, weight: Array) -> Array:
+    """x in a type in which `apply_weight(x, weight)` rounds neither of them.
+
+    That is their type, if they have the same; else the wider of the two, and at least float32.
+    """
     if x.dtype == weight.dtype:
         return x
-    return x.astype(max((wide(x.dtype), wide(weight.dtype)), key=lambda dtype: jnp.finfo(dtype).bits))
+    wide_types = (at_least_float32(x.dtype), at_least_float32(weight.dtype))
+    return x.astype(max(wide_types, key=lambda dtype: jnp.finfo(dtype).bits))
 
 
-def letters(x: Array) -> str:
-    """The axes of tokens in an einsum: `[N, D]` and `[B, T, D]` go through the same code."""
+def token_letters(x: Array) -> str:
+    """The token axes of x in an einsum, so that `[N, D]` and `[B, T, D]` use the same code."""
     return "bt"[: x.ndim - 1]
 
 
-def product(equation: str, x: Array, weight: Array) -> Array:
-    """`einsum(equation, x, weight)`, in the type of x; the weight's gradient in the weight's own type.
+def apply_weight(equation: str, x: Array, weight: Array) -> Array:
+    """`sharded_einsum(equation, x, weight)`, computed in the type of x; the weight's gradient has the weight's type.
 
-    So training computes in the type that it gives x, whatever the trained weights have.
+    So training computes in the type that it gives x, whatever the type of the trained weights.
     """
-    return _product(equation, x, weight)
+    return _apply_weight(equation, x, weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(equation: str, x: Array, weight: Array) -> Any:
-    return einsum(equation, x, weight)
+def _apply_weight(equation: str, x: Array, weight: Array) -> Any:
+    return sharded_einsum(equation, x, weight)
 
 
-def _product_forward(equation: str, x: Array, weight: Array) -> tuple[Array, Any]:
-    return _product(equation, x, weight), (x, weight)
+def _apply_weight_forward(equation: str, x: Array, weight: Array) -> tuple[Array, Any]:
+    return _apply_weight(equation, x, weight), (x, weight)
 
 
-def _product_backward(equation: str, kept: Any, gradient: Array) -> tuple[Array, Array]:
-    x, weight = kept
+def _apply_weight_backward(equation: str, residuals: Any, gradient: Array) -> tuple[Array, Array]:
+    x, weight = residuals
     left, right = equation.split("->")[0].split(",")
     out = equation.split("->")[1]
     gradient = gradient.astype(x.dtype)
-    to_x = einsum(f"{out},{right}->{left}", gradient, weight).astype(x.dtype)
-    return to_x, einsum(f"{left},{out}->{right}", x, gradient, weight).astype(weight.dtype)
+    to_x = sharded_einsum(f"{out},{right}->{left}", gradient, weight).astype(x.dtype)
+    return to_x, sharded_einsum(f"{left},{out}->{right}", x, gradient, weight).astype(weight.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_apply_weight.defvjp(_apply_weight_forward, _apply_weight_backward)
 
-JOINED_BELOW = 1024
-"""Features of a layer on one of several devices, below which the sum over sources is contracted as one product.
+STACK_SOURCES_BELOW = 1024
+"""Features of a layer on one device, below which the sum over source layers is one product (with several devices).
 
-A product for each source adds to a target's sums once per source, which pays while it is long enough. Joined over
-sources a target is written once, by one long product; the price is a copy of activations and decoders in that order.
-By the TPU compiler's schedule both take about as long at 1,024 features a chip on v5e, and at 1,536 on v6e.
+One product for each source layer adds to a target's sums once per source: this pays where the products are long enough.
+With all sources stacked, one long product writes each target once, at the price of a copy of activations and decoders.
+By the TPU compiler's schedule both take about as long at 1,024 features per chip on v5e, and at 1,536 on v6e.
 """
 
 
@@ -99,30 +109,34 @@ By the TPU compiler's schedule both take about as long at 1,024 features a chip 
 def decode(
     activations: tuple[Float[Array, "N F"], ...], decoders: tuple[Float[Array, "F _ D"], ...]
 ) -> tuple[Float[Array, "N D"], ...]:
-    """What all features write to each layer: the sum over source layers s of activations[s] times decoders[s], whose
-    R-th row writes to layer s + R.
+    """What all features write to each layer.
 
-    Feature shards each hold a piece of every sum. Of the sums each device keeps the tokens that are its own, a share
-    of its data shard's: what is made of them need not be made on every device. Gradients come back in the type that
-    products are computed in. The last target comes first, as the backward pass asks for it first; while its pieces
-    are added up the next can be multiplied.
+    1. decoders[s][:, r] writes to layer s + r.
+    2. output[t] = sum over source layers s <= t of activations[s] @ decoders[s][:, t - s].
+
+    Each feature shard computes the terms of its own features; `sum_over_feature_shards` adds them up. Of the result
+    each device keeps a share of its data shard's tokens, so that later work on it is not repeated on every device.
+    Gradients have the type of the operands. The last target is computed first, since the backward pass needs it first;
+    while its sum over shards is under way, the next target is computed.
     """
     features = activations[0].shape[-1]
-    on_device = shard_shape(activations[0])[-1]
-    joined = on_device < min(features, JOINED_BELOW)
-    targets = [_written(target, activations, decoders, joined) for target in reversed(range(len(decoders)))]
-    return tuple(placed(own, ("batch", None)) for own in reversed(targets))
+    features_on_device = shard_shape(activations[0])[-1]
+    stacked = features_on_device < min(features, STACK_SOURCES_BELOW)
+    targets = [_decode_target(target, activations, decoders, stacked) for target in reversed(range(len(decoders)))]
+    return tuple(shard_by_axes(written, ("batch", None)) for written in reversed(targets))
 
 
-def _written(target: int, activations: tuple[Array, ...], decoders: tuple[Array, ...], joined: bool) -> Array:
-    """To one layer, by one product over all sources or by one for each."""
+def _decode_target(
+    target: int, activations: tuple[Array, ...], decoders: tuple[Array, ...], stacked: bool
+) -> Float[Array, "N D"]:
+    """What all features write to one layer, by one product over all source layers (`stacked`) or by one for each."""
     sources = [s for s, rows in enumerate(decoders[: target + 1]) if target - s < rows.shape[1]]
     a = [activations[s] for s in sources]
     with jax.named_scope(f"to_{target}"):
         rows = [decoders[s][:, target - s].astype(a[0].dtype) for s in sources]
-        if joined:
-            return einsum("snf,sfd->nd", jnp.stack(a), jnp.stack(rows))
-        first, *others = (einsum("nf,fd->nd", *pair) for pair in zip(a, rows, strict=True))
+        if stacked:
+            return sharded_einsum("snf,sfd->nd", jnp.stack(a), jnp.stack(rows))
+        first, *others = (sharded_einsum("nf,fd->nd", *pair) for pair in zip(a, rows, strict=True))
         return sum(others, first)
 
 
@@ -130,18 +144,19 @@ def _decode_forward(activations: tuple[Array, ...], decoders: tuple[Array, ...])
     return decode(activations, decoders), (activations, decoders)
 
 
-def _decode_backward(kept: Any, gradients: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    activations, decoders = kept
+def _decode_backward(residuals: Any, gradients: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    activations, decoders = residuals
     to_activations, to_decoders = [], []
-    own = jnp.stack([x.astype(activations[0].dtype) for x in gradients], axis=1)
-    # Held, or the compiler would stack them anew for each source.
-    gradient = held(placed(own, ("tokens", None, None)))
+    stacked = jnp.stack([x.astype(activations[0].dtype) for x in gradients], axis=1)
+    # Without this barrier the compiler would stack them again for each source.
+    gradient = prevent_fusion(shard_by_axes(stacked, ("tokens", None, None)))
     for source, (a, decoder) in enumerate(zip(activations, decoders, strict=True)):
-        written = gradient[:, source : source + decoder.shape[1]]
+        of_targets = gradient[:, source : source + decoder.shape[1]]
         with jax.named_scope(f"from_{source}"):
-            to_a = einsum("nrd,frd->nf", written, decoder.astype(a.dtype)).astype(a.dtype)
-            to_activations.append(held(to_a))  # or a TPU's compiler makes penalties' gradients part of the product
-            to_decoders.append(einsum("nf,nrd->frd", a, written, decoder).astype(decoder.dtype))
+            to_a = sharded_einsum("nrd,frd->nf", of_targets, decoder.astype(a.dtype)).astype(a.dtype)
+            # Without this barrier a TPU's compiler makes the penalties' gradients part of the product.
+            to_activations.append(prevent_fusion(to_a))
+            to_decoders.append(sharded_einsum("nf,nrd->frd", a, of_targets, decoder).astype(decoder.dtype))
     return tuple(to_activations), tuple(to_decoders)
 
 

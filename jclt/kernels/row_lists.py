@@ -1,4 +1,4 @@
-"""Rows of a table, listed by groups: what the sums over them take."""
+"""Rows of a table, listed by groups: the arguments of the sums in `row_sums.py`."""
 
 from typing import NamedTuple
 
@@ -7,20 +7,23 @@ import jax.numpy as jnp
 from jclt.shapes import Array, Float, Int
 
 LANES = 128
-"""Numbers that lie side by side in a TPU's memory."""
+"""Numbers that a TPU keeps side by side in a vector register."""
 
 
-class Rows(NamedTuple):
-    """Rows of a table that entries name; the entries of group g stand from starts[g] to starts[g + 1]."""
+class GroupedRows(NamedTuple):
+    """Groups of pairs, each of which names a row of a table. The pairs of group g are starts[g] to starts[g + 1] - 1.
+
+    A table row holds R vectors and a group's accumulator `length` vectors, one for each layer. The shorter of the two
+    begins at position `offset` of the longer one.
+    """
 
     starts: Int[Array, "_"]
-    which: Int[Array, "E"]
+    row: Int[Array, "E"]
     table: Float[Array, "I R D"]
-    first: int = 0
-    """Where in the longer of the two, a row and what a group holds, the shorter one begins."""
+    offset: int = 0
 
 
-def places_and_groups(starts: Int[Array, "_"], places: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
-    """Every place of a list, and the group whose entry stands there; beyond the entries a number too large."""
-    place = jnp.arange(places, dtype=jnp.int32)
-    return place, jnp.searchsorted(starts, place, side="right").astype(jnp.int32) - 1
+def slots_and_groups(starts: Int[Array, "_"], slots: int) -> tuple[Int[Array, "E"], Int[Array, "E"]]:
+    """Every slot of a list, and the group of its pair; for empty slots a number that is too large."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    return slot, jnp.searchsorted(starts, slot, side="right").astype(jnp.int32) - 1

@@ -1,10 +1,11 @@
-"""The two sums over entries that all sparse products are made of.
+"""The two sums over active pairs of which all sparse products are made.
 
-`row_sums` adds up weighted rows of tables for each group: rows of the decoders for each token make what is written,
-errors of tokens for each feature make the gradient of its decoder. `row_products` multiplies each entry's row with
-what its group holds: a decoder's row with a token's error is the gradient to the activation.
+1. `sum_rows`: for each group the sum of table rows times values.
+   Decoder rows by token give the reconstruction; errors by feature give the gradient of the decoder.
+2. `dot_rows`: for each pair the inner product of its table row and the values of its group.
+   Decoder rows with the errors of tokens give the gradient of the activations.
 
-What a feature writes is some of the layers that a token holds: rows may be shorter than a group's, or longer.
+A feature writes to some of the layers, so a table row may be shorter than a group's accumulator, or longer.
 """
 
 from collections.abc import Sequence
@@ -12,42 +13,42 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jclt.kernels.row_lists import LANES, Rows
-from jclt.kernels.row_sums_xla import products_of_one, sums_of_one
+from jclt.kernels.row_lists import LANES, GroupedRows
+from jclt.kernels.row_sums_xla import dot_rows_of_list, sum_rows_of_list
 from jclt.mesh import device_kind
 from jclt.shapes import Array, Float
 
 
-def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
-    """For each group the sum of all lists' rows times their entries' values."""
-    if kernels := kernels_for(lists):
-        return kernels.row_sums(lists, values, length)
+def sum_rows(lists: Sequence[GroupedRows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
+    """For each group the sum over all lists of its pairs' rows times their values; `length` vectors for each group."""
+    if kernels := choose_kernels(lists):
+        return kernels.sum_rows(lists, values, length)
     sums: list[Any] = [jnp.float32(0)] * length
-    for own, value in zip(lists, values, strict=True):
-        added = sums_of_one(own, value, length)
-        first = own.first if added.shape[1] < length else 0
-        for row in range(added.shape[1]):
-            sums[first + row] += added[:, row]
+    for rows, value in zip(lists, values, strict=True):
+        sum_of_list = sum_rows_of_list(rows, value, length)
+        offset = rows.offset if sum_of_list.shape[1] < length else 0
+        for i in range(sum_of_list.shape[1]):
+            sums[offset + i] += sum_of_list[:, i]
     return jnp.stack(jnp.broadcast_arrays(*sums), axis=1)
 
 
-def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
-    """For each entry the inner product of its row with what its group holds; some finite number where there is none."""
-    if kernels := kernels_for(lists):
-        return kernels.row_products(lists, held)
-    return tuple(products_of_one(own, held) for own in lists)
+def dot_rows(lists: Sequence[GroupedRows], group_values: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
+    """For each pair the inner product of its row and its group's values; some finite number at empty slots."""
+    if kernels := choose_kernels(lists):
+        return kernels.dot_rows(lists, group_values)
+    return tuple(dot_rows_of_list(rows, group_values) for rows in lists)
 
 
-def kernels_for(lists: Sequence[Rows]) -> Any:
-    """The module with kernels for these sums, on the processor that the program is traced for; None for XLA's forms.
+def choose_kernels(lists: Sequence[GroupedRows]) -> Any:
+    """The module with the kernels for the processor that the program is traced for; None for the form in plain XLA.
 
-    Several lists are one kernel on a TPU's TensorCore, which writes what a group sums up once. A single one is left to
-    SparseCores, where the chip has them: they work beside the TensorCore.
+    On TPUs several lists are one kernel of the TensorCore, so that each group's sum is written once. A single list is
+    left to the SparseCores, where the chip has them: they work beside the TensorCore.
     """
     kind = device_kind()
-    if not kind.startswith("TPU") or any(own.table.shape[2] % LANES for own in lists):
+    if not kind.startswith("TPU") or any(rows.table.shape[2] % LANES for rows in lists):
         return None
     from jclt.kernels import row_sums_sparse_core as sparse_core
     from jclt.kernels import row_sums_tensor_core as tensor_core
 
-    return sparse_core if len(lists) == 1 and sparse_core.on_chip() else tensor_core
+    return sparse_core if len(lists) == 1 and sparse_core.has_sparse_cores() else tensor_core

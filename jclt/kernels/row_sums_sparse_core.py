@@ -1,8 +1,7 @@
-"""The sums of `rows` as kernels for the SparseCores of a TPU, which gather rows by themselves, beside what its
-TensorCore computes.
+"""The sums of `row_sums.py` as kernels for the SparseCores of a TPU, which gather rows beside the TensorCore's work.
 
-Each of their subcores takes a share of the groups, or of the entries where each has a result of its own. Rows come in
-pieces that fit into a subcore's memory and in windows of some entries: one comes while another is used.
+Each subcore takes a share of the groups (`sum_rows`) or of the pairs (`dot_rows`). Rows are cut into pieces that fit
+into a subcore's memory, and gathered for a window of a few pairs at once: one window arrives while another is in use.
 """
 
 from collections.abc import Sequence
@@ -14,163 +13,179 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import tpu_sc
 
-from jclt.kernels.row_lists import LANES, Rows, places_and_groups
+from jclt.kernels.row_lists import LANES, GroupedRows, slots_and_groups
 from jclt.shapes import Array, Float, Int
 
-PIECE = 8
-"""Longest piece of a row, in as many times LANES."""
+LONGEST_PIECE = 8
+"""Longest piece of a row, in units of LANES numbers."""
 WINDOW = 8
-"""Entries whose rows come at once."""
-STRETCH = 1024
-"""Entries, and groups, whose numbers come at once."""
+"""Pairs whose rows are gathered at once."""
+CHUNK = 1024
+"""Pairs, and groups, whose numbers are copied at once."""
 UNROLL = 8
 
 
-def on_chip() -> bool:
-    """Whether the chip that the program is for has SparseCores."""
+def has_sparse_cores() -> bool:
+    """Whether the chip that the program is compiled for has SparseCores."""
     return pltpu.get_tpu_info().sparse_core is not None
 
 
 class Cores(NamedTuple):
-    """Those of the chip that the program is for."""
+    """The SparseCores of the chip that the program is compiled for."""
 
     mesh: Any
     lanes: int  # numbers that a subcore computes with at once
 
     @staticmethod
-    def at_hand() -> "Cores":
+    def of_chip() -> "Cores":
         lanes = tpu_sc.get_sparse_core_info().num_lanes
         return Cores(tpu_sc.VectorSubcoreMesh(core_axis_name="core", subcore_axis_name="subcore"), lanes)
 
-    def me(self) -> Array:
-        """Within a kernel, the number of the subcore that it runs on."""
+    def subcore_number(self) -> Array:
+        """Within a kernel, the number of the subcore that runs it."""
         return jax.lax.axis_index("core") * self.mesh.num_subcores + jax.lax.axis_index("subcore")
 
-    def number(self, ref: Any, i: Array | int) -> Array:
+    def read_number(self, ref: Any, i: Array | int) -> Array:
         return ref[pl.ds(i, self.lanes)][0]
 
-    def vectors(self, size: int) -> Any:
-        """A loop over the vectors of as many numbers, in any order."""
+    def loop_over_vectors(self, size: int) -> Any:
+        """A loop over `size` numbers, a vector of `lanes` at a time, in any order."""
         return tpu_sc.parallel_loop(0, size, self.lanes, unroll=UNROLL)
 
 
 class Windows(NamedTuple):
-    """The rows that a run of entries names, of one table or several, window by window."""
+    """The rows that the pairs from `begin` to `end` name, window by window, of one table or of several at once.
+
+    Tuples have one element for each table.
+    """
 
     cores: Cores
-    numbers: tuple[Any, ...]  # of the row that each entry names, in HBM
-    names: tuple[Any, ...]  # of the piece that each of a stretch names, at hand
-    apart: tuple[int, ...]  # pieces of a row
-    pieces: tuple[Any, ...]  # the one that is wanted
+    row_numbers: tuple[Any, ...]  # in HBM: the row that each pair names
+    piece_numbers: tuple[Any, ...]  # in the subcore's memory: the piece that each pair of a chunk needs
+    pieces_per_row: tuple[int, ...]
+    pieces: tuple[Any, ...]  # the piece of each row that is needed
     tables: tuple[Any, ...]
-    rings: tuple[Any, ...]
+    rings: tuple[Any, ...]  # of two windows
     arrived: Any
     begin: Array
     end: Array
 
-    def gathers(self, window: Array) -> list[Any]:
-        here = pl.ds(jax.lax.rem(window, STRETCH // WINDOW) * WINDOW, WINDOW)
+    def copies(self, window: Array) -> list[Any]:
+        """The copies that gather a window's pieces."""
+        pairs = pl.ds(jax.lax.rem(window, CHUNK // WINDOW) * WINDOW, WINDOW)
         slot = jax.lax.rem(window, 2)
-        each = enumerate(zip(self.tables, self.names, self.rings, strict=True))
         return [
-            gather(table, names.at[here], ring.at[slot], self.arrived.at[slot, i]) for i, (table, names, ring) in each
+            gather_copy(table, numbers.at[pairs], ring.at[slot], self.arrived.at[slot, i])
+            for i, (table, numbers, ring) in enumerate(zip(self.tables, self.piece_numbers, self.rings, strict=True))
         ]
 
-    def reach(self, e: Array) -> None:
-        """Has an entry's window at hand and the next one on its way."""
-        window = e // WINDOW
+    def fetch_window_of(self, pair: Array) -> None:
+        """Waits for the window of a pair, and starts to gather the next one."""
+        window = pair // WINDOW
 
-        @pl.when((e == self.begin) | (jax.lax.rem(e, WINDOW) == 0))
+        @pl.when((pair == self.begin) | (jax.lax.rem(pair, WINDOW) == 0))
         def _() -> None:
-            @pl.when((e == self.begin) | (jax.lax.rem(e, STRETCH) == 0))
+            @pl.when((pair == self.begin) | (jax.lax.rem(pair, CHUNK) == 0))
             def _() -> None:
-                for far, near, apart, piece in zip(self.numbers, self.names, self.apart, self.pieces, strict=True):
-                    pltpu.sync_copy(far.at[pl.ds(e // STRETCH * STRETCH, STRETCH)], near)
+                by_table = zip(self.row_numbers, self.piece_numbers, self.pieces_per_row, self.pieces, strict=True)
+                for row_numbers, piece_numbers, per_row, piece in by_table:
+                    pltpu.sync_copy(row_numbers.at[pl.ds(pair // CHUNK * CHUNK, CHUNK)], piece_numbers)
 
-                    @self.cores.vectors(STRETCH)
-                    def _(i: Array, near: Any = near, apart: int = apart, piece: Any = piece) -> None:
+                    @self.cores.loop_over_vectors(CHUNK)
+                    def _(i: Array, numbers: Any = piece_numbers, per_row: int = per_row, piece: Any = piece) -> None:
                         part = pl.ds(i, self.cores.lanes)
-                        near[part] = near[part] * apart + piece
+                        numbers[part] = numbers[part] * per_row + piece
 
-                for copy in self.gathers(window):
+                for copy in self.copies(window):
                     copy.start()
 
-            @pl.when((jax.lax.rem(window + 1, STRETCH // WINDOW) > 0) & ((window + 1) * WINDOW < self.end))
+            @pl.when((jax.lax.rem(window + 1, CHUNK // WINDOW) > 0) & ((window + 1) * WINDOW < self.end))
             def _() -> None:
-                for copy in self.gathers(window + 1):
+                for copy in self.copies(window + 1):
                     copy.start()
 
-            for copy in self.gathers(window):
+            for copy in self.copies(window):
                 copy.wait()
 
 
-def gather(table: Any, names: Any, into: Any, arrived: Any) -> Any:
-    """The copy that brings the rows of these names."""
-    return pltpu.make_async_copy(table.at[names], into, arrived)
+def gather_copy(table: Any, numbers: Any, target: Any, arrived: Any) -> Any:
+    """The copy that gathers the rows of a table with these numbers."""
+    return pltpu.make_async_copy(table.at[numbers], target, arrived)
 
 
-def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
-    """`rows.row_sums` of one list, whose rows are as long as a group's or longer."""
+def sum_rows(lists: Sequence[GroupedRows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
+    """`row_sums.sum_rows` of one list, whose rows are as long as a group's values or longer."""
     (rows,), (weights,) = lists, values
-    cores, groups = Cores.at_hand(), rows.starts.shape[0] - 1
-    table, width, own = in_pieces(rows.table)
+    cores, groups = Cores.of_chip(), rows.starts.shape[0] - 1
+    table, width, pieces_per_row = split_into_pieces(rows.table)
     pieces = length * rows.table.shape[2] // width
-    before = rows.first * rows.table.shape[2] // width if own > pieces else 0
-    bounds = of_each(cores, group_shares(rows.starts, cores.mesh.size))
-    starts = jnp.pad(rows.starts, (0, STRETCH + LANES), mode="edge")
+    skipped = rows.offset * rows.table.shape[2] // width if pieces_per_row > pieces else 0
+    bounds = pack_by_worker(cores, share_groups(rows.starts, cores.mesh.size))
+    starts = jnp.pad(rows.starts, (0, CHUNK + LANES), mode="edge")
 
     def kernel(
-        bounds: Any, starts: Any, index: Any, values: Any, table: Any, out: Any, mine: Any, *memory: Any
+        bounds: Any, starts: Any, row_numbers: Any, values: Any, table: Any, out: Any, own_bounds: Any, *memory: Any
     ) -> None:
-        starts_here, names, weights, ring, sums, arrived, sent = memory
-        pltpu.sync_copy(bounds.at[cores.me()], mine)
-        first, last, begin, end = (cores.number(mine, i * cores.lanes) for i in range(4))
+        chunk_starts, piece_numbers, chunk_values, ring, sums, arrived, sent = memory
+        pltpu.sync_copy(bounds.at[cores.subcore_number()], own_bounds)
+        first, last, begin, end = (cores.read_number(own_bounds, i * cores.lanes) for i in range(4))
 
         @pl.loop(0, pieces)
         def _(piece: Array) -> None:
-            at = before + piece
-            windows = Windows(cores, (index,), (names,), (own,), (at,), (table,), (ring,), arrived, begin, end)
+            windows = Windows(
+                cores=cores,
+                row_numbers=(row_numbers,),
+                piece_numbers=(piece_numbers,),
+                pieces_per_row=(pieces_per_row,),
+                pieces=(skipped + piece,),
+                tables=(table,),
+                rings=(ring,),
+                arrived=arrived,
+                begin=begin,
+                end=end,
+            )
 
-            @pl.loop(first // STRETCH, pl.cdiv(last, STRETCH))
-            def _(stretch: Array) -> None:
-                passed = stretch * STRETCH
-                pltpu.sync_copy(starts.at[pl.ds(passed, STRETCH + LANES)], starts_here)
+            @pl.loop(first // CHUNK, pl.cdiv(last, CHUNK))
+            def _(chunk: Array) -> None:
+                chunk_begin = chunk * CHUNK
+                pltpu.sync_copy(starts.at[pl.ds(chunk_begin, CHUNK + LANES)], chunk_starts)
 
-                @pl.loop(jnp.maximum(first, passed), jnp.minimum(last, passed + STRETCH))
+                @pl.loop(jnp.maximum(first, chunk_begin), jnp.minimum(last, chunk_begin + CHUNK))
                 def _(group: Array) -> None:
                     done = piece * (last - first) + group - first
                     slot = jax.lax.rem(done, 2)
 
-                    def sending(place: Array | int) -> Any:
+                    def copy_out(place: Array | int) -> Any:
                         return pltpu.make_async_copy(sums.at[slot], out.at[place], sent.at[slot])
 
                     @pl.when(done >= 2)
                     def _() -> None:
-                        sending(0).wait()
+                        copy_out(0).wait()
 
-                    @cores.vectors(width)
+                    @cores.loop_over_vectors(width)
                     def _(c: Array) -> None:
                         sums[slot, pl.ds(c, cores.lanes)] = jnp.zeros(cores.lanes, jnp.float32)
 
-                    here = group - passed
+                    group_of_chunk = group - chunk_begin
+                    group_begin, group_end = (cores.read_number(chunk_starts, group_of_chunk + i) for i in range(2))
 
-                    @pl.loop(cores.number(starts_here, here), cores.number(starts_here, here + 1))
-                    def _(e: Array) -> None:
-                        @pl.when((e == begin) | (jax.lax.rem(e, STRETCH) == 0))
+                    @pl.loop(group_begin, group_end)
+                    def _(pair: Array) -> None:
+                        @pl.when((pair == begin) | (jax.lax.rem(pair, CHUNK) == 0))
                         def _() -> None:
-                            there = pl.ds(e // STRETCH * STRETCH, STRETCH)
-                            pltpu.sync_copy(values.at[there], weights.at[pl.ds(0, STRETCH)])
+                            source = values.at[pl.ds(pair // CHUNK * CHUNK, CHUNK)]
+                            pltpu.sync_copy(source, chunk_values.at[pl.ds(0, CHUNK)])
 
-                        windows.reach(e)
-                        weight = cores.number(weights, jax.lax.rem(e, STRETCH))
-                        row = (jax.lax.rem(e // WINDOW, 2), jax.lax.rem(e, WINDOW))
+                        windows.fetch_window_of(pair)
+                        weight = cores.read_number(chunk_values, jax.lax.rem(pair, CHUNK))
+                        row = (jax.lax.rem(pair // WINDOW, 2), jax.lax.rem(pair, WINDOW))
 
-                        @cores.vectors(width)
+                        @cores.loop_over_vectors(width)
                         def _(c: Array) -> None:
                             part = pl.ds(c, cores.lanes)
                             sums[slot, part] = sums[slot, part] + weight * ring[*row, part]
 
-                    sending(group * pieces + piece).start()
+                    copy_out(group * pieces + piece).start()
 
         for left in (1, 2):
 
@@ -185,65 +200,68 @@ def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length:
         mesh=cores.mesh,
         scratch_types=[
             pltpu.VMEM((bounds.shape[1],), jnp.int32),
-            pltpu.VMEM((STRETCH + LANES,), jnp.int32),
-            pltpu.VMEM((STRETCH,), jnp.int32),
-            pltpu.VMEM((STRETCH + LANES,), jnp.float32),
+            pltpu.VMEM((CHUNK + LANES,), jnp.int32),
+            pltpu.VMEM((CHUNK,), jnp.int32),
+            pltpu.VMEM((CHUNK + LANES,), jnp.float32),
             pltpu.VMEM((2, WINDOW, width), jnp.float32),
             pltpu.VMEM((2, width), jnp.float32),
             pltpu.SemaphoreType.DMA((2, 1)),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        cost_estimate=cost(rows.which.shape[0], pieces * width, 4 * groups * pieces * width),
+        cost_estimate=estimate_cost(rows.row.shape[0], pieces * width, 4 * groups * pieces * width),
         name="row_sums",
     )
-    sums = run(bounds, starts, padded(rows.which), padded(weights.astype(jnp.float32)), table)
+    sums = run(bounds, starts, pad_to_chunk(rows.row), pad_to_chunk(weights.astype(jnp.float32)), table)
     return sums.reshape(groups, length, -1)
 
 
-def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
-    """`rows.row_products` of one list. What a group holds comes anew for each entry."""
+def dot_rows(lists: Sequence[GroupedRows], group_values: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
+    """`row_sums.dot_rows` of one list. The values of its group are gathered again for each pair."""
     (rows,) = lists
-    cores, places = Cores.at_hand(), rows.which.shape[0]
-    table, width, pieces = in_pieces(rows.table)
-    held, _, whole = in_pieces(held)
-    before = rows.first * rows.table.shape[2] // width if whole > pieces else 0
-    place, group = places_and_groups(rows.starts, places)
-    numbers = padded(rows.which), padded(jnp.minimum(group, rows.starts.shape[0] - 2))
-    bounds = of_each(cores, entry_shares(rows.starts[-1], cores.mesh.size))
+    cores, slots = Cores.of_chip(), rows.row.shape[0]
+    table, width, pieces = split_into_pieces(rows.table)
+    group_values, _, pieces_per_group = split_into_pieces(group_values)
+    skipped = rows.offset * rows.table.shape[2] // width if pieces_per_group > pieces else 0
+    slot, group = slots_and_groups(rows.starts, slots)
+    numbers = pad_to_chunk(rows.row), pad_to_chunk(jnp.minimum(group, rows.starts.shape[0] - 2))
+    bounds = pack_by_worker(cores, share_pairs(rows.starts[-1], cores.mesh.size))
 
-    def kernel(bounds: Any, index: Any, group: Any, table: Any, held: Any, out: Any, mine: Any, *memory: Any) -> None:
-        names, groups, rows, holds, made, arrived = memory
-        pltpu.sync_copy(bounds.at[cores.me()], mine)
-        begin, end = (cores.number(mine, i * cores.lanes) for i in range(2))
+    def kernel(
+        bounds: Any, row: Any, group: Any, table: Any, group_values: Any, out: Any, own_bounds: Any, *memory: Any
+    ) -> None:
+        row_pieces, group_pieces, row_ring, group_ring, products, arrived = memory
+        pltpu.sync_copy(bounds.at[cores.subcore_number()], own_bounds)
+        begin, end = (cores.read_number(own_bounds, i * cores.lanes) for i in range(2))
 
         @pl.loop(0, pieces)
         def _(piece: Array) -> None:
             windows = Windows(
-                cores,
-                (index, group),
-                (names, groups),
-                (pieces, whole),
-                (piece, before + piece),
-                (table, held),
-                (rows, holds),
-                arrived,
-                begin,
-                end,
+                cores=cores,
+                row_numbers=(row, group),
+                piece_numbers=(row_pieces, group_pieces),
+                pieces_per_row=(pieces, pieces_per_group),
+                pieces=(piece, skipped + piece),
+                tables=(table, group_values),
+                rings=(row_ring, group_ring),
+                arrived=arrived,
+                begin=begin,
+                end=end,
             )
 
             @pl.loop(begin // WINDOW, pl.cdiv(end, WINDOW))
             def _(window: Array) -> None:
-                windows.reach(window * WINDOW)
+                windows.fetch_window_of(window * WINDOW)
                 slot = jax.lax.rem(window, 2)
                 for j in range(WINDOW):
-                    made[j] = jnp.zeros(cores.lanes, jnp.float32)
+                    products[j] = jnp.zeros(cores.lanes, jnp.float32)
 
                     @pl.loop(0, width, step=UNROLL * cores.lanes)
                     def _(c: Array, j: int = j) -> None:
                         parts = [pl.ds(c + i * cores.lanes, cores.lanes) for i in range(UNROLL)]
-                        made[j] = sum((rows[slot, j, part] * holds[slot, j, part] for part in parts), made[j])
+                        terms = (row_ring[slot, j, part] * group_ring[slot, j, part] for part in parts)
+                        products[j] = sum(terms, products[j])
 
-                pltpu.sync_copy(made, out.at[piece, pl.ds(window * WINDOW, WINDOW)])
+                pltpu.sync_copy(products, out.at[piece, pl.ds(window * WINDOW, WINDOW)])
 
     run: Any = pl.kernel(
         kernel,
@@ -251,56 +269,57 @@ def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Fl
         mesh=cores.mesh,
         scratch_types=[
             pltpu.VMEM((bounds.shape[1],), jnp.int32),
-            pltpu.VMEM((STRETCH,), jnp.int32),
-            pltpu.VMEM((STRETCH,), jnp.int32),
+            pltpu.VMEM((CHUNK,), jnp.int32),
+            pltpu.VMEM((CHUNK,), jnp.int32),
             pltpu.VMEM((2, WINDOW, width), jnp.float32),
             pltpu.VMEM((2, WINDOW, width), jnp.float32),
             pltpu.VMEM((WINDOW, cores.lanes), jnp.float32),
             pltpu.SemaphoreType.DMA((2, 2)),
         ],
-        cost_estimate=cost(places, 2 * pieces * width, 4 * places * pieces * cores.lanes),
+        cost_estimate=estimate_cost(slots, 2 * pieces * width, 4 * slots * pieces * cores.lanes),
         name="row_products",
     )
-    products = run(bounds, *numbers, table, held)
-    return (jnp.where(place < rows.starts[-1], jnp.sum(products, axis=(0, 2))[:places], 0.0),)
+    products = run(bounds, *numbers, table, group_values)
+    return (jnp.where(slot < rows.starts[-1], jnp.sum(products, axis=(0, 2))[:slots], 0.0),)
 
 
-def group_shares(starts: Int[Array, "_"], workers: int) -> tuple[Array, ...]:
-    """For each worker its first group and the next one's, and its first entry and the next one's, so that all have
-    about as many groups and entries."""
+def share_groups(starts: Int[Array, "_"], workers: int) -> tuple[Array, ...]:
+    """For each worker its first group and the next worker's, and its first pair and the next worker's.
+
+    All workers have about as many groups and pairs together.
+    """
     groups = starts.shape[0] - 1
     work = starts + jnp.arange(groups + 1, dtype=jnp.int32)
-    even = jnp.arange(workers + 1, dtype=jnp.int32) * (work[-1] // workers)
-    first = jnp.searchsorted(work, even).astype(jnp.int32).at[-1].set(groups)
+    even_shares = jnp.arange(workers + 1, dtype=jnp.int32) * (work[-1] // workers)
+    first = jnp.searchsorted(work, even_shares).astype(jnp.int32).at[-1].set(groups)
     return first[:-1], first[1:], starts[first[:-1]], starts[first[1:]]
 
 
-def entry_shares(count: Array, workers: int) -> tuple[Array, ...]:
-    """For each worker its first entry and the next one's, in whole windows."""
+def share_pairs(count: Array, workers: int) -> tuple[Array, ...]:
+    """For each worker its first pair and the next worker's, in whole windows."""
     windows = -(-count // WINDOW)
     first = jnp.minimum(jnp.arange(workers + 1, dtype=jnp.int32) * -(-windows // workers), windows) * WINDOW
     return first[:-1], first[1:]
 
 
-def of_each(cores: Cores, numbers: tuple[Array, ...]) -> Int[Array, "W _"]:
-    """Each worker's own numbers in a row, every one in a vector of its own, and padded to what one copy brings."""
-    wide = jnp.concatenate([jnp.tile(own[:, None], (1, cores.lanes)) for own in numbers], axis=1)
-    return jnp.pad(wide, ((0, 0), (0, -wide.shape[1] % LANES)))
+def pack_by_worker(cores: Cores, numbers: tuple[Array, ...]) -> Int[Array, "W _"]:
+    """One row for each worker: each of its numbers fills a vector, and the row is padded to the size of a copy."""
+    rows = jnp.concatenate([jnp.tile(x[:, None], (1, cores.lanes)) for x in numbers], axis=1)
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % LANES)))
 
 
-def in_pieces(table: Float[Array, "I R D"]) -> tuple[Float[Array, "_ C"], int, int]:
-    """The table with a piece in a row, the length of a piece and how many a row has."""
+def split_into_pieces(table: Float[Array, "I R D"]) -> tuple[Float[Array, "_ C"], int, int]:
+    """The table with one piece in each row, the length of a piece, and the number of pieces of a table row."""
     lanes = table.shape[2] // LANES
-    width = LANES * max(size for size in range(1, PIECE + 1) if lanes % size == 0)
+    width = LANES * max(size for size in range(1, LONGEST_PIECE + 1) if lanes % size == 0)
     return table.astype(jnp.float32).reshape(-1, width), width, table.shape[1] * table.shape[2] // width
 
 
-def padded(x: Array) -> Array:
-    return jnp.pad(x, (0, -x.shape[0] % STRETCH))
+def pad_to_chunk(x: Array) -> Array:
+    return jnp.pad(x, (0, -x.shape[0] % CHUNK))
 
 
-def cost(entries: int, numbers: int, others: int) -> pl.CostEstimate:
-    """Of reading so many numbers for every entry, and of so many bytes besides."""
-    return pl.CostEstimate(
-        flops=2 * entries * numbers, bytes_accessed=4 * entries * numbers + others, transcendentals=0
-    )
+def estimate_cost(pairs: int, numbers_per_pair: int, other_bytes: int) -> pl.CostEstimate:
+    """The cost of reading so many float32 numbers for every pair, and `other_bytes` beside."""
+    numbers = pairs * numbers_per_pair
+    return pl.CostEstimate(flops=2 * numbers, bytes_accessed=4 * numbers + other_bytes, transcendentals=0)

@@ -1,8 +1,10 @@
-"""The sums of `rows` as kernels for a TPU's TensorCore: each row of a table comes from HBM by a copy of its own, many
-on their way at once, and nothing is read that no entry names.
+"""The sums of `row_sums.py` as kernels for a TPU's TensorCore.
 
-The entries of a list are a stream, sorted by group, and the grid goes through the groups in order: copies for the next
-groups are under way before their turn. Entries' own numbers come to scalar memory in stretches.
+Each row of a table that some pair names is copied from HBM by a copy of its own; many copies are in flight at once. The
+pairs of a list are a stream, sorted by group, and the grid visits the groups in order: the rows of the next groups are
+on their way before their turn. The numbers that belong to pairs come to scalar memory in chunks.
+
+Sizes of rows and groups are counted in vectors of LANES numbers.
 """
 
 import math
@@ -14,268 +16,285 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jclt.kernels.row_lists import LANES, Rows
+from jclt.kernels.row_lists import LANES, GroupedRows
 from jclt.shapes import Array, Float, Int
 
 SUBLANES = 8
 TILE = 8
 """Groups of one grid step."""
-STRETCH = 256
-AT_HAND = 4
-"""Stretches in scalar memory: one is used, copies of rows are started from it or the next, and one more comes."""
-ON_THEIR_WAY = 2**21
-"""Bytes of rows on their way, for all lists: some more than bandwidth times latency of HBM."""
-FEWEST, MOST = 2, 64
-"""Rows on their way, for each list."""
+CHUNK = 256
+"""Pairs whose numbers come to scalar memory at once."""
+CHUNKS_HELD = 4
+"""Chunks in scalar memory: one is in use, row copies are started from it or from the next, and one more arrives."""
+BYTES_IN_FLIGHT = 2**21
+"""Bytes of row copies in flight, for all lists together: somewhat more than bandwidth times latency of HBM."""
+FEWEST_ROWS, MOST_ROWS = 2, 64
+"""Row copies in flight, for each list."""
 MARGIN = 2**22
 """Bytes of vector memory beside what a kernel asks for."""
 
 
-def row_sums(lists: Sequence[Rows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
-    """`rows.row_sums`, all lists at once."""
+class Kernel(NamedTuple):
+    """A Pallas kernel over tiles of groups."""
+
+    name: str
+    body: Callable[..., None]
+    out_specs: Any
+    out_shape: Any
+    scratch: Any
+    bytes_per_group: int  # read or written once for each group
+
+
+def sum_rows(lists: Sequence[GroupedRows], values: Sequence[Float[Array, "_"]], length: int) -> Float[Array, "G R D"]:
+    """`row_sums.sum_rows`, all lists at once."""
     shape = (lists[0].starts.shape[0] - 1, length, lists[0].table.shape[2])
-    groups, wide = shape[0], length * shape[2] // LANES
+    groups, group_size = shape[0], length * shape[2] // LANES
     arrays = [
-        (stretches(own.which), stretches(value.astype(jnp.float32)), in_lanes(own.table))
-        for own, value in zip(lists, values, strict=True)
+        (split_into_chunks(rows.row), split_into_chunks(value.astype(jnp.float32)), view_as_vectors(rows.table))
+        for rows, value in zip(lists, values, strict=True)
     ]
-    streams = [Stream.planned(own, arrays[i], wide, len(lists)) for i, own in enumerate(lists)]
+    streams = [RowStream.plan(rows, arrays[i], group_size, len(lists)) for i, rows in enumerate(lists)]
 
-    def kernel(ends: Any, starts: Any, refs: Any, out: Any, scratch: Any) -> None:
+    def body(ends: Any, starts: Any, refs: Any, out: Any, scratch: Any) -> None:
         out[...] = jnp.zeros(out.shape, out.dtype)
-        for i, stream in enumerate(streams):
-            own = stream.within(i, ends, starts, refs[i], scratch[i])
+        for i, planned in enumerate(streams):
+            stream = planned.bind(i, ends, starts, refs[i], scratch[i])
 
-            def add(group: Array, e: Array, row: Array, own: Stream = own) -> None:
-                out[group, own.place : own.place + own.used] += own.number(1, e) * row
+            def add(group: Array, pair: Array, row: Array, stream: RowStream = stream) -> None:
+                out[group, stream.offset : stream.offset + stream.used] += stream.read_number(1, pair) * row
 
-            own.each_row(add)
+            stream.for_each_row(add)
 
-    result = jax.ShapeDtypeStruct((groups, wide, LANES), jnp.float32)
-    scratch = [own.scratch for own in streams]
-    sums = call("row_sums", kernel, lists, streams, arrays, of_tile(wide), result, scratch, 4 * wide * LANES)
-    return sums.reshape(shape)
+    kernel = Kernel(
+        name="row_sums",
+        body=body,
+        out_specs=tile_spec(group_size),
+        out_shape=jax.ShapeDtypeStruct((groups, group_size, LANES), jnp.float32),
+        scratch=[stream.scratch for stream in streams],
+        bytes_per_group=4 * group_size * LANES,
+    )
+    return run_kernel(kernel, lists, streams, arrays).reshape(shape)
 
 
-def row_products(lists: Sequence[Rows], held: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
-    """`rows.row_products`, all lists at once."""
-    held = in_lanes(held)
-    wide = held.shape[1]
-    arrays = [(stretches(own.which), in_lanes(own.table)) for own in lists]
-    streams = [Stream.planned(own, arrays[i], wide, len(lists)) for i, own in enumerate(lists)]
+def dot_rows(lists: Sequence[GroupedRows], group_values: Float[Array, "G R D"]) -> tuple[Float[Array, "_"], ...]:
+    """`row_sums.dot_rows`, all lists at once."""
+    group_values = view_as_vectors(group_values)
+    group_size = group_values.shape[1]
+    arrays = [(split_into_chunks(rows.row), view_as_vectors(rows.table)) for rows in lists]
+    streams = [RowStream.plan(rows, arrays[i], group_size, len(lists)) for i, rows in enumerate(lists)]
 
-    def kernel(ends: Any, starts: Any, held: Any, refs: Any, *rest: Any) -> None:
-        *outs, scratch = rest
-        for i, stream in enumerate(streams):
-            sums, made, sent, own_scratch = scratch[i]
-            own = stream.within(i, ends, starts, refs[i], own_scratch)
+    def body(ends: Any, starts: Any, group_values: Any, refs: Any, *outs_and_scratch: Any) -> None:
+        *outs, scratch = outs_and_scratch
+        for i, planned in enumerate(streams):
+            *memory, stream_scratch = scratch[i]
+            stream = planned.bind(i, ends, starts, refs[i], stream_scratch)
 
             def multiply(
-                group: Array, e: Array, row: Array, own: Stream = own, out=outs[i], sums=sums, made=made, sent=sent
+                group: Array, pair: Array, row: Array, stream: RowStream = stream, out=outs[i], memory=memory
             ) -> None:
-                products = held[group, own.place : own.place + own.used].astype(jnp.float32) * row
-                place = jax.lax.rem(e, STRETCH)
-                sums[pl.ds(place, 1), :] = jnp.sum(products, axis=0, keepdims=True)
+                lane_sums, dots, sent = memory
+                used = group_values[group, stream.offset : stream.offset + stream.used]
+                place = jax.lax.rem(pair, CHUNK)
+                lane_sums[pl.ds(place, 1), :] = jnp.sum(used.astype(jnp.float32) * row, axis=0, keepdims=True)
 
-                @pl.when((place == STRETCH - 1) | (e == own.end - 1))
+                @pl.when((place == CHUNK - 1) | (pair == stream.end - 1))
                 def _() -> None:
-                    # A product with ones adds up lanes, and turns the entries from sublanes into lanes.
-                    made[...] = jax.lax.dot_general(
+                    # A product with ones adds up the lanes, and moves the pairs from sublanes to lanes.
+                    dots[...] = jax.lax.dot_general(
                         jnp.ones((SUBLANES, LANES), jnp.float32),
-                        sums[...],
+                        lane_sums[...],
                         (((1,), (1,)), ((), ())),
                         precision=jax.lax.Precision.HIGHEST,
                     )
-                    copy = pltpu.make_async_copy(made, out.at[jax.lax.div(e, STRETCH)], sent)
+                    copy = pltpu.make_async_copy(dots, out.at[jax.lax.div(pair, CHUNK)], sent)
                     copy.start()
                     copy.wait()
 
-            own.each_row(multiply)
+            stream.for_each_row(multiply)
 
-    outs = [jax.ShapeDtypeStruct((index.shape[0], SUBLANES, STRETCH), jnp.float32) for index, _ in arrays]
-    anywhere = [pl.BlockSpec(memory_space=pl.ANY)] * len(outs)
-    scratch = [
-        (
-            pltpu.VMEM((STRETCH, LANES), jnp.float32),
-            pltpu.VMEM((SUBLANES, STRETCH), jnp.float32),
-            pltpu.SemaphoreType.DMA,
-            own.scratch,
-        )
-        for own in streams
-    ]
-    size = held.dtype.itemsize * wide * LANES
-    products = call("row_products", kernel, lists, streams, arrays, anywhere, outs, scratch, size, held)
-    return tuple(
-        jnp.where(jnp.arange(own.which.shape[0]) < own.starts[-1], made[:, 0].reshape(-1)[: own.which.shape[0]], 0.0)
-        for own, made in zip(lists, products, strict=True)
+    kernel = Kernel(
+        name="row_products",
+        body=body,
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(lists),
+        out_shape=[jax.ShapeDtypeStruct((row.shape[0], SUBLANES, CHUNK), jnp.float32) for row, _ in arrays],
+        scratch=[
+            (
+                pltpu.VMEM((CHUNK, LANES), jnp.float32),
+                pltpu.VMEM((SUBLANES, CHUNK), jnp.float32),
+                pltpu.SemaphoreType.DMA,
+                stream.scratch,
+            )
+            for stream in streams
+        ],
+        bytes_per_group=group_values.dtype.itemsize * group_size * LANES,
     )
+    chunks = run_kernel(kernel, lists, streams, arrays, group_values)
+    dots = [x[:, 0].reshape(-1)[: rows.row.shape[0]] for rows, x in zip(lists, chunks, strict=True)]
+    is_filled = [jnp.arange(rows.row.shape[0]) < rows.starts[-1] for rows in lists]
+    return tuple(jnp.where(filled, dot, 0.0) for filled, dot in zip(is_filled, dots, strict=True))
 
 
-def call(
-    name: str,
-    kernel: Any,
-    lists: Sequence[Rows],
-    streams: Sequence["Stream"],
-    arrays: Any,
-    out: Any,
-    result: Any,
-    scratch: Any,
-    size: int,
-    *held: Array,
+def run_kernel(
+    kernel: Kernel, lists: Sequence[GroupedRows], streams: Sequence["RowStream"], arrays: Any, *group_values: Array
 ) -> Any:
-    """The kernel run over tiles of groups; `size` is the bytes of what a group holds, read or written once."""
-    starts = in_tiles([own.starts for own in lists])
+    """Runs a kernel over all tiles of groups."""
+    starts = starts_by_tile([rows.starts for rows in lists])
     return pl.pallas_call(
-        kernel,
+        kernel.body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(starts.shape[0],),
             in_specs=[
                 pl.BlockSpec((1, *starts.shape[1:]), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM),
-                *(of_tile(own.shape[1]) for own in held),
+                *(tile_spec(values.shape[1]) for values in group_values),
                 jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), arrays),
             ],
-            out_specs=out,
-            scratch_shapes=[scratch],
+            out_specs=kernel.out_specs,
+            scratch_shapes=[kernel.scratch],
         ),
-        out_shape=result,
+        out_shape=kernel.out_shape,
         compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=MARGIN + 2 * TILE * size + sum(own.size for own in streams)
+            vmem_limit_bytes=MARGIN + 2 * TILE * kernel.bytes_per_group + sum(stream.bytes for stream in streams)
         ),
-        cost_estimate=cost(arrays, streams, starts.shape[0] * TILE * size),
-        name=name,
-    )(jnp.stack([own.starts[-1] for own in lists]), starts, *held, arrays)
+        cost_estimate=estimate_cost(arrays, streams, starts.shape[0] * TILE * kernel.bytes_per_group),
+        name=kernel.name,
+    )(jnp.stack([rows.starts[-1] for rows in lists]), starts, *group_values, arrays)
 
 
-def of_tile(wide: int) -> pl.BlockSpec:
-    return pl.BlockSpec((TILE, wide, LANES), lambda i, _: (i, 0, 0))
+def tile_spec(group_size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((TILE, group_size, LANES), lambda i, _: (i, 0, 0))
 
 
-class Stream(NamedTuple):
-    """The rows that a list's entries name, one after the other; planned outside of a kernel, filled in within it."""
+class RowStream(NamedTuple):
+    """The rows that the pairs of a list name, one after the other: planned outside a kernel, bound to it inside."""
 
-    used: int  # of a row, in LANES
-    place: int  # of these within what a group holds
-    begin: int  # of what is fetched of a row, which is whole tiles of HBM
-    skipped: int  # of what is fetched
+    used: int  # vectors of a row that are used
+    offset: int  # where these begin in a group's values
+    begin: int  # the first vector of a row that is fetched; rows are fetched in whole tiles of HBM
+    skipped: int  # vectors that are fetched before those that are used
     scratch: Any
-    nth: int = 0
-    end: Any = None  # how many entries there are
-    starts: Any = None  # where the groups of this tile start
-    numbers: Any = None  # of the entries, in HBM: first the row that each names
+    number_of_list: int = 0
+    end: Any = None  # the number of pairs
+    starts: Any = None  # the first pair of each group of this tile
+    numbers: Any = None  # in HBM, for each pair: first the row that it names
     table: Any = None  # in HBM
 
     @staticmethod
-    def planned(rows: Rows, arrays: Sequence[Array], wide: int, lists: int) -> "Stream":
+    def plan(rows: GroupedRows, arrays: Sequence[Array], group_size: int, lists: int) -> "RowStream":
         *numbers, table = arrays
-        whole, offset = table.shape[1], rows.first * rows.table.shape[2] // LANES
-        used = min(wide, whole)
-        place, first = (0, offset) if whole > wide else (offset if whole < wide else 0, 0)
-        begin = first // SUBLANES * SUBLANES
-        fetched = min(whole, -(-(first + used) // SUBLANES) * SUBLANES) - begin
-        size = fetched * LANES * table.dtype.itemsize
-        depth = min(MOST, max(FEWEST, ON_THEIR_WAY // (lists * size)))
+        row_size, shift = table.shape[1], rows.offset * rows.table.shape[2] // LANES
+        used = min(group_size, row_size)
+        # The shorter of row and group begins at `shift` of the longer one.
+        offset, first_used = (0, shift) if row_size > group_size else (shift if row_size < group_size else 0, 0)
+        begin = first_used // SUBLANES * SUBLANES
+        fetched = min(row_size, -(-(first_used + used) // SUBLANES) * SUBLANES) - begin
+        row_bytes = fetched * LANES * table.dtype.itemsize
+        depth = min(MOST_ROWS, max(FEWEST_ROWS, BYTES_IN_FLIGHT // (lists * row_bytes)))
         scratch = (
-            tuple(pltpu.SMEM((AT_HAND, 1, STRETCH), own.dtype) for own in numbers),
+            tuple(pltpu.SMEM((CHUNKS_HELD, 1, CHUNK), array.dtype) for array in numbers),
             pltpu.SemaphoreType.DMA((len(numbers),)),
             pltpu.VMEM((depth, fetched, LANES), table.dtype),
             pltpu.SemaphoreType.DMA((depth,)),
         )
-        return Stream(used, place, begin, first - begin, scratch)
+        return RowStream(used=used, offset=offset, begin=begin, skipped=first_used - begin, scratch=scratch)
 
     @property
-    def size(self) -> int:
-        """Bytes of vector memory, with those that collect products."""
+    def bytes(self) -> int:
+        """Bytes of vector memory, including those for inner products."""
         ring = self.scratch[2]
-        return math.prod(ring.shape) * ring.dtype.itemsize + STRETCH * (LANES + SUBLANES) * 4
+        return math.prod(ring.shape) * ring.dtype.itemsize + CHUNK * (LANES + SUBLANES) * 4
 
-    def within(self, i: int, ends: Any, starts: Any, refs: Any, scratch: Any) -> "Stream":
+    def bind(self, i: int, ends: Any, starts: Any, refs: Any, scratch: Any) -> "RowStream":
+        """The stream of the i-th list within a kernel, with the kernel's references."""
         *numbers, table = refs
-        return self._replace(nth=i, end=ends[i], starts=starts, numbers=tuple(numbers), table=table, scratch=scratch)
+        return self._replace(
+            number_of_list=i, end=ends[i], starts=starts, numbers=tuple(numbers), table=table, scratch=scratch
+        )
 
-    def number(self, which: int, e: Array | int) -> Array:
-        return self.scratch[0][which][jax.lax.rem(jax.lax.div(e, STRETCH), AT_HAND), 0, jax.lax.rem(e, STRETCH)]
+    def read_number(self, which: int, pair: Array | int) -> Array:
+        chunk, place = jax.lax.rem(jax.lax.div(pair, CHUNK), CHUNKS_HELD), jax.lax.rem(pair, CHUNK)
+        return self.scratch[0][which][chunk, 0, place]
 
-    def stretch(self, i: Array | int) -> list[Any]:
-        """The copies that bring the i-th stretch of entries' numbers."""
-        at_hand, came = self.scratch[:2]
-        slot = jax.lax.rem(i, AT_HAND)
-        pairs = enumerate(zip(self.numbers, at_hand, strict=True))
-        return [pltpu.make_async_copy(far.at[i], near.at[slot], came.at[which]) for which, (far, near) in pairs]
+    def chunk_copies(self, i: Array | int) -> list[Any]:
+        """The copies that fetch the i-th chunk of the pairs' numbers."""
+        held, arrived = self.scratch[:2]
+        slot = jax.lax.rem(i, CHUNKS_HELD)
+        return [
+            pltpu.make_async_copy(source.at[i], target.at[slot], arrived.at[which])
+            for which, (source, target) in enumerate(zip(self.numbers, held, strict=True))
+        ]
 
-    def row(self, e: Array | int) -> Any:
-        """The copy that brings the row of an entry."""
+    def row_copy(self, pair: Array | int) -> Any:
+        """The copy that fetches the row of a pair."""
         ring, arrived = self.scratch[2:]
-        slot = jax.lax.rem(e, ring.shape[0])
-        there = self.table.at[self.number(0, e), pl.ds(self.begin, ring.shape[1])]
-        return pltpu.make_async_copy(there, ring.at[slot], arrived.at[slot])
+        slot = jax.lax.rem(pair, ring.shape[0])
+        row = self.table.at[self.read_number(0, pair), pl.ds(self.begin, ring.shape[1])]
+        return pltpu.make_async_copy(row, ring.at[slot], arrived.at[slot])
 
-    def order(self, e: Array | int) -> None:
-        """Starts the copy of an entry's row, if there is such an entry."""
+    def start_row_copy(self, pair: Array | int) -> None:
+        """Starts the copy of a pair's row, if there is such a pair."""
 
-        @pl.when(e < self.end)
+        @pl.when(pair < self.end)
         def _() -> None:
-            @pl.when(jax.lax.rem(e, STRETCH) == 0)
+            @pl.when(jax.lax.rem(pair, CHUNK) == 0)
             def _() -> None:
-                i = jax.lax.div(e, STRETCH)
-                for copy in self.stretch(i):
+                i = jax.lax.div(pair, CHUNK)
+                for copy in self.chunk_copies(i):
                     copy.wait()
 
-                @pl.when((i + 1) * STRETCH < self.end)
+                @pl.when((i + 1) * CHUNK < self.end)
                 def _() -> None:
-                    for copy in self.stretch(i + 1):
+                    for copy in self.chunk_copies(i + 1):
                         copy.start()
 
-            self.row(e).start()
+            self.row_copy(pair).start()
 
-    def each_row(self, use: Callable[[Array, Array, Array], None]) -> None:
-        """Calls `use` with the number within its tile of each group of this grid step, an entry of it and its row."""
+    def for_each_row(self, use: Callable[[Array, Array, Array], None]) -> None:
+        """Calls `use(group, pair, row)` for each pair of this grid step's groups, which are counted within the tile."""
         ring = self.scratch[2]
         depth = ring.shape[0]
 
         @pl.when((pl.program_id(0) == 0) & (self.end > 0))
         def _() -> None:
-            for copy in self.stretch(0):
+            for copy in self.chunk_copies(0):
                 copy.start()
-            jax.lax.fori_loop(0, depth, lambda e, _: self.order(e), None)
+            jax.lax.fori_loop(0, depth, lambda pair, _: self.start_row_copy(pair), None)
 
-        def of_group(group: Array, _: None) -> None:
-            def of_entry(e: Array, _: None) -> None:
-                self.row(e).wait()
-                row = ring[jax.lax.rem(e, depth), self.skipped : self.skipped + self.used]
-                use(group, e, row.astype(jnp.float32))
-                self.order(e + depth)
+        def visit_group(group: Array, _: None) -> None:
+            def visit_pair(pair: Array, _: None) -> None:
+                self.row_copy(pair).wait()
+                row = ring[jax.lax.rem(pair, depth), self.skipped : self.skipped + self.used]
+                use(group, pair, row.astype(jnp.float32))
+                self.start_row_copy(pair + depth)
 
-            place = self.nth * (TILE + 1) + group
-            jax.lax.fori_loop(self.starts[0, 0, place], self.starts[0, 0, place + 1], of_entry, None)
+            place = self.number_of_list * (TILE + 1) + group
+            jax.lax.fori_loop(self.starts[0, 0, place], self.starts[0, 0, place + 1], visit_pair, None)
 
-        jax.lax.fori_loop(0, TILE, of_group, None)
+        jax.lax.fori_loop(0, TILE, visit_group, None)
 
 
-def in_tiles(starts: list[Int[Array, "_"]]) -> Int[Array, "_ 1 _"]:
-    """Of each tile of groups, where its groups start and the last ends, list by list."""
+def starts_by_tile(starts: list[Int[Array, "_"]]) -> Int[Array, "_ 1 _"]:
+    """For each tile of groups the starts of its groups and the end of the last, list by list."""
     tiles = -(-(starts[0].shape[0] - 1) // TILE)
-    whole = [jnp.pad(own, (0, tiles * TILE + 1 - own.shape[0]), mode="edge") for own in starts]
-    each = [jnp.concatenate([own[:-1].reshape(tiles, TILE), own[TILE::TILE, None]], axis=1) for own in whole]
-    joined = jnp.concatenate(each, axis=1)
-    return jnp.pad(joined, ((0, 0), (0, -joined.shape[1] % LANES)))[:, None]
+    padded = [jnp.pad(of_list, (0, tiles * TILE + 1 - of_list.shape[0]), mode="edge") for of_list in starts]
+    by_tile = [jnp.concatenate([x[:-1].reshape(tiles, TILE), x[TILE::TILE, None]], axis=1) for x in padded]
+    all_lists = jnp.concatenate(by_tile, axis=1)
+    return jnp.pad(all_lists, ((0, 0), (0, -all_lists.shape[1] % LANES)))[:, None]
 
 
-def cost(arrays: Any, streams: Sequence[Stream], others: int) -> pl.CostEstimate:
-    """Of reading a row for every place in the lists, and so many bytes besides."""
-    places = [own[0].size for own in arrays]
-    rows = [
-        own[-1].dtype.itemsize * stream.scratch[2].shape[1] * LANES for own, stream in zip(arrays, streams, strict=True)
-    ]
-    read = sum(place * (row + 8) for place, row in zip(places, rows, strict=True))
-    flops = sum(2 * place * own.used * LANES for place, own in zip(places, streams, strict=True))
-    return pl.CostEstimate(flops=flops, bytes_accessed=read + others, transcendentals=0)
+def estimate_cost(arrays: Any, streams: Sequence[RowStream], other_bytes: int) -> pl.CostEstimate:
+    """The cost of reading a row for every slot of the lists, and `other_bytes` beside."""
+    slots = [of_list[0].size for of_list in arrays]
+    row_bytes = [math.prod(stream.scratch[2].shape[1:]) * stream.scratch[2].dtype.itemsize for stream in streams]
+    bytes_read = sum(count * (size + 8) for count, size in zip(slots, row_bytes, strict=True))
+    flops = sum(2 * count * stream.used * LANES for count, stream in zip(slots, streams, strict=True))
+    return pl.CostEstimate(flops=flops, bytes_accessed=bytes_read + other_bytes, transcendentals=0)
 
 
-def stretches(x: Array) -> Array:
-    return jnp.pad(x, (0, -x.shape[0] % STRETCH)).reshape(-1, 1, STRETCH)
+def split_into_chunks(x: Array) -> Array:
+    return jnp.pad(x, (0, -x.shape[0] % CHUNK)).reshape(-1, 1, CHUNK)
 
 
-def in_lanes(table: Float[Array, "I *D"]) -> Float[Array, "I _ _"]:
-    """Each row's numbers side by side in HBM."""
+def view_as_vectors(table: Float[Array, "I *D"]) -> Float[Array, "I _ _"]:
+    """Each row's numbers side by side in HBM, as vectors of LANES numbers."""
     return table.reshape(table.shape[0], -1, LANES)

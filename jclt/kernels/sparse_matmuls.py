@@ -1,6 +1,6 @@
-"""A coder's products where features are active and nowhere else: the numbers of `products`, at the cost of the entries.
+"""A coder's products at active pairs alone: the numbers of `matmuls.py`, at a cost that grows with the pairs.
 
-The two sums of `rows` do all the work.
+The two sums of `row_sums.py` do all the work.
 """
 
 from collections.abc import Callable
@@ -10,140 +10,162 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jclt.kernels.active import Entries
-from jclt.kernels.row_lists import Rows
-from jclt.kernels.row_sums import row_products, row_sums
-from jclt.mesh import ENTRIES, FEATURES, TOKENS, on_each_device, placed, sum_over
-from jclt.models.ops import held
+from jclt.kernels.active import ActivePairs
+from jclt.kernels.row_lists import GroupedRows
+from jclt.kernels.row_sums import dot_rows, sum_rows
+from jclt.mesh import (
+    DATA_AXIS,
+    FEATURES_SPEC,
+    PER_DEVICE_SPEC,
+    TOKENS_SPEC,
+    map_over_devices,
+    shard_by_axes,
+    sum_over_data_shards,
+    sum_over_feature_shards,
+)
+from jclt.models.ops import prevent_fusion
 from jclt.shapes import Array, Float
 
-# What a layer's features read.
+# Encoding.
 
 
-class Found(NamedTuple):
-    """What a dense product finds of one layer's features before anything is differentiated."""
+class PairEncoding(NamedTuple):
+    """What a dense product computes of one layer's features at the start, without gradients."""
 
-    entries: Entries
-    h: Float[Array, "E"]  # pre-activations at the entries
-    shortfall: Float[Array, "F"]  # how far each feature stays below a threshold, summed over tokens
+    pairs: ActivePairs
+    h: Float[Array, "E"]  # pre-activations at the pairs
+    shortfall: Float[Array, "F"]  # how far each feature stays below its threshold, summed over tokens
     below: tuple[Float[Array, "F D"], Float[Array, "F"]] | None
-    """On each device, its tokens below that threshold added up, and how many they are. None where they are all tokens
-    but those of the entries above it."""
+    """For each feature and device, the sum of the inputs of the tokens below the threshold, and the number of these
+    tokens. None where every token above the threshold is an active pair: then they follow from the pairs."""
 
 
 @jax.custom_vjp
-def sensed(
-    found: Found,
+def attach_encoder_gradients(
+    encoding: PairEncoding,
     x: Float[Array, "N D"],
     encoder: Float[Array, "F D"],
     bias: Float[Array, "F"],
     threshold: Float[Array, "F"],
 ) -> tuple[Float[Array, "E"], Float[Array, "F"]]:
-    """Pre-activations at the entries and each feature's shortfall, as functions of the weights; what features read is
-    data, and has no gradient.
+    """Pre-activations at the pairs and each feature's shortfall, now as functions of the weights. x has no gradient.
 
-    Every token below a threshold moves the shortfall alike. So its gradient is made of the sum of these tokens, which
-    is that of all less that of the entries above the threshold: there no dense product is needed.
+    1. h[n, f] = x[n] @ encoder[f] + bias[f]
+    2. shortfall[f] = sum of threshold[f] - h[n, f] over the tokens n with h[n, f] < threshold[f]
+    3. d shortfall[f] / d encoder[f] = -(sum of x[n] over the tokens below the threshold)
+                                     = -(sum of x[n] over all tokens - sum of x[n] over those above)
+
+    Where the tokens above are all active pairs, step 3 needs no dense product.
     """
-    return found.h, found.shortfall
+    return encoding.h, encoding.shortfall
 
 
-def _sensed_forward(found: Found, x: Array, encoder: Array, bias: Array, threshold: Array) -> Any:
-    return sensed(found, x, encoder, bias, threshold), (found, x, encoder, bias, threshold)
+def _attach_forward(encoding: PairEncoding, x: Array, encoder: Array, bias: Array, threshold: Array) -> Any:
+    h_and_shortfall = attach_encoder_gradients(encoding, x, encoder, bias, threshold)
+    return h_and_shortfall, (encoding, x, encoder, bias, threshold)
 
 
-def _sensed_backward(kept: Any, gradients: tuple[Array, Array]) -> Any:
-    found, x, encoder, bias, threshold = kept
-    where, added = of_gradient(encoder)
+def _attach_backward(residuals: Any, gradients: tuple[Array, Array]) -> Any:
+    encoding, x, encoder, bias, threshold = residuals
+    encoder_spec, sum_over_devices = gradient_spec_and_sum(encoder)
 
-    def own(found: Found, x: Array, threshold: Array, g: Array, short: Array) -> Any:
-        entries, features = found.entries, threshold.shape[0]
-        moved = jax.ops.segment_sum(g, entries.feature, features)
-        if found.below is None:
-            above = found.h >= threshold[entries.feature]
-            g = g + jnp.where(above, short[entries.feature], 0.0)
-            often = x.shape[0] - jax.ops.segment_sum(above.astype(g.dtype), entries.feature, features)
-            below = jnp.sum(x.astype(g.dtype), axis=0)[None]
+    def differentiate_on_device(
+        encoding: PairEncoding, x: Array, threshold: Array, of_h: Array, of_shortfall: Array
+    ) -> tuple[Array, Array, Array]:
+        pairs, features = encoding.pairs, threshold.shape[0]
+        to_bias = jax.ops.segment_sum(of_h, pairs.feature, features)
+        if encoding.below is None:
+            above = encoding.h >= threshold[pairs.feature]
+            of_h = of_h + jnp.where(above, of_shortfall[pairs.feature], 0.0)
+            count_below = x.shape[0] - jax.ops.segment_sum(above.astype(of_h.dtype), pairs.feature, features)
+            sum_below = jnp.sum(x.astype(of_h.dtype), axis=0)[None]
         else:
-            below, often = found.below
-        order = entries.by_feature
-        tokens = Rows(entries.feature_starts, entries.token[order], x[:, None])
-        to_encoder = row_sums((tokens,), (g[order],), 1)[:, 0] - short[:, None] * below
-        lifted = short * often
-        return added(to_encoder).astype(encoder.dtype), sum_over("data", moved - lifted), sum_over("data", lifted)
+            sum_below, count_below = encoding.below
+        order = pairs.by_feature
+        tokens = GroupedRows(pairs.feature_starts, pairs.token[order], x[:, None])
+        to_encoder = sum_rows((tokens,), (of_h[order],), 1)[:, 0] - of_shortfall[:, None] * sum_below
+        to_threshold = of_shortfall * count_below
+        return (
+            sum_over_devices(to_encoder).astype(encoder.dtype),
+            sum_over_data_shards(to_bias - to_threshold),
+            sum_over_data_shards(to_threshold),
+        )
 
-    to_encoder, to_bias, to_threshold = on_each_device(own, (where, FEATURES, FEATURES))(
-        found, x, threshold, *gradients
-    )
+    specs = (encoder_spec, FEATURES_SPEC, FEATURES_SPEC)
+    differentiate = map_over_devices(differentiate_on_device, specs)
+    to_encoder, to_bias, to_threshold = differentiate(encoding, x, threshold, *gradients)
     return None, None, to_encoder, to_bias.astype(bias.dtype), to_threshold.astype(threshold.dtype)
 
 
-sensed.defvjp(_sensed_forward, _sensed_backward)
+attach_encoder_gradients.defvjp(_attach_forward, _attach_backward)
 
 
-# What all features write.
+# Decoding.
 
 
 @jax.custom_vjp
 def decode_active(
-    entries: tuple[Entries, ...],
+    layers: tuple[ActivePairs, ...],
     activations: tuple[Float[Array, "E"], ...],
     decoders: tuple[Float[Array, "F _ D"], ...],
 ) -> tuple[Float[Array, "N D"], ...]:
-    """`products.decode` of activations that are 0 but at the entries."""
+    """`matmuls.decode` of activations that are 0 except at the pairs."""
 
-    def own(entries: tuple[Entries, ...], activations: tuple[Array, ...], decoders: tuple[Array, ...]) -> Any:
-        written = row_sums(by_token(entries, decoders), activations, len(decoders))
-        return tuple(sum_over("features", written[:, target]) for target in range(len(decoders)))
+    def decode_on_device(
+        layers: tuple[ActivePairs, ...], activations: tuple[Array, ...], decoders: tuple[Array, ...]
+    ) -> Any:
+        written = sum_rows(group_by_token(layers, decoders), activations, len(decoders))
+        return tuple(sum_over_feature_shards(written[:, target]) for target in range(len(decoders)))
 
-    out = on_each_device(own, (TOKENS,) * len(decoders))(entries, activations, decoders)
-    return tuple(placed(own, ("batch", None)) for own in out)
-
-
-def _decode_active_forward(entries: Any, activations: Any, decoders: Any) -> tuple[Any, Any]:
-    return decode_active(entries, activations, decoders), (entries, activations, decoders)
+    targets = map_over_devices(decode_on_device, (TOKENS_SPEC,) * len(decoders))(layers, activations, decoders)
+    return tuple(shard_by_axes(written, ("batch", None)) for written in targets)
 
 
-def _decode_active_backward(kept: Any, gradients: tuple[Array, ...]) -> Any:
-    entries, activations, decoders = kept
+def _decode_active_forward(layers: Any, activations: Any, decoders: Any) -> tuple[Any, Any]:
+    return decode_active(layers, activations, decoders), (layers, activations, decoders)
+
+
+def _decode_active_backward(residuals: Any, gradients: tuple[Array, ...]) -> Any:
+    layers, activations, decoders = residuals
     errors = jnp.stack([x.astype(activations[0].dtype) for x in gradients], axis=1)
-    gradient = held(placed(errors, ("tokens", None, None)))
+    errors = prevent_fusion(shard_by_axes(errors, ("tokens", None, None)))
+    specs_and_sums = [gradient_spec_and_sum(decoder) for decoder in decoders]
 
-    where = [of_gradient(decoder) for decoder in decoders]
-
-    def own(entries: tuple[Entries, ...], activations: tuple[Array, ...], decoders: tuple[Array, ...], g: Array) -> Any:
-        products = row_products(by_token(entries, decoders), g)
-        to_activations = tuple(made.astype(a.dtype) for made, a in zip(products, activations, strict=True))
+    def differentiate_on_device(
+        layers: tuple[ActivePairs, ...], activations: tuple[Array, ...], decoders: tuple[Array, ...], errors: Array
+    ) -> Any:
+        products = dot_rows(group_by_token(layers, decoders), errors)
+        to_activations = tuple(x.astype(a.dtype) for x, a in zip(products, activations, strict=True))
         to_decoders = []
-        each = zip(where, entries, activations, decoders, strict=True)
-        for source, ((_, added), listed, a, decoder) in enumerate(each):
-            order = listed.by_feature
-            tokens = Rows(listed.feature_starts, listed.token[order], g, source)
-            made = row_sums((tokens,), (a[order],), decoder.shape[1])
-            to_decoders.append(added(made).astype(decoder.dtype))
+        by_source = zip(specs_and_sums, layers, activations, decoders, strict=True)
+        for source, ((_, sum_over_devices), pairs, a, decoder) in enumerate(by_source):
+            order = pairs.by_feature
+            tokens = GroupedRows(pairs.feature_starts, pairs.token[order], errors, source)
+            to_decoder = sum_rows((tokens,), (a[order],), decoder.shape[1])
+            to_decoders.append(sum_over_devices(to_decoder).astype(decoder.dtype))
         return to_activations, tuple(to_decoders)
 
-    placements = (ENTRIES,) * len(entries), tuple(placement for placement, _ in where)
-    return None, *on_each_device(own, placements)(entries, activations, decoders, gradient)
+    specs = (PER_DEVICE_SPEC,) * len(layers), tuple(spec for spec, _ in specs_and_sums)
+    return None, *map_over_devices(differentiate_on_device, specs)(layers, activations, decoders, errors)
 
 
 decode_active.defvjp(_decode_active_forward, _decode_active_backward)
 
 
-def by_token(entries: tuple[Entries, ...], decoders: tuple[Array, ...]) -> list[Rows]:
-    """The decoders' rows that each token sums up."""
-    each = enumerate(zip(entries, decoders, strict=True))
-    return [Rows(own.token_starts, own.feature, rows, source) for source, (own, rows) in each]
+def group_by_token(layers: tuple[ActivePairs, ...], decoders: tuple[Array, ...]) -> list[GroupedRows]:
+    """The decoder rows that each token sums up, layer by layer."""
+    return [
+        GroupedRows(pairs.token_starts, pairs.feature, rows, source)
+        for source, (pairs, rows) in enumerate(zip(layers, decoders, strict=True))
+    ]
 
 
-def of_weight(weight: Array) -> P:
-    return jax.typeof(weight).sharding.spec
+def gradient_spec_and_sum(weight: Array) -> tuple[P, Callable[[Array], Array]]:
+    """The spec of a weight's gradient, and the function that adds it up over the devices with the same features.
 
-
-def of_gradient(weight: Array) -> tuple[P, Callable[[Array], Array]]:
-    """Where the gradient of a weight lies, and how it is added up over the devices that hold the same features: not at
-    all where the weight's type says that this is done later."""
-    where = of_weight(weight)
-    if "data" in where.reduced:
-        return P(*where.partitions, unreduced=where.reduced), lambda x: x
-    return where, lambda x: sum_over("data", x)
+    That function does nothing if the weight's type defers this sum.
+    """
+    spec = jax.typeof(weight).sharding.spec
+    if DATA_AXIS in spec.reduced:
+        return P(*spec.partitions, unreduced=spec.reduced), lambda x: x
+    return spec, sum_over_data_shards

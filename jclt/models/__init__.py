@@ -1,6 +1,12 @@
-"""The language model: one configurable transformer, its named sites, checkpoints, tokenizer and generation."""
+"""The language model: one configurable transformer for all families.
+
+Reading order: `config.py` the settings, `weights.py` one declaration for each weight, `transformer.py` the forward pass
+(its arithmetic is `ops.py`), `sites.py` the named values in it, `edits.py` how to change them, `model.py` what users
+call. `formats/` reads and writes published models.
+"""
 
 from jclt.models.config import ModelConfig, RopeScaling
+from jclt.models.edits import Compose, Edit, Freeze, Replace
 from jclt.models.formats.known_shapes import known_config
 from jclt.models.model import Model, find_model, generate, load_model, run, save_model, token_array
 from jclt.models.sites import (
@@ -9,8 +15,6 @@ from jclt.models.sites import (
     PATTERNS_AND_DENOMINATORS,
     PEER_NAMES,
     SITES,
-    Edit,
-    Replace,
     Sites,
     check_sites,
 )
@@ -25,7 +29,9 @@ __all__ = [
     "PEER_NAMES",
     "SITES",
     "Cache",
+    "Compose",
     "Edit",
+    "Freeze",
     "Mlp",
     "Model",
     "ModelConfig",

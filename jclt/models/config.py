@@ -1,4 +1,4 @@
-"""What a language model is, said once: every family that jclt reads is a setting of `ModelConfig`."""
+"""The settings of a language model. Every family that jclt reads is one choice of them."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,7 +10,7 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How published models stretch rotary frequencies to longer contexts."""
+    """How published models scale rotary frequencies for longer contexts."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -21,7 +21,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape and the options of a decoder-only transformer. `family` says in which published layout it is saved."""
+    """Shape and options of a decoder-only transformer. `family` is the published layout in which it is saved."""
 
     family: str
     vocabulary: int
@@ -30,32 +30,32 @@ class ModelConfig:
     heads: int
     mlp_width: int
     context: int
-    kv_heads: int | None = None  # None: as many as heads; read `key_heads`
-    head_width: int | None = None  # None: width / heads; read `head_size`
+    kv_heads: int | None = None  # None: as many as heads. Code reads `key_heads`
+    head_width: int | None = None  # None: width / heads. Code reads `head_size`
 
-    norm: Literal["layer", "rms", "none"] = "rms"  # none: divides by one, in no published family
+    norm: Literal["layer", "rms", "none"] = "rms"  # none divides by one; no published family has it
     norm_epsilon: float = 1e-5
-    norm_offset: float = 0.0  # Gemma stores its gains minus one
+    norm_offset: float = 0.0  # Gemma stores gains minus one
     post_norms: bool = False
     qk_norm: bool = False
 
     activation: Activation = "silu"
     gated: bool = True
-    parallel: bool = False  # attention and MLP read the same residual stream, as in GPT-NeoX
+    parallel: bool = False  # attention and MLP read the same residual stream (GPT-NeoX)
     qkv_bias: bool = False
     attn_out_bias: bool = False
     mlp_bias: bool = False
 
-    learned_positions: bool = False  # else rotary
+    learned_positions: bool = False  # otherwise rotary
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
     rope_scaling: RopeScaling | None = None
     local_layers: tuple[int, ...] = ()  # layers that attend through the sliding window
     window: int = 0
-    rope_local_base: float | None = None  # Gemma 3: local layers rotate with their own, unscaled base
+    rope_local_base: float | None = None  # Gemma 3: the base of local layers, which is not scaled
 
-    attn_scale: float | None = None  # None: 1 / sqrt(head_size); read `score_scale`
-    attn_scale_by_layer: bool = False  # GPT-2's option: divide by layer + 1 as well
+    attn_scale: float | None = None  # None: 1 / sqrt(head_size). Code reads `score_scale`
+    attn_scale_by_layer: bool = False  # an option of GPT-2: also divide by layer + 1
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     scaled_embedding: bool = False  # Gemma: token embeddings times sqrt(width)
@@ -71,9 +71,9 @@ class ModelConfig:
         if self.heads % self.key_heads:
             raise UserError(f"model: kv_heads={self.key_heads}, expected a divisor of heads={self.heads}")
         if self.rotary_width % 2 or not 0 <= self.rotary_width <= self.head_size:
-            most = self.head_size
+            limit = self.head_size
             raise UserError(
-                f"model: {self.rotary_width} dimensions of each head rotate, expected an even number to {most}"
+                f"model: {self.rotary_width} dimensions of each head rotate, expected an even number to {limit}"
             )
         if self.local_layers and self.window < 1:
             raise UserError(f"model: window={self.window}, expected at least 1, since some layers are local")
@@ -92,9 +92,9 @@ class ModelConfig:
 
     @property
     def rotary_width(self) -> int:
-        """How many of a head's dimensions rotate."""
+        """The number of dimensions of a head that rotate."""
         return 0 if self.learned_positions else int(self.head_size * self.rope_fraction)
 
     def explicit(self) -> "ModelConfig":
-        """The same model with nothing left to be derived."""
+        """The same settings with every derived value filled in."""
         return replace(self, kv_heads=self.key_heads, head_width=self.head_size, attn_scale=self.score_scale)

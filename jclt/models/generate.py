@@ -1,4 +1,4 @@
-"""Generation with a cache of keys and values, one compiled program for all prompts of about the same length."""
+"""Generation with a cache of keys and values. One program is compiled for all prompts of similar length."""
 
 from typing import cast
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jclt.models.config import ModelConfig
-from jclt.models.sites import Edit
+from jclt.models.edits import Edit
 from jclt.models.transformer import Cache, Mlp, forward
 from jclt.shapes import Array, Float, Int, Logits, Params, Tokens
 
@@ -15,18 +15,19 @@ from jclt.shapes import Array, Float, Int, Logits, Params, Tokens
 def sample(
     logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, "B"]:
-    """The likeliest token at temperature 0; otherwise a draw from the smallest set of tokens that holds `top_p`."""
+    """The most probable token at temperature 0; otherwise a sample from the smallest set of tokens whose probabilities
+    sum to `top_p`."""
 
-    def drawn() -> Int[Array, "B"]:
+    def draw() -> Int[Array, "B"]:
         scaled = logits / temperature.astype(logits.dtype)
         ordered = jnp.sort(scaled, axis=-1, descending=True)
         shares = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(shares, axis=-1) - shares
-        least = jnp.min(jnp.where(before < top_p.astype(logits.dtype), ordered, jnp.inf), axis=-1, keepdims=True)
+        share_before = jnp.cumsum(shares, axis=-1) - shares
+        least = jnp.min(jnp.where(share_before < top_p.astype(logits.dtype), ordered, jnp.inf), axis=-1, keepdims=True)
         return jax.random.categorical(key, jnp.where(scaled >= least, scaled, -jnp.inf), axis=-1)
 
-    # A branch, not a choice between two results: greedy decoding should not sort the vocabulary at every step.
-    return jax.lax.cond(temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1))
+    # A conditional, so that greedy decoding does not sort the vocabulary at every step.
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1))
 
 
 @eqx.filter_jit
@@ -43,21 +44,21 @@ def generate_tokens(
     edit: Edit | None = None,
     mlp: Mlp | None = None,
 ) -> Int[Array, "B new"]:
-    """`new` tokens for each row of right-padded prompts; after a stop token the row repeats it."""
+    """`new` tokens for each row of right-padded prompts. After a stop token the row repeats it."""
     batch, padded = tokens.shape
     shape = (config.layers, batch, padded + new, config.key_heads, config.head_size)
     cache = Cache(*(jnp.zeros(shape, params["token_embedding"].dtype),) * 2)
 
     def step(tokens: Tokens, positions: Int[Array, "B T"], cache: Cache) -> tuple[Logits, Cache]:
-        logits, _, grown = forward(config, params, tokens, positions=positions, cache=cache, edit=edit, mlp=mlp)
-        return logits, cast(Cache, grown)
+        logits, _, new_cache = forward(config, params, tokens, positions=positions, cache=cache, edit=edit, mlp=mlp)
+        return logits, cast(Cache, new_cache)
 
     def choose(logits: Float[Array, "B V"], stopped: Array, last: Array, index: Array) -> tuple[Array, Array]:
-        drawn = sample(logits, jax.random.fold_in(key, index), temperature, top_p).astype(tokens.dtype)
-        chosen = jnp.where(stopped, last, drawn)
+        sampled = sample(logits, jax.random.fold_in(key, index), temperature, top_p).astype(tokens.dtype)
+        chosen = jnp.where(stopped, last, sampled)
         return chosen, stopped | jnp.isin(chosen, jnp.asarray(stop_tokens, tokens.dtype))
 
-    # Positions after a row's prompt hold padding: nothing attends to them before decoding overwrites them.
+    # Positions after a row's prompt are padding. No position attends to them before decoding overwrites them.
     logits, cache = step(tokens, jnp.zeros_like(tokens) + jnp.arange(padded, dtype=tokens.dtype)[None], cache)
     rows = jnp.arange(batch)
     last, stopped = choose(logits[rows, lengths - 1], jnp.zeros(batch, bool), tokens[:, 0], jnp.asarray(0))
@@ -68,5 +69,5 @@ def generate_tokens(
         chosen, stopped = choose(logits[:, 0], stopped, last, index + 1)
         return (chosen, stopped, cache), chosen
 
-    _, rest = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1, dtype=tokens.dtype))
-    return jnp.concatenate([last[:, None], rest.T], axis=1)
+    _, later = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1, dtype=tokens.dtype))
+    return jnp.concatenate([last[:, None], later.T], axis=1)

@@ -1,4 +1,4 @@
-"""A language model in the hand: configuration, parameters and tokenizer, with what a user does to it."""
+"""The language model that users hold: settings, parameters and tokenizer; loading, saving, running, generating."""
 # JAX's own types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -19,14 +19,15 @@ from jax.sharding import Mesh
 
 from jclt.errors import UserError, first_line
 from jclt.fingerprints import fingerprint
-from jclt.mesh import mesh_of, sharding
+from jclt.mesh import make_sharding, mesh_of
 from jclt.models.config import ModelConfig
+from jclt.models.edits import Edit, list_edited_sites
 from jclt.models.formats.weights import load_config, load_params, save_params
 from jclt.models.generate import generate_tokens
-from jclt.models.sites import MODEL_SITES, Edit, Replace, check_sites
+from jclt.models.sites import MODEL_SITES, check_sites
 from jclt.models.tokenizer import Tokenizer, load_tokenizer
 from jclt.models.transformer import Mlp, Transformer
-from jclt.shapes import Array, ArrayLike, Params, Seen
+from jclt.shapes import Array, ArrayLike, Captured, Params
 
 Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
 """Text, or token ids `[T]` or `[B, T]`."""
@@ -45,12 +46,12 @@ class Model:
 
     @property
     def mesh(self) -> Mesh | None:
-        """The mesh that the weights lie on, if any."""
+        """The mesh of the weights, if they are on one."""
         return mesh_of(self.params["token_embedding"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model's weights from another's; of several hosts all must ask."""
+        """A hash of the weights. With several hosts, all must call it."""
         with on_mesh(self):
             return fingerprint(self.params)
 
@@ -61,10 +62,10 @@ class Model:
 
 
 def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
-    """Loads "demo", a folder in Hugging Face layout, or a hub name whose files are cached or reachable.
+    """Loads "demo", a folder in Hugging Face layout, or a hub name whose files are cached or can be downloaded.
 
-    On a mesh every weight is read straight to its place there; without one it lies on the default device. In float32
-    every product is exact to float32 on every device; bfloat16 is for speed.
+    With a mesh, every weight is read directly into its shards; without one, to the default device. In float32, products
+    are exact to float32 on every device; bfloat16 is faster.
     """
     if dtype not in ("float32", "bfloat16", "float64"):
         raise UserError(f"dtype '{dtype}': expected float32, bfloat16 or float64")
@@ -84,31 +85,31 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""What is fetched of a model on the hub."""
+"""The files of a model that are downloaded from the hub."""
 
 
 def find_model(name: str, files: Sequence[str] = FILES) -> Path:
-    """The folder that holds the model of this name, or these of its files."""
+    """The folder of the model with this name, or of these files of it."""
     if name == "demo":
         return Path(str(resources.files("jclt"))) / "world" / "model"
     try:
         folder = Path(name).expanduser()
-        is_folder, is_there = folder.is_dir(), os.path.lexists(folder)
+        is_folder, exists = folder.is_dir(), os.path.lexists(folder)
     except (OSError, RuntimeError) as error:
         raise UserError(f"model '{name}': cannot be read ({first_line(error)})") from None
     if is_folder:
         return folder
-    if is_there:
+    if exists:
         raise UserError(f"model '{name}': is a file, expected the folder that holds config.json and the weights")
-    # Imported where it is needed: loading a folder should not wait for it.
+    # Imported here because loading a folder should not wait for this import.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))  # from its cache where there is no network
+        return Path(snapshot_download(name, allow_patterns=list(files)))  # from its cache without network
     except HFValidationError:
         raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
-    except Exception as error:  # whatever the network has to say, the user needs the one line
+    except Exception as error:  # the network raises many types; the user needs one line
         reason = first_line(error)
         raise UserError(
             f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})"
@@ -126,34 +127,34 @@ def run(
     capture: Iterable[str] = (),
     *,
     edit: Edit | None = None,
-    freeze: Iterable[str] = (),
     mlp: Mlp | None = None,
     unroll: bool = False,
-) -> tuple[Array, Seen]:
-    """Logits, and the values at the captured sites (`models.SITES` names them all, with their axes).
+) -> tuple[Array, Captured]:
+    """Logits, and the values at the captured sites. `jclt.SITES` lists all sites with their axes.
 
     Text or ids `[T]` give logits `[T, V]`; ids `[B, T]` give a batch axis. Sites inside the layers have a leading layer
-    axis. `edit(site, layer, value)` returns what the network goes on with (`Replace` puts captured values back);
-    `freeze` names sites that gradients treat as constant; `mlp(layer, reads, true)` stands in for the MLPs. A program
-    is compiled for each function given: give the same one again, or an `equinox.Module`, whose arrays may change.
+    axis.
+
+    `edit(site, layer, value)` returns what the network goes on with; `models/edits.py` has edits that put captured
+    values back, stop gradients, and compose. `mlp(layer, reads, true)` replaces the MLPs. Each new function compiles a
+    new program; an `equinox.Module` is compiled once, and its arrays may change from call to call.
     """
-    capture, freeze = check_sites(capture, model.config), check_sites(freeze, model.config)
-    if isinstance(edit, Replace):
-        check_sites(edit.values, model.config)
+    capture = check_sites(capture, model.config)
+    check_sites(list_edited_sites(edit), model.config)
     tokens = token_array(model, prompt)
     single = tokens.ndim == 1
     batch = tokens[None] if single else tokens
     with on_mesh(model):
-        placement = sharding(model.mesh, batch.shape, ("batch", None)) if model.mesh else None
+        placement = make_sharding(model.mesh, batch.shape, ("batch", None)) if model.mesh else None
         placed = jax.device_put(batch, placement)
-        logits, seen = _run(model.config, model.params, placed, capture, freeze, edit, mlp, unroll)
+        logits, seen = _run(model.config, model.params, placed, capture, edit, mlp, unroll)
     if single:
         return logits[0], {name: x[0] if name in MODEL_SITES else x[:, 0] for name, x in seen.items()}
     return logits, seen
 
 
 def on_mesh(model: Model) -> AbstractContextManager[Any]:
-    """Within it, programs run on the mesh that the model's weights lie on."""
+    """A context in which programs run on the mesh of the model's weights."""
     return nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
 
 
@@ -163,18 +164,17 @@ def _run(
     params: Params,
     tokens: Array,
     capture: tuple[str, ...],
-    freeze: tuple[str, ...],
     edit: Edit | None,
     mlp: Mlp | None,
     unroll: bool,
-) -> tuple[Array, Seen]:
-    options: Any = {"capture": capture, "freeze": freeze, "edit": edit, "mlp": mlp, "unroll": unroll}
+) -> tuple[Array, Captured]:
+    options: Any = {"capture": capture, "edit": edit, "mlp": mlp, "unroll": unroll}
     outputs: Any = Transformer(config).apply({"params": params}, tokens, **options)
     return outputs[0], outputs[1]
 
 
 PROMPT_BUCKET = 32
-"""Prompts are padded to a multiple of this, so that generation compiles once for all lengths in between."""
+"""Prompts are padded to a multiple of this, so that generation compiles once for all lengths between two multiples."""
 
 
 def generate(
@@ -189,10 +189,10 @@ def generate(
     edit: Edit | None = None,
     mlp: Mlp | None = None,
 ) -> str | np.ndarray:
-    """The prompt with its continuation: text for text, ids for ids; greedy unless a temperature is given.
+    """The prompt with its continuation: text for text, ids for ids. Greedy unless a temperature is given.
 
-    A row ends at a stop token (the model's own by default) and repeats it from there on; all `max_new_tokens` steps are
-    run all the same, in one compiled program.
+    A row ends at a stop token (by default the model's own) and repeats it from there on. All `max_new_tokens` steps run
+    in any case, in one compiled program.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
@@ -221,17 +221,17 @@ def generate(
             edit,
             mlp,
         )
-    whole = np.concatenate([batch, np.asarray(new)], axis=1)
+    continued = np.concatenate([batch, np.asarray(new)], axis=1)
     if isinstance(prompt, str):
         assert model.tokenizer is not None
-        ids = whole[0].tolist()
+        ids = continued[0].tolist()
         end = next((i for i in range(length, len(ids)) if ids[i] in stops), len(ids))
         return prompt + model.tokenizer.decode(ids[:end])[len(model.tokenizer.decode(ids[:length])) :]
-    return whole[0] if tokens.ndim == 1 else whole
+    return continued[0] if tokens.ndim == 1 else continued
 
 
 def token_array(model: Model, prompt: Prompt) -> np.ndarray:
-    """The prompt as int32 ids `[T]` or `[B, T]`, checked against the model."""
+    """The prompt as int32 ids `[T]` or `[B, T]`, after checks against the model."""
     try:
         ids = np.asarray(model.encode(prompt) if isinstance(prompt, str) else prompt)
     except ValueError:

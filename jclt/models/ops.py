@@ -6,22 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jclt.models.config import Activation, ModelConfig, RopeScaling
+from jclt.numerics import einsum
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int, Mask
 
 
-def contract(equation: str, x: Array, weight: Array) -> Array:
-    """An einsum in which float32 means float32 on every device; bfloat16 operands give a float32 sum."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, weight, precision=precision, preferred_element_type=wide(x.dtype))
-
-
-def wide(dtype: DTypeLike) -> DTypeLike:
-    """The type that sums, norms and softmaxes are computed in: at least float32."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
 @jax.jit
-def finite_rows(x: Float[Array, "..."]) -> Bool[Array, "_"]:
+def find_finite_rows(x: Float[Array, "..."]) -> Bool[Array, "_"]:
     """Whether all numbers of each row are finite."""
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
@@ -34,29 +24,29 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
-def centred(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+def center(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     return x - x.mean(axis=-1, keepdims=True)
 
 
-def denominator(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch"]:
-    """What a norm divides by: the root mean square of its (centred) input."""
-    return held(jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(epsilon, x.dtype)))
+def compute_denominator(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch"]:
+    """The denominator of a norm: the root mean square of its (centred) input."""
+    return prevent_fusion(jnp.sqrt(jnp.mean(x * x, axis=-1) + jnp.asarray(epsilon, x.dtype)))
 
 
-def held(x: Array) -> Array:
-    """The same value, computed apart from what uses it.
+def prevent_fusion(x: Array) -> Array:
+    """The same value, which the compiler may not fuse with the operations that use it.
 
-    The compiler would otherwise merge a norm's sums with what comes before them, and its root with the division, in
-    ways that depend on which sites are in use: held apart, the network computes the same bits whatever is captured.
+    Otherwise it fuses a norm's sums with the operations before them, and its root with the division, in ways that
+    depend on which sites are in use. Unfused, the network computes the same bits whatever is captured.
     """
     return jax.lax.optimization_barrier(x)
 
 
-def rounded(x: Array) -> Array:
-    """The same value, rounded before it is added to anything.
+def prevent_fma(x: Array) -> Array:
+    """The same value, rounded before it is added to anything: no fused multiply-add.
 
-    A processor may add a product without rounding it first, which the compiler uses where it sees both at once: the sum
-    would depend on whether a site lies between. A maximum that changes no finite value keeps them apart.
+    A fused multiply-add does not round the product. The compiler uses it where it sees product and sum together, so the
+    sum would depend on whether a site is between the two. A maximum that changes no finite value separates them.
     """
     return jnp.maximum(x, jnp.finfo(x.dtype).min)
 
@@ -69,21 +59,22 @@ def soft_cap(x: Array, cap: float | None) -> Array:
 
 
 def rotary_frequencies(width: int, base: float, scaling: RopeScaling | None) -> Float[Array, "half"]:
-    """Radians a position for each pair of rotating dimensions."""
+    """Radians per position, for each pair of rotating dimensions."""
     frequencies = 1.0 / base ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    # Llama 3: waves longer than the original context are slowed by the factor, short ones left, the rest blended.
+    # Llama 3 divides frequencies by the factor where a wave is longer than the original context, keeps those of short
+    # waves, and interpolates between the two.
     turns = scaling.original_context * frequencies / (2 * jnp.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+    kept_share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept_share + (1.0 - kept_share) / scaling.factor)
 
 
 def rotation(config: ModelConfig, positions: Int[Array, "B T"], local: bool, dtype: DTypeLike) -> tuple[Array, Array]:
-    """Cosines and sines `[B, T, 1, half]` of the angles by which queries and keys are turned."""
+    """Cosines and sines `[B, T, 1, half]` of the angles by which queries and keys are rotated."""
     if local and config.rope_local_base is not None:
         frequencies = rotary_frequencies(config.rotary_width, config.rope_local_base, None)
     else:
@@ -92,17 +83,17 @@ def rotation(config: ModelConfig, positions: Int[Array, "B T"], local: bool, dty
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
-def rotate(x: Float[Array, "B T H K"], turn: tuple[Array, Array]) -> Float[Array, "B T H K"]:
-    """Turns the first dimensions of every head, paired as (i, i + half); the others pass."""
-    cos, sin = turn
+def rotate(x: Float[Array, "B T H K"], cos_and_sin: tuple[Array, Array]) -> Float[Array, "B T H K"]:
+    """Rotates the first dimensions of every head, in pairs (i, i + half); the other dimensions stay as they are."""
+    cos, sin = cos_and_sin
     half = cos.shape[-1]
     first, second = x[..., :half].astype(cos.dtype), x[..., half : 2 * half].astype(cos.dtype)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), x[..., 2 * half :]], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., 2 * half :]], axis=-1)
 
 
 def causal_mask(queries: Int[Array, "B T"], keys: Int[Array, "S"], window: int | None) -> Mask:
-    """Which positions each position may attend to; a window of w is the position itself and the w - 1 before it."""
+    """The positions that each position may attend to. A window of w is the position itself and the w - 1 before it."""
     distance = queries[:, :, None] - keys[None, None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -113,7 +104,7 @@ def attention_scores(
     """Scaled products in float32; each group of H / G query heads shares one key head."""
     (b, t, h, k), (s, g) = queries.shape, keys.shape[1:3]
     grouped = queries.reshape(b, t, g, h // g, k)
-    return contract("btgrk,bsgk->bgrts", grouped, keys).reshape(b, h, t, s) * scale
+    return einsum("btgrk,bsgk->bgrts", grouped, keys).reshape(b, h, t, s) * scale
 
 
 def softmax(scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B H T S"]:
@@ -123,4 +114,4 @@ def softmax(scores: Float[Array, "B H T S"], mask: Bool[Array, "B T S"]) -> Floa
 def attend(pattern: Float[Array, "B H T S"], values: Float[Array, "B S G K"]) -> Float[Array, "B T H K"]:
     (b, h, t, s), (g, k) = pattern.shape, values.shape[2:]
     grouped = pattern.astype(values.dtype).reshape(b, g, h // g, t, s)
-    return contract("bgrts,bsgk->btgrk", grouped, values).astype(values.dtype).reshape(b, t, h, k)
+    return einsum("bgrts,bsgk->btgrk", grouped, values).astype(values.dtype).reshape(b, t, h, k)

@@ -1,21 +1,19 @@
-"""The named places of the forward pass, and what can be done at each: capture, replace, freeze.
+"""The sites: named values of the forward pass that can be captured and edited.
 
-A site is a value on its way through the network. The transformer hands every value to a `Sites` object under the site's
-name and goes on with what it gets back; where nothing was asked for, that is the value itself, and the compiled program
-is the one without sites.
+The transformer calls a `Sites` object with the site's name and the value, and goes on with the result. Where a site is
+neither captured nor edited, the result is the value itself, and the compiled program is the one without sites.
 """
 # JAX's own types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 
-from jclt.errors import UserError, nearest
+from jclt.errors import UserError, suggest_name
 from jclt.models.config import ModelConfig
-from jclt.shapes import Array, Bool, Layer
+from jclt.models.edits import Edit
+from jclt.shapes import Array, Layer
 
 LAYER_SITES: dict[str, str] = {
     "resid_pre": "B T D: the residual stream before the block",
@@ -78,17 +76,14 @@ PEER_NAMES: dict[str, str] = {
     "hook_resid_post": "resid_post",
     "ln_final.hook_scale": "final_denominator",
 }
-"""What TransformerLens and circuit-tracer call the same places, relative to the block."""
+"""The names of TransformerLens and circuit-tracer for the same sites, relative to the block."""
 
 PATTERNS_AND_DENOMINATORS = ("pattern", *(name for name in SITES if name.endswith("denominator")))
-"""What the local replacement model freezes: with these constant, everything but the MLPs is linear."""
-
-Edit = Callable[[str, Layer, Array], Array]
-"""Given a site's name, its layer and its value there, returns what the network goes on with; often the value itself."""
+"""The sites that the local replacement model freezes. While they are constant, everything but the MLPs is linear."""
 
 
 def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
-    """The names as a tuple, or an error naming the first that this model has not and, for a peer's name, ours."""
+    """The names as a tuple; an error for the first site that this model does not have. It translates peers' names."""
     absent: list[str] = [] if config.qk_norm else ["query_denominator", "key_denominator"]
     absent += [] if config.post_norms else ["attn_post_denominator", "mlp_post_denominator"]
     absent += [] if config.learned_positions else ["position_embedding"]
@@ -97,67 +92,27 @@ def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
         if name in PEER_NAMES and name not in SITES:
             raise UserError(f"site '{name}': this is called '{PEER_NAMES[name]}' here")
         if name not in SITES:
-            raise UserError(f"site '{name}' does not exist; {nearest(name, SITES)}")
+            raise UserError(f"site '{name}' does not exist; {suggest_name(name, SITES)}")
         if name in absent:
             raise UserError(f"site '{name}': a {config.family} model of this configuration has none")
     return names
 
 
-class Replace(eqx.Module):
-    """An edit that puts given values at given sites, everywhere or where a mask says so.
-
-    Values are shaped as they are captured (with a leading layer axis inside the layers, and without a batch axis where
-    the prompt had none); a mask is any boolean array of as many axes that broadcasts to its value.
-    """
-
-    values: dict[str, Array]
-    where: dict[str, Bool[Array, "..."]]
-
-    def __init__(self, values: Mapping[str, Array], where: Mapping[str, Array] | None = None):
-        for name in where or {}:
-            if name not in values:
-                raise UserError(f"replacement: a mask for site '{name}', but no values for it")
-        self.values = {name: jnp.asarray(value) for name, value in values.items()}
-        self.where = {name: jnp.asarray(mask) for name, mask in (where or {}).items()}
-        for name, mask in self.where.items():
-            if mask.ndim != self.values[name].ndim:
-                raise UserError(
-                    f"replacement of site '{name}': its mask has {mask.ndim} axes, expected {self.values[name].ndim}"
-                )
-
-    def __call__(self, name: str, layer: Layer, value: Array) -> Array:
-        if name not in self.values:
-            return value
-        new, mask = self.values[name], self.where.get(name, jnp.ones((1,) * self.values[name].ndim, bool))
-        if layer is not None:
-            new, mask = new[layer], mask[layer if mask.shape[0] > 1 else 0]
-        if new.ndim == value.ndim - 1:
-            new, mask = new[None], mask[None]
-        for kind, array in (("values", new), ("mask", mask)):
-            if array.ndim != value.ndim or any(a not in (1, b) for a, b in zip(array.shape, value.shape, strict=True)):
-                raise UserError(f"replacement of site '{name}': {kind} of shape {array.shape}, expected {value.shape}")
-        if name not in self.where:
-            return jnp.broadcast_to(new.astype(value.dtype), value.shape)
-        return jnp.where(jnp.broadcast_to(mask, value.shape), new.astype(value.dtype), value)
-
-
 class Sites:
-    """What happens at the sites of one layer, or outside the layers; `seen` gathers what was captured."""
+    """The sites of one layer, or those outside the layers: edits them, and collects the captured values in `seen`."""
 
-    def __init__(self, layer: Layer, capture: tuple[str, ...], freeze: tuple[str, ...], edit: Edit | None):
-        self.layer, self.capture, self.freeze, self.edit = layer, capture, freeze, edit
+    def __init__(self, layer: Layer, capture: tuple[str, ...] = (), edit: Edit | None = None):
+        self.layer, self.capture, self.edit = layer, capture, edit
         self.seen: dict[str, Array] = {}
 
     def __call__(self, name: str, value: Array) -> Array:
-        # The barriers keep the compiler from fusing across a site that is in use: what was captured is then bit for
-        # bit what the network went on with, and putting it back changes nothing.
+        # The compiler must not fuse across a site that is in use. Then a captured value is bit for bit the one that
+        # the network goes on with, and putting it back changes nothing.
         if self.edit is not None:
-            held = jax.lax.optimization_barrier(value)
-            edited = self.edit(name, self.layer, held)
-            if edited is not held:
+            computed = jax.lax.optimization_barrier(value)
+            edited = self.edit(name, self.layer, computed)
+            if edited is not computed:
                 value = jax.lax.optimization_barrier(edited)
-        if name in self.freeze:
-            value = jax.lax.stop_gradient(value)
         if name in self.capture:
             value = self.seen[name] = jax.lax.optimization_barrier(value)
         return value

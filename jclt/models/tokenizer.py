@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the `tokenizers` library."""
+"""Text to token ids and back, with the `tokenizers` library."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,23 +18,23 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Encodes with the special tokens that the model expects (such as a first <bos>); decodes without them."""
+    """Encodes with the special tokens that the model expects, such as a first <bos>, and decodes without them."""
 
     backend: Backend
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(checked(text)).ids
+        return self.backend.encode(check_text(text)).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode([int(i) for i in ids])
 
     def plain(self, text: str) -> list[int]:
         """The ids of the text alone, without special tokens."""
-        return self.backend.encode(checked(text), add_special_tokens=False).ids
+        return self.backend.encode(check_text(text), add_special_tokens=False).ids
 
     def text(self, token: int) -> str:
-        """One token as it stands within a text, with its leading space; a special token by its name."""
-        once = self.backend.decode([token])  # a first token may lose its space
+        """The text of one token within a longer text, with its leading space; for a special token its name."""
+        once = self.backend.decode([token])  # decoding may drop the space of a first token
         return self.backend.decode([token, token])[len(once) :] or self.backend.id_to_token(token) or str(token)
 
     @property
@@ -42,7 +42,7 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def save(self, folder: Path, config: ModelConfig) -> None:
-        """Writes `tokenizer.json`, and beside it what transformers wants to be told."""
+        """Writes `tokenizer.json`, and `tokenizer_config.json` for transformers."""
         write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         ends = {"bos_token": config.bos_token, "eos_token": next(iter(config.stop_tokens), None)}
         settings = {
@@ -54,8 +54,8 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", settings)
 
 
-def checked(text: str) -> str:
-    """The text itself, or an error where part of it is none: a byte that could not be decoded, half of a character."""
+def check_text(text: str) -> str:
+    """The same text; an error if part of it is not text: a byte that could not be decoded, half of a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -65,12 +65,14 @@ def checked(text: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer, or None where it has none: a model without text can still be run on token ids."""
+    """The folder's tokenizer, or None where there is none: such a model still runs on token ids."""
     path = folder / "tokenizer.json"
     if os.path.lexists(path):
         content = read_bytes(path)
-        backend = _read(lambda: Backend.from_buffer(content), f"{path}: not a tokenizer that the library reads")
-        # Settings of whoever trained the tokenizer, not of the model: a prompt is neither cut nor filled up.
+        backend = _read_with_library(
+            lambda: Backend.from_buffer(content), f"{path}: not a tokenizer that the library reads"
+        )
+        # Truncation and padding are settings from the tokenizer's training. Prompts are neither cut nor padded.
         backend.no_truncation()
         backend.no_padding()
         return Tokenizer(backend)
@@ -78,9 +80,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if os.path.lexists(vocabulary) and os.path.lexists(merges):
         check_file(merges)
         what = f"{vocabulary}: not a byte-pair vocabulary with {merges.name}"
-        if not all(isinstance(number, int) for number in read_json(vocabulary).values()):  # the library skips others
+        if not all(
+            isinstance(number, int) for number in read_json(vocabulary).values()
+        ):  # the library skips other entries
             raise UserError(f"{what} (a token without its number)")
-        backend = Backend(_read(lambda: models.BPE.from_file(str(vocabulary), str(merges)), what))
+        backend = Backend(_read_with_library(lambda: models.BPE.from_file(str(vocabulary), str(merges)), what))
         backend.add_special_tokens([token for token in ("<|endoftext|>",) if backend.token_to_id(token) is not None])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -88,9 +92,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return None
 
 
-def _read(read: Callable[[], Read], what: str) -> Read:
-    """What the library reads. Of what it does not it says so by a bare Exception, or by one of its panics, which are
-    no Exceptions at all."""
+def _read_with_library(read: Callable[[], Read], what: str) -> Read:
+    """What the library reads, or one clear error. The library raises a bare Exception, or a panic of its Rust code,
+    which is not an Exception."""
     try:
         return read()
     except BaseException as error:

@@ -1,8 +1,10 @@
-"""The transformer: one definition for every family, pure functions of parameters and tokens in a thin Flax shell.
+"""The transformer: one definition for every family, as pure functions of parameters and tokens.
 
-Reading order: `forward` embeds, runs the blocks, unembeds; `block` is attention, then the MLP, each reading the
-residual stream through a norm and writing back to it. Every value passes through `site(name, value)`, where it may be
-captured, replaced or frozen. The MLP is an argument: a function from what the MLP reads to what it adds to the stream.
+Reading order: `forward` embeds the tokens, runs the blocks and unembeds. `block` is attention, then the MLP. Each reads
+the residual stream through a norm and adds its output to it. Every value passes through `site(name, value)`, which may
+capture or edit it. The MLP is an argument: a function from its input to what it adds to the stream.
+
+`Transformer`, a Flax module, holds the parameters and nothing else.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,16 +15,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jclt.mesh import gathered, is_split
+from jclt.mesh import is_split, replicate
 from jclt.models import ops
 from jclt.models.config import ModelConfig
-from jclt.models.sites import Edit, Sites
-from jclt.models.weights import declare, layer_weights
-from jclt.shapes import Array, DTypeLike, Float, Int, Layer, Logits, Params, Seen, Stream, Tokens
+from jclt.models.edits import Edit
+from jclt.models.sites import Sites
+from jclt.models.weights import declare, declare_layer_weights
+from jclt.numerics import at_least_float32, einsum
+from jclt.shapes import Array, Captured, DTypeLike, Float, Int, Layer, Logits, Params, Stream, Tokens
 
 Mlp = Callable[[Layer, Mapping[str, Array], Callable[[], Array]], Array]
-"""`mlp(layer, reads, true)`: from the values at the sites that an MLP can read (`resid_mid`, `mlp_normalized`,
-`mlp_in`) to what is added to the residual stream; `true()` is the model's own MLP."""
+"""`mlp(layer, reads, true)` returns what is added to the residual stream. `reads` holds the values at the sites that an
+MLP can read (`resid_mid`, `mlp_normalized`, `mlp_in`); `true()` is the output of the model's own MLP."""
 
 
 class Cache(NamedTuple):
@@ -33,54 +37,57 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks share in one pass."""
+    """What all blocks of one pass share."""
 
     config: ModelConfig
     positions: Int[Array, "B T"]
-    turns: tuple[tuple[Array, Array], tuple[Array, Array]]  # rotations in global and in local layers
-    masks: tuple[Array, Array]  # what each position may attend to, likewise
+    rotations: tuple[tuple[Array, Array], tuple[Array, Array]]  # of global layers, of local layers
+    masks: tuple[Array, Array]  # of global layers, of local layers
     mlp: Mlp
 
 
-def shared_context(
+def make_context(
     config: ModelConfig, positions: Int[Array, "B T"], keys: int, dtype: DTypeLike, mlp: Mlp | None = None
 ) -> Context:
-    """The context of a pass over tokens at these positions, which attend to so many keys; the true MLPs by default."""
-    at, wide = jnp.arange(keys, dtype=positions.dtype), ops.wide(dtype)
+    """The context of a pass over tokens at these positions, which attend to `keys` keys. By default with true MLPs."""
+    key_positions, wide = jnp.arange(keys, dtype=positions.dtype), at_least_float32(dtype)
     return Context(
-        config,
-        positions,
-        turns=(ops.rotation(config, positions, False, wide), ops.rotation(config, positions, True, wide)),
-        masks=(ops.causal_mask(positions, at, None), ops.causal_mask(positions, at, config.window)),
+        config=config,
+        positions=positions,
+        rotations=(ops.rotation(config, positions, False, wide), ops.rotation(config, positions, True, wide)),
+        masks=(
+            ops.causal_mask(positions, key_positions, None),
+            ops.causal_mask(positions, key_positions, config.window),
+        ),
         mlp=mlp or (lambda layer, reads, true: true()),
     )
 
 
 def normalize(config: ModelConfig, name: str, site: Sites, x: Array) -> Array:
-    """x over its last axis divided by its norm, in at least float32; the denominator is a site."""
-    x = ops.held(x).astype(ops.wide(x.dtype))
+    """x divided by its norm over the last axis, in at least float32. The denominator is a site."""
+    x = ops.prevent_fusion(x).astype(at_least_float32(x.dtype))
     if config.norm == "layer":
-        x = ops.centred(x)
-    divisor = jnp.ones_like(x[..., 0]) if config.norm == "none" else ops.denominator(x, config.norm_epsilon)
-    divisor = site(f"{name.removesuffix('_norm')}_denominator", divisor)
-    return x / divisor[..., None]
+        x = ops.center(x)
+    denominator = jnp.ones_like(x[..., 0]) if config.norm == "none" else ops.compute_denominator(x, config.norm_epsilon)
+    denominator = site(f"{name.removesuffix('_norm')}_denominator", denominator)
+    return x / denominator[..., None]
 
 
-def gain(config: ModelConfig, weights: Params, name: str, x: Array, dtype: DTypeLike) -> Array:
-    """The second half of the norm `name`: its gain and bias."""
-    per_axis = (None,) * (x.ndim - 1)
-    x = x * (weights[f"{name}_gain"].astype(x.dtype) + jnp.asarray(config.norm_offset, x.dtype))[per_axis]
+def apply_gain(config: ModelConfig, weights: Params, name: str, x: Array, dtype: DTypeLike) -> Array:
+    """The second half of the norm `name`: multiplies by its gain and adds its bias."""
+    leading_axes = (None,) * (x.ndim - 1)
+    x = x * (weights[f"{name}_gain"].astype(x.dtype) + jnp.asarray(config.norm_offset, x.dtype))[leading_axes]
     bias = weights.get(f"{name}_bias")
-    return (x if bias is None else x + bias.astype(x.dtype)[per_axis]).astype(dtype)
+    return (x if bias is None else x + bias.astype(x.dtype)[leading_axes]).astype(dtype)
 
 
-def norm(config: ModelConfig, weights: Params, name: str, site: Sites, x: Array) -> Array:
-    return gain(config, weights, name, normalize(config, name, site, x), x.dtype)
+def apply_norm(config: ModelConfig, weights: Params, name: str, site: Sites, x: Array) -> Array:
+    return apply_gain(config, weights, name, normalize(config, name, site, x), x.dtype)
 
 
 def project(weights: Params, name: str, equation: str, x: Array) -> Array:
-    """The weight `name` applied to x, with its bias where the model has one."""
-    out = ops.contract(equation, x, weights[name]).astype(x.dtype)
+    """x times the weight `name`, plus its bias where the model has one."""
+    out = einsum(equation, x, weights[name]).astype(x.dtype)
     bias = weights.get(f"{name}_bias")
     return out if bias is None else out + bias[None, None]
 
@@ -88,17 +95,17 @@ def project(weights: Params, name: str, equation: str, x: Array) -> Array:
 def attention(
     context: Context, weights: Params, layer: int | Array, site: Sites, x: Stream, cache: Cache | None
 ) -> tuple[Stream, Cache | None]:
-    """What attention returns, and the cache with this pass's keys and values added."""
+    """The output of attention, and the cache with this pass's keys and values added."""
     c = context.config
     queries, keys, values = (project(weights, name, "btd,dhk->bthk", x) for name in ("query", "key", "value"))
     if c.qk_norm:
-        queries = norm(c, weights, "query_norm", site, queries)
-        keys = norm(c, weights, "key_norm", site, keys)
+        queries = apply_norm(c, weights, "query_norm", site, queries)
+        keys = apply_norm(c, weights, "key_norm", site, keys)
     queries, keys, values = site("queries", queries), site("keys", keys), site("values", values)
 
-    turn, mask = of_kind(c, layer, context.turns), of_kind(c, layer, context.masks)
+    rotation, mask = select_for_layer(c, layer, context.rotations), select_for_layer(c, layer, context.masks)
     if not c.learned_positions:
-        queries, keys = ops.rotate(queries, turn), ops.rotate(keys, turn)
+        queries, keys = ops.rotate(queries, rotation), ops.rotate(keys, rotation)
     if cache is not None:
         rows = jnp.arange(keys.shape[0])[:, None]
         cache = Cache(
@@ -106,7 +113,7 @@ def attention(
         )
         keys, values = cache
 
-    scale = jnp.asarray(c.score_scale, ops.wide(queries.dtype))
+    scale = jnp.asarray(c.score_scale, at_least_float32(queries.dtype))
     if c.attn_scale_by_layer:
         scale = scale / (jnp.asarray(layer, scale.dtype) + 1)
     scores = site("attn_scores", ops.soft_cap(ops.attention_scores(queries, keys, scale), c.attn_softcap))
@@ -116,27 +123,27 @@ def attention(
 
 
 def true_mlp(config: ModelConfig, weights: Params, site: Sites, x: Stream) -> Stream:
-    """What the model's own MLP returns."""
-    act = ops.ACTIVATIONS[config.activation]
+    """The output of the model's own MLP."""
+    activation = ops.ACTIVATIONS[config.activation]
     up = project(weights, "up", "btd,dm->btm", x)
-    neurons = act(project(weights, "gate", "btd,dm->btm", x)) * up if config.gated else act(up)
+    neurons = activation(project(weights, "gate", "btd,dm->btm", x)) * up if config.gated else activation(up)
     return project(weights, "down", "btm,md->btd", site("mlp_neurons", neurons))
 
 
 def block(
     context: Context, weights: Params, layer: int | Array, site: Sites, x: Stream, cache: Cache | None
 ) -> tuple[Stream, Cache | None]:
-    """One layer: what attention and the MLP read from the residual stream and add to it."""
+    """One layer: the residual stream after it, and the cache."""
     c = context.config
-    weights = {name: gathered(weight) for name, weight in weights.items()}
+    weights = {name: replicate(weight) for name, weight in weights.items()}
     x = site("resid_pre", x)
 
     with jax.named_scope("attention"):
-        attn_in = site("attn_in", norm(c, weights, "attn_norm", site, x))
+        attn_in = site("attn_in", apply_norm(c, weights, "attn_norm", site, x))
         raw, cache = attention(context, weights, layer, site, attn_in, cache)
         attn_out = site("attn_raw_out", raw)
         if c.post_norms:
-            attn_out = ops.rounded(norm(c, weights, "attn_post_norm", site, attn_out))
+            attn_out = ops.prevent_fma(apply_norm(c, weights, "attn_post_norm", site, attn_out))
         attn_out = site("attn_out", attn_out)
         stream = x + attn_out
 
@@ -144,19 +151,19 @@ def block(
         mid = site("resid_mid", x if c.parallel else stream)
         stream = stream if c.parallel else mid
         normalized = site("mlp_normalized", normalize(c, "mlp_norm", site, mid))
-        mlp_in = site("mlp_in", gain(c, weights, "mlp_norm", normalized, mid.dtype))
+        mlp_in = site("mlp_in", apply_gain(c, weights, "mlp_norm", normalized, mid.dtype))
 
         def true() -> Stream:
             out = site("mlp_raw_out", true_mlp(c, weights, site, mlp_in))
-            return ops.rounded(norm(c, weights, "mlp_post_norm", site, out)) if c.post_norms else out
+            return ops.prevent_fma(apply_norm(c, weights, "mlp_post_norm", site, out)) if c.post_norms else out
 
         reads = {"resid_mid": mid, "mlp_normalized": normalized, "mlp_in": mlp_in}
         mlp_out = site("mlp_out", context.mlp(layer, reads, true))
     return site("resid_post", stream + mlp_out), cache
 
 
-def of_kind(config: ModelConfig, layer: int | Array, global_and_local: tuple[Any, Any]) -> Any:
-    """Of two values the one that holds in this layer: that of global or that of local layers."""
+def select_for_layer(config: ModelConfig, layer: int | Array, global_and_local: tuple[Any, Any]) -> Any:
+    """The value for this layer, of a pair: one for global layers, one for layers with a sliding window."""
     local = config.local_layers
     if len(local) in (0, config.layers) or isinstance(layer, int):
         return global_and_local[bool(local) and (layer in local if isinstance(layer, int) else True)]
@@ -164,33 +171,36 @@ def of_kind(config: ModelConfig, layer: int | Array, global_and_local: tuple[Any
     return jax.tree.map(lambda far, near: jnp.where(is_local, near, far), *global_and_local)
 
 
-def rows(table: Float[Array, "V D"], index: Int[Array, "B T"]) -> Stream:
-    """Rows of an embedding, split over devices as their indices are. Where the table lies in pieces the rows travel, of
-    which there are few, and not the table: each device looks up its piece of all of them."""
+def look_up_rows(table: Float[Array, "V D"], index: Int[Array, "B T"]) -> Stream:
+    """Rows of an embedding, sharded like their indices.
+
+    Where the table is sharded, the rows are communicated and not the table, which is larger: each device looks up its
+    columns of all rows.
+    """
     if not is_split(index) and not is_split(table):
         return table[index]
-    pieces = jax.typeof(table).sharding.spec[1]
-    found = table.at[gathered(index)].get(out_sharding=P(None, None, pieces))
-    return jax.reshard(found, P(*jax.typeof(index).sharding.spec, None))
+    column_axes = jax.typeof(table).sharding.spec[1]
+    table_rows = table.at[replicate(index)].get(out_sharding=P(None, None, column_axes))
+    return jax.reshard(table_rows, P(*jax.typeof(index).sharding.spec, None))
 
 
 def embed(config: ModelConfig, params: Params, tokens: Tokens, positions: Int[Array, "B T"], site: Sites) -> Stream:
     """The residual stream before the first block."""
-    x = rows(params["token_embedding"], tokens)
+    x = look_up_rows(params["token_embedding"], tokens)
     if config.scaled_embedding:
         x = x * jnp.asarray(config.width**0.5, x.dtype)
     x = site("token_embedding", x)
     if config.learned_positions:
-        x = x + site("position_embedding", rows(params["position_embedding"], positions))
+        x = x + site("position_embedding", look_up_rows(params["position_embedding"], positions))
     return x
 
 
 def unembed(config: ModelConfig, params: Params, x: Stream, site: Sites) -> Logits:
     """Logits in at least float32."""
-    weights = {name: gathered(params[name]) for name in params if name.startswith("final_norm")}
-    x = site("resid_final", norm(config, weights, "final_norm", site, x))
-    table = gathered(params["token_embedding" if config.tied else "unembedding"])
-    logits = ops.contract("btd,vd->btv", x, table)
+    weights = {name: replicate(params[name]) for name in params if name.startswith("final_norm")}
+    x = site("resid_final", apply_norm(config, weights, "final_norm", site, x))
+    table = replicate(params["token_embedding" if config.tied else "unembedding"])
+    logits = einsum("btd,vd->btv", x, table)
     return site("logits", ops.soft_cap(logits, config.logit_softcap))
 
 
@@ -200,29 +210,30 @@ def forward(
     tokens: Tokens,
     *,
     capture: tuple[str, ...] = (),
-    freeze: tuple[str, ...] = (),
     edit: Edit | None = None,
     mlp: Mlp | None = None,
     cache: Cache | None = None,
     positions: Int[Array, "B T"] | None = None,
     unroll: bool = False,
     remat: bool = False,
-) -> tuple[Logits, Seen, Cache | None]:
+) -> tuple[Logits, Captured, Cache | None]:
     """Logits `[B, T, V]`, the captured sites (inside the layers with a leading layer axis), and the cache.
 
-    Layers run as one scanned program, or one after the other where `unroll` is set, so that `edit` and `mlp` are given
-    their layer as an `int`. With a cache, `positions` says where the tokens stand; otherwise they start at 0.
+    Layers run as one `jax.lax.scan`. With `unroll` they run one after the other, and `edit` and `mlp` receive the layer
+    as an `int`. With a cache, `positions` are the positions of the tokens; without one they start at 0.
     """
     if positions is None:
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None]
     keys = tokens.shape[1] if cache is None else cache.keys.shape[2]
-    context = shared_context(config, positions, keys, params["token_embedding"].dtype, mlp)
-    outside = Sites(None, capture, freeze, edit)
-    stacked = {name: params[name] for name in layer_weights(config)}
+    context = make_context(config, positions, keys, params["token_embedding"].dtype, mlp)
+    outside = Sites(None, capture, edit)
+    stacked = {name: params[name] for name in declare_layer_weights(config)}
 
-    def step(x: Stream, scanned: tuple[int | Array, Params, Cache | None]) -> tuple[Stream, tuple[Seen, Cache | None]]:
+    def step(
+        x: Stream, scanned: tuple[int | Array, Params, Cache | None]
+    ) -> tuple[Stream, tuple[Captured, Cache | None]]:
         layer, weights, layer_cache = scanned
-        site = Sites(layer, capture, freeze, edit)
+        site = Sites(layer, capture, edit)
         x, layer_cache = block(context, weights, layer, site, x, layer_cache)
         return x, (site.seen, layer_cache)
 
@@ -232,8 +243,8 @@ def forward(
     if unroll:
         per_layer = []
         for layer in range(config.layers):
-            x, kept = step(x, (layer, *jax.tree.map(lambda leaf, layer=layer: leaf[layer], (stacked, cache))))
-            per_layer.append(kept)
+            x, outputs = step(x, (layer, *jax.tree.map(lambda leaf, layer=layer: leaf[layer], (stacked, cache))))
+            per_layer.append(outputs)
         seen, cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
     else:
         x, (seen, cache) = jax.lax.scan(step, x, (jnp.arange(config.layers), stacked, cache))
@@ -243,12 +254,12 @@ def forward(
 
 
 class Transformer(nn.Module):
-    """Holds the parameters, and nothing else; the arithmetic is `forward`."""
+    """Holds the parameters and nothing else; the computation is `forward`."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, **options: Any) -> tuple[Logits, Seen, Cache | None]:
+    def __call__(self, tokens: Tokens, **options: Any) -> tuple[Logits, Captured, Cache | None]:
         params = {
             name: self.param(name, lambda key, weight=weight: weight.init(key, jnp.float32))
             for name, weight in declare(self.config).items()

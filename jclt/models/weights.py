@@ -1,4 +1,4 @@
-"""One declaration per weight gives its shape, its initial values, its placement and what a checkpoint restores."""
+"""One declaration per weight: its shape, initial values, sharding and the target for restoring a checkpoint."""
 
 import math
 from collections.abc import Iterable
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jclt.mesh import AnyMesh, sharding
+from jclt.mesh import AnyMesh, make_sharding
 from jclt.models.config import ModelConfig
 from jclt.shapes import Array, DTypeLike
 
 
 class Weight(NamedTuple):
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]  # names that `sharding.RULES` knows are placed by it
+    axes: tuple[str | None, ...]  # logical axes: `mesh.LOGICAL_AXES` says how each is sharded
     scale: float | None  # standard deviation of the initial values; None: the constant below
     constant: float = 0.0
-    inputs: int = 0  # of a layer's matrices: how many of the leading axes it contracts
+    inputs: int = 0  # for matrices: how many leading axes it contracts
 
     def init(self, key: Array, dtype: DTypeLike) -> Array:
         if self.scale is None:
@@ -25,15 +25,16 @@ class Weight(NamedTuple):
         return (self.scale * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
 
     def abstract(self, mesh: AnyMesh | None, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        placed = sharding(mesh, self.shape, self.axes) if mesh is not None else None
-        return jax.ShapeDtypeStruct(self.shape, dtype, sharding=placed)
+        where = make_sharding(mesh, self.shape, self.axes) if mesh is not None else None
+        return jax.ShapeDtypeStruct(self.shape, dtype, sharding=where)
 
 
-def layer_weights(config: ModelConfig) -> dict[str, Weight]:
-    """The weights that every layer has, as one layer sees them."""
+def declare_layer_weights(config: ModelConfig) -> dict[str, Weight]:
+    """The weights of one layer; every layer has the same ones."""
     c = config
     d, m, h, g, k = c.width, c.mlp_width, c.heads, c.key_heads, c.head_size
-    # Products start at unit gain; what writes to the residual stream is damped so that it does not grow with depth.
+    # Initially products keep the scale of their inputs. Writes to the residual stream are smaller, so that the stream
+    # does not grow with depth.
     read, write = d**-0.5, (2 * c.layers) ** -0.5
     gain = Weight((d,), ("stored",), None, 1.0 - c.norm_offset)
     head_gain = Weight((k,), (None,), None, 1.0 - c.norm_offset)
@@ -70,7 +71,7 @@ def layer_weights(config: ModelConfig) -> dict[str, Weight]:
     return weights
 
 
-def model_weights(config: ModelConfig) -> dict[str, Weight]:
+def declare_model_weights(config: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers."""
     c = config
     embedding = Weight((c.vocabulary, c.width), (None, "stored"), 0.02)
@@ -88,12 +89,12 @@ def model_weights(config: ModelConfig) -> dict[str, Weight]:
 
 
 def declare(config: ModelConfig) -> dict[str, Weight]:
-    """Every weight of the model; those of the layers are stacked along a leading layer axis."""
+    """Every weight of the model. Weights of the layers are stacked along a leading layer axis."""
     stacked = {
         name: weight._replace(shape=(config.layers, *weight.shape), axes=(None, *weight.axes))
-        for name, weight in layer_weights(config).items()
+        for name, weight in declare_layer_weights(config).items()
     }
-    return model_weights(config) | stacked
+    return declare_model_weights(config) | stacked
 
 
 def abstract_params(
@@ -102,8 +103,8 @@ def abstract_params(
     return {name: weight.abstract(mesh, dtype) for name, weight in declare(config).items()}
 
 
-def bytes_at_once(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
-    """What these arrays take of the memory that is asked for: one device's, or, of CPU devices, this host's."""
+def count_local_bytes(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
+    """The memory that these arrays take on one device; for CPU devices, on this host."""
     total = 0
     for x in arrays:
         where = x.sharding

@@ -1,107 +1,167 @@
-"""Whether attribution graphs can be made on a slice: their programs, compiled for one prompt a chip.
+"""Whether attribution graphs can be made on a slice: their programs are compiled, for one prompt per chip.
 
-Each chip holds the whole coder and the whole model, in float32, since exactness is the point of graphs. How long a
-graph takes depends on its prompt: the programs' loops run as long as there are targets, so no time is given.
+Each chip holds the whole coder and the whole model in float32, since graphs have to be exact. No time is given: it
+depends on the prompt, as the programs' loops run for as long as there are targets.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.edges import Targets, trace_blocks, trace_embeddings
-from jclt.attribution.local import Through
-from jclt.attribution.nodes import LEAST_TILE, TILE, Layout, gather_sources, groups_of, run_pass, skips_of
+from jclt.attribution.bases import LARGEST_TILE, SMALLEST_TILE, Layout, count_groups, gather_sources
+from jclt.attribution.edges import PromptNodes, TargetNodes, trace_blocks
+from jclt.attribution.embeddings import trace_embeddings
+from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.sizes import (
-    BLOCK,
-    GRADIENT,
-    IN_FLIGHT,
-    blocks_of_call,
-    embeddings_at_once,
-    length_bucket,
-    size_for,
+    CALLS_IN_FLIGHT,
+    choose_block_size,
+    choose_blocks_per_call,
+    choose_embeddings_at_once,
+    round_up,
+    round_up_length,
 )
-from jclt.coders import abstract_coder
+from jclt.attribution.true_pass import run_true_pass, stack_skips
+from jclt.coders import CoderConfig, abstract_coder
 from jclt.models import ModelConfig, abstract_params
-from jclt.pods.chips import chip_of
+from jclt.pods.chips import find_chip
 from jclt.training.config import TrainConfig
 
-ACTIVE, OUTPUTS = 100, 16
-"""Active features a token over all layers, as published coders have; outputs explained."""
+ACTIVE_PER_TOKEN = 100
+"""Active features per token over all layers, as published coders have."""
+OUTPUTS = 16
+"""Outputs that a graph explains."""
+
+
+class Inputs(NamedTuple):
+    """What the programs run on, as shapes with shardings."""
+
+    local: LocalModel
+    coder: Any
+    params: Any
+    mesh: Mesh
+    length: int  # of the prompts, one per chip
+
+    def on_all(self, tree: Any) -> Any:
+        """Shapes of arrays that every chip holds whole."""
+        return place(tree, self.mesh, P())
+
+    def by_prompt(self, tree: Any) -> Any:
+        """Shapes of arrays with a leading axis of prompts, one per chip."""
+        return place(tree, self.mesh, P("prompts"))
+
+
+class LoweredProgram(NamedTuple):
+    """A program, before it is compiled, and what else is in a chip's memory while it runs."""
+
+    lowered: jax.stages.Lowered
+    kept_bytes: int = 0  # results of earlier programs, its own arguments included
+    waiting_results: int = 0  # results of its earlier calls that wait for the host
 
 
 def plan_graphs(
     config: TrainConfig, model: ModelConfig, topology: str, devices: list[Any], length: int
 ) -> dict[str, Any]:
-    """Memory a chip of the programs for prompts of this length; `config` is fitted to the model."""
-    limit, length = chip_of(topology).memory, length_bucket(length)
+    """The memory per chip of the programs for prompts of this length; `config` is complete for the model."""
+    limit, length = find_chip(topology).memory, round_up_length(length)
     mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
-
-    def lying(tree: Any, *where: str) -> Any:
-        spec = NamedSharding(mesh, P(*where))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), tree)
-
-    c = replace(config.coder, activation=config.coder.rule, k=config.coder.k if config.coder.rule == "topk" else None)
-    coder, params = lying(abstract_coder(c)), lying(abstract_params(model))
-    given = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((coder, params)))
-    report = {"prompt_length": length, "given": given, "limit": limit}
-    if given > limit:
-        return report | {"fits": False, "total": given}
-
-    count = len(devices)
-    through = Through(model, c.reads, c.writes)
-    tokens = lying(jax.ShapeDtypeStruct((count, length), jnp.int32), "prompts")
-    lengths = lying(jax.ShapeDtypeStruct((count,), jnp.int32), "prompts")
-    layers, groups = len(c.covered), groups_of(c)
-    tile = TILE if groups == 1 else min(max(size_for(-(-ACTIVE // layers)), LEAST_TILE), TILE)
-    layout = Layout(
-        longest=size_for(2 * ACTIVE * length // layers, 64),
-        groups=groups,
-        tiles=size_for(length * -(-ACTIVE // groups // tile)),
-        tile=tile,
-    )
-    size = min(max(16, GRADIENT["tpu"] // (count * model.width) // length), BLOCK["tpu"])
-    most = blocks_of_call("tpu", length, model.width, model.layers, layout, size, 1, 4)
-    of_call = min(most, size_for(-(-ACTIVE * length // size)))
-    at_once = embeddings_at_once("tpu", layout.longest, layers, model.width, 1)
-    passed = run_pass.lower(through, params, coder, tokens, lengths, 0)
-    found = lying(jax.eval_shape(lambda *x: run_pass(through, *x, 0), params, coder, tokens, lengths), "prompts")
-    gathered = gather_sources.lower(coder, found, layout)
-    active, sources = lying(jax.eval_shape(lambda *x: gather_sources(*x, layout), coder, found), "prompts")
-    kept = found.without_features()
-    one = jax.ShapeDtypeStruct((count, OUTPUTS), jnp.int32)
-    others = lying(Targets(one, one, jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32)), "prompts")  # type: ignore[arg-type]
-    blocks = lying(jax.ShapeDtypeStruct((count, of_call, size), jnp.int32), "prompts")
-    joined = lying(jax.ShapeDtypeStruct((model.layers + 1,), jnp.int32))
-    skips = lying(jax.eval_shape(lambda x: skips_of(x, model.layers), coder))
-    which = (skips, kept, active, others)
-    embedded = trace_embeddings.lower(through, c.covered, True, at_once, params, *which)
-    fixed = lying(
-        jax.eval_shape(lambda *x: trace_embeddings(through, c.covered, True, at_once, *x), params, *which), "prompts"
-    )
-    traced = trace_blocks.lower(
-        through, c, 0, length, layout.tiles, params, found.held, skips, sources, joined, active, others, blocks
-    )
-
-    def on_chip(*trees: Any) -> int:
-        return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(trees))
-
-    # What the programs before left stays meanwhile, and some of the last one's results wait for the host.
-    stages = (
-        (passed, 0, 0),
-        (gathered, on_chip(found), 0),
-        (embedded, on_chip(kept, active, sources), 0),
-        (traced, on_chip(found.held, active, sources, fixed), IN_FLIGHT),
-    )
-    peak = 0.0
-    for lowered, left, waiting in stages:
-        used: Any = lowered.compile().memory_analysis()
-        # What it is given is counted already.
-        own = used.peak_memory_in_bytes - used.argument_size_in_bytes + used.generated_code_size_in_bytes
-        peak = max(peak, left + own + waiting * used.output_size_in_bytes)
-    total = given + peak
+    coder_config = use_inference_form(config.coder)
+    weights = place((abstract_coder(coder_config), abstract_params(model)), mesh, P())
+    weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    report = {"prompt_length": length, "given": weight_bytes, "limit": limit}
+    if weight_bytes > limit:
+        return report | {"fits": False, "total": weight_bytes}
+    local = LocalModel(model=model, reads=coder_config.reads, writes=coder_config.writes)
+    coder, params = weights
+    inputs = Inputs(local, coder, params, mesh, length)
+    total = weight_bytes + max(map(measure_peak, lower_programs(inputs, coder_config)))
     return report | {"fits": total <= limit, "total": total}
+
+
+def place(tree: Any, mesh: Mesh, spec: P) -> Any:
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def use_inference_form(config: CoderConfig) -> CoderConfig:
+    """The coder as it is saved: with thresholds where training uses a budget per batch."""
+    return replace(config, activation=config.rule, k=config.k if config.rule == "topk" else None)
+
+
+def expect_layout(config: CoderConfig, length: int) -> Layout:
+    """The layout for prompts with `ACTIVE_PER_TOKEN` active features at each token."""
+    layers, groups = len(config.covered), count_groups(config)
+    in_layer = round_up(-(-ACTIVE_PER_TOKEN // layers))
+    tile_size = LARGEST_TILE if groups == 1 else min(max(in_layer, SMALLEST_TILE), LARGEST_TILE)
+    return Layout(
+        layers=config.covered,
+        list_length=round_up(2 * ACTIVE_PER_TOKEN * length // layers, 64),
+        groups=groups,
+        tiles=round_up(length * -(-ACTIVE_PER_TOKEN // groups // tile_size)),
+        tile_size=tile_size,
+    )
+
+
+def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgram]:
+    """The programs of one graph, in the order in which they run."""
+    local, count, length, model = inputs.local, inputs.mesh.size, inputs.length, inputs.local.model
+    layout = expect_layout(config, length)
+    tokens = inputs.by_prompt(jax.ShapeDtypeStruct((count, length), jnp.int32))
+    lengths = inputs.by_prompt(jax.ShapeDtypeStruct((count,), jnp.int32))
+    run = (local, inputs.params, inputs.coder, tokens, lengths, 0)
+    yield LoweredProgram(run_true_pass.lower(*run))
+    true_pass = inputs.by_prompt(evaluate_shape(run_true_pass, *run, static=(0, 5)))
+
+    gather = (inputs.coder, true_pass, layout)
+    yield LoweredProgram(gather_sources.lower(*gather), count_chip_bytes(true_pass))
+    features, sources = inputs.by_prompt(evaluate_shape(gather_sources, *gather, static=(2,)))
+    true_pass = true_pass.drop_activations()
+
+    skips = inputs.on_all(jax.eval_shape(partial(stack_skips, layers=model.layers), inputs.coder))
+    weights = Weights(inputs.params, skips)
+    numbers = jax.ShapeDtypeStruct((count, OUTPUTS), jnp.int32)
+    vectors = jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32)
+    outputs = inputs.by_prompt(TargetNodes(numbers, numbers, vectors))  # type: ignore[arg-type]
+    at_once = choose_embeddings_at_once("tpu", layout, model.width, 1)
+    embed = (local, layout.layers, True, at_once, weights, true_pass, features, outputs)
+    yield LoweredProgram(trace_embeddings.lower(*embed), count_chip_bytes(true_pass, features, sources))
+    embedding_edges = inputs.by_prompt(evaluate_shape(trace_embeddings, *embed, static=(0, 1, 2, 3)))
+
+    size = choose_block_size("tpu", length, model.width, count)
+    most_blocks = choose_blocks_per_call("tpu", length, model, layout, size, 1, 4)
+    blocks = min(most_blocks, round_up(-(-ACTIVE_PER_TOKEN * length // size)))
+    nodes = PromptNodes(true_pass.frozen, sources, features, outputs)
+    block_counts = inputs.on_all(jax.ShapeDtypeStruct((model.layers + 1,), jnp.int32))
+    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count, blocks, size), jnp.int32))
+    traced = trace_blocks.lower(local, layout, 0, length, weights, nodes, block_counts, chosen)
+    kept_bytes = count_chip_bytes(true_pass.frozen, features, sources, embedding_edges)
+    yield LoweredProgram(traced, kept_bytes, CALLS_IN_FLIGHT)
+
+
+def evaluate_shape(function: Callable[..., Any], *arguments: Any, static: tuple[int, ...]) -> Any:
+    """The shapes of a function's results; the arguments with these numbers are no arrays."""
+    arrays = [x for number, x in enumerate(arguments) if number not in static]
+
+    def call(*arrays: Any) -> Any:
+        remaining = iter(arrays)
+        return function(*(x if number in static else next(remaining) for number, x in enumerate(arguments)))
+
+    return jax.eval_shape(call, *arrays)
+
+
+def count_chip_bytes(*trees: Any) -> int:
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(trees))
+
+
+def measure_peak(program: LoweredProgram) -> float:
+    """Bytes per chip while the program runs, without the weights."""
+    used: Any = program.lowered.compile().memory_analysis()
+    # The program's arguments are among what is kept, or are weights.
+    temporary = used.peak_memory_in_bytes - used.argument_size_in_bytes + used.generated_code_size_in_bytes
+    return program.kept_bytes + temporary + program.waiting_results * used.output_size_in_bytes

@@ -1,10 +1,10 @@
-"""The chips that pods are made of, as their makers and the Scaling Book describe them, and what their links carry."""
+"""The chips of pods, as their makers and the Scaling Book describe them, and how fast their links carry data."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jclt.errors import UserError, nearest
+from jclt.errors import UserError, suggest_name
 
 
 class Chip(NamedTuple):
@@ -22,7 +22,7 @@ class Chip(NamedTuple):
 
 
 GIB = 2.0**30
-HOP = 1e-6
+HOP_SECONDS = 1e-6
 """Seconds that the first byte takes from chip to chip."""
 
 CHIPS = {
@@ -32,16 +32,16 @@ CHIPS = {
 }
 
 
-def chip_of(topology: str) -> Chip:
+def find_chip(topology: str) -> Chip:
     """The chip of a topology such as v5e:16x16."""
     name = topology.partition(":")[0]
     if name not in CHIPS or ":" not in topology:
-        raise UserError(f"topology '{topology}': expected CHIP:AxB or CHIP:AxBxC with CHIP {nearest(name, CHIPS)}")
+        raise UserError(f"topology '{topology}': expected CHIP:AxB or CHIP:AxBxC with CHIP {suggest_name(name, CHIPS)}")
     return CHIPS[name]
 
 
 class Network(NamedTuple):
-    """Where the devices of a mesh stand, in the mesh's order, which is how programs number them."""
+    """The positions of a mesh's devices in the torus, in the mesh's order, in which programs number them."""
 
     chip: Chip
     shape: tuple[int, ...]  # of one slice's torus
@@ -49,12 +49,12 @@ class Network(NamedTuple):
     slices: tuple[int, ...]
     hosts: tuple[int, ...]
 
-    def seconds(self, kind: str, size: int, group: Sequence[int], one_ring: bool = False) -> float:
-        """What a collective over this group must take: its bytes over the links that the group spans, and the hops.
+    def estimate_seconds(self, kind: str, size: int, group: Sequence[int], one_ring: bool = False) -> float:
+        """The least time of a collective over this group: its bytes over the links that the group spans, and the hops.
 
-        `size` is of the largest array that takes part on one chip. Links carry an all-gather or a reduce-scatter
-        once, an all-reduce twice, a quarter of an all-to-all (the Scaling Book). Some the compiler sends along
-        `one_ring` through all chips of the group, which takes as much as one axis carries.
+        `size` is the bytes of the largest array that takes part on one chip. Links carry an all-gather or a
+        reduce-scatter once, an all-reduce twice, and a quarter of an all-to-all (the Scaling Book). The compiler sends
+        some collectives along `one_ring` through all chips of the group, at the rate of one axis.
         """
         if len(group) < 2:
             return 0.0
@@ -72,7 +72,7 @@ class Network(NamedTuple):
             hops = sum(length / (2 if ring else 1) for length, ring in zip(lengths, rings, strict=True))
             if one_ring:
                 rate, hops = min(rate, self.chip.link), len(within) / 2
-            time += passes * (size * (1 - 1 / len(within)) / rate + hops * HOP)
+            time += passes * (size * (1 - 1 / len(within)) / rate + hops * HOP_SECONDS)
         if len(slices) > 1:
             here = self.hosts[group[0]]
             rate = self.chip.host_network / sum(host == here for host in self.hosts)
@@ -81,11 +81,11 @@ class Network(NamedTuple):
         return time
 
 
-def network_of(topology: str, devices: Sequence[Any]) -> Network:
-    """Of devices in a mesh's order."""
+def make_network(topology: str, devices: Sequence[Any]) -> Network:
+    """The network of the devices of a mesh, in the mesh's order."""
     shape = tuple(int(size) for size in topology.partition(":")[2].split("x"))
     return Network(
-        chip_of(topology),
+        find_chip(topology),
         shape,
         tuple(tuple(device.coords[: len(shape)]) for device in devices),
         tuple(getattr(device, "slice_index", None) or 0 for device in devices),
@@ -93,5 +93,5 @@ def network_of(topology: str, devices: Sequence[Any]) -> Network:
     )
 
 
-def chips_in(topology: str) -> int:
+def count_chips(topology: str) -> int:
     return math.prod(int(size) for size in topology.partition(":")[2].split("x"))

@@ -1,4 +1,4 @@
-"""What the TPU compiler is told, one reason each; `jclt plan` and `jclt train` on a TPU tell it the same."""
+"""Flags for the TPU compiler, each with its reason. `jclt plan` and `jclt train` on a TPU set the same."""
 
 import os
 from typing import NamedTuple
@@ -31,12 +31,12 @@ FLAGS = (
 )
 
 
-def flag_text() -> str:
+def format_flags() -> str:
     return " ".join(f"--{flag.name}={flag.value}" for flag in FLAGS)
 
 
 def set_flags() -> None:
-    """Before the first use of a TPU; what the user has set comes last and so wins."""
+    """Sets the flags, before the first use of a TPU. Flags that the user has set come last, and so take precedence."""
     given = os.environ.get(VARIABLE, "")
-    if flag_text() not in given:
-        os.environ[VARIABLE] = f"{flag_text()} {given}".strip()
+    if format_flags() not in given:
+        os.environ[VARIABLE] = f"{format_flags()} {given}".strip()

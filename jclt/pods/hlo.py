@@ -1,8 +1,9 @@
-"""A compiled program, read from its text: what it runs in which order, what it sends, and what travels beside work.
+"""Reads the text of a compiled program (HLO): its instructions in the order in which they run, and its collectives.
 
-The TPU compiler writes its schedule out: instructions stand in the order in which they run, most with the cycles that
-it expects of them. It expects none of collectives; those are timed by the links (`chips.Network`). A collective that
-runs beside other work is written as a start, pieces inside the products that it runs beside, and an end.
+The TPU compiler writes its schedule into the text. Instructions are in the order in which they run, most of them with
+the number of cycles that the compiler expects. Collectives have none, and their time follows from the links
+(`chips.Network`). A collective that runs beside other work is written as a start, as pieces inside the matrix products
+that it runs beside, and as an end.
 """
 
 import math
@@ -12,33 +13,33 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-SENDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-COLLECTIVE = re.compile(
-    rf"^\s*(?:ROOT )?%\S+ = (?P<result>.+?) (?P<kind>{SENDS})(?:-start)?\((?P<rest>.*)$", re.MULTILINE
+COLLECTIVE_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+COLLECTIVE_LINE = re.compile(
+    rf"^\s*(?:ROOT )?%\S+ = (?P<result>.+?) (?P<kind>{COLLECTIVE_KINDS})(?:-start)?\((?P<attributes>.*)$", re.MULTILINE
 )
-ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-ARRAYS = re.compile(r"[a-z]+\d*\[[\d,]*\](?:\{[^{}]*\})?")
-HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-OPERATION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+ARRAY_PATTERN = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+WHOLE_ARRAY_PATTERN = re.compile(r"[a-z]+\d*\[[\d,]*\](?:\{[^{}]*\})?")
+COMPUTATION_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+INSTRUCTION_LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
+TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
-UNMOVED = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "custom-call")
+KINDS_WITHOUT_TRAFFIC = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "custom-call")
 
 STAGES = (
     *("harvest", "shuffle", "reshard", "choose", "encode", "decode"),
     *("auxiliary", "end_to_end", "spread", "reduce", "update"),
 )
-"""The named scopes that the time of a step is told by."""
+"""The named scopes of a train step, by which its time is reported."""
 
 
 class Collective(NamedTuple):
-    """One collective: the arrays that it gives each device, and where in the traced program it comes from."""
+    """A collective: the arrays that each device gets from it, and where in the traced program it comes from."""
 
     kind: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # type and shape
     source: str
-    groups: str  # as the compiler writes which devices take part
-    one_ring: bool  # sent along one ring through all of them, whatever axes they span
+    groups: str  # the devices that take part, in the compiler's notation
+    one_ring: bool  # whether it is sent along one ring through all devices, whatever axes of the torus they span
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -46,51 +47,51 @@ class Collective(NamedTuple):
 
     @property
     def largest(self) -> int:
-        """Elements of its largest array."""
+        """The number of elements of its largest array."""
         return max(map(math.prod, self.shapes))
 
     @property
     def size(self) -> int:
-        """Bytes of all its arrays together."""
-        return sum(math.prod(shape) * SIZES.get(dtype, 4) for dtype, shape in self.arrays)
+        """The bytes of all its arrays together."""
+        return sum(math.prod(shape) * TYPE_BYTES.get(dtype, 4) for dtype, shape in self.arrays)
 
     def has_axis(self, size: int) -> bool:
         return any(size in shape for shape in self.shapes)
 
-    def group(self) -> list[int]:
+    def list_group(self) -> list[int]:
         """The devices of its first group."""
-        return first_group(self.groups)
+        return parse_first_group(self.groups)
 
     def __str__(self) -> str:
         arrays = " ".join(f"{dtype}{list(shape)}" for dtype, shape in self.arrays)
         return f"{self.kind} {arrays} from {self.source}"
 
 
-def collectives(text: str) -> list[Collective]:
-    """All of a program, each once: one that runs beside other work stands in the text once for each piece of it."""
-    found = {}
-    for number, line in enumerate(COLLECTIVE.finditer(text)):
-        channel = re.search(r"channel_id=(\d+)", line["rest"])
-        found.setdefault(channel[1] if channel else -number, _collective(line))
-    return list(found.values())
+def find_collectives(text: str) -> list[Collective]:
+    """All collectives of a program, each once. One that runs beside other work is in the text once for each piece."""
+    by_channel = {}
+    for number, line in enumerate(COLLECTIVE_LINE.finditer(text)):
+        channel = re.search(r"channel_id=(\d+)", line["attributes"])
+        by_channel.setdefault(channel[1] if channel else -number, _parse_collective(line))
+    return list(by_channel.values())
 
 
-def _collective(line: re.Match[str]) -> Collective:
-    arrays = ARRAY.findall(re.sub(r"/\*.*?\*/", "", line["result"]))
+def _parse_collective(line: re.Match[str]) -> Collective:
+    arrays = ARRAY_PATTERN.findall(re.sub(r"/\*.*?\*/", "", line["result"]))
     sized = tuple((dtype, tuple(map(int, sizes.split(",") if sizes else ()))) for dtype, sizes, _ in arrays)
-    source = re.search(r'op_name="([^"]*)"', line["rest"])
-    groups = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)", line["rest"])
-    one_ring = '"emitter":"1D' in line["rest"]
+    source = re.search(r'op_name="([^"]*)"', line["attributes"])
+    groups = re.search(r"(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)", line["attributes"])
+    one_ring = '"emitter":"1D' in line["attributes"]
     return Collective(line["kind"], sized, source[1] if source else "", groups[1] if groups else "", one_ring)
 
 
-def first_group(groups: str) -> list[int]:
-    """The first of the groups, from any of the ways they are written."""
+def parse_first_group(groups: str) -> list[int]:
+    """The devices of the first group, from any of the notations that the compiler uses."""
     if named := re.match(r"mesh\[(.*?)\] *\{(.*?)\}", groups):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        joined, members, stride = re.findall(r"'(\w+)'", named[2]), [0], 1
+        grouped_axes, members, stride = re.findall(r"'(\w+)'", named[2]), [0], 1
         for name, size in reversed(sizes.items()):
-            if name in joined:
+            if name in grouped_axes:
                 members = [start + stride * i for i in range(size) for start in members]
             stride *= size
         return sorted(members)
@@ -137,15 +138,15 @@ class Instruction(NamedTuple):
         return re.findall(r"%([\w.\-]+)", self.operands_text)
 
 
-class Step(NamedTuple):
-    """One instruction in the order in which it runs: `times` over in a run of the program."""
+class ScheduledStep(NamedTuple):
+    """An instruction in the order in which it runs, and how many times it runs."""
 
     instruction: Instruction
     times: int
     stage: str
-    begins: Collective | None = None  # what travels from here on
-    ends: str | None = None  # the name of the start whose end this is
-    kernel: int = 0  # bytes that a kernel moves that is not the compiler's own
+    begins: Collective | None = None  # the collective that it starts
+    ends: str | None = None  # the name of the instruction that started what ends here
+    kernel_bytes: int = 0  # bytes that it moves, if it is a kernel of ours
 
 
 class Program:
@@ -153,133 +154,154 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] = []
         for line in text.splitlines():
-            if head := HEAD.match(line):
+            if head := COMPUTATION_HEAD.match(line):
                 current = self.computations[head[2]] = []
                 if head[1]:
                     self.entry = head[2]
-            elif found := OPERATION.match(line):
-                current.append(Instruction(found[1], found[3], found[2], line))
+            elif match := INSTRUCTION_LINE.match(line):
+                current.append(Instruction(name=match[1], kind=match[3], result=match[2], line=line))
 
-    def steps(self) -> Iterator[Step]:
-        yield from self._steps(self.entry, 1, "")
+    def list_steps(self) -> Iterator[ScheduledStep]:
+        yield from self._list_steps(self.entry, 1, "")
 
-    def _steps(self, computation: str, times: int, outside: str) -> Iterator[Step]:
-        for own in self.computations[computation]:
-            if own.kind == "while":
-                body, condition = (re.search(rf"{name}=%([\w.\-]+)", own.line) for name in ("body", "condition"))
+    def _list_steps(self, computation: str, times: int, outer_stage: str) -> Iterator[ScheduledStep]:
+        for instruction in self.computations[computation]:
+            if instruction.kind == "while":
+                body, condition = (
+                    re.search(rf"{name}=%([\w.\-]+)", instruction.line) for name in ("body", "condition")
+                )
                 assert body and condition
-                yield from self._steps(body[1], times * self._rounds(own, condition[1]), stage_of(own.source))
-            elif own.kind in ("call", "conditional"):
+                rounds = self._count_rounds(instruction, condition[1])
+                yield from self._list_steps(body[1], times * rounds, find_stage(instruction.source))
+            elif instruction.kind in ("call", "conditional"):
                 called = re.search(
-                    r"(?:to_apply|branch_computations|true_computation)=\{?([^}]*?)(?:\}|, [a-z_]+=)", own.line
+                    r"(?:to_apply|branch_computations|true_computation)=\{?([^}]*?)(?:\}|, [a-z_]+=)", instruction.line
                 )
                 assert called
                 # The last of several is what `lax.cond` runs where its condition holds, as it usually does.
-                yield from self._steps(re.findall(r"%([\w.\-]+)", called[1])[-1], times, outside)
+                yield from self._list_steps(re.findall(r"%([\w.\-]+)", called[1])[-1], times, outer_stage)
             else:
-                inner = self.computations.get(own.calls or "", [])
-                stage = stage_of(own.source) or self._stages[own.calls or ""] or outside or "other"
-                sent = next(filter(None, map(COLLECTIVE.match, (own.line, *(x.line for x in inner)))), None)
-                marks = {mark for x in inner for mark in re.findall(r"AsyncCollective(Start|Done)", x.line)}
-                if own.kind == "call-done":
-                    yield Step(own, times, stage, ends=own.operands[0])
-                elif kernel := self._kernel(own):
-                    yield Step(own, times, stage, kernel=kernel)
-                elif "Start" in marks or (sent and own.kind.endswith("-start")):
-                    yield Step(own, times, stage, begins=_collective(sent) if sent else None)
-                elif "Done" in marks:
-                    yield Step(own, times, stage, ends=own.name.replace("-done", "-start"))
-                elif own.kind in {f"{kind}-done" for kind in SENDS.split("|")}:
-                    yield Step(own, times, stage, ends=own.operands[0])
-                elif sent and not own.name.startswith(("fusion", "async")) and not own.cycles:
-                    yield Step(own, times, stage, begins=_collective(sent), ends=own.name)
-                elif sent and "all-reduce-scatter" in (own.calls or ""):
-                    scattered = _collective(sent)._replace(kind="reduce-scatter")
-                    yield Step(own, times, stage, begins=scattered, ends=own.name)
-                else:
-                    yield Step(own, times, stage)
+                called = instruction.calls or ""
+                stage = find_stage(instruction.source) or self._stages[called] or outer_stage or "other"
+                yield self._read_step(ScheduledStep(instruction, times, stage))
 
-    def _kernel(self, own: Instruction) -> int:
-        if own.kind == "call-start":
-            called = re.search(r"to_apply=%([\w.\-]+)", own.line)
-            return sum(map(self._kernel, self.computations[called[1]])) if called else 0
-        moves = re.search(r'"bytes_accessed":"(\d+)"', own.line)
-        return int(moves[1]) if moves and '"tpu_custom_call"' in own.line else 0
+    def _read_step(self, step: ScheduledStep) -> ScheduledStep:
+        """The step with the collective or kernel that it starts or ends."""
+        instruction, kind = step.instruction, step.instruction.kind
+        inner = self.computations.get(instruction.calls or "", [])
+        lines = (instruction.line, *(x.line for x in inner))
+        collective = next(filter(None, map(COLLECTIVE_LINE.match, lines)), None)
+        marks = {mark for x in inner for mark in re.findall(r"AsyncCollective(Start|Done)", x.line)}
+        if kind == "call-done":
+            return step._replace(ends=instruction.operands[0])
+        if kernel_bytes := self._count_kernel_bytes(instruction):
+            return step._replace(kernel_bytes=kernel_bytes)
+        if "Start" in marks or (collective and kind.endswith("-start")):
+            return step._replace(begins=_parse_collective(collective) if collective else None)
+        if "Done" in marks:
+            return step._replace(ends=instruction.name.replace("-done", "-start"))
+        if kind in {f"{kind}-done" for kind in COLLECTIVE_KINDS.split("|")}:
+            return step._replace(ends=instruction.operands[0])
+        if collective and not instruction.name.startswith(("fusion", "async")) and not instruction.cycles:
+            return step._replace(begins=_parse_collective(collective), ends=instruction.name)
+        if collective and "all-reduce-scatter" in (instruction.calls or ""):
+            scatter = _parse_collective(collective)._replace(kind="reduce-scatter")
+            return step._replace(begins=scatter, ends=instruction.name)
+        return step
 
-    def _rounds(self, loop: Instruction, condition: str) -> int:
-        """How often a loop runs: the bound that its counter, which starts at 0, is compared with."""
+    def _count_kernel_bytes(self, instruction: Instruction) -> int:
+        if instruction.kind == "call-start":
+            called = re.search(r"to_apply=%([\w.\-]+)", instruction.line)
+            return sum(map(self._count_kernel_bytes, self.computations[called[1]])) if called else 0
+        moved = re.search(r'"bytes_accessed":"(\d+)"', instruction.line)
+        return int(moved[1]) if moved and '"tpu_custom_call"' in instruction.line else 0
+
+    def _count_rounds(self, loop: Instruction, condition: str) -> int:
+        """How many times a loop runs: the bound that its counter, which starts at 0, is compared with."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
             return int(known[1])
-        bounds = [re.search(r"s32\[\]\S* constant\((\d+)\)", own.line) for own in self.computations[condition]]
+        bounds = [re.search(r"s32\[\]\S* constant\((\d+)\)", x.line) for x in self.computations[condition]]
         return max((int(bound[1]) for bound in bounds if bound), default=1)
 
     @cached_property
     def _stages(self) -> defaultdict[str, str]:
-        """The stage of most of what each computation computes, for instructions that do not say where they are from."""
-        found: defaultdict[str, str] = defaultdict(str)
+        """The most frequent stage in each computation, for instructions whose text has no source."""
+        by_computation: defaultdict[str, str] = defaultdict(str)
         for name, instructions in self.computations.items():
-            stages = Counter(filter(None, (stage_of(own.source) for own in instructions)))
-            found[name] = stages.most_common(1)[0][0] if stages else ""
-        return found
+            stages = Counter(filter(None, (find_stage(instruction.source) for instruction in instructions)))
+            by_computation[name] = stages.most_common(1)[0][0] if stages else ""
+        return by_computation
 
     @cached_property
     def _arrays(self) -> dict[str, str]:
-        return {own.name: own.result for instructions in self.computations.values() for own in instructions}
+        """The result of each instruction, by its name."""
+        return {x.name: x.result for instructions in self.computations.values() for x in instructions}
 
-    def moved(self, own: Instruction) -> int:
-        """Bytes that an instruction reads from HBM and writes there, at least: of an operand of which it takes slices
-        the slices count, and what runs beside a collective counts by its result alone."""
-        if own.kind in UNMOVED or own.kind.endswith("-done") or own.kind in SENDS.split("|"):
+    def count_moved_bytes(self, instruction: Instruction) -> int:
+        """The bytes that an instruction at least reads from HBM and writes there. Where it takes slices of an operand,
+        only the slices count. Where it runs beside a collective, only its result counts."""
+        if (
+            instruction.kind in KINDS_WITHOUT_TRAFFIC
+            or instruction.kind.endswith("-done")
+            or instruction.kind in COLLECTIVE_KINDS.split("|")
+        ):
             return 0
-        if own.kind.endswith("-start"):
-            return min((size for size in map(array_bytes, ARRAYS.findall(own.result)) if size > 64), default=0)
-        inner = {x.name: x for x in self.computations.get(own.calls or "", [])}
-        if any(COLLECTIVE.match(x.line) for x in inner.values()):
-            return bytes_in_hbm(ARRAYS.findall(own.result)[0])
-        written, total = bytes_in_hbm(own.result), 0
-        numbered = {int(x.operands_text): x for x in inner.values() if x.kind == "parameter"}
-        for number, operand in enumerate(own.operands):
-            whole = bytes_in_hbm(self._arrays.get(operand, ""))
-            if not whole or number not in numbered:
-                total += whole
+        if instruction.kind.endswith("-start"):
+            return min(
+                (size for size in map(count_array_bytes, WHOLE_ARRAY_PATTERN.findall(instruction.result)) if size > 64),
+                default=0,
+            )
+        inner = {x.name: x for x in self.computations.get(instruction.calls or "", [])}
+        if any(COLLECTIVE_LINE.match(x.line) for x in inner.values()):
+            return count_hbm_bytes(WHOLE_ARRAY_PATTERN.findall(instruction.result)[0])
+        written, read = count_hbm_bytes(instruction.result), 0
+        parameters = {int(x.operands_text): x for x in inner.values() if x.kind == "parameter"}
+        for number, operand in enumerate(instruction.operands):
+            operand_bytes = count_hbm_bytes(self._arrays.get(operand, ""))
+            if not operand_bytes or number not in parameters:
+                read += operand_bytes
                 continue
-            users = _users(inner, numbered[number])
+            users = _find_users(inner, parameters[number])
             if users and all(x.kind in ("dynamic-slice", "slice", "gather") for x in users):
-                total += min(whole, sum(array_bytes(x.result) for x in users))
+                read += min(operand_bytes, sum(count_array_bytes(x.result) for x in users))
             elif users and all(x.kind == "dynamic-update-slice" for x in users):
                 # Updated in place: what is written is the update.
-                written = max(0, written - whole) + sum(array_bytes(inner[x.operands[1]].result) for x in users)
+                written = max(0, written - operand_bytes) + sum(
+                    count_array_bytes(inner[x.operands[1]].result) for x in users
+                )
             else:
-                total += whole
-        return written + total
+                read += operand_bytes
+        return written + read
 
 
-def _users(inner: dict[str, Instruction], own: Instruction) -> list[Instruction]:
-    """What uses a value within a fusion, looking through changes of shape and type."""
-    users = [x for x in inner.values() if own.name in x.operands]
+def _find_users(inner: dict[str, Instruction], value: Instruction) -> list[Instruction]:
+    """The instructions of a fusion that use a value, whatever changes of shape and type are in between."""
+    users = [x for x in inner.values() if value.name in x.operands]
     while len(users) == 1 and users[0].kind in ("bitcast", "convert", "copy"):
         users = [x for x in inner.values() if users[0].name in x.operands]
     return users
 
 
-def stage_of(source: str) -> str:
-    """The stage of a traced operation, by the named scopes that it stands in."""
+def find_stage(source: str) -> str:
+    """The stage of a traced operation, by its named scopes."""
     parts = re.split(r"[/()]", source)
     stage = next((part for part in parts if part in STAGES), "")
     return f"{stage} backward" if stage and "transpose" in parts else stage
 
 
-def array_bytes(result: str) -> int:
-    """Of all arrays of a result, wherever they lie."""
-    return sum(_bytes(dtype, sizes) for dtype, sizes, _ in ARRAY.findall(result))
+def count_array_bytes(result: str) -> int:
+    """The bytes of all arrays of a result, in any memory."""
+    return sum(_count_bytes(dtype, sizes) for dtype, sizes, _ in ARRAY_PATTERN.findall(result))
 
 
-def bytes_in_hbm(result: str) -> int:
-    """Of those that lie in HBM: the layout of others names their memory, S(1) for VMEM."""
+def count_hbm_bytes(result: str) -> int:
+    """The bytes of a result's arrays in HBM. The layout of an array elsewhere names its memory: S(1) for VMEM."""
     return sum(
-        _bytes(dtype, sizes) for dtype, sizes, layout in ARRAY.findall(result) if not re.search(r"S\(\d", layout)
+        _count_bytes(dtype, sizes)
+        for dtype, sizes, layout in ARRAY_PATTERN.findall(result)
+        if not re.search(r"S\(\d", layout)
     )
 
 
-def _bytes(dtype: str, sizes: str) -> int:
-    return math.prod(map(int, sizes.split(","))) * SIZES.get(dtype, 4) if sizes else SIZES.get(dtype, 4)
+def _count_bytes(dtype: str, sizes: str) -> int:
+    return math.prod(map(int, sizes.split(","))) * TYPE_BYTES.get(dtype, 4) if sizes else TYPE_BYTES.get(dtype, 4)

@@ -1,14 +1,14 @@
-"""What users ask for: a plan, or a comparison of several."""
+"""The public calls: the plan of a run, or the comparison of several variants of it."""
 
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from jclt.pods.report import PARTS, plan_text, sweep_text
-from jclt.pods.slices import Pod, shape_of
-from jclt.pods.variants import variants
-from jclt.pods.worker import Job, ask, ask_each
-from jclt.training.coder.sparse import reason_against
+from jclt.pods.report import PARTS, format_plan, format_sweep
+from jclt.pods.slices import Pod, find_model_config
+from jclt.pods.variants import list_variants
+from jclt.pods.worker import Job, run_job, run_jobs
+from jclt.training.coder.sparse import explain_why_not_sparse
 from jclt.training.config import TrainConfig
 
 
@@ -17,28 +17,28 @@ def plan_run(
     pod: Pod,
     prompt_length: int = 0,
     active: float = 0.0,
-    say: Callable[[str], object] = lambda part: None,
+    show: Callable[[str], object] = lambda part: None,
 ) -> tuple[str, dict[str, Any]]:
-    """The plan in words, and its figures; of the sparse path too where a number of active features is given, and of the
-    programs that graphs are made with where a length of prompts is. Each part is said as soon as it is ready."""
-    jobs = _jobs(config, pod, prompt_length, active)
+    """The plan as text, and its figures. With a number of active features the sparse path is planned too, and with a
+    prompt length the programs of attribution graphs. `show` gets the text of each part as soon as it is ready."""
+    jobs = _list_jobs(config, pod, prompt_length, active)
     report: dict[str, Any] = {}
-    with closing(ask_each(jobs)) as answers:
+    with closing(run_jobs(jobs)) as answers:
         for name, text in PARTS.items():
             if name in jobs:
-                _, own = next(answers)
-                report |= own if name == "step" else {name: own}
+                _, figures = next(answers)
+                report |= figures if name == "step" else {name: figures}
             elif name == "sparse" and active:
-                report[name] = {"active": active, "none": reason_against(config)}
+                report[name] = {"active": active, "none": explain_why_not_sparse(config)}
             if name == "step" or name in report:
-                say(text(config, report))
-    return plan_text(config, report), report
+                show(text(config, report))
+    return format_plan(config, report), report
 
 
-def _jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float) -> dict[str, Job]:
-    model = shape_of(pod, config)
+def _list_jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float) -> dict[str, Job]:
+    model = find_model_config(pod, config)
     jobs = {"step": Job(f"the train step for {pod.topology}", "compile_step", (config, model, pod))}
-    if active and not reason_against(config):
+    if active and not explain_why_not_sparse(config):
         jobs["sparse"] = Job("the train step on the sparse path", "compile_step", (config, model, pod, active))
     if prompt_length:
         jobs["graphs"] = Job("the attribution programs", "plan_attribution", (config, model, pod, prompt_length))
@@ -47,17 +47,19 @@ def _jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float) -> d
 
 
 def plan_step(config: TrainConfig, pod: Pod) -> dict[str, Any]:
-    """The figures of the train step alone."""
-    return ask(Job("the train step", "compile_step", (config, shape_of(pod, config), pod)))
+    """The figures of the dense train step alone."""
+    return run_job(Job("the train step", "compile_step", (config, find_model_config(pod, config), pod)))
 
 
 def plan_sweep(config: TrainConfig, pod: Pod) -> tuple[str, list[dict[str, Any]]]:
-    """The variants of a run, the fastest of those that fit first."""
-    found = list(variants(config, pod))
+    """A table of the variants of a run, and their figures: those that fit first, the fastest first."""
+    variants = list(list_variants(config, pod))
     jobs = {
-        str(number): Job(f"variant {number} of {len(found)}", "compile_step", (variant, shape_of(pod, config), pod))
-        for number, variant in enumerate(found, 1)
+        str(number): Job(
+            f"variant {number} of {len(variants)}", "compile_step", (variant, find_model_config(pod, config), pod)
+        )
+        for number, variant in enumerate(variants, 1)
     }
-    reports = [report for _, report in ask_each(jobs)]
-    reports.sort(key=lambda own: (not own["fits"], own.get("seconds", 0.0)))
-    return sweep_text(reports), reports
+    reports = [report for _, report in run_jobs(jobs)]
+    reports.sort(key=lambda report: (not report["fits"], report.get("seconds", 0.0)))
+    return format_sweep(reports), reports

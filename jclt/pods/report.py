@@ -1,4 +1,4 @@
-"""A plan in words and tables."""
+"""A plan as text and tables."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from jclt.pods.chips import GIB
 from jclt.training.config import TrainConfig
 
 Report = dict[str, Any]
-KINDS = {
+MEMORY_KINDS = {
     "parameters": "parameters",
     "optimizer": "optimizer",
     "model": "language model",
@@ -20,10 +20,11 @@ KINDS = {
     "program": "program",
 }
 HEADROOM = 0.08
-"""Share of the memory that a configuration should leave free: what the compiler does not see, such as profiles."""
+"""The share of the memory that a configuration should leave free, for what the compiler does not see, such as
+profiles."""
 
 
-def title(config: TrainConfig, report: Report) -> str:
+def format_title(config: TrainConfig, report: Report) -> str:
     c: CoderConfig = config.coder
     mesh = "x".join(map(str, report["mesh"].values()))
     slices = f"{report['slices']} slices of " if report["slices"] > 1 else ""
@@ -34,103 +35,107 @@ def title(config: TrainConfig, report: Report) -> str:
     )
 
 
-def plan_text(config: TrainConfig, report: Report) -> str:
+def format_plan(config: TrainConfig, report: Report) -> str:
     return "\n\n".join(text(config, report) for name, text in PARTS.items() if name == "step" or name in report)
 
 
-def step_text(config: TrainConfig, report: Report) -> str:
+def format_step(config: TrainConfig, report: Report) -> str:
     memory = report["memory"]
-    lines = [title(config, report), f"parameters        {report['parameters']:,}"]
+    lines = [format_title(config, report), f"parameters        {report['parameters']:,}"]
     if "refused" in report:
-        given = ", ".join(f"{KINDS[k]} {memory[k] / GIB:.2f}" for k in KINDS if k in memory)
-        lines += [f"memory            does not fit: {report['refused']}; of it {given} GiB"]
-        return "\n".join(lines + [f"to make it fit    {line}" for line in advice(config, report)])
-    parts = ", ".join(f"{name} {memory[kind] / GIB:.2f}" for kind, name in KINDS.items())
+        parts = ", ".join(f"{MEMORY_KINDS[k]} {memory[k] / GIB:.2f}" for k in MEMORY_KINDS if k in memory)
+        lines += [f"memory            does not fit: {report['refused']}; of it {parts} GiB"]
+        return "\n".join(lines + [f"to make it fit    {line}" for line in advise(config, report)])
+    parts = ", ".join(f"{name} {memory[kind] / GIB:.2f}" for kind, name in MEMORY_KINDS.items())
     lines += [
         f"memory            {memory['total'] / GIB:.2f} of {memory['limit'] / GIB:.2f} GiB a chip, "
         f"{memory['headroom']:.0%} free: {parts}",
         f"operations        {report['operations']:.3g} a chip and step",
-        f"step              {milliseconds(report['seconds'])} by the compiler's schedule at "
-        f"{report['clock'] / 1e9:.2f} GHz: {milliseconds(report['work_seconds'])} of work, "
-        f"{milliseconds(report['exposed_seconds'])} of waiting for the links, of whose time work hides "
+        f"step              {format_milliseconds(report['seconds'])} by the compiler's schedule at "
+        f"{report['clock'] / 1e9:.2f} GHz: {format_milliseconds(report['work_seconds'])} of work, "
+        f"{format_milliseconds(report['exposed_seconds'])} of waiting for the links, of whose time work hides "
         f"{report['hidden']:.0%}",
-        f"no less than      {milliseconds(report['floors']['products'])} (operations over peak), "
-        f"{milliseconds(report['floors']['memory'])} (bytes over HBM bandwidth), "
-        f"{milliseconds(report['floors']['links'])} (collectives over links)",
+        f"no less than      {format_milliseconds(report['floors']['products'])} (operations over peak), "
+        f"{format_milliseconds(report['floors']['memory'])} (bytes over HBM bandwidth), "
+        f"{format_milliseconds(report['floors']['links'])} (collectives over links)",
         f"utilisation       {report['utilisation']:.0%} of peak, optimizer included",
         f"speed             {report['tokens_per_second']:,.0f} tokens a second; {report['tokens']:.3g} tokens take "
         f"{report['tokens'] / report['tokens_per_second'] / 3600:.3g} hours, {report['chip_hours']:,.3g} chip-hours",
         "",
-        "work              " + ", ".join(f"{k} {share(v, report)}" for k, v in report["stages"].items() if v > 0),
+        "work              "
+        + ", ".join(f"{k} {format_share(v, report)}" for k, v in report["stages"].items() if v > 0),
         f"{'traffic':<18}{'times':>6} {'GB':>8} {'ms':>8} {'waited':>8}  largest",
     ]
-    for own in report["traffic"]:
-        if own["seconds"] >= 0.001 * report["seconds"]:
+    for entry in report["traffic"]:
+        if entry["seconds"] >= 0.001 * report["seconds"]:
             lines.append(
-                f"  {own['stage']:<16}{own['times']:>6} {own['bytes'] / 1e9:>8.2f} {own['seconds'] * 1e3:>8.2f} "
-                f"{own['exposed'] * 1e3:>8.2f}  {own['kind']} {own['largest']}"
+                f"  {entry['stage']:<16}{entry['times']:>6} {entry['bytes'] / 1e9:>8.2f} "
+                f"{entry['seconds'] * 1e3:>8.2f} {entry['exposed'] * 1e3:>8.2f}  {entry['kind']} {entry['largest']}"
             )
     if memory["headroom"] < HEADROOM:
-        lines += ["", *(f"to leave {HEADROOM:.0%} free   {line}" for line in advice(config, report))]
+        lines += ["", *(f"to leave {HEADROOM:.0%} free   {line}" for line in advise(config, report))]
     lines += ["", "An estimate from the TPU compiler's schedule, not a measurement."]
     return "\n".join(lines)
 
 
-def calibration_text(config: TrainConfig, report: Report) -> str:
-    off = report["calibration"]
+def format_calibration(config: TrainConfig, report: Report) -> str:
+    ratios = report["calibration"]
     return (
-        f"Of programs whose cost is known the schedule gives {off['product']:.2f} times that of a large product at "
-        f"peak, {off['copy']:.2f} times that of a copy at full bandwidth, {off['all-reduce']:.2f} times that of an "
-        "all-reduce over the links (for collectives the compiler gives no cycles: their time is bytes over links)."
+        f"Of programs whose cost is known the schedule gives {ratios['product']:.2f} times that of a large product at "
+        f"peak, {ratios['copy']:.2f} times that of a copy at full bandwidth, {ratios['all-reduce']:.2f} times that of "
+        "an all-reduce over the links (for collectives the compiler gives no cycles: their time is bytes over links)."
     )
 
 
-def sparse_text(config: TrainConfig, report: Report) -> str:
-    own, dense = report["sparse"], report
-    if "none" in own:
-        return f"sparse path       none: {own['none']}"
-    room = f"room for {own['room']:g} a token, layer and chip"
-    head = f"sparse path       at {own['active']:g} active features a token, of all layers ({room}): "
-    if "refused" in own:
-        return f"{head}does not fit: {own['refused']}"
-    times = dense["seconds"] / own["seconds"] if "refused" not in dense else math.inf
+def format_sparse(config: TrainConfig, report: Report) -> str:
+    sparse, dense = report["sparse"], report
+    if "none" in sparse:
+        return f"sparse path       none: {sparse['none']}"
+    capacity = f"capacity {sparse['room']:g} a token, layer and chip"
+    head = f"sparse path       at {sparse['active']:g} active features a token, of all layers ({capacity}): "
+    if "refused" in sparse:
+        return f"{head}does not fit: {sparse['refused']}"
+    times = dense["seconds"] / sparse["seconds"] if "refused" not in dense else math.inf
     verdict = f"{times:.2f} times as fast as" if times >= 1 else f"{1 / times:.2f} times as slow as"
     verdict = f"{verdict} the dense path" if times < math.inf else "the dense path does not fit"
-    kernels = f"{milliseconds(own['kernel_seconds'])} of them kernels, by the bytes that full lists would move"
+    kernels = (
+        f"{format_milliseconds(sparse['kernel_seconds'])} of them kernels, by the bytes that full lists would move"
+    )
     return (
-        f"{head}{milliseconds(own['seconds'])} a step, {kernels}; {own['memory']['total'] / GIB:.2f} GiB\n"
+        f"{head}{format_milliseconds(sparse['seconds'])} a step, {kernels}; {sparse['memory']['total'] / GIB:.2f} GiB\n"
         f"                  {verdict}: {'--set path=sparse' if times > 1 else 'the dense path wins'}"
     )
 
 
-def graphs_text(config: TrainConfig, report: Report) -> str:
-    own = report["graphs"]
-    room = f"{own['total'] / GIB:.2f} of {own['limit'] / GIB:.2f} GiB a chip"
-    if own["total"] == own["given"]:
-        return f"attribution       does not fit: each chip holds the whole coder and model, {room} in float32"
-    verdict = "fits" if own["fits"] else "does not fit"
-    return f"attribution       {verdict}: prompts of {own['prompt_length']} tokens, one a chip, take {room}"
+def format_graphs(config: TrainConfig, report: Report) -> str:
+    graphs = report["graphs"]
+    memory = f"{graphs['total'] / GIB:.2f} of {graphs['limit'] / GIB:.2f} GiB a chip"
+    if graphs["total"] == graphs["given"]:
+        return f"attribution       does not fit: each chip holds the whole coder and model, {memory} in float32"
+    verdict = "fits" if graphs["fits"] else "does not fit"
+    return f"attribution       {verdict}: prompts of {graphs['prompt_length']} tokens, one a chip, take {memory}"
 
 
 PARTS: dict[str, Callable[[TrainConfig, Report], str]] = {
-    "step": step_text,
-    "sparse": sparse_text,
-    "graphs": graphs_text,
-    "calibration": calibration_text,
+    "step": format_step,
+    "sparse": format_sparse,
+    "graphs": format_graphs,
+    "calibration": format_calibration,
 }
-"""What a plan says, in this order; all but the step by their names in the report."""
+"""The parts of a plan in their order. The figures of the step are at the top level of the report, those of the other
+parts under their names."""
 
 
-def milliseconds(seconds: float) -> str:
+def format_milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms"
 
 
-def share(seconds: float, report: Report) -> str:
+def format_share(seconds: float, report: Report) -> str:
     return f"{seconds / report['seconds']:.1%}"
 
 
-def advice(config: TrainConfig, report: Report) -> list[str]:
-    """What to change so that less memory is needed, the cheapest first."""
+def advise(config: TrainConfig, report: Report) -> list[str]:
+    """Changes that need less memory, those that cost least first."""
     memory, lines = report["memory"], []
     state = memory["parameters"] + memory["optimizer"]
     if state + memory["parameters"] < 0.9 * memory["limit"]:
@@ -146,20 +151,21 @@ def advice(config: TrainConfig, report: Report) -> list[str]:
     return lines
 
 
-def sweep_text(rows: list[Report]) -> str:
-    """One line a variant, the best first."""
+def format_sweep(reports: list[Report]) -> str:
+    """One line for each variant, in their order."""
     lines = [
         f"{'mesh':>9} {'micro':>5} {'remat':>5} {'step':>10} {'of peak':>7} {'tokens/s':>12} {'memory':>8} {'free':>5}"
     ]
-    for own in rows:
-        mesh = "x".join(map(str, own["mesh"].values()))
-        head = f"{mesh:>9} {own['micro_batches']:>5} {str(own['remat']).lower():>5}"
-        if "seconds" not in own:
-            lines.append(f"{head} {own['refused']}")
+    for report in reports:
+        mesh = "x".join(map(str, report["mesh"].values()))
+        head = f"{mesh:>9} {report['micro_batches']:>5} {str(report['remat']).lower():>5}"
+        if "seconds" not in report:
+            lines.append(f"{head} {report['refused']}")
             continue
-        memory = own["memory"]
+        memory = report["memory"]
         lines.append(
-            f"{head} {milliseconds(own['seconds']):>10} {own['utilisation']:>7.0%} {own['tokens_per_second']:>12,.0f} "
+            f"{head} {format_milliseconds(report['seconds']):>10} {report['utilisation']:>7.0%} "
+            f"{report['tokens_per_second']:>12,.0f} "
             f"{memory['total'] / GIB:>8.2f} {memory['headroom']:>5.0%}"
         )
     return "\n".join(lines)

@@ -3,22 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jclt.pods.chips import chips_in
+from jclt.pods.chips import count_chips
 from jclt.pods.slices import Pod
 from jclt.training.config import TrainConfig
 
-MICRO = (0.5, 1.0, 2.0)
-SHARDS = (1, 2, 4)
+MICRO_BATCH_FACTORS = (0.5, 1.0, 2.0)
+DATA_SHARD_COUNTS = (1, 2, 4)
 
 
-def variants(config: TrainConfig, pod: Pod) -> Iterator[TrainConfig]:
-    """Data shards times micro-batches times rematerialisation, around what the configuration says."""
-    chips = chips_in(pod.topology) * pod.slices
-    for shards in SHARDS:
+def list_variants(config: TrainConfig, pod: Pod) -> Iterator[TrainConfig]:
+    """All combinations of data shards, micro-batches and rematerialisation near those of the configuration."""
+    chips = count_chips(pod.topology) * pod.slices
+    for shards in DATA_SHARD_COUNTS:
         data = shards * pod.slices
         if chips % data or config.coder.features % (chips // data):
             continue
-        for factor in MICRO:
+        for factor in MICRO_BATCH_FACTORS:
             micro = int(config.micro_batches * factor)
             if micro < 1 or config.length % micro:
                 continue

@@ -1,1 +1,1 @@
-"""Training: data, the steps, the loop, checkpoints and metrics."""
+"""Training of language models: settings, the loop, checkpoints, metrics, run folders. `coder` trains sparse coders."""

@@ -1,7 +1,7 @@
 """Checkpoints of a training state by Orbax: written in the background, the newest few kept, restored onto any mesh.
 
-Beside the numbers lie their sums (`jclt.fingerprints`), which a single changed bit changes: what is restored is what
-was saved, or is passed over.
+Each checkpoint also holds checksums of its arrays (`jclt.fingerprints`), which any changed bit changes. So a restored
+state is exactly the one that was saved; a damaged checkpoint is skipped.
 """
 
 import logging
@@ -14,31 +14,34 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jclt.errors import Interrupted, UserError, first_line
-from jclt.fingerprints import bit_sums
-from jclt.hosts import together
+from jclt.fingerprints import sum_bits
+from jclt.hosts import run_on_every_host
 from jclt.shapes import Array
 
 log = logging.getLogger(__name__)
 State = TypeVar("State")
 SUMS = "sums"
-"""Of each array, in a checkpoint's own metadata."""
+"""The key of the checksums of all arrays in a checkpoint's metadata."""
+NAMES_ON_DISK = {"capacity": "room"}
+"""Fields of a state that are saved under another name, by which earlier versions saved them."""
 
 
-def _no_traceback(record: logging.LogRecord) -> bool:
-    """Each of Orbax's threads logs the error that is raised here all the same."""
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    """Filters the errors that Orbax's threads log: the same errors are raised here."""
     return not record.exc_info
 
 
 class Checkpoints:
-    """`path` is a folder or the URL of one; `beside` saves what else belongs to the run."""
+    """The checkpoints in `path`, a folder or a URL. `save_others` saves the run's other files at every checkpoint."""
 
-    def __init__(self, path: str, beside: Callable[[], None] = lambda: None, keep: int = 2):
+    def __init__(self, path: str, save_others: Callable[[], None] = lambda: None, keep: int = 2):
         newest: Any = ocp.training.preservation_policies.LatestN(keep)
-        self.path, self.beside = path, beside
-        self.complete, self.under_way = 0, 0  # steps of the newest checkpoint that is there, and of the one coming
-        logging.getLogger("absl").addFilter(_no_traceback)
+        self.path, self.save_others = path, save_others
+        self.complete = 0  # the step of the newest complete checkpoint
+        self.under_way = 0  # the step of the checkpoint that is being written
+        logging.getLogger("absl").addFilter(_has_no_traceback)
         try:
-            # What a save that was cut off has left takes up space.
+            # A save that was cut off leaves files that take up space.
             self.checkpointer = ocp.training.Checkpointer(
                 path, preservation_policy=newest, cleanup_tmp_directories=True
             )
@@ -46,38 +49,42 @@ class Checkpoints:
             raise UserError(f"{path}: checkpoints cannot be listed ({first_line(error)})") from None
 
     def save(self, step: int, state: Any) -> None:
-        found = leaves(state)
+        """Begins to write a checkpoint, and returns once the state may change."""
+        arrays = name_leaves(state)
         self.wait()
-        sums: Any = plain_sums(found)
-        with self._writing():
+        sums: Any = sum_arrays(arrays)
+        with self._report_write_errors():
             self.checkpointer.save_async(
-                step, {"state": found}, force=True, overwrite=True, custom_metadata={SUMS: sums}
+                step, {"state": arrays}, force=True, overwrite=True, custom_metadata={SUMS: sums}
             )
             self.under_way = step
-            self.beside()
+            self.save_others()
 
     def wait(self) -> None:
-        """Until the last checkpoint is there as a whole."""
-        with self._writing():
+        """Waits until the last checkpoint is complete."""
+        with self._report_write_errors():
             self.checkpointer.wait()
         self.complete = self.under_way
 
     def restore(self, like: State) -> State | None:
-        """The newest state that can be read, placed as `like` is; None where there is none. An error where there are
-        some and none can be read: what is there is not to be written over."""
-        wanted = leaves(like)
-        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+        """The newest state that can be read, sharded as `like` is; None if there are no checkpoints.
+
+        If there are checkpoints and none can be read, this is an error: the run must not overwrite them.
+        """
+        target = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in name_leaves(like).items()
+        }
         reasons: dict[int, str] = {}
         for step in self.steps():
             try:
-                found = read_state(self.checkpointer, step, target)
+                arrays = read_state(self.checkpointer, step, target)
             except Exception as error:  # a damaged checkpoint can fail in any layer below
                 reasons[step] = first_line(error)
                 log.warning("checkpoint of step %d cannot be read, passing over it (%s)", step, reasons[step])
                 continue
             log.info("resuming at step %d", step)
             self.complete = self.under_way = step
-            return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+            return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in target])
         if reasons:
             step = max(reasons)
             raise UserError(
@@ -87,25 +94,25 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """Of which there are checkpoints, the newest first."""
+        """The steps of all checkpoints, the newest first."""
         return sorted((checkpoint.step for checkpoint in self.checkpointer.checkpoints), reverse=True)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _report_write_errors(self) -> Iterator[None]:
         try:
             yield
         except UserError:
             raise
         except Exception as error:  # of Orbax, tensorstore and the file system
             newest = f"the newest checkpoint is of step {self.complete}" if self.complete else "there is none yet"
-            raise UserError(f"{self.path}: a checkpoint cannot be written ({brief(error)}); {newest}") from None
+            raise UserError(f"{self.path}: a checkpoint cannot be written ({shorten_error(error)}); {newest}") from None
 
     def close(self) -> None:
         try:
-            with self._writing():
+            with self._report_write_errors():
                 self.checkpointer.close()
         finally:
-            logging.getLogger("absl").removeFilter(_no_traceback)
+            logging.getLogger("absl").removeFilter(_has_no_traceback)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -116,60 +123,65 @@ class Checkpoints:
         except UserError as error:
             if kind is None or issubclass(kind, Interrupted):
                 raise
-            log.warning("%s", error)  # what ended the run is the better reason
+            log.warning("%s", error)  # the error that ended the run is the better reason
 
 
 def read_state(
     checkpointer: ocp.training.Checkpointer, step: int, target: Mapping[str, jax.ShapeDtypeStruct] | None = None
 ) -> dict[str, Array]:
-    """The arrays of a checkpoint by their names, compared with the sums that were saved beside them; as the target has
-    them placed, or whole on one device. Of several hosts all must ask."""
+    """The arrays of a checkpoint by name, after a comparison with the checksums that were saved with them.
+
+    The arrays are sharded as the target is; without a target they are whole on one device. Every host must call it.
+    """
 
     def load() -> tuple[Any, Any]:
         metadata = checkpointer.metadata(step)
-        held: Any = (metadata.metadata or {}).get("state")
-        if held is None:
+        saved: Any = (metadata.metadata or {}).get("state")
+        if saved is None:
             raise UserError("damaged: nothing says which arrays it holds")
         if target is not None:
-            _check_names(held, target)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = target or {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in held.items()}
-        beside: Any = metadata.custom_metadata or {}
-        return checkpointer.load(step, {"state": dict(wanted)})["state"], beside.get(SUMS)
+            _check_names(saved, target)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        whole = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in saved.items()}
+        custom: Any = metadata.custom_metadata or {}
+        return checkpointer.load(step, {"state": dict(target or whole)})["state"], custom.get(SUMS)
 
-    found, sums = together(load)
+    arrays, sums = run_on_every_host(load)
     if sums is None:
         log.warning("checkpoint of step %d was saved without sums: nothing can tell whether it is damaged", step)
-        return found
-    own = plain_sums(found)
-    for name in found:
-        if own[name] != sums.get(name):
+        return arrays
+    sums_now = sum_arrays(arrays)
+    for name in arrays:
+        if sums_now[name] != sums.get(name):
             raise UserError(f"damaged: the numbers of '{name}' are not those that were saved")
-    return found
+    return arrays
 
 
-def _check_names(held: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """That the checkpoint holds what the run works with."""
+def _check_names(saved: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Checks that the checkpoint holds the arrays of the target."""
     for name, x in target.items():
-        if name not in held:
+        if name not in saved:
             raise UserError(f"holds no array '{name}', expected the settings and version of jclt it was saved by")
-        if tuple(held[name].shape) != x.shape:
-            raise UserError(f"array '{name}' has shape {list(held[name].shape)}, expected {list(x.shape)}")
-    for name in held:
+        if tuple(saved[name].shape) != x.shape:
+            raise UserError(f"array '{name}' has shape {list(saved[name].shape)}, expected {list(x.shape)}")
+    for name in saved:
         if name not in target:
             raise UserError(f"holds an array '{name}', expected the settings and version of jclt it was saved by")
 
 
-def plain_sums(arrays: Mapping[str, Array]) -> dict[str, list[int]]:
-    return {name: np.asarray(sums).tolist() for name, sums in bit_sums(dict(arrays)).items()}
+def sum_arrays(arrays: Mapping[str, Array]) -> dict[str, list[int]]:
+    return {name: np.asarray(sums).tolist() for name, sums in sum_bits(dict(arrays)).items()}
 
 
-def brief(error: BaseException) -> str:
-    """What went wrong in writing, out of a message that goes on for pages."""
+def shorten_error(error: BaseException) -> str:
+    """The reason of a failed write, out of a message of many lines."""
     full = "No space left on device"
     return full if full in str(error) else first_line(error)
 
 
-def leaves(state: Any) -> dict[str, Any]:
-    """A state's arrays by their path: what lies on disk says what it is, whatever classes the state is made of."""
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}
+def name_leaves(state: Any) -> dict[str, Any]:
+    """A state's arrays by their paths, so that a checkpoint can be read without the state's classes."""
+    names = (
+        (jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in jax.tree.leaves_with_path(state)
+    )
+    return {NAMES_ON_DISK.get(name, name): x for name, x in names}

@@ -1,4 +1,4 @@
-"""The loop, on one screen: batches in, steps, metrics one step late, checkpoints, and what a signal does."""
+"""The training loop: batches, steps, metrics one step late, checkpoints, and signals to stop."""
 
 import logging
 import os
@@ -9,24 +9,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from jclt.data.prefetch import prefetched
+from jclt.data.prefetch import prefetch
 from jclt.errors import Interrupted, UserError, first_line
-from jclt.hosts import agreed
-from jclt.memory import size_text, used_memory
+from jclt.hosts import broadcast_from_first_host
+from jclt.memory import format_size, measure_used_memory
 from jclt.shapes import Array
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.metrics import Log
 
 log = logging.getLogger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SOUND = ("loss", "gradient_norm")
-"""What must be finite for a step to count; any other metric may lack a value."""
+MUST_BE_FINITE = ("loss", "gradient_norm")
+"""Metrics that must be finite for a step to count; any other metric may be NaN."""
 Values = dict[str, Any]
 
 
@@ -41,6 +41,23 @@ class HasStep(Protocol):
 StepState = TypeVar("StepState", bound=HasStep)
 
 
+class Reporting(NamedTuple):
+    """What the loop reports of a run, and how often."""
+
+    describe: Callable[[Values], str]  # a step's metrics in one short line, for the progress bar
+    every: int  # steps between two lines of metrics
+    speed: Callable[[float], Values] = lambda steps_per_second: {}  # metrics that follow from the speed
+    evaluate: Callable[[Any], Values] | None = None  # metrics of a state; the run does not depend on them
+    evaluate_every: int = 0  # steps between two evaluations before the last step; 0: none
+    layers: Sequence[int] = ()  # the layers of metrics that are lists
+
+    def is_evaluated(self, step: int, steps: int) -> bool:
+        """Whether the loop evaluates the state after so many of all steps."""
+        if self.evaluate is None or self.evaluate_every == 0:
+            return False
+        return 0 < step < steps and step % self.evaluate_every == 0
+
+
 def fit(
     state: StepState,
     advance: Callable[[int, StepState, Any], tuple[StepState, Mapping[str, Array]]],
@@ -48,154 +65,184 @@ def fit(
     steps: int,
     checkpoints: Checkpoints,
     metrics: Log,
+    reporting: Reporting,
     *,
-    log_every: int,
     save_every: int,
-    describe: Callable[[Values], str],
-    measure: Callable[[StepState], Values] | None = None,
-    measure_every: int = 0,
-    speed: Callable[[float], Values] = lambda steps_per_second: {},
     skips: int = 0,
-    layers: Sequence[int] = (),
 ) -> StepState:
-    """Runs `advance(step, state, batch)` from the state's own step to the last, and returns the state it ends in.
+    """Runs `advance(step, state, batch)` from the state's step to the last, and returns the final state.
 
-    The batch is a function of the step and the state of nothing else, so that a run that was killed and started again
-    ends in the same bits as one that was not. A state that comes out of a step without a finite loss is the caller's
-    to keep sound: the run goes on until more than `skips` such steps came in a row. What `measure` says is logged
-    every so many steps before the last; the run does not depend on it. `layers` are those that metrics list.
+    The batch depends on the step alone, and the next state on the step, the state and the batches. So a run that was
+    killed and started again ends in the same bits as one that was not.
+
+    When the loss of a step is not finite, `advance` must return a state that is still sound. The run stops after more
+    than `skips` such steps in a row.
     """
     start = int(state.step)
-    waiting, saved, bad, began = None, start, 0, time.perf_counter()
-    written = (start, began)
-
-    def write(entry: Values) -> None:
-        try:
-            metrics.write(entry)
-        except UserError as error:
-            with suppress(UserError):
-                checkpoints.wait()
-            newest = checkpoints.complete
-            kept = f"the newest checkpoint is of step {newest}" if newest else "no checkpoint has been saved yet"
-            raise UserError(f"{error}; {kept}") from None
-
-    def record(step: int, values: Mapping[str, Array]) -> None:
-        nonlocal bad, written
-        fetched = {name: plain(value) for name, value in values.items()}
-        broken = [name for name in SOUND if name in fetched and not np.all(np.isfinite(fetched[name]))]
-        bad = bad + 1 if broken else 0
-        if bad > skips:
-            if skips:  # each of these steps was skipped: the state is the one from before them
-                checkpoints.save(int(state.step), state)
-                checkpoints.wait()
-            newest = int(state.step) if skips else saved
-            kept = f"the newest checkpoint is of step {newest}" if newest else "no checkpoint has been saved yet"
-            times = f", for the {ordinal(bad)} step in a row" if skips else ""
-            where = where_broken(fetched, layers)
-            raise UserError(f"{broken[0]} is {fetched[broken[0]]} at step {step}{times}{where}; {kept}")
-        if step % log_every == 0 or step in (1, steps):
-            now = time.perf_counter()
-            if step > start + 1:  # the first step compiles
-                fetched |= speed((step - written[0]) / (now - written[1]))
-            written = (step, now)
-            write({"step": step, "seconds": round(now - began, 3), **fetched})
-            progress.say(step, describe(fetched), fetched.get("tokens_per_second"))
-        progress.update(step)
-
-    def look(step: int) -> None:
-        if measure is not None and (found := measured(measure, step, state)) is not None:
-            write({"step": step, **found})
-
     with (
-        stop_requests() as asked_to_stop,
-        prefetched(batch, start, steps) as batches,
+        catch_stop_signals() as is_stop_requested,
+        prefetch(batch, start, steps) as batches,
         Progress(start, steps) as progress,
     ):
-        due = measure is not None and bool(measure_every) and 0 < start < steps and start % measure_every == 0
-        if due and not agreed(metrics.evaluated(start)):  # the run ended between its checkpoint and this
-            look(start)
+        recorder = Recorder(start, steps, checkpoints, metrics, reporting, progress, skips)
+        is_missing = reporting.is_evaluated(start, steps)
+        if is_missing and not broadcast_from_first_host(metrics.has_evaluation(start)):
+            recorder.evaluate(start, state)  # the run ended between its checkpoint and this evaluation
+        waiting: tuple[int, Mapping[str, Array]] | None = None
         for step, data in zip(range(start, steps), batches, strict=True):
             state, values = advance(step, state, data)
             # Metrics are read one step late: the device never waits for the host.
             if waiting is not None:
-                record(*waiting)
-            waiting = (step + 1, values)
-            stop = asked_to_stop(step)
-            due = measure is not None and bool(measure_every) and (step + 1) % measure_every == 0 and step + 1 < steps
-            saves = (step + 1) % save_every == 0 or step + 1 == steps or stop
-            if saves or due:
-                # What is saved has been looked at and logged: a run resumed from here lacks no line.
-                record(*waiting)
+                recorder.record(*waiting, state)
+            waiting, done = (step + 1, values), step + 1
+            stops, evaluates = is_stop_requested(step), reporting.is_evaluated(done, steps)
+            saves = done % save_every == 0 or done == steps or stops
+            if saves or evaluates:
+                # The step is checked and logged before its state is saved: a resumed run lacks no line.
+                recorder.record(*waiting, state)
                 waiting = None
             if saves:
-                checkpoints.save(step + 1, state)
-                saved = step + 1
-            if stop:
+                recorder.save(done, state)
+            if stops:
                 checkpoints.wait()
-                raise Interrupted(f"stopped at step {step + 1}, saved; the same command goes on from there")
-            if due:
-                look(step + 1)
+                raise Interrupted(f"stopped at step {done}, saved; the same command goes on from there")
+            if evaluates:
+                recorder.evaluate(done, state)
     checkpoints.wait()
     return state
 
 
-def measured(measure: Callable[[StepState], Values], step: int, state: StepState) -> Values | None:
-    """What is measured of a state. It is no part of training: where it fails, that is said and no more."""
+class Recorder:
+    """Writes a run's metrics, and stops the run when its loss is not finite."""
+
+    def __init__(
+        self,
+        start: int,
+        steps: int,
+        checkpoints: Checkpoints,
+        metrics: Log,
+        reporting: Reporting,
+        progress: "Progress",
+        skips: int,
+    ):
+        self.start, self.steps, self.skips = start, steps, skips
+        self.checkpoints, self.metrics, self.reporting, self.progress = checkpoints, metrics, reporting, progress
+        self.saved = start  # the step of the newest checkpoint
+        self.bad_in_row = 0
+        self.began = time.perf_counter()
+        self.last_written = start, self.began
+
+    def record(self, step: int, values: Mapping[str, Array], state: HasStep) -> None:
+        """Checks a step's metrics, and writes those of every so many steps. `state` is the newest one."""
+        entry = {name: to_plain(value) for name, value in values.items()}
+        self._check_finite(step, entry, state)
+        if step % self.reporting.every == 0 or step in (1, self.steps):
+            now = time.perf_counter()
+            if step > self.start + 1:  # the first step compiles
+                before, then = self.last_written
+                entry |= self.reporting.speed((step - before) / (now - then))
+            self.last_written = step, now
+            self._write({"step": step, "seconds": round(now - self.began, 3), **entry})
+            self.progress.show(step, self.reporting.describe(entry), entry.get("tokens_per_second"))
+        self.progress.update(step)
+
+    def save(self, step: int, state: HasStep) -> None:
+        self.checkpoints.save(step, state)
+        self.saved = step
+
+    def evaluate(self, step: int, state: HasStep) -> None:
+        """Writes the evaluation of a state, where it does not fail."""
+        evaluate = self.reporting.evaluate
+        if evaluate is not None and (values := try_evaluate(evaluate, step, state)) is not None:
+            self._write({"step": step, **values})
+
+    def _check_finite(self, step: int, entry: Values, state: HasStep) -> None:
+        broken = [name for name in MUST_BE_FINITE if name in entry and not np.all(np.isfinite(entry[name]))]
+        self.bad_in_row = self.bad_in_row + 1 if broken else 0
+        if self.bad_in_row <= self.skips:
+            return
+        if self.skips:  # each of these steps was skipped: the state is the one before them
+            self.checkpoints.save(int(state.step), state)
+            self.checkpoints.wait()
+        newest = int(state.step) if self.skips else self.saved
+        times = f", for the {to_ordinal(self.bad_in_row)} step in a row" if self.skips else ""
+        where = describe_broken_layers(entry, self.reporting.layers)
+        raise UserError(
+            f"{broken[0]} is {entry[broken[0]]} at step {step}{times}{where}; {describe_newest_checkpoint(newest)}"
+        )
+
+    def _write(self, entry: Values) -> None:
+        try:
+            self.metrics.write(entry)
+        except UserError as error:
+            with suppress(UserError):
+                self.checkpoints.wait()
+            raise UserError(f"{error}; {describe_newest_checkpoint(self.checkpoints.complete)}") from None
+
+
+def describe_newest_checkpoint(step: int) -> str:
+    return f"the newest checkpoint is of step {step}" if step else "no checkpoint has been saved yet"
+
+
+def try_evaluate(evaluate: Callable[[StepState], Values], step: int, state: StepState) -> Values | None:
+    """The evaluation of a state; None, and a warning, where it fails: it is not part of the training."""
     try:
-        return measure(state)
+        return evaluate(state)
     except Exception as error:
         log.warning("step %d could not be evaluated, the run goes on without (%s)", step, first_line(error))
         return None
 
 
-def where_broken(values: Values, layers: Sequence[int]) -> str:
-    """In which layers metrics lack a value, if that tells one layer from another."""
+def describe_broken_layers(values: Values, layers: Sequence[int]) -> str:
+    """The layers in which a metric is not finite, unless it is so in none or in all of them."""
     for name, value in values.items():
         if isinstance(value, list) and len(value) == len(layers):
-            found = [layer for layer, own in zip(layers, value, strict=True) if not np.isfinite(own)]
-            if 0 < len(found) < len(layers):
-                which = f"layers {', '.join(map(str, found))}" if len(found) > 1 else f"layer {found[0]}"
+            broken = [layer for layer, x in zip(layers, value, strict=True) if not np.isfinite(x)]
+            if 0 < len(broken) < len(layers):
+                which = f"layers {', '.join(map(str, broken))}" if len(broken) > 1 else f"layer {broken[0]}"
                 return f" ({name} has no value in {which})"
     return ""
 
 
-def ordinal(number: int) -> str:
+def to_ordinal(number: int) -> str:
     ends = {1: "st", 2: "nd", 3: "rd"}
     return f"{number}{'th' if number % 100 in (11, 12, 13) else ends.get(number % 10, 'th')}"
 
 
-def plain(value: Array) -> Any:
+def to_plain(value: Array) -> Any:
     """A number, or a list of numbers."""
     return np.asarray(value).tolist()
 
 
 class Progress:
-    """How far a run is: a bar on a terminal; elsewhere a line now and then, as a file of logs wants it."""
+    """Shows how far a run is: a bar on a terminal; elsewhere, for log files, a line now and then."""
 
     EVERY = 30.0
-    """Seconds between two such lines at most; ten of them are written in any case."""
+    """Seconds between two such lines, unless a tenth of the run passes sooner."""
 
     def __init__(self, start: int, steps: int):
-        shown = jax.process_index() == 0 and start < steps
-        terminal = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self.start, self.steps, self.lines = start, steps, shown and not terminal
-        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=0.5, disable=not (shown and terminal))
-        self.said = (start, time.perf_counter())
-        if self.lines:
+        is_shown = jax.process_index() == 0 and start < steps
+        on_terminal = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self.start, self.steps, self.shows_lines = start, steps, is_shown and not on_terminal
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", mininterval=0.5, disable=not (is_shown and on_terminal)
+        )
+        self.last_line = (start, time.perf_counter())
+        if self.shows_lines:
             log.info("step %d of %d: compiling", start + 1, steps)
         else:
             self.bar.set_postfix_str("compiling")
 
-    def say(self, step: int, text: str, tokens_per_second: float | None) -> None:
-        used = used_memory()
+    def show(self, step: int, text: str, tokens_per_second: float | None) -> None:
+        used = measure_used_memory()
         speed = f" {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
-        text += speed + (f" {size_text(used)}" if used else "")
+        text += speed + (f" {format_size(used)}" if used else "")
         self.bar.set_postfix_str(text, refresh=False)
-        before, now = self.said, time.perf_counter()
-        tenth = (step - before[0]) * 10 >= self.steps - self.start
-        if self.lines and (tenth or now - before[1] > self.EVERY or step == self.steps):
+        (before, then), now = self.last_line, time.perf_counter()
+        is_tenth = (step - before) * 10 >= self.steps - self.start
+        if self.shows_lines and (is_tenth or now - then > self.EVERY or step == self.steps):
             log.info("step %d of %d: %s", step, self.steps, text)
-            self.said = (step, now)
+            self.last_line = (step, now)
 
     def update(self, step: int) -> None:
         self.bar.update(step - self.bar.n)
@@ -208,9 +255,12 @@ class Progress:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Within it a first signal to stop is noted instead of obeyed, and a second one ends the process at once; on
-    several hosts all learn of it at the same step. In a thread other than the main one signals are not ours."""
+def catch_stop_signals() -> Iterator[Callable[[int], bool]]:
+    """Gives a function of the step that tells whether a signal to stop has come.
+
+    The first signal is only noted; a second one ends the process at once. On several hosts all learn of a signal at
+    the same step. Only the main thread can catch signals: in any other thread the function always returns False.
+    """
     if jax.process_count() > 1:
         # The coordination service carries one host's SIGTERM to all of them.
         from jax.experimental.multihost_utils import reached_preemption_sync_point
@@ -221,7 +271,8 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
         yield lambda step: False
         return
     asked: list[int] = []
-    # While a step compiles Python runs no handler, and then one for all signals of a kind: the bytes tell how many.
+    # While a step compiles Python runs no handler, and afterwards one for all signals of a kind. So signals are
+    # counted by the bytes that each of them writes to a socket.
     read, write = socket.socketpair()
     read.setblocking(False)
     write.setblocking(False)
@@ -229,7 +280,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
 
     def note(number: int, _: Any) -> None:
         with suppress(BlockingIOError):
-            asked.extend(own for own in read.recv(1000) if own in STOP_SIGNALS)
+            asked.extend(byte for byte in read.recv(1000) if byte in STOP_SIGNALS)
         if len(asked) > 1:
             signal.signal(number, signal.SIG_DFL)
             if number == signal.SIGINT:

@@ -10,14 +10,14 @@ from typing import IO, Any, Protocol, TypeGuard
 import jax
 
 from jclt.errors import UserError, reason_of
-from jclt.files import new_file, read_bytes, to_json, write_json_lines
-from jclt.fingerprints import digest
+from jclt.files import create_file, read_bytes, to_json, write_json_lines
+from jclt.fingerprints import hash_json
 
 Entry = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Something else that is told the numbers."""
+    """Another place to which the metrics go."""
 
     def write(self, entry: Entry) -> None: ...
 
@@ -25,11 +25,12 @@ class Writer(Protocol):
 
 
 class Log:
-    """Appends one JSON object a line; on resume, what a killed run logged beyond its checkpoint is dropped.
+    """Appends the metrics to metrics.jsonl, one JSON object per line.
 
-    Only the first host writes. TensorBoard events go to the run's folder where `tensorboardX` can be imported;
-    Weights & Biases gets the run where `wandb` can and WANDB_PROJECT is set, known there by `place`, the run's URL or
-    else its folder. Numbers that are not finite are written as null: JSON has no others.
+    On resume, the lines that a killed run wrote after its last checkpoint are dropped. Only the first host writes.
+    TensorBoard events go to the run's folder if `tensorboardX` can be imported. Weights & Biases gets the run if
+    `wandb` can be imported and WANDB_PROJECT is set; the run's identity there follows from `place`, its URL or folder.
+    Numbers that are not finite are written as null, since JSON cannot express them.
     """
 
     def __init__(self, folder: Path, step: int, settings: Entry | None = None, place: str | None = None):
@@ -37,13 +38,13 @@ class Log:
         self.others: list[Writer] = []
         self.file: IO[str] | None = None
         self.last: dict[str, Entry] = {}
-        """Of each kind, "step" or "evaluation", the entry that was written last."""
+        """The last entry of each kind, "step" or "evaluation"."""
         if jax.process_index() > 0:
             return
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= step] if self.path.exists() else []
-        write_json_lines(self.path, map(finite, kept))
+        write_json_lines(self.path, map(replace_nonfinite, kept))
         for entry in kept:
-            self.last[kind_of(entry)] = entry
+            self.last[get_kind(entry)] = entry
         try:
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
         except OSError as error:
@@ -55,8 +56,8 @@ class Log:
                 self.others.append(_WeightsAndBiases(folder, settings or {}, place or str(folder.resolve())))
 
     def write(self, entry: Entry) -> None:
-        entry = finite(entry)
-        self.last[kind_of(entry)] = entry
+        entry = replace_nonfinite(entry)
+        self.last[get_kind(entry)] = entry
         if self.file is not None:
             try:
                 self.file.write(to_json(entry, self.path) + "\n")
@@ -65,7 +66,7 @@ class Log:
         for other in self.others:
             other.write(entry)
 
-    def evaluated(self, step: int) -> bool:
+    def has_evaluation(self, step: int) -> bool:
         """Whether the last evaluation that was written is of this step."""
         return self.last.get("evaluation", {}).get("step") == step
 
@@ -74,7 +75,7 @@ class Log:
 
     def close(self) -> None:
         if self.file is not None:
-            with suppress(OSError):  # what could not be written has been said
+            with suppress(OSError):  # a failed write has been reported already
                 self.file.close()
         for other in self.others:
             other.close()
@@ -93,7 +94,7 @@ class _TensorBoard:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, entry: Entry) -> None:
-        for name, value in numbers(entry).items():
+        for name, value in flatten_numbers(entry).items():
             self.writer.add_scalar(name, value, entry["step"])
 
     def close(self) -> None:
@@ -104,44 +105,44 @@ class _WeightsAndBiases:
     def __init__(self, folder: Path, settings: Entry, place: str):
         import wandb
 
-        # Folders of one name in different places are different runs.
+        # Folders of the same name in different places are different runs.
         self.run = wandb.init(
-            dir=str(folder), config=settings, id=f"{folder.name}-{digest(place)}", name=folder.name, resume="allow"
+            dir=str(folder), config=settings, id=f"{folder.name}-{hash_json(place)}", name=folder.name, resume="allow"
         )
 
     def write(self, entry: Entry) -> None:
-        self.run.log(numbers(entry), step=entry["step"])
+        self.run.log(flatten_numbers(entry), step=entry["step"])
 
     def close(self) -> None:
         self.run.finish()
 
 
-def kind_of(entry: Entry) -> str:
+def get_kind(entry: Entry) -> str:
     return "step" if "loss" in entry else "evaluation"
 
 
-def finite(value: Any) -> Any:
-    """The value with null for every number that is not finite."""
+def replace_nonfinite(value: Any) -> Any:
+    """The value with None for every number that is not finite."""
     if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
+        return {name: replace_nonfinite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [finite(item) for item in value]
+        return [replace_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def numbers(entry: Entry) -> dict[str, float]:
-    """An entry's numbers by name, those of a list under the name and their place."""
+def flatten_numbers(entry: Entry) -> dict[str, float]:
+    """An entry's numbers by name; those of a list by name and index."""
     flat: dict[str, Any] = {}
     for name, value in entry.items():
         if isinstance(value, list):
-            flat |= {f"{name}/{place}": item for place, item in enumerate(value)}
+            flat |= {f"{name}/{index}": item for index, item in enumerate(value)}
         elif name != "step":
             flat[name] = value
     return {name: value for name, value in flat.items() if value is not None}
 
 
 def read_metrics(path: Path) -> list[Entry]:
-    """Every whole line; a run killed while it wrote leaves half a one, and a damaged one is passed over."""
+    """The entries of a metrics file. Lines that are damaged, or incomplete because the run was killed, are skipped."""
     entries: list[Entry] = []
     for line in read_bytes(path, "the metrics of a run").split(b"\n"):
         try:
@@ -154,7 +155,7 @@ def read_metrics(path: Path) -> list[Entry]:
 
 
 def draw_curves(entries: list[Entry], names: tuple[str, ...], path: Path) -> None:
-    """A picture of the numbers of these names over the steps, one below the other; what is not finite is left out."""
+    """Draws the metrics of these names over the steps, one below the other, without values that are not finite."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 2.5 * len(names)), layout="constrained")
@@ -165,19 +166,20 @@ def draw_curves(entries: list[Entry], names: tuple[str, ...], path: Path) -> Non
         axes.set(ylabel=name, yscale="log" if points and all(y > 0 for _, y in points) else "linear")
         axes.grid(alpha=0.3)
     rows[-1].set(xlabel="step")
-    with new_file(path) as beside:
+    with create_file(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
 
 
 def describe_evaluation(entry: Entry) -> str:
-    """How well a replacement model stood in for the model, in one line."""
+    """How well the replacement model agrees with the model, in one line."""
 
-    def number(name: str, form: str) -> str:
+    def format_number(name: str, form: str) -> str:
         return format(entry[name], form) if is_finite(entry.get(name)) else "-"
 
+    agreement = format_number("agreement", ".1%")
     return (
-        f"step {entry['step']}: the replacement model agrees with the model on {number('agreement', '.1%')} of the "
-        f"tokens, KL {number('kl_replaced', '.3f')}, recovered {number('recovered', '.1%')} of the loss"
+        f"step {entry['step']}: the replacement model agrees with the model on {agreement} of the tokens, "
+        f"KL {format_number('kl_replaced', '.3f')}, recovered {format_number('recovered', '.1%')} of the loss"
     )
 
 

@@ -7,12 +7,12 @@ from jclt.coders import CoderConfig
 from jclt.models import ModelConfig
 from jclt.training.config import LmConfig, TrainConfig
 from jclt.world.example import BOS, EOS
-from jclt.world.tokenizer import vocabulary
+from jclt.world.tokenizer import list_vocabulary
 
 
 def small_world() -> LmConfig:
     """The language model that ships with jclt."""
-    tokens = vocabulary()
+    tokens = list_vocabulary()
     model = ModelConfig(
         family="gpt_neox",
         vocabulary=len(tokens),
@@ -44,7 +44,7 @@ def small_world_coder() -> TrainConfig:
         batch=16,
         sparsity="none",
         preactivation_weight=3e-4,
-        initial="transposed",  # leaves a third as many features dead as "clt" does, and learns faster
+        initial="transposed",  # learns faster than "clt", and a third as many features end up dead
         learning_rate=4e-3,
         beta1=0.9,
         beta2=0.99,
@@ -56,10 +56,10 @@ def small_world_coder() -> TrainConfig:
 
 
 def tiny() -> TrainConfig:
-    """A newcomer's first coder: the shipped one's recipe with fewer features and steps, a minute on 2 cores."""
-    whole = small_world_coder()
-    coder = replace(whole.coder, features=256, k=24)
-    return replace(whole, coder=coder, steps=400, end_to_end_steps=0, save_every=200)
+    """A first coder to try: the shipped one with fewer features and steps. It takes a minute on 2 cores."""
+    shipped = small_world_coder()
+    coder = replace(shipped.coder, features=256, k=24)
+    return replace(shipped, coder=coder, steps=400, end_to_end_steps=0, save_every=200)
 
 
 CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny, "small-world": small_world_coder}

@@ -1,4 +1,4 @@
-"""A run's folder: who works in it, the settings it was begun with, and the token rows it reads."""
+"""A run's folder: the process that works in it, and the settings the run began with."""
 
 import errno
 import fcntl
@@ -18,32 +18,39 @@ from fsspec.implementations.local import LocalFileSystem
 from jax.sharding import Mesh
 
 from jclt.config import cache_folder
-from jclt.data.documents import file_system
+from jclt.data.documents import open_file_system
 from jclt.errors import UserError, first_line, reason_of
 from jclt.files import read_json, write_bytes, write_json
-from jclt.hosts import on_first_host, together
-from jclt.training.config import LmConfig, TrainConfig, check_ranges
-from jclt.training.extension import reason_against_more_steps
+from jclt.hosts import run_on_every_host, run_on_first_host
+from jclt.training.config import REMOVED, LmConfig, TrainConfig, check_ranges
+from jclt.training.extension import explain_why_not_longer
 
 LOCK = ".lock"
-"""In a run's folder, held by the process that works in it."""
-
-
+"""A file in a run's folder, locked by the process that works there."""
 ASIDE = (".new", ".old")
-"""What a folder is called while another takes its place."""
+"""Endings of a folder's name while a new folder replaces it."""
+FINGERPRINT = "coder.model_fingerprint"
+"""The setting that names the model's weights."""
+FETCHED = ("config.json", "data.json", "metrics.jsonl")
+"""Files that are fetched from a run's URL."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is kept: a folder, or for a URL a folder of this host that has the URL's small files and is copied
-    back at every checkpoint; checkpoints themselves go to the URL directly."""
+    """Where a run is kept: a folder or a URL.
+
+    For a URL, `folder` is a folder of this host. It holds the small files, which are copied to the URL at every
+    checkpoint; checkpoints are written to the URL directly.
+    """
 
     folder: Path
     url: str | None = None
 
     @property
     def name(self) -> str:
-        """What tells this run from others."""
+        """The name that tells this run from others."""
         return self.url or str(self.folder.absolute())
 
     @property
@@ -52,57 +59,54 @@ class Place:
 
     @property
     def holds_folder(self) -> bool:
-        """Whether this process is the one that works in the folder: the first of all in a shared one."""
+        """Whether this process works in the folder: in a shared folder only the first process does."""
         return self.url is not None or jax.process_index() == 0
 
     def publish(self) -> None:
-        """The first host's files, all but what every host makes for itself."""
+        """Copies the first host's files to the URL, without those that every host makes for itself."""
         if self.url is None or jax.process_index() > 0:
             return
-        system, path = file_system(self.url)
+        system, path = open_file_system(self.url)
         try:
             for file in sorted(self.folder.rglob("*")):
                 name = file.relative_to(self.folder)
-                own = name.parts[0] in ("data", LOCK) or name.parts[0].endswith(ASIDE)
-                if file.is_file() and not own and not file.name.endswith(".partial"):
+                is_local = name.parts[0] in ("data", LOCK) or name.parts[0].endswith(ASIDE)
+                if file.is_file() and not is_local and not file.name.endswith(".partial"):
                     system.makedirs(f"{path}/{name.parent.as_posix()}", exist_ok=True)
                     system.put_file(str(file), f"{path}/{name.as_posix()}")
-        except Exception as error:  # of the network, in as many ways as there are file systems
+        except Exception as error:  # of the network; every file system has errors of its own
             raise UserError(f"{self.url}: cannot be written ({first_line(error)})") from None
 
-    def reached(self) -> int:
-        """The step of the newest checkpoint, whole or not."""
-        system, path = file_system(self.checkpoints)
+    def find_newest_step(self) -> int:
+        """The step of the newest checkpoint, complete or not; 0 if there is none."""
+        system, path = open_file_system(self.checkpoints)
         if not system.isdir(path):
             return 0
-        names = (str(found).rstrip("/").rpartition("/")[2] for found in system.ls(path, detail=False))
+        names = (str(entry).rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False))
         return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
 
 
-FETCHED = ("config.json", "data.json", "metrics.jsonl")
-
-
-def place_of(out: str | Path) -> Place:
-    """The run's place; what a URL already holds of it is fetched."""
-    place = _named_place(out)
+def find_place(out: str | Path) -> Place:
+    """The run's place, after its small files are fetched if it is a URL."""
+    place = _resolve_place(out)
     _fetch(place)
     return place
 
 
 @contextmanager
-def held_place(out: str | Path) -> Iterator[Place]:
-    """The run's place, in which no other process works meanwhile; of several hosts all must ask."""
-    place = together(lambda: _named_place(out))
-    held = together(lambda: _hold(place.folder) if place.holds_folder else None)
+def lock_place(out: str | Path) -> Iterator[Place]:
+    """Gives the run's place while no other process works there. Every host must call it."""
+    place = run_on_every_host(lambda: _resolve_place(out))
+    release = run_on_every_host(lambda: _lock_folder(place.folder) if place.holds_folder else None)
     try:
-        together(lambda: _fetch(place))
+        run_on_every_host(lambda: _fetch(place))
         yield place
     finally:
-        if held is not None:
-            held()
+        if release is not None:
+            release()
 
 
-def _named_place(out: str | Path) -> Place:
+def _resolve_place(out: str | Path) -> Place:
     name = str(out)
     try:
         name.encode()
@@ -111,39 +115,42 @@ def _named_place(out: str | Path) -> Place:
     if "://" not in name:
         return Place(Path(out))
     url = name.rstrip("/")
-    system, path = file_system(url)
+    system, path = open_file_system(url)
     if isinstance(system, LocalFileSystem):
         return Place(Path(path))
     # Several processes of a run may share a host, and each makes its own rows.
-    own = f"-{jax.process_index()}" if jax.process_index() else ""
-    return Place(cache_folder() / "runs" / (hashlib.sha256(url.encode()).hexdigest()[:16] + own), url)
+    process = f"-{jax.process_index()}" if jax.process_index() else ""
+    return Place(cache_folder() / "runs" / (hashlib.sha256(url.encode()).hexdigest()[:16] + process), url)
 
 
 def _fetch(place: Place) -> None:
-    """The URL's word counts: of a run that is not the one there nothing is kept here."""
+    """Fetches the URL's small files. If they are of another run, the files of this host are deleted first."""
     if place.url is None:
         return
-    system, path = file_system(place.url)
+    system, path = open_file_system(place.url)
     try:
-        found = [name for name in FETCHED if system.exists(f"{path}/{name}")]
-        theirs: dict[str, Any] = {name: system.cat_file(f"{path}/{name}") for name in found}
-    except Exception as error:  # of the network, in as many ways as there are file systems
+        names = [name for name in FETCHED if system.exists(f"{path}/{name}")]
+        contents: dict[str, Any] = {name: system.cat_file(f"{path}/{name}") for name in names}
+    except Exception as error:  # of the network; every file system has errors of its own
         raise UserError(f"{place.url}: cannot be read ({first_line(error)})") from None
-    own = place.folder / "config.json"
-    if place.folder.exists() and (not own.exists() or own.read_bytes() != theirs.get("config.json")):
+    config = place.folder / "config.json"
+    if place.folder.exists() and (not config.exists() or config.read_bytes() != contents.get("config.json")):
         for item in place.folder.iterdir():
             if item.name != LOCK:
                 shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
     for name in FETCHED:
         (place.folder / name).unlink(missing_ok=True)
-        if name in theirs:
-            write_bytes(place.folder / name, theirs[name])
+        if name in contents:
+            write_bytes(place.folder / name, contents[name])
 
 
-def _hold(folder: Path) -> Callable[[], None]:
-    """Takes the folder's lock, which the system lets go of when this process ends, however it does; what is returned
-    gives it back, and leaves nothing of the folders that were made for it alone."""
-    path, made = folder / LOCK, [own for own in (folder, *folder.parents) if not own.exists()]
+def _lock_folder(folder: Path) -> Callable[[], None]:
+    """Locks the folder, and returns a function that releases the lock.
+
+    The system also releases it when this process ends, for whatever reason. The function removes the folders that were
+    created for the lock, unless they have other contents by then.
+    """
+    path, created = folder / LOCK, [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -160,7 +167,7 @@ def _hold(folder: Path) -> Callable[[], None]:
             with suppress(FileNotFoundError):
                 if os.fstat(lock).st_ino == path.stat().st_ino:
                     break
-            os.close(lock)  # of a run that has just ended
+            os.close(lock)  # the file was that of a run which has just ended
     except FileExistsError:
         raise UserError(f"{folder}: exists and is not a run of jclt, expected a new folder or one to resume") from None
     except OSError as error:
@@ -174,21 +181,16 @@ def _hold(folder: Path) -> Callable[[], None]:
             path.unlink()
         os.close(lock)
         with suppress(OSError):
-            for own in made:
-                own.rmdir()
+            for parent in created:
+                parent.rmdir()
 
     return release
-
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Of file systems that cannot say who works where."""
 
 
 def is_begun(folder: Path, config: LmConfig | TrainConfig, reached: Callable[[], int] = lambda: 0) -> bool:
     """Whether the folder holds this run already; an error if it holds anything else.
 
-    More steps than it was begun with are the same run where none of the steps up to the one `reached` would have been
-    another.
+    A run may be given more steps than it began with, if that changes none of the steps up to the one `reached`.
     """
     path = folder / "config.json"
     if path.exists():
@@ -200,10 +202,16 @@ def is_begun(folder: Path, config: LmConfig | TrainConfig, reached: Callable[[],
 
 
 def _check_same(
-    folder: Path, held: Mapping[str, Any], config: LmConfig | TrainConfig, reached: Callable[[], int]
+    folder: Path, begun: Mapping[str, Any], config: LmConfig | TrainConfig, reached: Callable[[], int]
 ) -> None:
-    settings = flat(json.loads(json.dumps(asdict(config))))
-    for name, value in flat(held).items():
+    settings = flatten_settings(json.loads(json.dumps(asdict(config))))
+    for name, value in flatten_settings(begun).items():
+        if name in REMOVED:
+            if value != REMOVED[name]:
+                raise UserError(
+                    f"{folder}: holds a run with {name}={value}, expected {name}={REMOVED[name]}, a constant by now"
+                )
+            continue
         if value == settings.get(name) or (name == FINGERPRINT and not value):
             continue
         expected = f"expected {name}={settings.get(name)}"
@@ -211,32 +219,29 @@ def _check_same(
             raise UserError(f"{folder}: the weights of model '{settings['model']}' are others than when the run began")
         reason = ""
         if name == "steps" and isinstance(value, int) and value < config.steps:
-            found = reason_against_more_steps(config, value, reached())
-            if found is None:
+            obstacle = explain_why_not_longer(config, value, reached())
+            if obstacle is None:
                 continue
-            reason = f" (it cannot be made longer, {found})"
+            reason = f" (it cannot be made longer, {obstacle})"
         raise UserError(f"{folder}: holds a run with {name}={value}, {expected}{reason}")
 
 
-FINGERPRINT = "coder.model_fingerprint"
-
-
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by their dotted names."""
-    found: dict[str, Any] = {}
+def flatten_settings(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """The settings by their dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return found
+        flat |= flatten_settings(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return flat
 
 
-def replaced_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """What `write` makes takes the folder's place, whatever was there; of several hosts all must ask."""
-    new, old = (folder.with_name(folder.name + end) for end in ASIDE)
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replaces the folder, if it exists, by the one that `write` makes. Every host must call it."""
+    new, old = (folder.with_name(folder.name + ending) for ending in ASIDE)
 
     def clear() -> None:
-        for left in (new, old):
-            if left.exists():
-                shutil.rmtree(left)
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
 
     def swap() -> None:
         if folder.exists():
@@ -244,13 +249,13 @@ def replaced_folder(folder: Path, write: Callable[[Path], None]) -> None:
         new.replace(folder)
         clear()
 
-    on_first_host(clear)
+    run_on_first_host(clear)
     write(new)
-    on_first_host(swap)
+    run_on_first_host(swap)
 
 
 def check_settings(config: LmConfig | TrainConfig, context: int, mesh: Mesh) -> None:
-    """Refuses what no run can work with, before anything is written."""
+    """Refuses settings that no run can work with, before anything is written."""
     check_ranges(config)
     if config.length > context:
         raise UserError(f"setting 'length': {config.length}, expected at most {context}, the model's context")
@@ -258,9 +263,9 @@ def check_settings(config: LmConfig | TrainConfig, context: int, mesh: Mesh) -> 
         raise UserError(f"setting 'batch': {config.batch}, expected a multiple of {mesh.size}, the number of devices")
 
 
-def _begin(folder: Path, config: LmConfig | TrainConfig) -> None:
-    """Writes the settings down, or how many steps they have become."""
+def write_settings(folder: Path, config: LmConfig | TrainConfig) -> None:
+    """Writes the settings of a new run; of a run that exists, only its new number of steps."""
     path = folder / "config.json"
-    held = read_json(path) if path.exists() else None
-    if held is None or held.get("steps") != config.steps:
-        write_json(path, asdict(config) if held is None else held | {"steps": config.steps})
+    begun = read_json(path) if path.exists() else None
+    if begun is None or begun.get("steps") != config.steps:
+        write_json(path, asdict(config) if begun is None else begun | {"steps": config.steps})

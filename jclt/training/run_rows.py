@@ -1,96 +1,96 @@
-"""A run's token rows: those it began with, and kept in its folder where they were made for it."""
+"""A run's token rows, which stay the same however often it is resumed."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jclt.data.load_tokens import holds_tokens, load_tokens, text_rows
+from jclt.data.load_tokens import is_token_folder, load_tokens, read_text_rows
 from jclt.data.token_rows import PackedRows, TokenRows, load_rows, save_rows
 from jclt.errors import UserError
 from jclt.files import read_json, write_json
-from jclt.hosts import together
+from jclt.hosts import run_on_every_host
 from jclt.models import Tokenizer
 from jclt.training.config import LmConfig, TrainConfig
-from jclt.training.run_folder import _begin, is_begun
-from jclt.world.corpus import corpus
+from jclt.training.run_folder import Place, is_begun, write_settings
+from jclt.world.corpus import make_corpus
 
 
 def find_rows(
-    folder: Path,
+    place: Place,
     config: LmConfig | TrainConfig,
     vocabulary: int,
     tokenizer: Tokenizer | None,
     end: Sequence[int],
-    world: Callable[[], tuple[np.ndarray, np.ndarray]],
-    *,
-    shared: bool = True,
-    reached: Callable[[], int] = lambda: 0,
+    make_world: Callable[[], tuple[np.ndarray, np.ndarray]],
 ) -> TokenRows:
-    """The run's token rows: those it began with, those of a folder of tokens, or rows made now and kept in its folder.
+    """The run's token rows: the rows of a folder of tokens, or rows that are made once and kept in the run's folder.
 
-    `world` generates the small world's. Of several hosts that see a shared folder the first makes them and the others
-    read; else each makes its own. All that they read is what the run began with.
+    `make_world` generates the rows of the small world. If several hosts share the run's folder, the first one makes the
+    rows and the others read them; otherwise each host makes its own. A resumed run must have the rows that it began
+    with.
     """
-    makes, kept, seen = not shared or jax.process_index() == 0, folder / "data", folder / "data.json"
+    folder = place.folder
+    kept, description = folder / "data", folder / "data.json"
 
-    def begin(rows: TokenRows) -> TokenRows:
-        known, found = read_json(seen) if seen.exists() else {}, described(rows)
-        if any(known.get(name, value) != value for name, value in found.items()):
-            damaged = "" if holds_tokens(config.data) else f"; where {kept} is damaged, remove it to have it made again"
-            raise UserError(
-                f"data '{config.data}': other tokens than those that the run in {folder} began with{damaged}"
+    def check_rows(rows: TokenRows) -> TokenRows:
+        begun, now = read_json(description) if description.exists() else {}, describe_rows(rows)
+        if any(begun.get(name, value) != value for name, value in now.items()):
+            remedy = (
+                "" if is_token_folder(config.data) else f"; where {kept} is damaged, remove it to have it made again"
             )
-        if makes:
-            _begin(folder, config)
-            if known != found:
-                write_json(seen, found)
+            raise UserError(
+                f"data '{config.data}': other tokens than those that the run in {folder} began with{remedy}"
+            )
+        if place.holds_folder:
+            write_settings(folder, config)
+            if begun != now:
+                write_json(description, now)
         return rows
 
-    def take() -> TokenRows:
-        if makes:
-            is_begun(folder, config, reached)
-        return begin(load_tokens(config.data, config.length, vocabulary, tokenizer))
+    def load_folder() -> TokenRows:
+        if place.holds_folder:
+            is_begun(folder, config, place.find_newest_step)
+        return check_rows(load_tokens(config.data, config.length, vocabulary, tokenizer))
 
-    def make() -> None:
-        if is_begun(folder, config, reached) and (kept / "tokens.npy").exists():
+    def make_rows() -> None:
+        if is_begun(folder, config, place.find_newest_step) and (kept / "tokens.npy").exists():
             return
         if config.data == "world":
-            made = world()
+            rows = make_world()
         elif tokenizer is None:
             raise UserError(f"data '{config.data}': text, expected tokens (`jclt tokenize`): there is no tokenizer")
         else:
-            made = text_rows(Path(config.data), tokenizer, config.length, end)
-        _begin(folder, config)
-        save_rows(kept, *made)
+            rows = read_text_rows(Path(config.data), tokenizer, config.length, end)
+        write_settings(folder, config)
+        save_rows(kept, *rows)
 
-    if holds_tokens(config.data):
-        return together(take)
-    together(lambda: make() if makes else None)
-    return together(lambda: begin(load_rows(kept)))
-
-
-def described(rows: TokenRows) -> dict[str, Any]:
-    """What tells these rows from others."""
-    found: dict[str, Any] = {"digest": rows.digest, "rows": len(rows)}
-    if not isinstance(rows.tokens, PackedRows):  # whose tokens count alike
-        found["weights"] = hashlib.sha256(rows.weights.tobytes()).hexdigest()
-    return found
+    if is_token_folder(config.data):
+        return run_on_every_host(load_folder)
+    run_on_every_host(lambda: make_rows() if place.holds_folder else None)
+    return run_on_every_host(lambda: check_rows(load_rows(kept)))
 
 
-def rows_begun_with(folder: Path) -> int | None:
-    """How many rows the run in the folder has, whatever number of steps it has been given since."""
+def describe_rows(rows: TokenRows) -> dict[str, Any]:
+    """A description that tells these rows from others."""
+    description: dict[str, Any] = {"digest": rows.digest, "rows": len(rows)}
+    if not isinstance(rows.tokens, PackedRows):  # in packed rows all tokens have the same weight
+        description["weights"] = hashlib.sha256(rows.weights.tobytes()).hexdigest()
+    return description
+
+
+def read_row_count(folder: Path) -> int | None:
+    """The number of rows that the run in the folder began with, whatever number of steps it has been given since."""
     path = folder / "data.json"
-    found = read_json(path).get("rows") if path.exists() else None
-    return found if isinstance(found, int) else None
+    rows = read_json(path).get("rows") if path.exists() else None
+    return rows if isinstance(rows, int) else None
 
 
-def world_rows(
+def generate_world_rows(
     tokenizer: Tokenizer, count: int, length: int, seed: int, **weights: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows of the small world and what each token counts, as they are kept."""
-    made = corpus(count, length, seed, tokenizer.backend.get_vocab(), **weights)
-    return made.tokens.astype(np.uint16), made.weights.astype(np.float16)
+    """Token rows of the small world and the weight of each token, as they are kept in the run's folder."""
+    batch = make_corpus(count, length, seed, tokenizer.backend.get_vocab(), **weights)
+    return batch.tokens.astype(np.uint16), batch.weights.astype(np.float16)

@@ -1,6 +1,6 @@
-"""Attribution graphs for people: pictures and text, without any viewer."""
+"""Shows attribution graphs as text and pictures, and writes their files."""
 
 from jclt.viewer.picture import draw_graph
-from jclt.viewer.text import MEANING, free_name, summary, write_graph, write_viewer_json
+from jclt.viewer.text import SCORES_EXPLAINED, find_free_name, summarize_graph, write_graph, write_viewer_json
 
-__all__ = ["MEANING", "draw_graph", "free_name", "summary", "write_graph", "write_viewer_json"]
+__all__ = ["SCORES_EXPLAINED", "draw_graph", "find_free_name", "summarize_graph", "write_graph", "write_viewer_json"]

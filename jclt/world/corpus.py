@@ -6,23 +6,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jclt.world.example import BOS, Line, pieces
-from jclt.world.facts import hop, translation
-from jclt.world.numbers import digits, elsewhere, mixed_run, part_of_sum, place_of_item
-from jclt.world.syntax import filler
+from jclt.world.example import BOS, Line, split_tokens
+from jclt.world.facts import draw_hop_line, draw_translation_line
+from jclt.world.numbers import (
+    draw_digits_line,
+    draw_elsewhere_line,
+    draw_mixed_run_line,
+    draw_part_of_sum_line,
+    draw_place_line,
+)
+from jclt.world.syntax import draw_filler_line
 from jclt.world.tasks import TASKS
 
 HELPERS: dict[str, Callable[[Random], Line]] = {
-    "hop": hop,
-    "translation": translation,
-    "digits": digits,
-    "part_of_sum": part_of_sum,
-    "place_of_item": place_of_item,
-    "elsewhere": elsewhere,
-    "mixed_run": mixed_run,
-    "filler": filler,
+    "hop": draw_hop_line,
+    "translation": draw_translation_line,
+    "digits": draw_digits_line,
+    "part_of_sum": draw_part_of_sum_line,
+    "place_of_item": draw_place_line,
+    "elsewhere": draw_elsewhere_line,
+    "mixed_run": draw_mixed_run_line,
+    "filler": draw_filler_line,
 }
-"""Lines that are no task themselves but from which the tasks' ingredients are learned."""
+"""Lines that belong to no task but teach what the tasks need."""
 
 SHARES = {
     "acronym": 5,
@@ -45,12 +51,12 @@ SHARES = {
     "mixed_run": 6,
     "filler": 1,
 }
-"""How many lines in about a hundred."""
+"""Relative frequency of each kind of line; they add up to about a hundred."""
 
 
 class Batch(NamedTuple):
     tokens: np.ndarray  # [N, T] int32, each row beginning with <bos>
-    weights: np.ndarray  # [N, T] float32: what predicting the token at this place counts
+    weights: np.ndarray  # [N, T] float32: weight of this token's loss
 
 
 def draw_line(random: Random) -> Line:
@@ -58,48 +64,50 @@ def draw_line(random: Random) -> Line:
     if name in HELPERS:
         return HELPERS[name](random)
     task = TASKS[name]
-    return task.line(task.case(random, "train"))
+    return task.write_line(task.draw_case(random, "train"))
 
 
-def text(lines: int, seed: int) -> str:
+def make_text(lines: int, seed: int) -> str:
     """The corpus as plain text."""
     random = Random(seed)
     return "".join("".join(draw_line(random)) + "\n" for _ in range(lines))
 
 
-def corpus(rows: int, length: int, seed: int | str, vocabulary: Mapping[str, int], text_weight: float = 0.03) -> Batch:
-    """`rows` sequences of whole lines, filled up with line ends that do not count. A seed that is a text draws others
-    than any number does."""
+def make_corpus(
+    rows: int, length: int, seed: int | str, vocabulary: Mapping[str, int], text_weight: float = 0.03
+) -> Batch:
+    """`rows` sequences of complete lines, padded with line ends of weight 0. A text as seed gives other lines than any
+    number."""
     random = Random(seed)
     tokens = np.full((rows, length), vocabulary["\n"], np.int32)
     weights = np.zeros((rows, length), np.float32)
     tokens[:, 0] = vocabulary[BOS]
-    for row, lines in enumerate(packed(random, length - 1, rows)):
-        at = 1
+    for row, lines in enumerate(pack_rows(random, length - 1, rows)):
+        start = 1
         for line in lines:
             for part, weight in zip(line, (text_weight, 1.0, text_weight), strict=True):
-                ids = [vocabulary[piece] for piece in pieces(part)]
-                tokens[row, at : at + len(ids)] = ids
-                weights[row, at : at + len(ids)] = weight
-                at += len(ids)
+                ids = [vocabulary[token] for token in split_tokens(part)]
+                tokens[row, start : start + len(ids)] = ids
+                weights[row, start : start + len(ids)] = weight
+                start += len(ids)
     return Batch(tokens, weights)
 
 
-def packed(random: Random, room: int, rows: int) -> Iterator[list[Line]]:
-    """For each row the lines that fill it: the longest of a few waiting ones that still fits, again and again."""
+def pack_rows(random: Random, length: int, rows: int) -> Iterator[list[Line]]:
+    """The lines of each row: again and again the longest of a few waiting lines that still fits."""
     waiting: list[tuple[int, Line]] = []
     for _ in range(rows):
-        chosen, left = [], room
+        chosen, remaining = [], length
         while True:
             while len(waiting) < 24:
                 line = draw_line(random)
-                line = line._replace(rest=line.rest + "\n")
-                waiting.append((len(pieces("".join(line))), line))
-            fits = [entry for entry in waiting if entry[0] <= left]
-            if not fits:
+                line = line._replace(suffix=line.suffix + "\n")
+                waiting.append((len(split_tokens("".join(line))), line))
+            fitting = [(size, line) for size, line in waiting if size <= remaining]
+            if not fitting:
                 break
-            entry = fits[0] if left > 24 else max(fits, key=lambda e: e[0])
-            waiting.remove(entry)
-            chosen.append(entry[1])
-            left -= entry[0]
+            size, line = fitting[0] if remaining > 24 else max(fitting, key=lambda sized: sized[0])
+            waiting.remove((size, line))
+            chosen.append(line)
+            remaining -= size
         yield chosen

@@ -1,4 +1,4 @@
-"""What a task consists of: cases, the text of a case, and what is known to be true of it."""
+"""The parts of a task: its cases, the text of a case, the right answers, and the concepts behind them."""
 
 import re
 import zlib
@@ -8,32 +8,31 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "choose", "report"]
-"""`train` is what the corpus shows; a recipe is chosen by `choose` and judged once by `report`."""
+"""The corpus shows `train`. A recipe is chosen with `choose` and judged once with `report`."""
 
-PIECE = (
+TOKEN_PATTERN = (
     r"(?<=\()[A-Z](?=[A-Z]{3})"  # the N of (NDAG
     r"| ?\d\d(?=\d\d\b)"  # the century of a year
     r"| ?\d+| ?[^\W\d_]+| ?[^\w\s]|\n"
 )
-"""A token's text: a word, number or sign with the space before it. Python and the tokenizer read it alike."""
-
+"""The text of a token: a word, number or sign with the space before it. Python and the tokenizer read it alike."""
 
 BOS, EOS, UNKNOWN = "<bos>", "<eos>", "<unk>"
 
 
 class Line(NamedTuple):
-    """One line of the corpus: the answer, of which each token counts, between a prompt and what follows."""
+    """One line of the corpus. The loss of the answer's tokens has full weight."""
 
     prompt: str
     answer: str
-    rest: str = ""
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """Something that can be known from `position` (a token of the prompt, <bos> being 0) on.
+    """A fact that can be known from `position` on, a token of the prompt (<bos> is 0).
 
-    Concepts without parents are free, together they make the prompt; the others follow from their parents.
+    Concepts without parents are free; together they determine the prompt. The others follow from their parents.
     """
 
     name: str
@@ -47,13 +46,13 @@ class Example:
     task: str
     split: Split | None
     prompt: str
-    answers: tuple[str, ...]  # the tokens that are right
+    answers: tuple[str, ...]  # the right tokens
     concepts: tuple[Concept, ...]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two prompts of equal length in tokens, of which the one free concept `concept` differs, and the answers."""
+    """Two examples whose prompts have as many tokens and differ in one free concept, `concept`."""
 
     clean: Example
     corrupted: Example
@@ -62,78 +61,79 @@ class Pair:
 
 @dataclass(frozen=True)
 class Task:
-    """A rule of the world as functions of a case, a tuple of all that is free in one prompt."""
+    """A rule of the world, as functions of a case. A case is a tuple of everything that is free in one prompt."""
 
     name: str
     description: str
     draw: Callable[[Random], Any]
-    split: Callable[[Any], Split | None]  # None: shown nowhere
-    line: Callable[[Any], Line]
-    concepts: Callable[[Any, str], tuple[Concept, ...]]
-    corrupt: Callable[[Random, Any], tuple[Any, str]]
-    answers: Callable[[Any], tuple[str, ...]] | None = None  # where more than one answer is right
+    assign_split: Callable[[Any], Split | None]  # None: in no split
+    write_line: Callable[[Any], Line]
+    list_concepts: Callable[[Any, str], tuple[Concept, ...]]  # of a case and its prompt
+    corrupt: Callable[[Random, Any], tuple[Any, str]]  # another case, and the concept in which it differs
+    list_answers: Callable[[Any], tuple[str, ...]] | None = None  # if more than one answer is right
 
-    def example(self, case: Any) -> Example:
-        line = self.line(case)
-        answers = self.answers(case) if self.answers else (pieces(line.answer)[0],)
-        return Example(self.name, self.split(case), line.prompt, answers, self.concepts(case, line.prompt))
+    def make_example(self, case: Any) -> Example:
+        line = self.write_line(case)
+        answers = self.list_answers(case) if self.list_answers else (split_tokens(line.answer)[0],)
+        concepts = self.list_concepts(case, line.prompt)
+        return Example(self.name, self.assign_split(case), line.prompt, answers, concepts)
 
-    def case(self, random: Random, split: Split) -> Any:
+    def draw_case(self, random: Random, split: Split) -> Any:
         """A random case of the split."""
         while True:
             case = self.draw(random)
-            if self.split(case) == split:
+            if self.assign_split(case) == split:
                 return case
 
     def examples(self, split: Split, count: int, seed: int) -> list[Example]:
-        """Up to `count` examples without repeats; fewer where the split has no more."""
-        return [self.example(case) for case in self._cases(split, count, seed)]
+        """Up to `count` examples without repeats; fewer if the split has no more."""
+        return [self.make_example(case) for case in self._draw_cases(split, count, seed)]
 
     def pairs(self, split: Split, count: int, seed: int) -> list[Pair]:
-        """Up to `count` pairs, whose clean prompts do not repeat."""
+        """Up to `count` pairs. No clean prompt repeats."""
         random = Random(seed + 1)
         pairs: list[Pair] = []
-        for case in self._cases(split, count, seed):
+        for case in self._draw_cases(split, count, seed):
             changed, concept = self.corrupt(random, case)
-            pairs.append(Pair(self.example(case), self.example(changed), concept))
+            pairs.append(Pair(self.make_example(case), self.make_example(changed), concept))
         return pairs
 
-    def _cases(self, split: Split, count: int, seed: int) -> list[Any]:
+    def _draw_cases(self, split: Split, count: int, seed: int) -> list[Any]:
         random = Random(seed)
         cases: dict[Any, None] = {}
         for _ in range(8 * count):
             if len(cases) == count:
                 break
-            cases.setdefault(self.case(random, split))
+            cases.setdefault(self.draw_case(random, split))
         return list(cases)
 
 
-def pieces(text: str) -> list[str]:
-    """The text of each token."""
-    return re.findall(PIECE, text)
+def split_tokens(text: str) -> list[str]:
+    """The text as a list of tokens."""
+    return re.findall(TOKEN_PATTERN, text)
 
 
-def position(prompt: str, end: int) -> int:
-    """The position, after <bos>, of the token that ends where the text does at `end`."""
-    return len(pieces(prompt[:end]))
+def position_at(prompt: str, end: int) -> int:
+    """The position (<bos> is 0) of the token whose text ends at the prompt's character `end`."""
+    return len(split_tokens(prompt[:end]))
 
 
-def after(prompt: str, text: str, start: int = 0) -> int:
+def find_position(prompt: str, text: str, start: int = 0) -> int:
     """The position of the last token of the first occurrence of `text` in the prompt."""
-    return position(prompt, prompt.index(text, start) + len(text))
+    return position_at(prompt, prompt.index(text, start) + len(text))
 
 
-def last(prompt: str) -> int:
-    """The position of the prompt's last token, where the answer is read off."""
-    return len(pieces(prompt))
+def last_position(prompt: str) -> int:
+    """The position of the prompt's last token, which predicts the answer."""
+    return len(split_tokens(prompt))
 
 
-def split_of(*key: object) -> Split:
-    """The split of a combination: one in ten to choose by, one in ten to report, for ever."""
-    place = zlib.crc32(repr(key).encode()) % 10
-    return "choose" if place == 0 else "report" if place == 1 else "train"
+def assign_split(*key: object) -> Split:
+    """The split of a combination, always the same: one in ten is for `choose`, one in ten for `report`."""
+    bucket = zlib.crc32(repr(key).encode()) % 10
+    return "choose" if bucket == 0 else "report" if bucket == 1 else "train"
 
 
-def other(random: Random, values: tuple[Any, ...], *taken: Any) -> Any:
-    """One of the values that is not taken."""
-    return random.choice([value for value in values if value not in taken])
+def choose_other(random: Random, values: tuple[Any, ...], *excluded: Any) -> Any:
+    """A random value that is not excluded."""
+    return random.choice([value for value in values if value not in excluded])

@@ -3,18 +3,18 @@
 from random import Random
 
 from jclt.world import words
-from jclt.world.example import Concept, Line, Split, Task, after, last, other
+from jclt.world.example import Concept, Line, Split, Task, choose_other, find_position, last_position
 
-FACTS = Random(2025)  # the facts are part of the world: the same whatever seed a corpus is drawn with
+FACTS = Random(2025)  # the facts are part of the world and do not depend on the seed of a corpus
 
 # ---------------------------------------------------------------- two hops: city -> state -> capital
 
 
 def deal(values: tuple[str, ...], count: int) -> list[str]:
-    """The values in equal shares, shuffled."""
-    dealt = [values[i % len(values)] for i in range(count)]
-    FACTS.shuffle(dealt)
-    return dealt
+    """`count` values, each value equally often, in random order."""
+    shuffled = [values[i % len(values)] for i in range(count)]
+    FACTS.shuffle(shuffled)
+    return shuffled
 
 
 CITIES = tuple(f"{first} {second}" for first in words.CITY_FIRST for second in words.CITY_SECOND)
@@ -23,7 +23,7 @@ STATE_OF = dict(zip(CITIES, deal(STATES, len(CITIES)), strict=True))
 SPLIT_SIZES: dict[Split, int] = {"choose": 15, "report": 20, "train": 65}
 DEALT: list[Split] = [split for split, size in SPLIT_SIZES.items() for _ in range(size)]
 CITY_SPLIT: dict[str, Split] = dict(zip(FACTS.sample(CITIES, len(CITIES)), DEALT, strict=True))
-"""Of the cities outside `train`, no sentence of the corpus says what their capital is."""
+"""The corpus never asks for the capital of a city outside `train`."""
 
 ASKED = (
     "The {relation} of the state containing {city} is",
@@ -57,47 +57,47 @@ def draw_question(random: Random) -> Question:
     return random.choice(CITIES), random.choice(words.RELATIONS), random.choice(ASKED)
 
 
-def question_split(case: Question) -> Split | None:
-    """Only capitals are withheld: what else belongs to its state is asked of every city."""
+def assign_question_split(case: Question) -> Split | None:
+    """Only capitals are withheld; the corpus asks for the other relations of every city."""
     return CITY_SPLIT[case[0]] if case[1] == "capital" else "train"
 
 
-def capital_line(case: Question) -> Line:
+def write_capital_line(case: Question) -> Line:
     city, relation, form = case
     return Line(form.format(city=city, relation=relation), f" {value_of(STATE_OF[city], relation)}", ".")
 
 
-def capital_concepts(case: Question, prompt: str) -> tuple[Concept, ...]:
+def list_capital_concepts(case: Question, prompt: str) -> tuple[Concept, ...]:
     city, relation, _ = case
-    state, at, said = STATE_OF[city], after(prompt, city), after(prompt, relation)
+    state, city_at, relation_at = STATE_OF[city], find_position(prompt, city), find_position(prompt, relation)
     return (
-        Concept("city", city, at),
-        Concept("relation", relation, said),
-        Concept("state", state, at, ("city",)),
-        Concept("answer", value_of(state, relation), max(at, said), ("state", "relation")),
+        Concept("city", city, city_at),
+        Concept("relation", relation, relation_at),
+        Concept("state", state, city_at, ("city",)),
+        Concept("answer", value_of(state, relation), max(city_at, relation_at), ("state", "relation")),
     )
 
 
-def other_city(random: Random, case: Question) -> tuple[Question, str]:
-    """A city of another state but the same split, so that pairs are as hard as examples."""
+def change_city(random: Random, case: Question) -> tuple[Question, str]:
+    """Another city: of another state, but of the same split, so that pairs are as hard as examples."""
     city, relation, form = case
     cities = [c for c in CITIES if STATE_OF[c] != STATE_OF[city] and CITY_SPLIT[c] == CITY_SPLIT[city]]
     return (random.choice(cities), relation, form), "city"
 
 
 TWO_HOP = Task(
-    "two_hop",
-    "the capital of the state of a city whose capital was never asked for in training",
-    draw_question,
-    question_split,
-    capital_line,
-    capital_concepts,
-    other_city,
+    name="two_hop",
+    description="the capital of the state of a city whose capital was never asked for in training",
+    draw=draw_question,
+    assign_split=assign_question_split,
+    write_line=write_capital_line,
+    list_concepts=list_capital_concepts,
+    corrupt=change_city,
 )
 
 
-def hop(random: Random) -> Line:
-    """Either hop alone: the state of any city, or something about a state."""
+def draw_hop_line(random: Random) -> Line:
+    """One hop alone: the state of a city, or a relation of a state."""
     if random.random() < 0.6:
         city = random.choice(CITIES)
         return Line(random.choice(LOCATED).format(city=city), f" {STATE_OF[city]}", ".")
@@ -117,12 +117,12 @@ SPORT_FORMS = (
 )
 
 
-def withheld(count: int, forms: int) -> list[tuple[int, Split]]:
-    """For each of `count` facts the one form in which the corpus does not show it, and the split that tests it."""
+def draw_withheld(count: int, forms: int) -> list[tuple[int, Split]]:
+    """For each of `count` facts: the one form that the corpus does not show, and the split that tests it."""
     return [(FACTS.randrange(forms), FACTS.choice(("choose", "report"))) for _ in range(count)]
 
 
-ATHLETE_WITHHELD = dict(zip(ATHLETES, withheld(len(ATHLETES), len(SPORT_FORMS)), strict=True))
+ATHLETE_WITHHELD = dict(zip(ATHLETES, draw_withheld(len(ATHLETES), len(SPORT_FORMS)), strict=True))
 
 Athlete = tuple[tuple[str, str], int]
 
@@ -131,26 +131,26 @@ def draw_athlete(random: Random) -> Athlete:
     return random.choice(ATHLETES), random.randrange(len(SPORT_FORMS))
 
 
-def athlete_split(case: Athlete) -> Split:
+def assign_athlete_split(case: Athlete) -> Split:
     form, tester = ATHLETE_WITHHELD[case[0]]
     return tester if case[1] == form else "train"
 
 
-def athlete_line(case: Athlete) -> Line:
+def write_athlete_line(case: Athlete) -> Line:
     (first, last_name), form = case
     return Line(SPORT_FORMS[form].format(first=first, last=last_name), f" {SPORT_OF[case[0]]}", ".")
 
 
-def athlete_concepts(case: Athlete, prompt: str) -> tuple[Concept, ...]:
+def list_athlete_concepts(case: Athlete, prompt: str) -> tuple[Concept, ...]:
     first, last_name = case[0]
     return (
-        Concept("first", first, after(prompt, first)),
-        Concept("last", last_name, after(prompt, last_name)),
-        Concept("answer", SPORT_OF[case[0]], after(prompt, last_name), ("first", "last")),
+        Concept("first", first, find_position(prompt, first)),
+        Concept("last", last_name, find_position(prompt, last_name)),
+        Concept("answer", SPORT_OF[case[0]], find_position(prompt, last_name), ("first", "last")),
     )
 
 
-def other_athlete(random: Random, case: Athlete) -> tuple[Athlete, str]:
+def change_athlete(random: Random, case: Athlete) -> tuple[Athlete, str]:
     """The same first or the same last name, and another sport."""
     (first, last_name), form = case
     kept = random.randrange(2)
@@ -159,13 +159,13 @@ def other_athlete(random: Random, case: Athlete) -> tuple[Athlete, str]:
 
 
 ATHLETE = Task(
-    "athlete",
-    "the sport of an athlete, in a phrasing in which this athlete was never seen",
-    draw_athlete,
-    athlete_split,
-    athlete_line,
-    athlete_concepts,
-    other_athlete,
+    name="athlete",
+    description="the sport of an athlete, in a phrasing in which this athlete was never seen",
+    draw=draw_athlete,
+    assign_split=assign_athlete_split,
+    write_line=write_athlete_line,
+    list_concepts=list_athlete_concepts,
+    corrupt=change_athlete,
 )
 
 # ---------------------------------------------------------------- antonyms in three languages
@@ -191,7 +191,7 @@ ANTONYM_FORMS = {
     ),
 }
 OPPOSITE = {(language, a): b for language, rows in words.ANTONYMS.items() for row in rows for a, b in (row, row[::-1])}
-ANTONYM_WITHHELD = dict(zip(OPPOSITE, withheld(len(OPPOSITE), 4), strict=True))
+ANTONYM_WITHHELD = dict(zip(OPPOSITE, draw_withheld(len(OPPOSITE), 4), strict=True))
 
 Antonym = tuple[tuple[str, str], int]
 
@@ -200,47 +200,47 @@ def draw_antonym(random: Random) -> Antonym:
     return random.choice(tuple(OPPOSITE)), random.randrange(4)
 
 
-def antonym_split(case: Antonym) -> Split:
+def assign_antonym_split(case: Antonym) -> Split:
     form, tester = ANTONYM_WITHHELD[case[0]]
     return tester if case[1] == form else "train"
 
 
-def antonym_line(case: Antonym) -> Line:
+def write_antonym_line(case: Antonym) -> Line:
     (language, word), form = case
     return Line(ANTONYM_FORMS[language][form].format(word=word), f" {OPPOSITE[case[0]]}", ".")
 
 
-def antonym_concepts(case: Antonym, prompt: str) -> tuple[Concept, ...]:
+def list_antonym_concepts(case: Antonym, prompt: str) -> tuple[Concept, ...]:
     language, word = case[0]
     row = next(i for i, pair in enumerate(words.ANTONYMS[language]) if word in pair)
-    at = after(prompt, f" {word}")
+    at = find_position(prompt, f" {word}")
     return (
         Concept("word", word, at),
         Concept("language", language, at, ("word",)),
         Concept("quality", "/".join(words.ANTONYMS["English"][row]), at, ("word",)),
-        Concept("answer", OPPOSITE[case[0]], last(prompt), ("quality", "language", "word")),
+        Concept("answer", OPPOSITE[case[0]], last_position(prompt), ("quality", "language", "word")),
     )
 
 
-def other_word(random: Random, case: Antonym) -> tuple[Antonym, str]:
+def change_word(random: Random, case: Antonym) -> tuple[Antonym, str]:
     (language, word), form = case
-    rest = tuple(w for tongue, w in OPPOSITE if tongue == language and w != OPPOSITE[case[0]])
-    return ((language, other(random, rest, word)), form), "word"
+    candidates = tuple(w for tongue, w in OPPOSITE if tongue == language and w != OPPOSITE[case[0]])
+    return ((language, choose_other(random, candidates, word)), form), "word"
 
 
 ANTONYM = Task(
-    "antonym",
-    "the opposite of a word in its own language, in a phrasing in which this word was never seen",
-    draw_antonym,
-    antonym_split,
-    antonym_line,
-    antonym_concepts,
-    other_word,
+    name="antonym",
+    description="the opposite of a word in its own language, in a phrasing in which this word was never seen",
+    draw=draw_antonym,
+    assign_split=assign_antonym_split,
+    write_line=write_antonym_line,
+    list_concepts=list_antonym_concepts,
+    corrupt=change_word,
 )
 
 
-def translation(random: Random) -> Line:
-    """The same quality in two languages, which lets them share it."""
+def draw_translation_line(random: Random) -> Line:
+    """The same quality in two languages, so that a model can share it between them."""
     a, b = random.sample(tuple(words.ANTONYMS), 2)
     row, side = random.randrange(12), random.randrange(2)
     word, meaning = words.ANTONYMS[a][row][side], words.ANTONYMS[b][row][side]

@@ -1,8 +1,8 @@
-"""A transformer written by hand that answers in two hops, so that its attribution graph is known exactly.
+"""A transformer with weights set by hand, which answers in two hops; its attribution graph is known exactly.
 
 A prompt is `<bos> city relation`; the answer is the capital of the city's state. The residual stream has one direction
-for each token, each position and each copied city. Layer 0's head copies the city to the last position; a neuron of its
-MLP for each city writes the state; a neuron of layer 1's MLP for each state writes the capital.
+for each token, each position and each copied city. The head of layer 0 copies the city to the last position. In the MLP
+of layer 0 a neuron for each city writes the state; in the MLP of layer 1 a neuron for each state writes the capital.
 """
 
 from dataclasses import replace
@@ -17,15 +17,15 @@ CITY_TOKENS = tuple(range(2, 14))
 STATE_TOKENS = tuple(range(14, 18))
 CAPITAL_TOKENS = tuple(range(18, 22))
 SPARE = (22, 23)
-"""Tokens of no meaning. With norms on, the MLP biases write their directions."""
+"""Tokens without meaning. With `norms`, the MLP biases write their directions."""
 
 STATE_OF_CITY = (0, 1, 2, 3) * 3
-"""Each city's state, both counted from 0: the neurons that stand for them in layer 0 and in layer 1."""
+"""For the number of each city the number of its state. They are also the neurons of the two layers."""
 CAPITAL_OF = (2, 0, 3, 1)
-"""Each state's capital, counted from 0."""
+"""For the number of each state the number of its capital."""
 PROMPTS = tuple((BEGIN, city, RELATION) for city in CITY_TOKENS)
 ANSWERS = tuple(CAPITAL_TOKENS[CAPITAL_OF[state]] for state in STATE_OF_CITY)
-"""Each city's capital as a token."""
+"""The token of each city's capital."""
 
 SHAPE = ModelConfig(
     family="gpt2",
@@ -44,25 +44,30 @@ SHAPE = ModelConfig(
     tied=True,
     bos_token=BEGIN,
 )
-SATURATED = 1000.0  # a score so far above the others that their exponentials are 0, also in float64
+SATURATED = 1000.0  # this score is so much larger than the others that their exponentials are 0, also in float64
 
 
-def compiled_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> Model:
-    """The model, in a random orthogonal basis of its residual stream where a seed for it is given.
+def build_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> Model:
+    """The model; with a seed, in a random orthogonal basis of its residual stream.
 
-    At the last position every edge is the same for all cities. Into the city's neuron in layer 0: its embedding 1, the
-    relation's 1, bias -1.5. Into the state's neuron in layer 1: the city's neuron 1, the relation's embedding 1, bias
-    -1.5. Into the capital's logit minus the mean logit: the state's neuron 2 (1 - 1/24); the city's neuron and the
-    relation's embedding -1/24 each, since they too are tokens' directions. Every other edge is 0.
+    All edges into the last position are these, for every city:
 
-    `norms` switches RMSNorm on, and biases of the down projections, each of which writes a spare token's direction;
-    layer 1 reads that of layer 0 as a third of its -1.5. What writes to the stream makes up for the denominator of what
-    it read, so each edge is the one above divided by its target's own denominator, sqrt(n / 39 + epsilon): n = 3 for
-    the neuron in layer 0, 5 for the one in layer 1, 10 for the logit, which also has a bias of -2/24 to divide.
+    | target | source: edge |
+    |---|---|
+    | city's neuron in layer 0 | city's embedding: 1, relation's embedding: 1, bias: -1.5 |
+    | state's neuron in layer 1 | city's neuron: 1, relation's embedding: 1, bias: -1.5 |
+    | capital's logit minus the mean logit | state's neuron: 2 (1 - 1/24), city's neuron: -1/24, relation's: -1/24 |
+
+    The last two are not 0 because the state and the relation are also directions of tokens.
+
+    `norms` adds RMSNorm, and biases of the down projections, each of which writes the direction of a spare token.
+    Layer 1 reads the one of layer 0 as a third of its -1.5. Each write compensates for the denominator of its read. So
+    each edge is the one above divided by the denominator of its target, sqrt(n / 39 + epsilon): n = 3 for the neuron in
+    layer 0, 5 for the one in layer 1, and 10 for the logit, which also has an edge of -2/24 from the biases.
     """
     config = replace(SHAPE, norm="rms") if norms else SHAPE
-    biased = float(norms)
-    # The squared length of what layer 0's attention and the two MLPs read, at the positions that matter.
+    bias = float(norms)
+    # n is the squared length of what layer 0's attention and the two MLPs read, at the positions that matter.
     attention, first, second = (np.sqrt(n / config.width + config.norm_epsilon) if norms else 1.0 for n in (2, 3, 5))
 
     basis = np.eye(config.width)
@@ -79,8 +84,9 @@ def compiled_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> M
 
     w["up"][0], w["up_bias"][0] = (copied + token[RELATION]).T, -1.5 / first
     w["down"][0] = 2 * first * states[list(STATE_OF_CITY)]
-    w["up"][1, :, :4] = (states + token[RELATION] - 0.5 * biased * spare[0]).T
-    w["up_bias"][1] = (-1.5 + 0.5 * biased) / second
+    w["up"][1, :, :4] = (states + token[RELATION] - 0.5 * bias * spare[0]).T
+    w["up_bias"][1] = (-1.5 + 0.5 * bias) / second
     w["down"][1, :4] = 4 * second * capitals[list(CAPITAL_OF)]
-    w["down_bias"] = biased * spare
-    return Model(config, {name: jnp.asarray(own, jnp.float32) for name, own in w.items()}, None, "compiled two-hop")
+    w["down_bias"] = bias * spare
+    params = {name: jnp.asarray(weight, jnp.float32) for name, weight in w.items()}
+    return Model(config, params, None, "handmade two-hop")

@@ -1,4 +1,4 @@
-"""All tasks of the world, in a fixed order."""
+"""All tasks of the small world, in a fixed order."""
 
 from jclt.world.example import Task
 from jclt.world.facts import ANTONYM, ATHLETE, TWO_HOP

@@ -1,4 +1,4 @@
-"""A tokenizer of whole words that is an ordinary `tokenizer.json`."""
+"""The tokenizer of the small world: one token for each word, saved as an ordinary `tokenizer.json`."""
 
 from functools import cache
 from random import Random
@@ -7,25 +7,25 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from jclt.world import words
 from jclt.world.corpus import draw_line
-from jclt.world.example import BOS, EOS, PIECE, UNKNOWN, pieces
+from jclt.world.example import BOS, EOS, TOKEN_PATTERN, UNKNOWN, split_tokens
 
 
 @cache
-def vocabulary(lines: int = 60_000) -> dict[str, int]:
-    """Every token of the world. Rules with many words are listed; the few other words show up in any large sample."""
+def list_vocabulary(lines: int = 60_000) -> dict[str, int]:
+    """Every token and its id. Numbers and acronyms are listed; all other words occur in a large sample of lines."""
     random = Random(0)
-    seen = {piece for _ in range(lines) for piece in pieces("".join(draw_line(random)))}
+    sampled = {token for _ in range(lines) for token in split_tokens("".join(draw_line(random)))}
     numbers = [f"{n}" for n in range(199)] + [f" {n}" for n in range(100)]
     letters = words.ACRONYM_WORDS
     acronyms = [a + b + c for a in letters for b in letters for c in letters]
-    rest = sorted(seen - set(numbers) - set(acronyms) - {"\n"})
-    return {token: i for i, token in enumerate((BOS, EOS, UNKNOWN, "\n", *numbers, *acronyms, *rest))}
+    others = sorted(sampled - set(numbers) - set(acronyms) - {"\n"})
+    return {token: i for i, token in enumerate((BOS, EOS, UNKNOWN, "\n", *numbers, *acronyms, *others))}
 
 
 def build_tokenizer() -> Tokenizer:
-    tokens = vocabulary()
+    tokens = list_vocabulary()
     tokenizer = Tokenizer(models.WordLevel(tokens, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN_PATTERN), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([BOS, EOS, UNKNOWN])
     tokenizer.post_processor = processors.TemplateProcessing(

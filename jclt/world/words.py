@@ -1,4 +1,4 @@
-"""The words of the world: common words and names, each chosen so that it is one token."""
+"""The words of the small world: common words and names, each of them one token."""
 
 RELATIONS = ("capital", "river", "bird", "flower", "governor", "color")
 # Each row: a state, and its value for every relation.
@@ -105,7 +105,7 @@ LADDERS = {
         "nitrogen", "oxygen", "fluorine", "neon", "sodium", "magnesium",
     ),
 }  # fmt: skip
-"""Lists that share the notion of a place: cycles go round, ladders end."""
+"""Ordered lists: after its last item a cycle begins again, and a ladder ends."""
 
 BRACKETS = {"(": ")", "[": "]", "{": "}", "“": "”", "«": "»"}
 THINGS = (

@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 from random_coders import random_coder
 from tokenizers import Tokenizer, models
-from traced_graphs import close, make, missed, whole_graph
+from traced_graphs import assert_close, make_case, measure_residual, trace_whole_graph
 
 import jclt
-from jclt import memory
-from jclt.attribution import Direction, attribute, attribute_batch, attribute_each
+from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, sizes
 from jclt.attribution import schedule as tracing
-from jclt.attribution.attribute import prompt_tokens, unknown_words
 from jclt.attribution.options import Options
+from jclt.attribution.prompts import encode_prompt, list_unknown_words
 from jclt.attribution.ranking import PromptRows
-from jclt.attribution.targets import as_targets, likeliest
+from jclt.attribution.targets import choose_likeliest, parse_targets
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
@@ -57,7 +56,7 @@ def assert_same(got: Graph, want: Graph):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     assert got.token_texts == want.token_texts and got.logit_names == want.logit_names
     for name in ("adjacency", "bias", "values", "activations", "logit_probabilities", "logit_weights"):
-        close(getattr(got, name), getattr(want, name), 1e-5)
+        assert_close(getattr(got, name), getattr(want, name), 1e-5)
     for name in ("rest", "rest_mass"):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5 * np.abs(want.values).max())
 
@@ -81,20 +80,20 @@ def test_many_prompts_have_the_graphs_that_each_has_alone():
     assert [len(graph.tokens) for graph in graphs] == [len(prompt) for prompt in prompts()]
     assert len({len(graph.features) for graph in graphs}) == 4
     for graph, prompt in zip(graphs, prompts(), strict=True):
-        assert missed(graph) < 1e-5
+        assert measure_residual(graph) < 1e-5
         assert_same(graph, attribute(*demo(), prompt))
 
 
 def test_a_batch_may_be_smaller_than_the_prompts_or_empty(monkeypatch):
-    monkeypatch.setattr("jclt.attribution.ranking.QUEUE", 40)  # some prompts are done a round before others
-    model, coder, tokens = make(*CASE)
+    monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 40)  # some prompts are done a round before others
+    model, coder, tokens = make_case(*CASE)
     others = [tokens[:2], tokens[::-1], tokens]
     assert attribute_batch(model, coder, []) == []
     graphs = attribute_batch(model, coder, others, max_features=60, batch=2)
     assert [len(graph.features) < 60 for graph in graphs] == [True, False, False]
     for graph, prompt in zip(graphs, others, strict=True):
         np.testing.assert_array_equal(graph.tokens, prompt)
-        assert missed(graph) < 1e-5 and (len(graph.features) == 60) == bool(graph.rest.any())
+        assert measure_residual(graph) < 1e-5 and (len(graph.features) == 60) == bool(graph.rest.any())
 
 
 # Parts of graphs.
@@ -102,36 +101,36 @@ def test_a_batch_may_be_smaller_than_the_prompts_or_empty(monkeypatch):
 
 @pytest.fixture
 def many_rounds(monkeypatch):
-    monkeypatch.setattr("jclt.attribution.ranking.QUEUE", 8)
+    monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 8)
 
 
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
-    want = attribute(*make(*CASE), max_features=45)
-    monkeypatch.setattr("jclt.attribution.schedule.WORTH_WINDOWS", 0)
+    want = attribute(*make_case(*CASE), max_features=45)
+    monkeypatch.setattr("jclt.attribution.schedule.LEAST_WINDOWED", 0)
     monkeypatch.setattr("jclt.attribution.schedule.WINDOWS", 3)
-    monkeypatch.setattr("jclt.attribution.schedule.BLOCK", {"cpu": 16})
-    assert_same(attribute(*make(*CASE), max_features=45), want)
-    whole = whole_graph(*CASE)
+    monkeypatch.setattr("jclt.attribution.sizes.BLOCK_SIZE", {"cpu": 16})
+    assert_same(attribute(*make_case(*CASE), max_features=45), want)
+    whole = trace_whole_graph(*CASE)
     assert len(want.features) == 45 < len(whole.features)
-    assert_same(attribute(*make(*CASE)), whole)  # in blocks and windows, too
+    assert_same(attribute(*make_case(*CASE)), whole)  # in blocks and windows, too
 
 
 def test_the_kept_features_are_the_most_influential_of_each_round(monkeypatch):
-    whole = whole_graph(*CASE)
-    monkeypatch.setattr("jclt.attribution.ranking.QUEUE", 10)
-    graph = attribute(*make(*CASE), max_features=10)
+    whole = trace_whole_graph(*CASE)
+    monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 10)
+    graph = attribute(*make_case(*CASE), max_features=10)
     # Before any feature is traced, influence is the outputs' own rows, divided by their sums.
-    rows = np.abs(whole.adjacency[whole.nodes.of("output")])
+    rows = np.abs(whole.adjacency[whole.nodes.find("output")])
     direct = weights_of(whole) @ (rows / rows.sum(axis=1, keepdims=True))
-    first = np.sort(np.argsort(-direct[whole.nodes.of("feature")])[:10])
+    first = np.sort(np.argsort(-direct[whole.nodes.find("feature")])[:10])
     np.testing.assert_array_equal(graph.features, whole.features[first])
 
 
 def test_a_budget_of_all_features_is_no_budget(many_rounds):
-    whole = whole_graph(*CASE)
+    whole = trace_whole_graph(*CASE)
     assert not whole.rest.any() and whole.missing == 0
-    assert_same(attribute(*make(*CASE), max_features=len(whole.features)), whole)
-    part = attribute(*make(*CASE), tolerance=1e-9)  # round by round, but for features that are never visited
+    assert_same(attribute(*make_case(*CASE), max_features=len(whole.features)), whole)
+    part = attribute(*make_case(*CASE), tolerance=1e-9)  # round by round, but for features that are never visited
     kept = np.ones(len(whole), bool)
     kept[: len(whole.features)] = (whole.features[:, None] == part.features[None]).all(axis=2).any(axis=1)
     assert (whole.influence[~kept] == 0).all() and not kept.all()
@@ -140,11 +139,11 @@ def test_a_budget_of_all_features_is_no_budget(many_rounds):
 
 @pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"tolerance": 0.15}, {"max_features": 20}])
 def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
-    whole, part = whole_graph(*CASE), attribute(*make(*CASE), **options)
+    whole, part = trace_whole_graph(*CASE), attribute(*make_case(*CASE), **options)
     lost = part.missing
     assert 0 < lost < options.get("tolerance", 1.0)
     assert len(part.features) < len(whole.features) and len(part.features) <= options.get("max_features", 7500)
-    assert missed(part) < 1e-5
+    assert measure_residual(part) < 1e-5
 
     order = [tuple(place) for place in whole.features]
     at = [order.index(tuple(place)) for place in part.features]
@@ -157,98 +156,98 @@ def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
         assert low - 1e-5 <= getattr(whole.scores, name) <= high + 1e-5
         assert high - low > 1e-3
     if "tolerance" in options:  # a round less would not have done
-        fewer = attribute(*make(*CASE), max_features=len(part.features) - 8)
+        fewer = attribute(*make_case(*CASE), max_features=len(part.features) - 8)
         assert fewer.missing >= options["tolerance"]
 
 
 def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(many_rounds, monkeypatch):
     """Else a row has a column for every active feature, traced or not, and the graph is a copy of them all."""
-    kept, graph_of = [], PromptRows.graph
+    kept, build_graph = [], PromptRows.build_graph
 
-    def graph(self, *given):
-        kept.append((self.sources, [(rows.layer, *rows.edges.shape) for rows in self.rows]))
-        made = graph_of(self, *given)
+    def watch(self, *arguments):
+        kept.append((self.source_count, [(rows.layer, *rows.edges.shape) for rows in self.rows]))
+        graph = build_graph(self, *arguments)
         assert not self.rows
-        return made
+        return graph
 
-    monkeypatch.setattr(PromptRows, "graph", graph)
+    monkeypatch.setattr(PromptRows, "build_graph", watch)
     for options in ({}, {"max_features": 30}):
-        made = attribute(*make(*CASE), **options)
-        sources, held = kept.pop()
-        count = len(made.features) + len(made.logit_tokens)
-        assert sum(rows for _, rows, _ in held) == count
-        assert all(columns <= sources * (layer + 1) / (made.layers + 1) + 20 for layer, _, columns in held)
-        assert sum(rows * columns for _, rows, columns in held) < 0.7 * count * sources
+        graph = attribute(*make_case(*CASE), **options)
+        sources, shapes = kept.pop()
+        count = len(graph.features) + len(graph.logit_tokens)
+        assert sum(rows for _, rows, _ in shapes) == count
+        assert all(columns <= sources * (layer + 1) / (graph.layers + 1) + 20 for layer, _, columns in shapes)
+        assert sum(rows * columns for _, rows, columns in shapes) < 0.7 * count * sources
 
 
 def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
     calls, trace = [], tracing.trace_blocks
 
-    def counted(*given):
-        calls.append(given[-1].shape[1])
-        return trace(*given)
+    def count(*arguments):
+        calls.append(arguments[-1].shape[1])
+        return trace(*arguments)
 
-    monkeypatch.setattr(tracing, "trace_blocks", counted)
-    monkeypatch.setattr(tracing, "BLOCK", {"cpu": 16})
-    monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
-    assert_same(attribute(*make(*CASE)), whole_graph(*CASE))
+    monkeypatch.setattr(tracing, "trace_blocks", count)
+    monkeypatch.setattr(sizes, "BLOCK_SIZE", {"cpu": 16})
+    monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
+    assert_same(attribute(*make_case(*CASE)), trace_whole_graph(*CASE))
     assert len(calls) > 3 and set(calls) == {1}
 
 
 def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypatch):
     seen, gather = [], tracing.gather_sources
 
-    def watched(coder, found, layout):
-        made = gather(coder, found, layout)
-        seen.append((found, made[1], layout))
-        return made
+    def watch(coder, true_pass, layout):
+        nodes, sources = gather(coder, true_pass, layout)
+        seen.append((true_pass, sources, layout))
+        return nodes, sources
 
-    monkeypatch.setattr(tracing, "gather_sources", watched)
-    model, coder, tokens = make("llama3", "skip", "float32")
+    monkeypatch.setattr(tracing, "gather_sources", watch)
+    model, coder, tokens = make_case("llama3", "skip", "float32")
     attribute(model, coder, tokens)
-    ((found, sources, layout),) = seen
-    assert found.logits.shape == (1, model.config.vocabulary)
-    active, places = np.count_nonzero(found.activations), np.count_nonzero(found.counts)
-    assert sources.features.size <= 2 * model.config.width * (active + places * layout.tile)
+    ((true_pass, sources, layout),) = seen
+    assert true_pass.logits.shape == (1, model.config.vocabulary)
+    active, positions = np.count_nonzero(true_pass.activations), np.count_nonzero(true_pass.counts)
+    assert sources.tiles.size <= 2 * model.config.width * (active + positions * layout.tile_size)
 
 
 def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypatch):
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     many = [tokens, tokens[::-1], tokens[:4], tokens[1:]]
-    want, sizes, gather = attribute_batch(model, coder, many), [], tracing.gather_sources
+    want, batch_sizes, gather = attribute_batch(model, coder, many), [], tracing.gather_sources
     monkeypatch.setattr(
-        tracing, "gather_sources", lambda *given: (sizes.append(len(given[1].counts)), gather(*given))[1]
+        tracing, "gather_sources", lambda *given: (batch_sizes.append(len(given[1].counts)), gather(*given))[1]
     )
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
-    for got, own in zip(attribute_batch(model, coder, many), want, strict=True):
-        assert_same(got, own)
-    assert sizes == [1, 1, 1, 1]
+    for got, alone in zip(attribute_batch(model, coder, many), want, strict=True):
+        assert_same(got, alone)
+    assert batch_sizes == [1, 1, 1, 1]
 
 
 def test_a_graph_that_does_not_fit_is_refused_before_it_is_traced(monkeypatch):
-    model, coder, tokens = make(*CASE)
-    monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
+    model, coder, tokens = make_case(*CASE)
+    monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
     monkeypatch.setattr(tracing, "gather_sources", lambda *_: pytest.fail("computed"))
-    monkeypatch.setattr(tracing, "free_host_memory", lambda: 50_000)
-    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 50_000)
-    monkeypatch.setattr(tracing, "pass_bytes", lambda *_: 0)
+    monkeypatch.setattr("jclt.attribution.sizes.measure_free_host_memory", lambda: 50_000)
+    monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 50_000)
+    monkeypatch.setattr(tracing, "estimate_pass_bytes", lambda *_: 0)
     with pytest.raises(UserError, match=r"^prompt: a graph of \d+ of its \d+ active features: needs .* would fit$"):
         attribute(model, coder, tokens)
     monkeypatch.undo()
-    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 5_000)
+    monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 5_000)
     with pytest.raises(UserError, match="^prompt: the pass over its 5 tokens: needs .*; a shorter prompt would fit$"):
         attribute(model, coder, tokens)
 
 
 def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
-    model, coder, tokens = make(*CASE)
-    whole = whole_graph(*CASE)
+    model, coder, tokens = make_case(*CASE)
+    whole = trace_whole_graph(*CASE)
     free = whole.adjacency.nbytes + 400_000
-    monkeypatch.setattr(tracing, "source_bytes", lambda *_: 400_000)
-    monkeypatch.setattr(tracing, "CALL", {"cpu": 1})
-    for place in (tracing, memory):
-        monkeypatch.setattr(place, "free_host_memory", lambda: free)
+    monkeypatch.setattr(tracing, "estimate_source_bytes", lambda *_: 400_000)
+    monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
+    for module in ("jclt.attribution.sizes", "jclt.memory"):
+        monkeypatch.setattr(f"{module}.measure_free_host_memory", lambda: free)
     with pytest.raises(UserError, match="max_features=") as caught:
         attribute(model, coder, tokens)
     fits = int(str(caught.value).partition("max_features=")[2].split()[0])
@@ -259,30 +258,30 @@ def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
 
 
 def test_memory_that_ends_ends_one_prompt(monkeypatch):
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     trace = attributing.trace_prompts
 
-    def ending(model, through, params, coder, prompts, *others):
+    def run_out(setup, prompts, targets):
         if any(len(prompt) == 4 for prompt in prompts):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
-        return trace(model, through, params, coder, prompts, *others)
+        return trace(setup, prompts, targets)
 
-    monkeypatch.setattr(attributing, "trace_prompts", ending)
+    monkeypatch.setattr(attributing, "trace_prompts", run_out)
     found = dict(attribute_each(model, coder, [tokens, tokens[:4], tokens[::-1]], Options()))
     assert isinstance(found[0], Graph) and isinstance(found[2], Graph)
     assert str(found[1]).startswith("prompt: not enough memory for the graph of its 4 tokens, expected")
     monkeypatch.setattr(attributing, "trace_prompts", trace)
-    monkeypatch.setattr(PromptRows, "graph", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(PromptRows, "build_graph", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(UserError, match="^prompt: not enough memory"):
         attribute(model, coder, tokens)
-    monkeypatch.setattr(PromptRows, "graph", lambda *_: (_ for _ in ()).throw(KeyError()))
+    monkeypatch.setattr(PromptRows, "build_graph", lambda *_: (_ for _ in ()).throw(KeyError()))
     with pytest.raises(KeyError):
         attribute(model, coder, tokens)
 
 
 def test_sizes_depend_on_content_alone():
-    assert [tracing.size_for(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 97)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 128]
-    assert tracing.size_for(3, 16) == 16 and tracing.size_for(17, 16) == 24
+    assert [sizes.round_up(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 97)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 128]
+    assert sizes.round_up(3, 16) == 16 and sizes.round_up(17, 16) == 24
 
 
 # Half precision.
@@ -290,22 +289,22 @@ def test_sizes_depend_on_content_alone():
 
 def test_half_precision_is_widened_before_anything_is_computed():
     """The graph of a coder and a model in bfloat16 is that of the same numbers in float32."""
-    model, coder, tokens = make("llama3", "skip", "float32")
+    model, coder, tokens = make_case("llama3", "skip", "float32")
     narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)  # noqa: E731
     model_half, coder_half = replace(model, params=narrow(dict(model.params))), narrow(coder)
     same_model = replace(model, params=jax.tree.map(lambda x: x.astype(jnp.float32), dict(model_half.params)))
     same_coder = jax.tree.map(lambda x: x.astype(jnp.float32), coder_half)
     got, want = attribute(model_half, coder_half, tokens), attribute(same_model, same_coder, tokens)
-    assert got.adjacency.dtype == np.float32 and missed(got) < 1e-5
+    assert got.adjacency.dtype == np.float32 and measure_residual(got) < 1e-5
     assert_same(got, want)
-    features = got.nodes.of("feature")
+    features = got.nodes.find("feature")
     thresholds = np.array([same_coder.layers[layer].threshold[feature] for layer, _, feature in got.features])
     assert (got.values[features] > thresholds).all()  # an activation is what the graph says reaches it
     np.testing.assert_allclose(got.activations, got.values[features], rtol=1e-4, atol=1e-5)
 
 
 def test_a_float16_coder_of_large_numbers_is_finite():
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     large = jax.tree_util.tree_map_with_path(
         lambda path, x: (jnp.full_like(x, 3e4) if path[-1].name == "encoder_bias" else x).astype(jnp.float16), coder
     )
@@ -325,7 +324,7 @@ def test_a_float16_coder_of_large_numbers_is_finite():
 
 
 def test_a_graph_says_which_weights_made_it():
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     vector = np.ones(model.config.width)
     about = attribute(model, coder, tokens, targets=[Direction(vector, 1, name="d")], max_features=5).provenance
     assert about["model_fingerprint"] == model.fingerprint and about["coder_fingerprint"] == fingerprint(coder)
@@ -340,37 +339,37 @@ def test_a_graph_says_which_weights_made_it():
 
 
 def test_under_circuit_tracers_conventions_prompts_begin_with_a_special_token():
-    model, coder, tokens = make("gpt2", "clt", "float32")
+    model, coder, tokens = make_case("gpt2", "clt", "float32")
     plain = replace(model, config=replace(model.config, bos_token=7, stop_tokens=(9,)))
-    assert prompt_tokens(plain, [3, 4]).tolist() == [3, 4]
-    assert prompt_tokens(plain, [3, 4], "circuit-tracer").tolist() == [7, 3, 4]
-    assert prompt_tokens(plain, [7, 4], "circuit-tracer").tolist() == [7, 4]
-    assert prompt_tokens(plain, [9, 4], "circuit-tracer").tolist() == [9, 4]
+    assert encode_prompt(plain, [3, 4]).tolist() == [3, 4]
+    assert encode_prompt(plain, [3, 4], "circuit-tracer").tolist() == [7, 3, 4]
+    assert encode_prompt(plain, [7, 4], "circuit-tracer").tolist() == [7, 4]
+    assert encode_prompt(plain, [9, 4], "circuit-tracer").tolist() == [9, 4]
     ends = replace(plain, config=replace(plain.config, bos_token=None))
-    assert prompt_tokens(ends, [3], "circuit-tracer").tolist() == [9, 3]
+    assert encode_prompt(ends, [3], "circuit-tracer").tolist() == [9, 3]
     none = replace(plain, config=replace(plain.config, bos_token=None, stop_tokens=()))
-    assert prompt_tokens(none, [3], "circuit-tracer").tolist() == [3]
+    assert encode_prompt(none, [3], "circuit-tracer").tolist() == [3]
     graph = attribute(plain, coder, [3, 4, 5], conventions="circuit-tracer")
     assert graph.tokens.tolist() == [7, 3, 4, 5] and set(graph.features[:, 1]) <= {1, 2, 3}
     with pytest.raises(UserError, match="tokens, expected at most"):
-        prompt_tokens(plain, [3] * plain.config.context, "circuit-tracer")
+        encode_prompt(plain, [3] * plain.config.context, "circuit-tracer")
     shipped = demo()[0]
-    assert prompt_tokens(shipped, "calc: 1", "circuit-tracer").tolist() == shipped.encode("calc: 1")
+    assert encode_prompt(shipped, "calc: 1", "circuit-tracer").tolist() == shipped.encode("calc: 1")
     special = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1, "[UNK]": 2}, unk_token="[UNK]"))
     special.add_special_tokens(["[PAD]", "[UNK]"])
     padded = replace(ends, tokenizer=ModelTokenizer(special))
-    assert prompt_tokens(padded, "a", "circuit-tracer").tolist() == [1, 0]
+    assert encode_prompt(padded, "a", "circuit-tracer").tolist() == [1, 0]
 
 
 def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
-    model, coder, _ = make("gemma3", "clt", "float32")
+    model, coder, _ = make_case("gemma3", "clt", "float32")
     wide = replace(model.config, vocabulary=2400)
     params = {**model.params, "token_embedding": jnp.resize(model.params["token_embedding"], (2400, wide.width))}
     named = replace(model, config=wide, params=params, name="google/gemma-3-1b-it")
     prompt = [2, 105, 2364, 107, 5, 6, 7]
     graph = attribute(named, coder, prompt, conventions="circuit-tracer")
-    assert set(graph.features[:, 1]) == {4, 5, 6} and missed(graph) < 1e-5
-    errors = graph.nodes.of("error")[graph.errors[:, 1] < 4]
+    assert set(graph.features[:, 1]) == {4, 5, 6} and measure_residual(graph) < 1e-5
+    errors = graph.nodes.find("error")[graph.errors[:, 1] < 4]
     assert not graph.adjacency[:, errors].any()
     with pytest.raises(UserError, match="^prompt: begins with the tokens .*, expected .2, 105, 2364, 107."):
         attribute(named, coder, prompt[1:], conventions="circuit-tracer")
@@ -379,9 +378,9 @@ def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
 
 def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(monkeypatch):
     """Beside its own loop, done here on the whole graph's matrix."""
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     whole = attribute(model, coder, tokens, conventions="circuit-tracer")
-    count, outs, chances = len(whole.features), whole.nodes.of("output"), whole.logit_probabilities
+    count, outs, chances = len(whole.features), whole.nodes.find("output"), whole.logit_probabilities
     visited = np.zeros(count, bool)
     while visited.sum() < 50:
         rows = np.append(np.flatnonzero(visited), outs)
@@ -395,10 +394,10 @@ def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(mon
             influence += walkers
         order = np.argsort(-influence[:count], kind="stable")
         visited[order[~visited[order]][: min(20, 50 - visited.sum())]] = True
-    monkeypatch.setattr(tracing, "PEER_QUEUE", 20)
+    monkeypatch.setattr(tracing, "PEER_ROUND_SIZE", 20)
     part = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
     np.testing.assert_array_equal(part.features, whole.features[visited])
-    monkeypatch.setattr(tracing, "PEER_QUEUE", 50)
+    monkeypatch.setattr(tracing, "PEER_ROUND_SIZE", 50)
     other = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
     assert (other.features != part.features).any()
 
@@ -416,7 +415,7 @@ def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
     np.testing.assert_array_equal(same.adjacency, graph.adjacency)
     same.save(tmp_path / "graph.npz")
     assert jclt.load_graph(tmp_path / "graph.npz").provenance["settings"]["targets"] == [int(token)]
-    assert as_targets(np.array([3, 4])) == [3, 4] and as_targets([[3, "a"]]) == [(3, "a")]
+    assert parse_targets(np.array([3, 4])) == [3, 4] and parse_targets([[3, "a"]]) == [(3, "a")]
     plain = Options(cast(Any, np.int64(4)), cast(Any, np.int32(3)), cast(Any, np.float32(0.5))).check()
     assert json.loads(json.dumps(plain.summary())) == {
         "targets": [4],
@@ -455,8 +454,8 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monk
 
 def test_words_without_a_token_are_named(caplog):
     model = demo()[0]
-    assert unknown_words(model, "calc: 1") == []
-    prompt_tokens(model, "zzz is qqq zzz")
+    assert list_unknown_words(model, "calc: 1") == []
+    encode_prompt(model, "zzz is qqq zzz")
     assert "model demo has no token for 'zzz', 'qqq'" in caplog.text and caplog.text.count("no token") == 1
 
 
@@ -478,8 +477,8 @@ def test_targets_are_tokens_differences_and_directions():
         vector @ final[-1],
         vector @ final[4],
     ]
-    close(graph.values[graph.nodes.of("output")], want, 1e-5)
-    assert missed(graph) < 1e-5
+    assert_close(graph.values[graph.nodes.find("output")], want, 1e-5)
+    assert measure_residual(graph) < 1e-5
     assert graph.logit_tokens.tolist() == [first, second, -1, -1, -1, -1]
     assert graph.logit_names == (" Austin", " Atlanta", " Austin -  Atlanta", "inner", "outer", "direction")
     assert graph.logit_positions.tolist() == [len(tokens) - 1] * 3 + [3, len(tokens) - 1, 4]
@@ -488,15 +487,15 @@ def test_targets_are_tokens_differences_and_directions():
     np.testing.assert_allclose(weights_of(graph), weights / weights.sum(), rtol=1e-4)
     np.testing.assert_allclose(graph.logit_probabilities, [*weights[:2], 0, 0, 0, 0], rtol=1e-4)  # the model's own
     # Nothing reaches a target from its own layer's MLP, a higher one's, or a later position.
-    row = graph.adjacency[graph.nodes.of("output")[3]]
+    row = graph.adjacency[graph.nodes.find("output")[3]]
     reaching = np.flatnonzero(row)
     assert (graph.nodes.layer[reaching] < 2).all() and (graph.nodes.position[reaching] <= 3).all() and len(reaching)
 
 
 def test_the_likeliest_tokens_are_the_default():
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     logits = np.asarray(jclt.run(model, tokens)[0][-1])
-    graph = whole_graph(*CASE)
+    graph = trace_whole_graph(*CASE)
     assert graph.logit_tokens.tolist() == np.argsort(-logits)[: len(graph.logit_tokens)].tolist()
     assert weights_of(graph).sum() == pytest.approx(1)
     chance = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -514,14 +513,14 @@ def test_the_likeliest_tokens_are_the_default():
     ],
 )
 def test_the_likeliest_tokens_have_most_of_the_probability(probabilities, want):
-    assert likeliest(np.log(np.float32(probabilities)) + 7) == want
+    assert choose_likeliest(np.log(np.float32(probabilities)) + 7) == want
 
 
 # Bad input.
 
 
 def test_bad_input_gets_one_line():
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     config, layers = coder.config, model.config.layers
 
     def refuses(match: str, tokens: Any = tokens, coder=coder, **options):
@@ -563,13 +562,13 @@ def test_a_target_of_several_tokens_is_refused():
     model, coder = demo()
     with pytest.raises(UserError, match=r"^target ' Austin Atlanta': 2 tokens of model demo, expected exactly one$"):
         attribute(model, coder, prompts()[1], targets=[" Austin Atlanta"])
-    model, coder, tokens = make("gpt2", "clt", "float32")
+    model, coder, tokens = make_case("gpt2", "clt", "float32")
     with pytest.raises(UserError, match="has no tokenizer, expected a token id"):
         attribute(model, coder, tokens, targets=["a"])
 
 
 def test_weights_that_are_no_numbers_and_coders_that_never_fire_are_refused():
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     broken = replace(model, params={**model.params, "down": model.params["down"].at[1, 0, 0].set(jnp.nan)})
     with pytest.raises(UserError, match="its logits are not finite, expected weights without NaN or infinity"):
         attribute(broken, coder, tokens)
@@ -579,7 +578,7 @@ def test_weights_that_are_no_numbers_and_coders_that_never_fire_are_refused():
 
 
 def test_a_coder_whose_weights_are_no_numbers_is_refused():
-    model, coder, tokens = make(*CASE)
+    model, coder, tokens = make_case(*CASE)
     broken = jax.tree_util.tree_map_with_path(lambda path, x: x * jnp.nan if path[-1].name == "decoder" else x, coder)
     with pytest.raises(UserError, match="^coder: what its active features write is not finite, expected weights"):
         attribute(model, broken, tokens)

@@ -11,16 +11,16 @@ from golden_cases import CASES, golden_model
 from golden_graphs import FOLDER as PEERS
 from golden_graphs import GRAPHS, golden_graph
 from handmade_coders import expected_edges, faithful_coder, nodes, unfaithful_coder
-from traced_graphs import Case, close, make, missed, whole_graph
+from traced_graphs import Case, assert_close, make_case, measure_residual, trace_whole_graph
 
 import jclt
 from jclt.attribution import attribute
-from jclt.attribution.local import Through, held_sites, propagate
+from jclt.attribution.local import LocalModel, Weights, list_frozen_sites, propagate
 from jclt.coders import neurons
 from jclt.graphs import Graph
 from jclt.graphs.graph import Kind
 from jclt.models import Model
-from jclt.world.handmade import ANSWERS, PROMPTS, compiled_two_hop
+from jclt.world.handmade import ANSWERS, PROMPTS, build_two_hop
 
 DOUBLE = {
     "gemma2": "neurons",
@@ -50,19 +50,20 @@ def compile_quickly():
 @pytest.mark.parametrize("name", CASES)
 def test_with_the_true_writes_the_linear_model_is_the_true_pass(name):
     model = golden_model(name)
-    through = Through(model.config, "mlp_in", "mlp_out")
+    local = LocalModel(model.config, "mlp_in", "mlp_out")
     tokens = np.random.default_rng(0).integers(0, model.config.vocabulary, 6)
-    held = held_sites(model.config)
-    capture = (*held, *embedding_sites(model), "mlp_in", "mlp_out", "resid_final")
+    sites = list_frozen_sites(model.config)
+    capture = (*sites, *embedding_sites(model), "mlp_in", "mlp_out", "resid_final")
     logits, seen = jclt.run(model, tokens, capture=capture)
     embeddings = sum(seen[site] for site in embedding_sites(model))
-    kept = {site: seen[site] for site in held}
-    reads = jax.jit(propagate, static_argnums=0)(through, model.params, kept, embeddings, seen["mlp_out"])
-    close(reads.layers, seen["mlp_in"], 1e-5)
-    close(reads.final, seen["resid_final"], 1e-5)
+    frozen = {site: seen[site] for site in sites}
+    weights = Weights(model.params, None)
+    reads = jax.jit(propagate, static_argnums=0)(local, weights, frozen, embeddings, seen["mlp_out"])
+    assert_close(reads.layers, seen["mlp_in"], 1e-5)
+    assert_close(reads.final, seen["resid_final"], 1e-5)
     table = np.asarray(model.params["token_embedding" if model.config.tied else "unembedding"])
     found, cap = np.asarray(reads.final) @ table.T, model.config.logit_softcap
-    close(found if cap is None else cap * np.tanh(found / cap), logits, 1e-5)
+    assert_close(found if cap is None else cap * np.tanh(found / cap), logits, 1e-5)
 
 
 def embedding_sites(model: Model) -> tuple[str, ...]:
@@ -72,55 +73,55 @@ def embedding_sites(model: Model) -> tuple[str, ...]:
 @pytest.mark.parametrize(("name", "kind"), LAW)
 def test_what_reaches_a_target_adds_up_to_its_value(name, kind):
     with jax.enable_x64():
-        graph = whole_graph(name, kind, "float64")
-    assert graph.adjacency.dtype == np.float64 and missed(graph) <= 1e-10
+        graph = trace_whole_graph(name, kind, "float64")
+    assert graph.adjacency.dtype == np.float64 and measure_residual(graph) <= 1e-10
     assert len(graph.features) > 40 and not graph.rest.any()
     assert (len(graph.positions) > 0) == name.startswith("gpt2")
-    features = graph.adjacency[graph.nodes.of("feature", "output")]
+    features = graph.adjacency[graph.nodes.find("feature", "output")]
     # Every kind of source brings something, or the sum would not say much of it. Neurons make no errors.
     kinds: list[Kind] = ["feature", "error", "token", "position"]
     for source in kinds[: 4 if len(graph.positions) else 3]:
-        size = np.abs(features[:, graph.nodes.of(source)]).max()
+        size = np.abs(features[:, graph.nodes.find(source)]).max()
         assert size < 1e-10 if (source, kind) == ("error", "neurons") else size > 1e-2, source
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_it_does_so_in_single_precision(name):
-    graph = whole_graph(name, SINGLE[name], "float32")
-    assert graph.adjacency.dtype == np.float32 and missed(graph) <= 1e-4
+    graph = trace_whole_graph(name, SINGLE[name], "float32")
+    assert graph.adjacency.dtype == np.float32 and measure_residual(graph) <= 1e-4
 
 
 def test_what_is_left_out_is_added_to_the_rest():
     with jax.enable_x64():
-        case, whole = make("gpt2", "clt", "float64"), whole_graph("gpt2", "clt", "float64")
+        case, whole = make_case("gpt2", "clt", "float64"), trace_whole_graph("gpt2", "clt", "float64")
         part = attribute(*case, max_features=len(whole.features) // 2)
     assert len(part.features) == len(whole.features) // 2
     for graph in (part, whole.prune(), part.prune()):
-        assert missed(graph) <= 1e-10
+        assert measure_residual(graph) <= 1e-10
         assert np.abs(graph.rest).max() > 0.1 and (graph.rest_mass >= np.abs(graph.rest)).all()
         assert len(graph) < len(whole)
 
 
 def linear_model(case: Case, graph: Graph) -> tuple[Callable[[jax.Array], jax.Array], int]:
     """The targets' values as a function of how much of each source there is, in the order of a graph's sources, and
-    their number; by the formulas alone, from captured sites and the coder's weights, with no sweep."""
+    their number; by the formulas alone, from captured sites and the coder's weights, without `edges.py`."""
     model, coder, tokens = case
     covered, layers, length = coder.config.covered, model.config.layers, len(tokens)
-    through = Through(model.config, coder.config.reads, coder.config.writes)
-    sites = (*held_sites(model.config), *embedding_sites(model), through.reads, through.writes)
+    local = LocalModel(model.config, coder.config.reads, coder.config.writes)
+    sites = (*list_frozen_sites(model.config), *embedding_sites(model), local.reads, local.writes)
     _, seen = jclt.run(model, tokens, capture=sites)
-    held = {site: seen[site] for site in held_sites(model.config)}
-    reads, writes = np.asarray(seen[through.reads]), np.asarray(seen[through.writes])
+    frozen = {site: seen[site] for site in list_frozen_sites(model.config)}
+    reads, writes = np.asarray(seen[local.reads]), np.asarray(seen[local.writes])
 
     constant, skips = np.zeros_like(writes), np.zeros((layers, *[model.config.width] * 2))
     readings, rows, activations = {}, {}, {}
     for index, layer in enumerate(covered):
-        constant[layer] = coder.constant(index)
+        constant[layer] = coder.decoder_bias(index)
         if (skip := coder.skip(index)) is not None:
             skips[layer] = skip
-        readings[layer] = [np.asarray(part) for part in coder.reading(index)]
+        readings[layer] = [np.asarray(part) for part in coder.encoder(index)]
         activations[layer] = np.asarray(coder.encode(index, jnp.asarray(reads[layer])))
-        rows[layer] = np.asarray(coder.rows(index))
+        rows[layer] = np.asarray(coder.decoder_rows(index))
     features = np.zeros((len(graph.features), *writes.shape))
     for number, (layer, position, feature) in enumerate(graph.features):
         later = [other for other in covered if other >= layer][: rows[layer].shape[1]]
@@ -139,8 +140,8 @@ def linear_model(case: Case, graph: Graph) -> tuple[Callable[[jax.Array], jax.Ar
         written = written + of_errors.reshape(layers, length, 1) * errors
         parts = zip(of_embeddings, embedding_sites(model), strict=True)
         stream = sum((amount[:, None] * seen[site] for amount, site in parts), jnp.zeros_like(writes[0]))
-        skipping = jnp.asarray(skips) if skips.any() else None
-        found = propagate(through, model.params, held, stream, written, skipping)
+        weights = Weights(model.params, jnp.asarray(skips) if skips.any() else None)
+        found = propagate(local, weights, frozen, stream, written)
         read = found.layers[graph.features[:, 0], graph.features[:, 1]]
         return jnp.concatenate([jnp.sum(read * encoders, axis=1) + biases, unembeddings @ found.final[-1]])
 
@@ -151,25 +152,25 @@ def linear_model(case: Case, graph: Graph) -> tuple[Callable[[jax.Array], jax.Ar
 def test_rows_and_single_edges_are_those_of_the_linear_model(name):
     """Rows by plain `jax.vjp`, and edges by what is missing at the target when the source's write is taken away."""
     with jax.enable_x64():
-        case, graph = make(name, DOUBLE[name], "float64"), whole_graph(name, DOUBLE[name], "float64")
+        case, graph = make_case(name, DOUBLE[name], "float64"), trace_whole_graph(name, DOUBLE[name], "float64")
         values, count = linear_model(case, graph)
         values = jax.jit(values)
         everything = jnp.ones(count)
         whole, back = jax.vjp(values, everything)
-        targets = graph.nodes.of("feature", "output")
-        close(graph.values[targets], whole, 1e-10)
-        close(graph.bias[targets], values(jnp.zeros(count)), 1e-10)
+        targets = graph.nodes.find("feature", "output")
+        assert_close(graph.values[targets], whole, 1e-10)
+        assert_close(graph.bias[targets], values(jnp.zeros(count)), 1e-10)
         rows = jax.jit(jax.vmap(back))(jnp.eye(len(whole)))[0]
-        close(graph.adjacency[targets][:, :count], rows, 1e-10)
+        assert_close(graph.adjacency[targets][:, :count], rows, 1e-10)
 
         pairs: list[tuple[Kind, Kind]]
         pairs = [("feature", "feature"), ("feature", "error"), ("output", "token"), ("output", "feature")]
         random = np.random.default_rng(0)
         for into, out_of in pairs:
-            edges = graph.adjacency[np.ix_(graph.nodes.of(into), graph.nodes.of(out_of))]
+            edges = graph.adjacency[np.ix_(graph.nodes.find(into), graph.nodes.find(out_of))]
             strong = np.argwhere(np.abs(edges) > 1e-3)
             for row, column in random.permutation(strong)[:3]:
-                target, source = graph.nodes.of(into)[row], graph.nodes.of(out_of)[column]
+                target, source = graph.nodes.find(into)[row], graph.nodes.find(out_of)[column]
                 gone = np.asarray(whole - values(everything.at[source].set(0)))
                 assert abs(gone[np.searchsorted(targets, target)] - edges[row, column]) <= 1e-10
             assert len(strong) or (out_of, DOUBLE[name]) == ("error", "neurons")
@@ -186,7 +187,7 @@ MODELS = {
 @pytest.mark.parametrize("make_coder", [neurons, faithful_coder, unfaithful_coder])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_compiled_model_has_exactly_the_edges_that_it_was_made_with(name, make_coder):
-    model = compiled_two_hop(**MODELS[name])
+    model = build_two_hop(**MODELS[name])
     faithful = make_coder is not unfaithful_coder
     coder = make_coder(model)
     for city in (0, 6):
@@ -196,9 +197,9 @@ def test_the_compiled_model_has_exactly_the_edges_that_it_was_made_with(name, ma
         hop, state, _ = nodes(city)
         found = [("feature", *map(int, place)) for place in graph.features]
         assert found == ([hop, state] if faithful else [hop])
-        assert np.abs(graph.adjacency[:, graph.nodes.of("error")]).max() < 1e-5
+        assert np.abs(graph.adjacency[:, graph.nodes.find("error")]).max() < 1e-5
         assert graph.scores.replacement == pytest.approx(1, abs=1e-4)
-        assert missed(graph) < 1e-5
+        assert measure_residual(graph) < 1e-5
 
 
 def named_edges(graph: Graph) -> dict:
@@ -223,7 +224,7 @@ def test_circuit_tracer_finds_the_same_graph(name):
     np.testing.assert_array_equal(graph.features, want.features)
     np.testing.assert_array_equal(graph.errors, want.errors)
     np.testing.assert_array_equal(graph.logit_tokens, want.logit_tokens)
-    close(graph.activations, want.activations, 1e-5)
-    close(graph.logit_probabilities, want.logit_probabilities, 1e-5)
-    close(graph.adjacency, want.adjacency, 1e-5)
-    assert missed(graph) <= 1e-4 and not len(graph.positions)
+    assert_close(graph.activations, want.activations, 1e-5)
+    assert_close(graph.logit_probabilities, want.logit_probabilities, 1e-5)
+    assert_close(graph.adjacency, want.adjacency, 1e-5)
+    assert measure_residual(graph) <= 1e-4 and not len(graph.positions)

@@ -231,7 +231,7 @@ def test_lists_are_written_whatever_became_of_the_files(shipped, tmp_path, monke
             else jclt.load_graph(path)
         ),
     )
-    assert streaming.list_all(out, lines) == (1, 2)
+    assert streaming.write_lists(out, lines) == (1, 2)
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert [line["line"] for line in failed] == [2, 3] and failed[1]["error"] == "unknown"
     assert "NaN" not in (out / "graphs.jsonl").read_text()
@@ -240,7 +240,7 @@ def test_lists_are_written_whatever_became_of_the_files(shipped, tmp_path, monke
 def test_without_a_terminal_lines_say_how_far_it_is(shipped, tmp_path, monkeypatch, caplog):
     path = tmp_path / "prompts.txt"
     path.write_text("calc: 1+2=\ncalc: 3+4=\n")
-    monkeypatch.setattr(streaming, "BETWEEN", 0.0)
+    monkeypatch.setattr(streaming, "LOG_INTERVAL", 0.0)
     caplog.set_level("INFO", "jclt")
     attribute_file(*shipped, path, tmp_path / "graphs", Options(max_features=3))
     assert "2 of 2 graphs" in caplog.text
@@ -250,17 +250,17 @@ def test_a_batch_with_one_bad_prompt_keeps_the_others(shipped, monkeypatch):
     """Of one batch the prompt with most tokens fails, whenever it is among those traced."""
     model, coder = shipped
     tokens = [np.array(model.encode(prompt)) for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[2])]
-    traced, longest = attributing.trace_prompts, max(map(len, tokens))
+    trace, longest = attributing.trace_prompts, max(map(len, tokens))
 
-    def failing(model, through, params, coder, prompts, *others):
+    def fail(setup, prompts, targets):
         if any(len(prompt) == longest for prompt in prompts):
             raise jclt.UserError("prompt: no feature of the coder is active on it")
-        return traced(model, through, params, coder, prompts, *others)
+        return trace(setup, prompts, targets)
 
-    monkeypatch.setattr(attributing, "trace_prompts", failing)
+    monkeypatch.setattr(attributing, "trace_prompts", fail)
     found = dict(attributing.attribute_each(model, coder, tokens, Options(), 8))
     assert {n for n, graph in found.items() if isinstance(graph, jclt.Graph)} == {
-        n for n, own in enumerate(tokens) if len(own) < longest
+        n for n, ids in enumerate(tokens) if len(ids) < longest
     }
     with pytest.raises(jclt.UserError, match="^prompt 0: no feature"):
         jclt.attribute_batch(model, coder, tokens[:1])

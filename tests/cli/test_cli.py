@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph_lists import listed_graph
+from graph_lists import build_graph
 
 import jclt
-from jclt.cli.main import main, parser
+from jclt.cli.main import build_parser, main
 from jclt.errors import UserError
 from jclt.files import read_json
-from jclt.viewer import free_name
+from jclt.viewer import find_free_name
 from jclt.world.tasks import TASKS
 
 
@@ -58,7 +58,7 @@ def test_mistakes_get_one_line_and_exit_status_2(capsys, command, line):
 def test_help_names_every_command_and_each_explains_itself(capsys):
     for arguments in (["--help"], ["demo", "--help"], ["train-lm", "--help"], ["attribute", "--help"]):
         with pytest.raises(SystemExit) as stop:
-            parser().parse_args(arguments)
+            build_parser().parse_args(arguments)
         assert stop.value.code == 0
         said = capsys.readouterr().out
         assert len(said) > 200
@@ -66,7 +66,10 @@ def test_help_names_every_command_and_each_explains_itself(capsys):
 
 
 def test_help_and_mistakes_do_not_wait_for_jax():
-    code = "import jclt.cli, sys; jclt.cli.parser(); sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys; from jclt.cli.main import build_parser; build_parser();"
+        "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -124,7 +127,8 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(arguments, says, tmp
 
 def test_text_is_utf_8_in_any_locale():
     code = (
-        "import sys; from jclt.cli import parser; print(ascii(parser().parse_args(['attribute', sys.argv[1]]).prompt))"
+        "import sys; from jclt.cli.main import build_parser;"
+        "print(ascii(build_parser().parse_args(['attribute', sys.argv[1]]).prompt))"
     )
     surroundings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
@@ -151,12 +155,12 @@ WAITING = {
     "in a callback": (
         "import weakref, time\nclass A: pass\n"
         "def dies(_): print(1, flush=True); time.sleep(60)\n"
-        "a = A(); kept = weakref.ref(a, dies)\nwith interrupts.undone():\n  del a\n  time.sleep(60)",
+        "a = A(); kept = weakref.ref(a, dies)\nwith interrupts.undo_on_interrupt():\n  del a\n  time.sleep(60)",
         6.0,
     ),
     "while it writes": (
-        "import time; from pathlib import Path; from jclt.files import new_file\n"
-        "with new_file(Path('whole')) as beside:\n  beside.write_text('half'); print(1, flush=True); time.sleep(60)",
+        "import time; from pathlib import Path; from jclt.files import create_file\n"
+        "with create_file(Path('whole')) as beside:\n  beside.write_text('half'); print(1, flush=True); time.sleep(60)",
         4.0,
     ),
 }
@@ -166,10 +170,10 @@ WAITING = {
 def test_an_interrupt_ends_a_command_in_one_line_wherever_it_is(where, tmp_path):
     code, seconds = WAITING[where]
     program = (
-        "import signal, sys; from jclt import cli, interrupts, start\n"
+        "import signal, sys; import jclt.cli.main; from jclt import interrupts, start\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
         f"def run():\n  exec({code!r}, {{'interrupts': interrupts}})\n"
-        "cli.main = run\nsys.exit(start.main())"
+        "jclt.cli.main.main = run\nsys.exit(start.main())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -250,22 +254,22 @@ def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
 def test_another_prompts_graph_is_not_written_over(tmp_path):
     ids = np.arange(2)
     graph = plain_graph(ids)
-    assert free_name(graph, tmp_path, "a-b") == "a-b"
+    assert find_free_name(graph, tmp_path, "a-b") == "a-b"
     graph.save(tmp_path / "a-b.npz")
-    assert free_name(graph, tmp_path, "a-b") == "a-b"  # made again
+    assert find_free_name(graph, tmp_path, "a-b") == "a-b"  # made again
     other = plain_graph(ids + 1)
-    assert free_name(other, tmp_path, "a-b") == "a-b-2"
+    assert find_free_name(other, tmp_path, "a-b") == "a-b-2"
     other.save(tmp_path / "a-b-2.npz")
-    assert free_name(other, tmp_path, "a-b") == "a-b-2"
+    assert find_free_name(other, tmp_path, "a-b") == "a-b-2"
     (tmp_path / "c.npz").write_text("no graph")
-    assert free_name(graph, tmp_path, "c") == "c-2"
+    assert find_free_name(graph, tmp_path, "c") == "c-2"
 
 
 def plain_graph(ids: np.ndarray) -> jclt.Graph:
     """Tokens and one output, nothing else."""
     size = len(ids) + 1
     numbers = np.zeros(size, np.float32)
-    return listed_graph(
+    return build_graph(
         adjacency=np.zeros((size, size), np.float32),
         bias=numbers,
         rest=numbers,

@@ -11,13 +11,13 @@ from golden_cases import golden_model, reference
 from random_coders import random_coder
 
 import jclt
-from jclt.coders import AXES, CoderConfig, SparseCoder, neurons, replacing
+from jclt.coders import AXES, CoderConfig, CoderReplacement, SparseCoder, neurons
 from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
-from jclt.coders.writing import Writing
+from jclt.coders.decoder_sums import DecoderSums
 from jclt.errors import UserError
-from jclt.kernels.matmuls import _written, decode, product
-from jclt.mesh import make_mesh, placed, sharding
-from jclt.training.coder.forms import activate
+from jclt.kernels.matmuls import _decode_target, apply_weight, decode
+from jclt.mesh import make_mesh, make_sharding, shard_by_axes
+from jclt.training.coder.forms import activate_dense
 
 CLT = CoderConfig("clt", 10, layers=(0, 1, 2), width=6)
 PLT = replace(CLT, kind="transcoder")
@@ -58,7 +58,7 @@ def test_thresholds_are_compared_in_float32_under_bfloat16():
     np.testing.assert_allclose(to_t, -thresholds, rtol=1e-2)
     # A coder's pre-activations are float32 even where its weights are bfloat16.
     coder = random_coder(CLT, jnp.bfloat16)
-    assert coder.preactivation(0, jnp.ones((2, 6), jnp.bfloat16)).dtype == jnp.float32
+    assert coder.compute_preactivation(0, jnp.ones((2, 6), jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_top_k_keeps_the_k_largest_positive_values_of_each_row():
@@ -138,7 +138,7 @@ def test_kth_largest_is_that_of_a_sort(scores, k):
     several = (scores, scores[:, ::2] * np.float32(1.5), normal(24, 3) ** 2)
     together = largest(several, 24 * k, (0, 1))
     assert together.shape == (1, 1)
-    assert together[0, 0] == nth(np.concatenate([own.reshape(-1) for own in several]), 24 * k)
+    assert together[0, 0] == nth(np.concatenate([x.reshape(-1) for x in several]), 24 * k)
 
 
 def test_kth_largest_spans_every_size_of_number():
@@ -152,42 +152,42 @@ def test_kth_largest_on_a_mesh_is_the_same(shape):
     mesh = make_mesh(*shape)
     with jax.set_mesh(mesh):
         spread = [
-            jax.device_put(own, sharding(mesh, own.shape, ("tokens", "features"))) for own in (SCORES, SCORES[:, ::-1])
+            jax.device_put(x, make_sharding(mesh, x.shape, ("tokens", "features"))) for x in (SCORES, SCORES[:, ::-1])
         ]
-        found = jax.jit(kth_largest, static_argnums=(1, 2))
-        assert found(tuple(spread), 100, (0, 1))[0, 0] == nth(np.concatenate([SCORES] * 2), 100)
-        np.testing.assert_array_equal(found((spread[0],), 5, (1,))[:, 0], [nth(row, 5) for row in SCORES])
-        np.testing.assert_array_equal(found((spread[0],), 5, (0,))[0], [nth(row, 5) for row in SCORES.T])
+        largest = jax.jit(kth_largest, static_argnums=(1, 2))
+        assert largest(tuple(spread), 100, (0, 1))[0, 0] == nth(np.concatenate([SCORES] * 2), 100)
+        np.testing.assert_array_equal(largest((spread[0],), 5, (1,))[:, 0], [nth(row, 5) for row in SCORES])
+        np.testing.assert_array_equal(largest((spread[0],), 5, (0,))[0], [nth(row, 5) for row in SCORES.T])
 
 
 def test_batch_top_k_keeps_exactly_k_a_token_over_all_layers_by_what_they_write():
     coder = random_coder(replace(CLT, activation="batchtopk", k=4))
     h = tuple(jnp.asarray(normal(50, 10, seed=layer)) + (layer - 1) for layer in range(3))
-    kept, least = jax.jit(activate)(coder, h, tuple(own.norms for own in coder.layers))
-    lengths = [np.sqrt(np.square(np.asarray(own.decoder)).sum((1, 2))) for own in coder.layers]
-    scores = np.stack([np.maximum(np.asarray(own), 0) * length for own, length in zip(h, lengths, strict=True)])
+    kept, least = jax.jit(activate_dense)(coder, h, tuple(layer.norms for layer in coder.layers))
+    lengths = [np.sqrt(np.square(np.asarray(layer.decoder)).sum((1, 2))) for layer in coder.layers]
+    scores = np.stack([np.maximum(np.asarray(values), 0) * length for values, length in zip(h, lengths, strict=True)])
     assert len(np.unique(scores[scores > 0])) == (scores > 0).sum() > 4 * 50
     assert float(least) == pytest.approx(nth(scores, 4 * 50), rel=1e-6)
-    assert sum((np.asarray(own) > 0).sum() for own in kept) == 4 * 50
-    for own, a, score in zip(kept, h, scores, strict=True):
+    assert sum((np.asarray(values) > 0).sum() for values in kept) == 4 * 50
+    for values, a, score in zip(kept, h, scores, strict=True):
         sure = np.abs(score / nth(scores, 200) - 1) > 1e-6
         want = np.where(score >= nth(scores, 200), np.asarray(a), 0)
-        np.testing.assert_array_equal(np.asarray(own)[sure], want[sure])
+        np.testing.assert_array_equal(np.asarray(values)[sure], want[sure])
     assert int((scores >= float(batch_threshold(tuple(jnp.asarray(scores)), 4))).sum()) == 4 * 50
 
 
 # Products.
 
 
-def by_hand(coder: SparseCoder, activations: list[np.ndarray], x: list[np.ndarray]) -> np.ndarray:
-    """Every source's every target, in float64: `[N, L, D]`."""
+def decode_by_hand(coder: SparseCoder, activations: list[np.ndarray], x: list[np.ndarray]) -> np.ndarray:
+    """The outputs at all layers `[N, L, D]`, by a loop over all sources and targets, in float64."""
     layers = len(coder.layers)
-    activations, x = [np.float64(a) for a in activations], [np.float64(own) for own in x]
+    activations, x = [np.float64(a) for a in activations], [np.float64(values) for values in x]
     out = np.zeros((len(x[0]), layers, x[0].shape[1]))
-    for target, own in enumerate(coder.layers):
-        out[:, target] += np.asarray(own.decoder_bias)
-        if own.skip is not None:
-            out[:, target] += x[target] @ np.float64(own.skip).T
+    for target, weights in enumerate(coder.layers):
+        out[:, target] += np.asarray(weights.decoder_bias)
+        if weights.skip is not None:
+            out[:, target] += x[target] @ np.float64(weights.skip).T
         for source in range(target + 1):
             rows = coder.layers[source].decoder
             rows = np.float64(coder.layers[source].encoder)[:, None] if rows is None else np.float64(rows)
@@ -211,17 +211,17 @@ def test_decoding_is_the_double_loop_over_sources_and_targets(config):
     layers = len(config.covered)
     x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(layers)]
     a = [jnp.asarray(np.maximum(normal(5, 10, seed=9 + layer), 0)) for layer in range(layers)]
-    want = by_hand(coder, a, x)
+    want = decode_by_hand(coder, a, x)
     np.testing.assert_allclose(jnp.stack(jax.jit(SparseCoder.decode)(coder, a, x), axis=1), want, atol=2e-5)
     np.testing.assert_allclose([coder.write(t, a, x[t]) for t in range(layers)], want.swapaxes(0, 1), atol=2e-5)
-    batched = [own[None] for own in a]  # [B, T, F] goes the same way
+    batched = [values[None] for values in a]  # [B, T, F] goes the same way
     np.testing.assert_allclose(coder.write(layers - 1, batched, x[-1][None])[0], want[:, -1], atol=2e-5)
-    bare = want - by_hand(coder, [0 * own for own in a], x)
-    rows = tuple(own.rows for own in coder.layers)
-    for joined in (False, True):
-        found = [_written(target, tuple(a), rows, joined) for target in range(layers)]
-        np.testing.assert_allclose(jnp.stack(found, axis=1), bare, atol=2e-5)
-    assert [own.shape for own in rows] == [(10, config.reach(layer), 6) for layer in range(layers)]
+    bare = want - decode_by_hand(coder, [0 * values for values in a], x)
+    rows = tuple(layer.decoder_rows for layer in coder.layers)
+    for stacked in (False, True):
+        written = [_decode_target(target, tuple(a), rows, stacked) for target in range(layers)]
+        np.testing.assert_allclose(jnp.stack(written, axis=1), bare, atol=2e-5)
+    assert [decoder.shape for decoder in rows] == [(10, config.reach(layer), 6) for layer in range(layers)]
     reaches = [layers - layer if config.kind == "clt" else 1 for layer in range(layers)]
     assert [config.reach(layer) for layer in range(layers)] == reaches
 
@@ -248,14 +248,14 @@ def test_gradients_of_products_are_those_of_einsum(dtype, tolerance, reach):
         upstream = tuple(jnp.asarray(normal(5, 6, seed=7 + i), dtype) for i in range(3))
         got, back = jax.vjp(decode, a, decoders)
         want, expected = jax.vjp(plain_decode, a, decoders)
-        assert all(own.dtype == dtype for own in got)
+        assert all(output.dtype == dtype for output in got)
         for mine, theirs in zip(
             jax.tree.leaves((got, back(upstream))), jax.tree.leaves((want, expected(upstream))), strict=True
         ):
             np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=10 * tolerance)
         x, weight = a[0], decoders[0][:, 0]
         for equation, first in (("nf,fd->nd", x), ("btf,fd->btd", x.reshape(1, 5, 10))):
-            got, back = jax.vjp(partial(product, equation), first, weight)
+            got, back = jax.vjp(partial(apply_weight, equation), first, weight)
             want, expected = jax.vjp(partial(jnp.einsum, equation, precision="highest"), first, weight)
             for mine, theirs in zip((got, *back(got)), (want, *expected(want)), strict=True):
                 np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=100 * tolerance)
@@ -266,24 +266,24 @@ def test_bfloat16_products_are_summed_in_float32_and_so_are_their_weight_gradien
     count = 4097
     ones, weight = jnp.ones((1, count), jnp.bfloat16), jnp.ones((count, 2), jnp.float32)
     for result in (
-        product("nf,fd->nd", ones, weight),
-        _written(0, (ones,), (weight[:, None],), joined=False),
-        _written(0, (ones,), (weight[:, None],), joined=True),
+        apply_weight("nf,fd->nd", ones, weight),
+        _decode_target(0, (ones,), (weight[:, None],), stacked=False),
+        _decode_target(0, (ones,), (weight[:, None],), stacked=True),
     ):
         assert result.dtype == jnp.float32 and np.asarray(result).tolist() == [[count, count]]
     column = jnp.ones((count, 1), jnp.bfloat16)
 
     def written(weight):
-        return product("nf,fd->nd", column, weight).sum()
+        return apply_weight("nf,fd->nd", column, weight).sum()
 
     def decoded(weight):
         return decode((column,), (weight[:, None],))[0].sum()
 
     for function in (written, decoded):
-        found = jax.grad(function)(jnp.full((1, 2), 0.3))
-        assert found.dtype == jnp.float32 and np.asarray(found).tolist() == [[count, count]]
+        gradient = jax.grad(function)(jnp.full((1, 2), 0.3))
+        assert gradient.dtype == jnp.float32 and np.asarray(gradient).tolist() == [[count, count]]
     # Operands are rounded to bfloat16 as they are on a chip; the sum is not.
-    rough = product("nf,fd->nd", jnp.ones((1, 3), jnp.bfloat16), jnp.full((3, 1), 0.1))
+    rough = apply_weight("nf,fd->nd", jnp.ones((1, 3), jnp.bfloat16), jnp.full((3, 1), 0.1))
     assert float(rough[0, 0]) == pytest.approx(3 * float(jnp.bfloat16(0.1)), rel=1e-6)
 
 
@@ -294,9 +294,9 @@ def test_encoding_is_the_rule_of_an_affine_map():
     x = jnp.asarray(normal(4, 6))
     for config in (CLT, replace(CLT, activation="relu"), replace(CLT, activation="topk", k=3)):
         coder = random_coder(config)
-        own = coder.layers[1]
-        h = np.float64(x) @ np.float64(own.encoder).T + np.float64(own.encoder_bias)
-        least = 0.0 if own.threshold is None else np.float64(own.threshold)
+        weights = coder.layers[1]
+        h = np.float64(x) @ np.float64(weights.encoder).T + np.float64(weights.encoder_bias)
+        least = 0.0 if weights.threshold is None else np.float64(weights.threshold)
         if config.k is not None:
             least = np.maximum(np.sort(h, axis=1)[:, -3:].min(1, keepdims=True) - 1e-6, 0)
         want = np.where(h > least, h, 0)
@@ -307,9 +307,9 @@ def test_encoding_is_the_rule_of_an_affine_map():
 
 def test_the_length_of_a_features_decoders_spans_all_its_targets():
     coder = random_coder(CLT)
-    for own in coder.layers:
-        rows = np.asarray(own.decoder).reshape(10, -1)
-        np.testing.assert_allclose(own.norms, np.linalg.norm(rows, axis=1), rtol=1e-6)
+    for layer in coder.layers:
+        rows = np.asarray(layer.decoder).reshape(10, -1)
+        np.testing.assert_allclose(layer.norms, np.linalg.norm(rows, axis=1), rtol=1e-6)
 
 
 def test_a_coder_is_a_pytree_whose_settings_are_static():
@@ -340,18 +340,18 @@ def test_neurons_write_what_the_models_mlps_do(case):
 
     @jax.jit
     def written(x):
-        a = [coder.encode(layer, own) for layer, own in enumerate(x)]
-        return jnp.stack(a), jnp.stack([coder.write(layer, a, own) for layer, own in enumerate(x)])
+        a = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(x)]
+        return jnp.stack(a), jnp.stack([coder.write(layer, a, layer_x) for layer, layer_x in enumerate(x)])
 
     a, y = written(seen["mlp_in"])
     np.testing.assert_allclose(a, seen["mlp_neurons"], atol=1e-5)
     np.testing.assert_allclose(y, seen["mlp_raw_out"], atol=1e-5)
     for layer in range(model.config.layers):
-        rows = np.float64(coder.rows(layer))
+        rows = np.float64(coder.decoder_rows(layer))
         assert rows.shape == (model.config.mlp_width, 1, model.config.width)
         constant = y[layer] - np.float64(a[layer]) @ rows[:, 0]  # the bias alone
         np.testing.assert_allclose(constant, np.broadcast_to(constant[:1, :1], constant.shape), atol=1e-5)
-    replaced, _ = jclt.run(model, tokens, edit=replacing(coder), unroll=True)
+    replaced, _ = jclt.run(model, tokens, edit=CoderReplacement(coder), unroll=True)
     np.testing.assert_allclose(replaced, logits, atol=1e-5)
 
 
@@ -360,16 +360,16 @@ def test_replacing_changes_the_covered_layers_alone():
     model, tokens = golden_model("llama3"), reference("llama3")["tokens"]
     covered, width = (0, 2), model.config.width
     coder = random_coder(CoderConfig("clt", 7, layers=covered, width=width))
-    _, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_out"), edit=replacing(coder), unroll=True)
+    _, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_out"), edit=CoderReplacement(coder), unroll=True)
     x, got = (np.float64(seen[site]).reshape(model.config.layers, -1, width) for site in ("mlp_in", "mlp_out"))
     a = []
-    for own, layer in zip(coder.layers, covered, strict=True):
-        h = x[layer] @ np.float64(own.encoder).T + np.float64(own.encoder_bias)
-        a.append(np.where(h > np.asarray(own.threshold), h, 0))
-    written = by_hand(coder, a, list(x[list(covered)]))
-    own = {name: np.float64(value[1]) for name, value in model.params.items() if value.ndim > 1}
-    up, opened = (x[1] @ own[name] + own[f"{name}_bias"] for name in ("up", "gate"))
-    mlp = (opened / (1 + np.exp(-opened)) * up) @ own["down"] + own["down_bias"]
+    for weights, layer in zip(coder.layers, covered, strict=True):
+        h = x[layer] @ np.float64(weights.encoder).T + np.float64(weights.encoder_bias)
+        a.append(np.where(h > np.asarray(weights.threshold), h, 0))
+    written = decode_by_hand(coder, a, list(x[list(covered)]))
+    mlp_weights = {name: np.float64(value[1]) for name, value in model.params.items() if value.ndim > 1}
+    up, opened = (x[1] @ mlp_weights[name] + mlp_weights[f"{name}_bias"] for name in ("up", "gate"))
+    mlp = (opened / (1 + np.exp(-opened)) * up) @ mlp_weights["down"] + mlp_weights["down_bias"]
     for layer, want in enumerate((written[:, 0], mlp, written[:, 1])):
         np.testing.assert_allclose(got[layer], want, atol=1e-4, rtol=1e-5)
 
@@ -382,15 +382,15 @@ def test_half_precision_weights_compute_as_the_same_weights_in_float32(config, l
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
     x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(len(config.covered))]
 
-    def passed(coder: SparseCoder) -> list:
-        a = [coder.encode(layer, own) for layer, own in enumerate(x)]
-        writing, found = Writing(coder), []
-        for layer, own in enumerate(x):
-            writing.add(layer, jnp.where(jnp.arange(own.shape[0])[:, None] < 4, 0, a[layer]))
-            found.append(writing.to(layer, own))
-        return [*a, *found, *(coder.write(layer, a, own) for layer, own in enumerate(x))]
+    def run_pass(coder: SparseCoder) -> list:
+        a = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(x)]
+        decoder_sums, outputs = DecoderSums(coder), []
+        for layer, layer_x in enumerate(x):
+            decoder_sums.add(layer, jnp.where(jnp.arange(layer_x.shape[0])[:, None] < 4, 0, a[layer]))
+            outputs.append(decoder_sums.output(layer, layer_x))
+        return [*a, *outputs, *(coder.write(layer, a, layer_x) for layer, layer_x in enumerate(x))]
 
-    for got, want in zip(passed(narrow), passed(wide), strict=True):
+    for got, want in zip(run_pass(narrow), run_pass(wide), strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_array_equal(got, want)
 
@@ -401,9 +401,12 @@ def test_neither_side_of_a_product_is_rounded_at_inference_and_both_are_in_train
     x = jnp.asarray(normal(4, 6)).astype(low)
     np.testing.assert_array_equal(coder.encode(0, x), coder.encode(0, x.astype(jnp.float32)))
     rounded = jax.tree.map(lambda w: w.astype(low).astype(jnp.float32), coder)
-    bias, of_rounded = coder.layers[0].encoder_bias, rounded.preactivation(0, x) - rounded.layers[0].encoder_bias[None]
-    np.testing.assert_allclose(coder.preactivation(0, x) - bias[None], of_rounded, atol=2e-6)
-    assert not np.array_equal(coder.preactivation(0, x), coder.preactivation(0, x.astype(jnp.float32)))
+    bias, of_rounded = (
+        coder.layers[0].encoder_bias,
+        rounded.compute_preactivation(0, x) - rounded.layers[0].encoder_bias[None],
+    )
+    np.testing.assert_allclose(coder.compute_preactivation(0, x) - bias[None], of_rounded, atol=2e-6)
+    assert not np.array_equal(coder.compute_preactivation(0, x), coder.compute_preactivation(0, x.astype(jnp.float32)))
 
 
 def test_neurons_of_a_bfloat16_model_read_float32():
@@ -411,7 +414,7 @@ def test_neurons_of_a_bfloat16_model_read_float32():
     params = {name: x.astype(jnp.bfloat16) for name, x in model.params.items()}
     wide = {name: x.astype(jnp.float32) for name, x in params.items()}
     x = jnp.asarray(normal(4, model.config.width))
-    narrow, want = (neurons(replace(model, params=own)) for own in (params, wide))
+    narrow, want = (neurons(replace(model, params=weights)) for weights in (params, wide))
     np.testing.assert_array_equal(narrow.encode(1, x), want.encode(1, x))
     a = [narrow.encode(layer, x) for layer in range(2)]
     np.testing.assert_array_equal(narrow.write(1, a, x), want.write(1, a, x))
@@ -456,16 +459,18 @@ MODEL = replace(golden_model("llama3").config, layers=4)
 )
 def test_settings_that_cannot_work_are_named(change, line):
     with pytest.raises(UserError) as error:
-        replace(CoderConfig("clt", 10), **change).fitted(MODEL, "a/model")
+        replace(CoderConfig("clt", 10), **change).fit_to_model(MODEL, "a/model")
     assert str(error.value) == line
 
 
 def test_what_follows_from_the_model_is_filled_in():
-    fitted = CoderConfig("clt", 10).fitted(MODEL, "a/model")
+    fitted = CoderConfig("clt", 10).fit_to_model(MODEL, "a/model")
     assert (fitted.layers, fitted.width, fitted.model) == ((0, 1, 2, 3), MODEL.width, "a/model")
-    some = CoderConfig("clt", 10, activation="batchtopk", k=20, layers=(1, 3), model="mine").fitted(MODEL, "a/model")
-    assert (some.layers, some.model, some.rule) == ((1, 3), "mine", "jumprelu")
-    assert [some.reach(index) for index in range(2)] == [2, 1]
+    config = CoderConfig("clt", 10, activation="batchtopk", k=20, layers=(1, 3), model="mine").fit_to_model(
+        MODEL, "a/model"
+    )
+    assert (config.layers, config.model, config.rule) == ((1, 3), "mine", "jumprelu")
+    assert [config.reach(index) for index in range(2)] == [2, 1]
 
 
 @pytest.mark.parametrize("config", [CLT, PLT])
@@ -475,21 +480,24 @@ def test_a_pass_by_active_rows_writes_what_products_do(config, mesh):
     coder = random_coder(replace(config, features=4800, skip=True))
     random, x = np.random.default_rng(0), jnp.asarray(normal(4, 4, 6))
     shares = (0.003, 0.003, 0.5)
-    a = [jnp.asarray(random.random((4, 4, 4800)) * (random.random((4, 4, 4800)) < own), jnp.float32) for own in shares]
+    a = [
+        jnp.asarray(random.random((4, 4, 4800)) * (random.random((4, 4, 4800)) < share), jnp.float32)
+        for share in shares
+    ]
     wanted = [coder.write(layer, a[: layer + 1], x) for layer in range(3)]
 
     def written(coder: SparseCoder, a: list, x: jax.Array) -> list:
-        writing, found = Writing(coder), []
-        for layer, own in enumerate(a):
-            writing.add(layer, own)
-            found.append(writing.to(layer, x))
-        return found
+        decoder_sums, outputs = DecoderSums(coder), []
+        for layer, layer_a in enumerate(a):
+            decoder_sums.add(layer, layer_a)
+            outputs.append(decoder_sums.output(layer, x))
+        return outputs
 
     with jax.set_mesh(make_mesh(*mesh)):
-        spread = jax.tree_util.tree_map_with_path(lambda path, w: placed(w, AXES[path[-1].name]), coder)
-        own = [placed(values, ("tokens", None, "features")) for values in a]
-        found = jax.jit(written)(spread, own, placed(x, ("tokens", None, None)))
-        text = jax.jit(written).lower(spread, own, placed(x, ("tokens", None, None))).as_text()
+        spread = jax.tree_util.tree_map_with_path(lambda path, w: shard_by_axes(w, AXES[path[-1].name]), coder)
+        split_a = [shard_by_axes(values, ("tokens", None, "features")) for values in a]
+        outputs = jax.jit(written)(spread, split_a, shard_by_axes(x, ("tokens", None, None)))
+        text = jax.jit(written).lower(spread, split_a, shard_by_axes(x, ("tokens", None, None))).as_text()
     assert "stablehlo.case" in text
-    for have, want in zip(found, wanted, strict=True):
+    for have, want in zip(outputs, wanted, strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4)

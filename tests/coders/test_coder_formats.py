@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from coder_samples import CLT, PLT, RULES, SAE, outputs, random_coder
+from coder_samples import CLT, PLT, RULES, SAE, compute_outputs, random_coder
 from golden_cases import golden_model
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -26,7 +26,7 @@ from jclt.coders import (
     misread_by_circuit_tracer,
     neurons,
 )
-from jclt.coders.model_fit import _probe_tokens
+from jclt.coders.model_fit import _get_probe_tokens
 from jclt.errors import UserError
 
 PEERS = Path(__file__).parents[3] / "shared" / "golden"
@@ -101,7 +101,9 @@ def test_a_tied_sae_is_written_with_its_decoder_where_none_are_known(tmp_path):
     x = RNG.standard_normal((3, 5, 6), np.float32)
     for layout in ("circuit-tracer", "saelens", "gemma-scope-2"):
         jclt.save_coder(coder, tmp_path / layout, layout)
-        for got, want in zip(outputs(jclt.load_coder(tmp_path / layout), x), outputs(coder, x), strict=True):
+        for got, want in zip(
+            compute_outputs(jclt.load_coder(tmp_path / layout), x), compute_outputs(coder, x), strict=True
+        ):
             np.testing.assert_array_equal(got, want)
 
 
@@ -170,12 +172,12 @@ def arrays(features=10, width=4, layers=3, reach=None) -> dict[str, np.ndarray]:
 
 
 def assert_weights(coder: SparseCoder, want: dict[str, np.ndarray], clt=False):
-    for layer, own in enumerate(coder.layers):
+    for layer, weights in enumerate(coder.layers):
         for name, values in want.items():
             expected = values[layer, :, layer:] if clt and name == "decoder" else values[layer]
-            np.testing.assert_array_equal(getattr(own, name), expected, err_msg=f"{name} {layer}")
+            np.testing.assert_array_equal(getattr(weights, name), expected, err_msg=f"{name} {layer}")
         for name in {"threshold", "skip"} - set(want):
-            assert getattr(own, name) is None
+            assert getattr(weights, name) is None
 
 
 def write_circuit_tracer_clt(folder: Path, w: dict, rule="jumprelu") -> None:
@@ -346,7 +348,7 @@ def test_what_saelens_does_at_run_time_is_folded_into_the_weights(cfg, more, tmp
     if coder.config.k:
         a = a * (a >= np.sort(a, axis=1)[:, -3:][:, :1])
     y = ((a / np.maximum(norms, 1e-8)) @ w["decoder"][0, :, 0] + w["decoder_bias"][0]) / scale
-    (got_a,), (got_y,) = outputs(coder, x[None])
+    (got_a,), (got_y,) = compute_outputs(coder, x[None])
     np.testing.assert_allclose(got_a, a, atol=2e-6)
     np.testing.assert_allclose(got_y, y, atol=5e-6)
 
@@ -363,7 +365,7 @@ def test_activations_are_those_of_circuit_tracer(case, tmp_path):
     assert_same(jclt.load_coder(tmp_path / "again"), coder)
     config = coder.config
     _, seen = jclt.run(model, graph["tokens"], capture=(config.reads,))
-    values = np.stack(outputs(coder, np.asarray(seen[config.reads]))[0])
+    values = np.stack(compute_outputs(coder, np.asarray(seen[config.reads]))[0])
     values[:, 0] = 0
     assert np.argwhere(values).tolist() == graph["active_features"].tolist()
     # Of the largest value: in llama, where it is 39, either side is 4e-5 from what float64 gives.
@@ -394,13 +396,13 @@ def test_loading_onto_a_mesh(layout, tmp_path):
 def exact_coder(model: jclt.Model) -> SparseCoder:
     """The demo model's neurons, which are ReLUs, as a transcoder."""
     p, config = model.params, CoderConfig("transcoder", model.config.mlp_width, "relu", writes="mlp_raw_out")
-    coder = random_coder(config.fitted(model.config, "demo"))
-    own = [
+    coder = random_coder(config.fit_to_model(model.config, "demo"))
+    layers = [
         replace(layer, encoder=p["up"][i].T, encoder_bias=p["up_bias"][i], decoder=p["down"][i][:, None])
         for i, layer in enumerate(coder.layers)
     ]
-    own = [replace(layer, decoder_bias=p["down_bias"][i]) for i, layer in enumerate(own)]
-    return SparseCoder(tuple(own), coder.config)
+    layers = [replace(layer, decoder_bias=p["down_bias"][i]) for i, layer in enumerate(layers)]
+    return SparseCoder(tuple(layers), coder.config)
 
 
 def test_a_coder_must_fit_its_model(tmp_path):
@@ -659,14 +661,14 @@ def test_weights_that_are_not_finite_are_refused(name, number, tmp_path):
 
 def test_a_narrow_type_holds_thresholds_to_its_range_and_refuses_other_numbers_beyond_it(tmp_path):
     coder = random_coder(PLT)
-    own = replace(coder.layers[0], threshold=coder.layers[0].threshold.at[0].set(1e6))
-    high = SparseCoder((own, *coder.layers[1:]), coder.config)
+    layer = replace(coder.layers[0], threshold=coder.layers[0].threshold.at[0].set(1e6))
+    high = SparseCoder((layer, *coder.layers[1:]), coder.config)
     jclt.save_coder(high, tmp_path / "wide")
     jclt.save_coder(high, tmp_path / "narrow", dtype="float16")
     for folder, dtype in (("wide", "float16"), ("narrow", "float32")):
         assert float(jclt.load_coder(tmp_path / folder, dtype=dtype).layers[0].threshold[0]) == 65504.0
-    own = replace(own, encoder=own.encoder.at[0, 0].set(1e6))
-    large = SparseCoder((own, *coder.layers[1:]), coder.config)
+    layer = replace(layer, encoder=layer.encoder.at[0, 0].set(1e6))
+    large = SparseCoder((layer, *coder.layers[1:]), coder.config)
     with pytest.raises(
         UserError, match="layer_0.safetensors: tensor 'W_enc' exceeds float16, expected a dtype of a wid"
     ):
@@ -746,7 +748,7 @@ def test_an_archive_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
     ):
         jclt.load_coder(tmp_path / "saved")
     np.savez_compressed(path, **tensors)
-    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 1000)
+    monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 1000)
     with pytest.raises(UserError, match="coder .*: needs .* kB of memory, expected at most 1 kB; dtype='bfloat16'"):
         jclt.load_coder(tmp_path / "saved")
 
@@ -843,8 +845,8 @@ def test_gemma_scopes_other_coders_are_no_transcoders(tmp_path):
             continue
         with pytest.raises(UserError, match="says which sites the coder reads and writes, expected reads= and writes="):
             jclt.load_coder(folder)
-        own = jclt.load_coder(folder / "layer_1", reads="resid_post", writes="resid_post")
-        assert (own.config.kind, own.config.covered) == ("sae", (1,))
+        sae = jclt.load_coder(folder / "layer_1", reads="resid_post", writes="resid_post")
+        assert (sae.config.kind, sae.config.covered) == ("sae", (1,))
 
 
 def test_files_that_are_links_into_a_cache(tmp_path):
@@ -896,9 +898,9 @@ def test_fit_is_that_of_what_the_coder_writes(config, mesh):
     """Measured a layer at a time, from its rows; here from whole activations by `write`."""
     model = golden_model("llama3")
     coder = random_coder(replace(config, width=model.config.width))
-    _, seen = jclt.run(model, _probe_tokens(model), capture=("mlp_in", "mlp_out"))
+    _, seen = jclt.run(model, _get_probe_tokens(model), capture=("mlp_in", "mlp_out"))
     x, y = (np.asarray(seen[site])[list(config.covered), 1:] for site in ("mlp_in", "mlp_out"))
-    activations, written = outputs(coder, x)
+    activations, written = compute_outputs(coder, x)
     if mesh:
         devices = jclt.make_mesh(data=2, features=4)
         coder = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), coder, abstract_coder(coder.config, devices))

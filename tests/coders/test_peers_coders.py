@@ -5,11 +5,11 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from coder_samples import CLT, PLT, RULES, SAE, outputs, random_coder
+from coder_samples import CLT, PLT, RULES, SAE, compute_outputs, random_coder
 from safetensors.numpy import load_file, save_file
 
 import jclt
-from jclt.coders.formats.circuit_tracer import _settings
+from jclt.coders.formats.circuit_tracer import _circuit_tracer_settings
 
 torch = pytest.importorskip("torch", reason="needs circuit-tracer")
 hub = pytest.importorskip("circuit_tracer.utils.hf_utils", reason="needs circuit-tracer")
@@ -49,7 +49,7 @@ def test_circuit_tracer_loads_what_is_saved(config, layout, lazy, tmp_path):
     jclt.save_coder(coder, tmp_path / "saved", layout)
     peer = theirs(tmp_path / "saved", lazy)
     assert (peer.feature_input_hook, peer.feature_output_hook) == ("mlp.hook_in", "hook_mlp_out")
-    activations, written = outputs(coder, X)
+    activations, written = compute_outputs(coder, X)
     with torch.no_grad():
         x = torch.tensor(X)
         features = torch.stack([peer.encode_layer(x[i], i) for i in range(3)])
@@ -64,12 +64,12 @@ def test_why_no_topk_is_written_for_circuit_tracer(config, tmp_path):
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.yaml").exists()
-    _, settings = _settings(config)
+    _, settings = _circuit_tracer_settings(config)
     (tmp_path / "saved" / "config.yaml").write_text(hub.yaml.safe_dump(dict(settings) | {"activation": "topk", "k": 5}))
     peer = theirs(tmp_path / "saved", False)
     with torch.no_grad():
         features = torch.stack([peer.encode_layer(torch.tensor(X[i]), i) for i in range(3)])
-    relu = [np.maximum(coder.preactivation(i, jnp.asarray(X[i])), 0) for i in range(3)]
+    relu = [np.maximum(coder.compute_preactivation(i, jnp.asarray(X[i])), 0) for i in range(3)]
     assert_close(features, np.stack(relu))
 
 
@@ -90,7 +90,7 @@ def test_a_topk_as_circuit_tracer_computes_it_is_read_from_a_tensor_k(tmp_path):
     save_file(load_file(path) | {"k": np.array(5)}, path)
     coder = jclt.load_coder(tmp_path / "theirs", reads="mlp_in", writes="mlp_out")
     assert (coder.config.rule, coder.config.k) == ("topk", 5)
-    assert_close(outputs(coder, X[:1])[0][0], np.maximum(features, 0))
+    assert_close(compute_outputs(coder, X[:1])[0][0], np.maximum(features, 0))
 
 
 @pytest.mark.parametrize("rule", ["relu", "jump_relu"])
@@ -105,7 +105,7 @@ def test_what_circuit_tracer_saves_is_read(rule, tmp_path):
     peer.to_safetensors(str(tmp_path / "theirs"))
     coder = jclt.load_coder(tmp_path / "theirs", reads="hook_resid_mid", writes="hook_mlp_out")
     assert coder.config.rule == rule.replace("_", "") and coder.config.reads == "resid_mid"
-    activations, written = outputs(coder, X)
+    activations, written = compute_outputs(coder, X)
     assert_close(np.stack(activations), features)
     assert_close(np.stack(written), reconstruction)
 
@@ -119,7 +119,7 @@ def test_saelens_loads_what_is_saved(config, tmp_path):
     sae_lens = pytest.importorskip("sae_lens", reason="needs sae-lens")
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved", "saelens")
-    activations, written = outputs(coder, X)
+    activations, written = compute_outputs(coder, X)
     for i in range(3):
         peer = sae_lens.SAE.load_from_disk(tmp_path / "saved" / f"layer_{i}", device="cpu")
         with torch.no_grad():
@@ -140,6 +140,6 @@ def test_what_saelens_saves_is_read(tmp_path):
     peer.save_model(tmp_path / "theirs")
     coder = jclt.load_coder(tmp_path / "theirs")
     assert (coder.config.covered, coder.config.reads, coder.config.kind) == ((2,), "resid_post", "sae")
-    activations, written = outputs(coder, X[:1])
+    activations, written = compute_outputs(coder, X[:1])
     assert_close(activations[0], features)
     assert_close(written[0], reconstruction)

@@ -21,15 +21,15 @@ def rows(count: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_what_was_written_is_read(tmp_path, dtype):
     inputs, targets = (jnp.asarray(rows(12, seed), dtype) for seed in (0, 1))
-    inputs = inputs.at[3].set(0)  # a row like what zarr leaves out is a row all the same
+    inputs = inputs.at[3].set(0)  # zarr leaves out chunks of zeros, and the row exists all the same
     store = create_store(tmp_path / "store", ABOUT, 12, SHAPE, dtype)
     for start in (0, 5, 10):
         store.write(start, inputs[start : start + 5], targets[start : start + 5])
     index = np.array([11, 3, 3, 0])
     again = open_store(tmp_path / "store", ABOUT)
-    for want, got in zip((inputs, targets), again.read(index), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, np.asarray(want)[index])
+    for expected, array in zip((inputs, targets), again.read(index), strict=True):
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, np.asarray(expected)[index])
     assert [x.shape for x in again.read(index[:0])] == [(0, *SHAPE)] * 2
     assert len(again) == 12
 
@@ -44,28 +44,28 @@ def test_a_batch_reads_only_its_rows(tmp_path):
 
 def test_a_harvest_goes_on_where_it_stopped(tmp_path):
     store = create_store(tmp_path / "store", ABOUT, 6, SHAPE)
-    assert store.finished == 0
+    assert store.count_written() == 0
     store.write(0, rows(2, 0), rows(2, 1))
     store.write(4, rows(1, 2), rows(1, 3))
     again = create_store(tmp_path / "store", ABOUT, 6, SHAPE)
-    assert again.finished == 2 and again.done.tolist() == [True, True, False, False, True, False]
+    assert again.count_written() == 2 and again.find_written().tolist() == [True, True, False, False, True, False]
     with pytest.raises(UserError, match="3 of 6 rows are written, expected all of them"):
         open_store(tmp_path / "store", ABOUT)
     with pytest.raises(UserError, match=r"rows cannot be read \(NOT_FOUND"):
         again.read(np.array([0, 3]))
     again.write(2, rows(4, 4), rows(4, 5))
-    assert again.finished == 6
+    assert again.count_written() == 6
     assert again.read(np.array([0]))[0].tolist() == store.read(np.array([0]))[0].tolist()
 
 
-def test_processes_write_rows_of_their_own():
-    """On a kvstore that is no file; opened anew by each, as processes would."""
+def test_processes_write_different_rows():
+    """On a kvstore in memory; each thread opens it again, as a process would."""
     inputs, targets = rows(40, 0), rows(40, 1)
 
     def process(start: int) -> None:
-        own = create_store("memory://shared/store", ABOUT, 40, SHAPE, "float32")
+        store = create_store("memory://shared/store", ABOUT, 40, SHAPE, "float32")
         for row in range(start, start + 10):
-            own.write(row, inputs[row : row + 1], targets[row : row + 1])
+            store.write(row, inputs[row : row + 1], targets[row : row + 1])
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(process, range(0, 40, 10)))
@@ -90,7 +90,7 @@ def test_a_store_made_from_something_else_is_refused(tmp_path):
         create_store(path, ABOUT, 1, SHAPE, "float32")
 
 
-def test_what_cannot_work_is_refused(tmp_path):
+def test_wrong_arguments_and_damaged_stores_are_refused(tmp_path):
     with pytest.raises(UserError, match="no description.json, expected a store of activations"):
         open_store(tmp_path, ABOUT)
     with pytest.raises(UserError, match="dtype 'int8', expected one of: bfloat16, float16, float32"):

@@ -1,4 +1,4 @@
-"""Tokenising: every format gives the tokens of the plain way, and a run that was killed ends in the same bytes."""
+"""Tokenising: every format gives the same tokens, and a run that was killed and resumed writes the same bytes."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from golden_cases import FOLDER
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from jclt.cli.main import main, parser
+from jclt.cli.main import build_parser, main
 from jclt.data import documents
 from jclt.data.load_tokens import load_tokens
 from jclt.data.tokenize import tokenize
@@ -28,13 +28,13 @@ TOKENIZER = FOLDER / "llama3"  # words 4 to 95, <bos> 1 opens a text, <eos> 2 en
 ROOT = Path(__file__).parents[2]
 
 
-def texts(count: int, seed: int = 0) -> list[str]:
+def make_texts(count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
     return [" ".join(f"word{i}" for i in rng.integers(10, 40, rng.integers(1, 30))) for _ in range(count)]
 
 
-def write_lines(path: Path, found: list[str], field: str = "text") -> Path:
-    content = "".join(json.dumps({field: text}) + "\n" for text in found).encode()
+def write_lines(path: Path, lines: list[str], field: str = "text") -> Path:
+    content = "".join(json.dumps({field: text}) + "\n" for text in lines).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
@@ -47,38 +47,38 @@ def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
     backend.save(str(folder / "tokenizer.json"))
 
 
-def reference(found: list[str], end: int = 2) -> list[int]:
+def tokenize_plainly(documents: list[str], end: int = 2) -> list[int]:
     tokenizer = load_tokenizer(TOKENIZER)
     assert tokenizer is not None
-    return [token for text in found for token in [*tokenizer.encode(text), end]]
+    return [token for text in documents for token in [*tokenizer.encode(text), end]]
 
 
-def tokens_in(folder: Path) -> list[int]:
+def read_tokens(folder: Path) -> list[int]:
     names = [shard["name"] for shard in json.loads((folder / "manifest.json").read_text())["shards"]]
     return np.concatenate([np.load(folder / name) for name in names]).tolist()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_format_gives_the_tokens_of_the_plain_way(tmp_path):
-    found = texts(40)
-    write_lines(tmp_path / "in" / "a.jsonl", found[:20])
-    write_lines(tmp_path / "in" / "b.jsonl.gz", found[20:30])
+def test_every_format_gives_the_same_tokens(tmp_path):
+    texts = make_texts(40)
+    write_lines(tmp_path / "in" / "a.jsonl", texts[:20])
+    write_lines(tmp_path / "in" / "b.jsonl.gz", texts[20:30])
     (tmp_path / "in" / "c").mkdir()
     for n in range(30, 40):
-        (tmp_path / "in" / "c" / f"{n}.txt").write_text(found[n])
+        (tmp_path / "in" / "c" / f"{n}.txt").write_text(texts[n])
     (tmp_path / "in" / "notes.md").write_text("no input")
-    whole = tokenize([str(tmp_path / "in")], TOKENIZER, str(tmp_path / "whole"))
-    assert tokens_in(tmp_path / "whole") == reference(found)
+    manifest = tokenize([str(tmp_path / "in")], TOKENIZER, str(tmp_path / "whole"))
+    assert read_tokens(tmp_path / "whole") == tokenize_plainly(texts)
     assert np.load(tmp_path / "whole" / "tokens-00000.npy").dtype == np.uint16
-    assert (whole["documents"], whole["tokens"]) == (40, len(reference(found)))
-    assert whole["tokenizer"]["vocabulary"] == 96 and whole["end"] == 2
+    assert (manifest["documents"], manifest["tokens"]) == (40, len(tokenize_plainly(texts)))
+    assert manifest["tokenizer"]["vocabulary"] == 96 and manifest["end"] == 2
 
     patterns = [str(tmp_path / "in" / "*.jsonl*"), str(tmp_path / "in" / "c" / "*.txt")]
     tokenize(patterns, TOKENIZER, str(tmp_path / "globs"), shard_tokens=50, end="7")
-    assert tokens_in(tmp_path / "globs") == reference(found, 7)
+    assert read_tokens(tmp_path / "globs") == tokenize_plainly(texts, 7)
     shards = json.loads((tmp_path / "globs" / "manifest.json").read_text())["shards"]
     assert len(shards) > 5 and all(50 <= shard["tokens"] < 90 for shard in shards[:-1])
     for shard in shards:
@@ -89,10 +89,10 @@ def test_parquet_gives_the_same_tokens(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed; it comes with the extra `parquet`")
     from pyarrow import parquet
 
-    found = texts(3000)
-    parquet.write_table(pyarrow.table({"n": range(3000), "text": found}), tmp_path / "a.parquet")
+    texts = make_texts(3000)
+    parquet.write_table(pyarrow.table({"n": range(3000), "text": texts}), tmp_path / "a.parquet")
     tokenize([str(tmp_path / "a.parquet")], TOKENIZER, str(tmp_path / "out"))
-    assert tokens_in(tmp_path / "out") == reference(found)
+    assert read_tokens(tmp_path / "out") == tokenize_plainly(texts)
     with pytest.raises(UserError, match="a.parquet: no column 'body', expected one of: n, text"):
         tokenize([str(tmp_path / "a.parquet")], TOKENIZER, str(tmp_path / "body"), field="body")
     with pytest.raises(UserError, match="a.parquet: row 1 has no text in 'n'"):
@@ -104,10 +104,10 @@ def test_parquet_gives_the_same_tokens(tmp_path):
 
 def test_zstandard_gives_the_same_tokens(tmp_path):
     zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed; fsspec unpacks .zst with it")
-    path = write_lines(tmp_path / "a.jsonl", texts(40))
+    path = write_lines(tmp_path / "a.jsonl", make_texts(40))
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(path.read_bytes()))
     tokenize([str(tmp_path / "b.jsonl.zst")], TOKENIZER, str(tmp_path / "out"))
-    assert tokens_in(tmp_path / "out") == reference(texts(40))
+    assert read_tokens(tmp_path / "out") == tokenize_plainly(make_texts(40))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -118,37 +118,37 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr("jclt.data.tokenize.BATCH", 300)
-    source = str(write_lines(tmp_path / "a.jsonl", texts(300)))
+    monkeypatch.setattr("jclt.data.tokenize.BATCH_CHARACTERS", 300)
+    source = str(write_lines(tmp_path / "a.jsonl", make_texts(300)))
     for workers in (1, 2, 7):
         tokenize([source], TOKENIZER, str(tmp_path / str(workers)), workers=workers, shard_tokens=500)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "7")
+    assert read_contents(tmp_path / "1") == read_contents(tmp_path / "2") == read_contents(tmp_path / "7")
 
 
 def test_a_long_text_is_one_document_in_pieces_cut_at_line_breaks(tmp_path, monkeypatch):
-    lines = texts(50)
+    lines = make_texts(50)
     (tmp_path / "a.txt").write_text("\n".join(lines))
     (tmp_path / "empty.txt").write_text("")
-    monkeypatch.setattr(documents, "BLOCK", 64)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 64)
     sources = documents.find_inputs([str(tmp_path / "a.txt")])
-    found = list(documents.pieces(sources[0]))
-    assert len(found) > 5 and all(piece.text.endswith("\n") for piece in found[:-1])
-    made = tokenize([str(tmp_path / "a.txt"), str(tmp_path / "empty.txt")], TOKENIZER, str(tmp_path / "out"))
-    assert tokens_in(tmp_path / "out") == reference(["\n".join(lines)]) and made["documents"] == 1
+    pieces = list(documents.read_pieces(sources[0]))
+    assert len(pieces) > 5 and all(piece.text.endswith("\n") for piece in pieces[:-1])
+    manifest = tokenize([str(tmp_path / "a.txt"), str(tmp_path / "empty.txt")], TOKENIZER, str(tmp_path / "out"))
+    assert read_tokens(tmp_path / "out") == tokenize_plainly(["\n".join(lines)]) and manifest["documents"] == 1
 
 
 def test_a_large_vocabulary_gets_wider_numbers(tmp_path):
     write_tokenizer(tmp_path / "big", {f"w{i}": i for i in range(70_000)})
     (tmp_path / "a.txt").write_text("w5 w69999")
     tokenize([str(tmp_path / "a.txt")], tmp_path / "big", str(tmp_path / "out"), end="w3")
-    found = np.load(tmp_path / "out" / "tokens-00000.npy")
-    assert found.dtype == np.uint32 and found.tolist() == [5, 69999, 3]
+    tokens = np.load(tmp_path / "out" / "tokens-00000.npy")
+    assert tokens.dtype == np.uint32 and tokens.tolist() == [5, 69999, 3]
     with pytest.raises(UserError, match="names no end of text, expected --end with a token or its number"):
         tokenize([str(tmp_path / "a.txt")], tmp_path / "big", str(tmp_path / "other"))
 
 
-def test_a_run_killed_ends_in_the_same_bytes(tmp_path):
-    source = str(write_lines(tmp_path / "a.jsonl", texts(60_000)))
+def test_a_killed_run_that_is_resumed_writes_the_same_bytes(tmp_path):
+    source = str(write_lines(tmp_path / "a.jsonl", make_texts(60_000)))
     command = [sys.executable, "-m", "jclt.cli", "tokenize", source, "--tokenizer", str(TOKENIZER)]
     command += ["--shard-tokens", "20000", "--workers", "2", "--out"]
     tokenize([source], TOKENIZER, str(tmp_path / "whole"), shard_tokens=20_000)
@@ -158,8 +158,8 @@ def test_a_run_killed_ends_in_the_same_bytes(tmp_path):
     while not (tmp_path / "killed" / "tokens-00003.npy").exists() and time.time() < deadline:
         time.sleep(0.002)
     killed.send_signal(signal.SIGKILL)
-    _, said = killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, said
+    _, errors = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, errors
     assert not (tmp_path / "killed" / "manifest.json").exists()
     with pytest.raises(UserError, match="not finished, expected the same `jclt tokenize` to be run again to its end"):
         load_tokens(tmp_path / "killed", 16, 96)
@@ -167,16 +167,16 @@ def test_a_run_killed_ends_in_the_same_bytes(tmp_path):
     kept = (tmp_path / "killed" / "tokens-00001.npy").stat().st_mtime_ns
     tokenize([source], TOKENIZER, str(tmp_path / "killed"), shard_tokens=20_000, workers=1)
     assert (tmp_path / "killed" / "tokens-00001.npy").stat().st_mtime_ns == kept
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert read_contents(tmp_path / "killed") == read_contents(tmp_path / "whole")
 
 
 def test_inputs_and_output_may_be_remote(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = texts(30)
+    texts = make_texts(30)
     memory = fsspec.filesystem("memory")
-    memory.pipe("/corpus/a.jsonl", write_lines(tmp_path / "a.jsonl", found).read_bytes())
-    made = tokenize(["memory://corpus/*.jsonl"], TOKENIZER, "memory://tokens", shard_tokens=100)
-    assert made["inputs"][0]["name"] == "memory:///corpus/a.jsonl"
+    memory.pipe("/corpus/a.jsonl", write_lines(tmp_path / "a.jsonl", texts).read_bytes())
+    manifest = tokenize(["memory://corpus/*.jsonl"], TOKENIZER, "memory://tokens", shard_tokens=100)
+    assert manifest["inputs"][0]["name"] == "memory:///corpus/a.jsonl"
     rows = load_tokens("memory://tokens", 8, 96, load_tokenizer(TOKENIZER))
     tokenize([str(tmp_path / "a.jsonl")], TOKENIZER, str(tmp_path / "local"), shard_tokens=100)
     local = load_tokens(tmp_path / "local", 8, 96)
@@ -198,10 +198,10 @@ def test_inputs_and_output_may_be_remote(tmp_path, monkeypatch):
 
 
 def test_other_settings_on_the_same_folder_are_refused(tmp_path):
-    source, out = str(write_lines(tmp_path / "a.jsonl", texts(10))), str(tmp_path / "out")
-    made = tokenize([source], TOKENIZER, out)
-    assert tokenize([source], TOKENIZER, out, workers=1) == made
-    other = str(write_lines(tmp_path / "b.jsonl", texts(10)))
+    source, out = str(write_lines(tmp_path / "a.jsonl", make_texts(10))), str(tmp_path / "out")
+    manifest = tokenize([source], TOKENIZER, out)
+    assert tokenize([source], TOKENIZER, out, workers=1) == manifest
+    other = str(write_lines(tmp_path / "b.jsonl", make_texts(10)))
     write_tokenizer(tmp_path / "words", {f"w{i}": i for i in range(50)})
     for change, line in [
         ({"shard_tokens": 9}, "was begun with another 'shard_tokens' (67108864, now 9)"),
@@ -217,13 +217,13 @@ def test_other_settings_on_the_same_folder_are_refused(tmp_path):
         assert str(error.value) == f"{out}: {line}, expected the same or a new folder"
 
 
-def test_where_nothing_was_written_yet_mended_inputs_are_taken(tmp_path):
+def test_corrected_inputs_are_accepted_as_long_as_no_shard_is_written(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="a.jsonl:1: expected a JSON object"):
         tokenize([str(tmp_path / "a.jsonl")], TOKENIZER, str(tmp_path / "out"))
-    write_lines(tmp_path / "a.jsonl", texts(3))
+    write_lines(tmp_path / "a.jsonl", make_texts(3))
     tokenize([str(tmp_path / "a.jsonl")], TOKENIZER, str(tmp_path / "out"))
-    assert tokens_in(tmp_path / "out") == reference(texts(3))
+    assert read_tokens(tmp_path / "out") == tokenize_plainly(make_texts(3))
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"name": "a web page"}', "{"])
@@ -252,7 +252,7 @@ def test_a_manifest_of_something_else_is_left_alone(tmp_path, content):
         ({"a.jsonl.lz4": b"?"}, "a.jsonl.lz4: fsspec finds no package installed that unpacks this"),
     ],
 )
-def test_faulty_inputs_get_one_line(tmp_path, content, line):
+def test_damaged_inputs_are_refused_in_one_line(tmp_path, content, line):
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as error:
@@ -262,44 +262,44 @@ def test_faulty_inputs_get_one_line(tmp_path, content, line):
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST", 1000)
-    monkeypatch.setattr(documents, "BLOCK", 100)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 100)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b" " * 100_000))
     with pytest.raises(UserError, match=r"a.jsonl.gz: a line of more than 1000 bytes \(from byte 0 on\)"):
-        list(documents.pieces(documents.find_inputs([str(tmp_path / "a.jsonl.gz")])[0]))
+        list(documents.read_pieces(documents.find_inputs([str(tmp_path / "a.jsonl.gz")])[0]))
 
 
 def test_json_lines_may_be_as_deep_or_long_as_they_like(tmp_path):
-    for line, said in (
+    for line, message in (
         ("[" * 100_000, "a.jsonl:1: not valid JSON (nested too deeply)"),
         ('{"text": ' + "1" * 5000 + "}", "a.jsonl:1: not valid JSON (Exceeds the limit"),
         ("{", "a.jsonl:1: not valid JSON (Expecting property name"),
     ):
         (tmp_path / "a.jsonl").write_text(line + "\n")
         with pytest.raises(UserError) as error:
-            list(documents.pieces(documents.find_inputs([str(tmp_path / "a.jsonl")])[0]))
-        assert said in str(error.value)
+            list(documents.read_pieces(documents.find_inputs([str(tmp_path / "a.jsonl")])[0]))
+        assert message in str(error.value)
 
 
-def test_a_pipe_among_the_inputs_is_not_waited_for(tmp_path):
+def test_pipes_in_a_folder_of_inputs_are_skipped(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("word10")
     (tmp_path / "in" / "link.txt").symlink_to(tmp_path / "in" / "a.txt")
     os.mkfifo(tmp_path / "in" / "b.txt")
-    assert [Path(one.path).name for one in documents.find_inputs([str(tmp_path / "in")])] == ["a.txt", "link.txt"]
+    assert [Path(source.path).name for source in documents.find_inputs([str(tmp_path / "in")])] == ["a.txt", "link.txt"]
 
 
-def test_what_a_killed_process_left_is_no_other_folder_and_goes(tmp_path):
-    source, out = str(write_lines(tmp_path / "a.jsonl", texts(10))), tmp_path / "out"
+def test_a_folder_with_only_leftovers_counts_as_empty(tmp_path):
+    source, out = str(write_lines(tmp_path / "a.jsonl", make_texts(10))), tmp_path / "out"
     out.mkdir()
-    left = out / f"manifest.partial.json.{socket.gethostname()}-{2**22 + 1}.partial"
-    left.write_text("{")
+    leftover = out / f"manifest.partial.json.{socket.gethostname()}-{2**22 + 1}.partial"
+    leftover.write_text("{")
     tokenize([source], TOKENIZER, str(out))
-    assert sorted(contents(out)) == ["manifest.json", "tokenizer.json", "tokens-00000.npy"]
+    assert sorted(read_contents(out)) == ["manifest.json", "tokenizer.json", "tokens-00000.npy"]
 
 
-def test_the_librarys_threads_are_left_as_they_were(tmp_path, monkeypatch):
-    source = str(write_lines(tmp_path / "a.jsonl", texts(10)))
+def test_the_librarys_setting_of_threads_is_restored(tmp_path, monkeypatch):
+    source = str(write_lines(tmp_path / "a.jsonl", make_texts(10)))
     for before in (None, "true"):
         monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
         if before:
@@ -311,7 +311,7 @@ def test_the_librarys_threads_are_left_as_they_were(tmp_path, monkeypatch):
 def test_half_a_surrogate_pair_is_read_as_other_decoders_read_it(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "word10 \\ud800 word11"}\n')
     tokenize([str(tmp_path / "a.jsonl")], TOKENIZER, str(tmp_path / "out"))
-    assert tokens_in(tmp_path / "out") == reference(["word10 \ufffd word11"])
+    assert read_tokens(tmp_path / "out") == tokenize_plainly(["word10 \ufffd word11"])
 
 
 @pytest.mark.parametrize(
@@ -330,20 +330,20 @@ def test_half_a_surrogate_pair_is_read_as_other_decoders_read_it(tmp_path):
         ({"out": "{}"}, "{}: exists and holds no tokens, expected a new folder or one to resume"),
     ],
 )
-def test_what_cannot_work_is_refused(tmp_path, change, line):
+def test_wrong_arguments_are_refused(tmp_path, change, line):
     (tmp_path / "a.txt").write_text("word10")
-    here = lambda x: x.replace("{}", str(tmp_path)) if isinstance(x, str) else x  # noqa: E731
-    given = {"inputs": ["{}/a.txt"], "tokenizer": TOKENIZER, "out": "{}/out"} | change
-    given = {name: [here(v) for v in x] if isinstance(x, list) else here(x) for name, x in given.items()}
+    fill = lambda x: x.replace("{}", str(tmp_path)) if isinstance(x, str) else x  # noqa: E731
+    arguments = {"inputs": ["{}/a.txt"], "tokenizer": TOKENIZER, "out": "{}/out"} | change
+    arguments = {name: [fill(v) for v in x] if isinstance(x, list) else fill(x) for name, x in arguments.items()}
     with pytest.raises(UserError) as error:
-        tokenize(**given)
-    assert str(error.value).startswith(here(line))
+        tokenize(**arguments)
+    assert str(error.value).startswith(fill(line))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_teaches_and_reports(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        parser().parse_args(["tokenize", "--help"])
+        build_parser().parse_args(["tokenize", "--help"])
     assert "example: jclt tokenize 'stories/*.jsonl.gz'" in capsys.readouterr().out
     (tmp_path / "a.txt").write_text("word10 word11")
     arguments = ["tokenize", str(tmp_path / "a.txt"), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out")]

@@ -10,33 +10,38 @@ import pytest
 from golden_cases import FOLDER
 
 import jclt
-from jclt.coders import AXES, CoderConfig, Neurons, SparseCoder, declare, neurons
-from jclt.data.load_tokens import load_shards, text_tokens
+from jclt.coders import AXES, CoderConfig, Neurons, SparseCoder, declare_coder, neurons
+from jclt.data.load_tokens import load_shards, tokenize_file
 from jclt.data.tokenize import tokenize
 from jclt.errors import UserError
 from jclt.evaluation import (
     Reconstruction,
     check_replaceable,
+    compute_replaced_logits,
     evaluate_reconstruction,
     evaluate_replacement,
-    mean_writes,
-    replaced_logits,
-    state_exchange,
-    world_agreement,
+    exchange_states,
+    measure_mean_writes,
+    measure_world_agreement,
 )
-from jclt.evaluation.batches import BATCH as BATCHES
-from jclt.evaluation.batches import rows_at_once
-from jclt.evaluation.evaluate import evaluate, evaluation_rows
-from jclt.evaluation.exchange import largest
-from jclt.evaluation.features import with_features
-from jclt.evaluation.reconstruction import Moments, joined, moments
-from jclt.evaluation.world import accuracy, agreement, mean_prompt_writes, task_agreement
-from jclt.mesh import sharding
+from jclt.evaluation.batches import LARGEST_BATCH as BATCHES
+from jclt.evaluation.batches import choose_batch_size
+from jclt.evaluation.evaluate import evaluate, find_evaluation_rows
+from jclt.evaluation.exchange import select_largest
+from jclt.evaluation.features import run_with_features
+from jclt.evaluation.reconstruction import Moments, measure_moments, merge_moments
+from jclt.evaluation.world import (
+    measure_accuracy,
+    measure_agreement,
+    measure_mean_prompt_writes,
+    measure_task_agreement,
+)
+from jclt.mesh import make_sharding
 from jclt.models import Model, Replace
-from jclt.world import TASKS, corpus
+from jclt.world import TASKS, make_corpus
 from jclt.world.facts import STATES
-from jclt.world.handmade import PROMPTS, compiled_two_hop
-from jclt.world.measure import padded
+from jclt.world.handmade import PROMPTS, build_two_hop
+from jclt.world.measure import pad_prompts
 
 BATCH = 16
 MEASURES = (evaluate_reconstruction, evaluate_replacement)
@@ -51,26 +56,26 @@ def model() -> Model:
 def prompts(model) -> tuple[np.ndarray, np.ndarray]:
     """Token rows and a mask that leaves out the padding."""
     examples = [example.prompt for task in TASKS.values() for example in task.examples("choose", 2, seed=0)]
-    tokens, ends = padded(model, examples)
+    tokens, ends = pad_prompts(model, examples)
     return tokens, np.arange(tokens.shape[1])[None] <= ends[:, None]
 
 
 def random_coder(model: Model, mesh=None, **settings) -> SparseCoder:
-    config = CoderConfig(**({"features": 64} | settings)).fitted(model.config, "demo")
+    config = CoderConfig(**({"features": 64} | settings)).fit_to_model(model.config, "demo")
     random = np.random.default_rng(0)
 
     def leaf(name: str, shape: tuple[int, ...]) -> jax.Array:
-        where = sharding(mesh, shape, AXES[name]) if mesh else None
+        where = make_sharding(mesh, shape, AXES[name]) if mesh else None
         return jax.device_put(random.normal(size=shape).astype(np.float32) / 10, where)
 
-    return declare(config, leaf)
+    return declare_coder(config, leaf)
 
 
 def constant_coder(model: Model, writes: np.ndarray) -> SparseCoder:
     """Features that never fire, and these vectors as biases."""
-    config = CoderConfig(features=4).fitted(model.config, "demo")
+    config = CoderConfig(features=4).fit_to_model(model.config, "demo")
     biases = iter(writes)
-    return declare(
+    return declare_coder(
         config, lambda name, shape: jnp.asarray(next(biases)) if name == "decoder_bias" else jnp.zeros(shape)
     )
 
@@ -81,8 +86,8 @@ def constant_coder(model: Model, writes: np.ndarray) -> SparseCoder:
 def test_moments_of_parts_join_to_those_of_the_whole():
     x = np.random.default_rng(0).normal(100, 1, (2, 6, 5, 3)).astype(np.float32)
     mask = np.random.default_rng(1).random((6, 5)) < 0.7
-    parts = [moments(jnp.asarray(x[:, part]), jnp.asarray(mask[part])) for part in (slice(0, 1), slice(1, 6))]
-    found = joined(*(Moments(*(np.asarray(leaf, np.float64) for leaf in part)) for part in parts))
+    parts = [measure_moments(jnp.asarray(x[:, part]), jnp.asarray(mask[part])) for part in (slice(0, 1), slice(1, 6))]
+    found = merge_moments(*(Moments(*(np.asarray(leaf, np.float64) for leaf in part)) for part in parts))
     kept = x[:, mask].astype(np.float64)
     assert found.number == mask.sum()
     np.testing.assert_allclose(found.mean, kept.mean(axis=1), rtol=1e-6)
@@ -110,8 +115,8 @@ def test_figures_follow_from_the_sums():
 
 
 def test_a_constant_offset_costs_error_but_no_explained_variance(model, prompts):
-    own = neurons(model)
-    shifted = Neurons({**own.params, "down_bias": own.params["down_bias"] + 1.0}, own.model, own.config)
+    basis = neurons(model)
+    shifted = Neurons({**basis.params, "down_bias": basis.params["down_bias"] + 1.0}, basis.model, basis.config)
     found = evaluate_reconstruction(model, shifted, *prompts[:1], mask=prompts[1], batch=BATCH)
     np.testing.assert_allclose(found.error, found.tokens * model.config.width, rtol=1e-4)
     np.testing.assert_allclose(found.explained_variance, 1, atol=1e-6)
@@ -120,7 +125,7 @@ def test_a_constant_offset_costs_error_but_no_explained_variance(model, prompts)
 def test_planted_densities_are_found_whatever_the_batches_and_the_padding(model, prompts):
     coder = random_coder(model)
     bias = jnp.concatenate([jnp.full(16, -1e4), jnp.full(16, 1e4), jnp.zeros(32)])
-    coder = declare(coder.config, lambda name, shape: {"encoder_bias": bias}.get(name, jnp.full(shape, 0.1)))
+    coder = declare_coder(coder.config, lambda name, shape: {"encoder_bias": bias}.get(name, jnp.full(shape, 0.1)))
     tokens, mask = prompts
     found = evaluate_reconstruction(model, coder, tokens, mask=mask, batch=BATCH)
     assert found.tokens == mask.sum()
@@ -150,10 +155,12 @@ def test_replacement_figures_are_those_of_the_logits(model, prompts):
     tokens, mask = prompts
     coder = random_coder(model, kind="transcoder", activation="topk", k=4)
     found = evaluate_replacement(model, coder, tokens, mask=mask, batch=BATCH)
-    own = np.asarray(jclt.run(model, tokens)[0], np.float64)
-    replaced = np.asarray(jax.jit(lambda t: replaced_logits(model.config, model.params, coder, t))(tokens), np.float64)
-    logs = [x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (own, replaced)]
-    assert found.agreement == pytest.approx(np.mean((own.argmax(-1) == replaced.argmax(-1))[mask]))
+    logits = np.asarray(jclt.run(model, tokens)[0], np.float64)
+    replaced = np.asarray(
+        jax.jit(lambda t: compute_replaced_logits(model.config, model.params, coder, t))(tokens), np.float64
+    )
+    logs = [x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (logits, replaced)]
+    assert found.agreement == pytest.approx(np.mean((logits.argmax(-1) == replaced.argmax(-1))[mask]))
     assert found.kl == pytest.approx(np.mean((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[mask]), rel=1e-4)
     followed = mask[:, 1:]
     for log, loss in zip(logs, (found.loss, found.replaced_loss), strict=True):
@@ -163,7 +170,7 @@ def test_replacement_figures_are_those_of_the_logits(model, prompts):
 
 def test_a_coder_that_writes_the_mean_is_the_control(model, prompts):
     tokens, mask = prompts
-    means = mean_writes(model, neurons(model).config, tokens, mask=mask, batch=BATCH)
+    means = measure_mean_writes(model, neurons(model).config, tokens, mask=mask, batch=BATCH)
     found = evaluate_replacement(model, constant_coder(model, means), tokens, mask=mask, batch=BATCH)
     assert found.agreement == found.ablated_agreement and found.recovered == pytest.approx(0, abs=1e-5)
     silent = constant_coder(model, np.zeros_like(means))
@@ -199,7 +206,7 @@ def test_unusable_rows_are_named(model):
 @pytest.fixture(scope="module")
 def small() -> tuple[Model, np.ndarray]:
     """A model of two layers, a few tokens and three positions, and its prompts."""
-    return compiled_two_hop(), np.asarray(PROMPTS, np.int32)
+    return build_two_hop(), np.asarray(PROMPTS, np.int32)
 
 
 def with_nan(model: Model, name: str) -> Model:
@@ -210,14 +217,14 @@ def test_what_is_not_finite_is_named(small, model):
     small, rows = small
     broken = with_nan(small, "token_embedding")
     with pytest.raises(
-        UserError, match="^model compiled two-hop: what its layers write at 'mlp_raw_out' is not finite"
+        UserError, match="^model handmade two-hop: what its layers write at 'mlp_raw_out' is not finite"
     ):
         evaluate_reconstruction(broken, neurons(small), rows[:, [1, 0]])
     with pytest.raises(
-        UserError, match="^model compiled two-hop: what its layers write at 'mlp_raw_out' is not finite"
+        UserError, match="^model handmade two-hop: what its layers write at 'mlp_raw_out' is not finite"
     ):
         evaluate_replacement(broken, neurons(small), rows)
-    with pytest.raises(UserError, match="^model compiled two-hop: its logits are not finite"):
+    with pytest.raises(UserError, match="^model handmade two-hop: its logits are not finite"):
         evaluate_replacement(broken, neurons(small), rows, means=np.zeros((2, small.config.width)))
     with pytest.raises(UserError, match="^coder: what it reconstructs is not finite"):
         evaluate_reconstruction(small, neurons(with_nan(small, "down")), rows)
@@ -225,7 +232,7 @@ def test_what_is_not_finite_is_named(small, model):
         evaluate_replacement(small, neurons(with_nan(small, "down")), rows)
     with pytest.raises(UserError, match="^model .*: its logits are not finite"):
         examples = TASKS["closing"].examples("report", 2, seed=0)
-        task_agreement(
+        measure_task_agreement(
             with_nan(model, "final_norm_gain"), neurons(model), np.zeros((4, model.config.width), np.float32), examples
         )
 
@@ -233,13 +240,13 @@ def test_what_is_not_finite_is_named(small, model):
 def test_fewer_rows_at_once_give_the_same_figures(small, monkeypatch):
     small, rows = small
     coder = random_coder(small, features=16, skip=True)
-    assert rows_at_once(small, coder.config, rows, None) == BATCHES
+    assert choose_batch_size(small, coder.config, rows, None) == BATCHES
     measured = [(f(small, coder, rows).summary(), f(small, coder, rows, batch=1).summary()) for f in MEASURES]
     a_row = 4 * rows.shape[1] * (2 * 16 + 3 * small.config.vocabulary)
-    monkeypatch.setattr("jclt.evaluation.batches.BUDGET", 5 * a_row + 3)
-    assert rows_at_once(small, coder.config, rows, None) == 5
-    monkeypatch.setattr("jclt.evaluation.batches.BUDGET", 1)
-    assert rows_at_once(small, coder.config, rows, None) == 1
+    monkeypatch.setattr("jclt.evaluation.batches.BATCH_BYTES", 5 * a_row + 3)
+    assert choose_batch_size(small, coder.config, rows, None) == 5
+    monkeypatch.setattr("jclt.evaluation.batches.BATCH_BYTES", 1)
+    assert choose_batch_size(small, coder.config, rows, None) == 1
     for measure, (together, alone) in zip(MEASURES, measured, strict=True):
         fewer = measure(small, coder, rows).summary()
         assert fewer == alone and fewer == pytest.approx(together, rel=1e-4, abs=1e-5)
@@ -256,7 +263,7 @@ def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
     small, rows = small
     coder = random_coder(small, reads="resid_post", features=8)
     line = "^coder: reads 'resid_post', which comes after 'mlp_out', expected a coder that reads before it writes"
-    for measure in (evaluate_replacement, lambda model, coder, rows: world_agreement(model, coder)):
+    for measure in (evaluate_replacement, lambda model, coder, rows: measure_world_agreement(model, coder)):
         with pytest.raises(UserError, match=line):
             measure(small, coder, rows)
     for sites in ({"reads": "resid_post", "writes": "resid_post", "kind": "sae"}, {}, {"reads": "resid_mid"}):
@@ -294,12 +301,12 @@ def test_the_densities_stand_below_their_names():
 
 
 def test_no_seed_of_training_draws_the_rows_of_an_evaluation(model):
-    rows = {seed: evaluation_rows(model, "world", 40, 64, seed) for seed in (0, 1)}
+    rows = {seed: find_evaluation_rows(model, "world", 40, 64, seed) for seed in (0, 1)}
     vocabulary = model.tokenizer.backend.get_vocab()
     for seed in (0, 1):
-        trained = {row.tobytes() for row in corpus(200, 64, seed, vocabulary).tokens}
+        trained = {row.tobytes() for row in make_corpus(200, 64, seed, vocabulary).tokens}
         assert not any(row.tobytes() in trained for found in rows.values() for row in found)
-        assert np.array_equal(rows[seed], evaluation_rows(model, "world", 40, 64, seed))
+        assert np.array_equal(rows[seed], find_evaluation_rows(model, "world", 40, 64, seed))
     assert not np.array_equal(rows[0], rows[1])
 
 
@@ -310,15 +317,15 @@ def test_of_texts_and_folders_only_what_training_leaves_out_is_measured_on(tmp_p
     end = reader.config.stop_tokens[:1]
     for data, tokens in (
         (tmp_path / "tokens", np.concatenate(load_shards(tmp_path / "tokens")[0])),
-        (tmp_path / "a.txt", text_tokens(tmp_path / "a.txt", reader.tokenizer, end)),
+        (tmp_path / "a.txt", tokenize_file(tmp_path / "a.txt", reader.tokenizer, end)),
     ):
         left = tokens[len(tokens) - len(tokens) // 16 :]
         allowed = {left[at : at + 16].astype(np.int32).tobytes() for at in range(len(left))}
-        found = evaluation_rows(reader, str(data), 128, 16, seed=1)
+        found = find_evaluation_rows(reader, str(data), 128, 16, seed=1)
         assert len(found) == len(left) // 16 and all(row.tobytes() in allowed for row in found)
-        assert len(evaluation_rows(reader, str(data), 3, 16, seed=1)) == 3
+        assert len(find_evaluation_rows(reader, str(data), 3, 16, seed=1)) == 3
         with pytest.raises(UserError) as error:
-            evaluation_rows(reader, str(data), 128, 200, seed=1)
+            find_evaluation_rows(reader, str(data), 128, 200, seed=1)
         said = f"data '{data}': training leaves out the last {len(left)} of {len(tokens)} tokens"
         assert str(error.value) == f"{said}, expected 200 of them together (one row)"
 
@@ -344,7 +351,7 @@ def test_rows_that_cannot_be_are_refused_before_anything_is_measured(model, chan
 
 
 def test_neurons_keep_all_of_the_world_and_means_nothing(model):
-    found = world_agreement(model, neurons(model), count=6)
+    found = measure_world_agreement(model, neurons(model), count=6)
     assert set(found.tasks) == set(TASKS)
     assert all(task.agreement == 1 and task.accuracy == task.model_accuracy for task in found.tasks.values())
     assert found.overall.ablated_agreement < 0.2 and found.overall.count == sum(t.count for t in found.tasks.values())
@@ -353,15 +360,15 @@ def test_neurons_keep_all_of_the_world_and_means_nothing(model):
 
 def test_means_keep_as_much_of_a_task_as_the_control(model):
     examples = TASKS["closing"].examples("report", 20, seed=0)
-    means = mean_prompt_writes(model, neurons(model), [example.prompt for example in examples])
-    found = task_agreement(model, constant_coder(model, means), means, examples)
+    means = measure_mean_prompt_writes(model, neurons(model), [example.prompt for example in examples])
+    found = measure_task_agreement(model, constant_coder(model, means), means, examples)
     assert found.agreement == found.ablated_agreement < 1 == found.model_accuracy
 
 
 def test_two_right_answers_agree():
-    own, other = np.array([1, 1, 1, 4]), np.array([1, 2, 3, 5])
-    assert agreement(own, other, [{1}, {1, 2}, {1, 2}, {5}]) == 0.5
-    assert accuracy(other, [{1}, {1, 2}, {1, 2}, {5}]) == 0.75
+    answers, others = np.array([1, 1, 1, 4]), np.array([1, 2, 3, 5])
+    assert measure_agreement(answers, others, [{1}, {1, 2}, {1, 2}, {5}]) == 0.5
+    assert measure_accuracy(others, [{1}, {1, 2}, {1, 2}, {5}]) == 0.75
 
 
 def test_set_features_move_what_layers_write(model):
@@ -372,10 +379,10 @@ def test_set_features_move_what_layers_write(model):
     values = np.full(where.shape, 3.0, np.float32)
     plain, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_out"))
     change = 3.0 - coder.encode(0, seen["mlp_in"][0])[0, -1, 5]
-    writes = seen["mlp_out"].at[:2, 0, -1].add(change * coder.rows(0)[5, :2])
+    writes = seen["mlp_out"].at[:2, 0, -1].add(change * coder.decoder_rows(0)[5, :2])
     held = jnp.arange(4)[:, None, None, None] < 2
     expected, _ = jclt.run(model, tokens, edit=Replace({"mlp_out": writes}, {"mlp_out": held}))
-    found = eqx.filter_jit(with_features)
+    found = eqx.filter_jit(run_with_features)
     untouched = found(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
     np.testing.assert_allclose(untouched, plain, atol=1e-4)
     where[0, 0, -1, 5] = True
@@ -386,22 +393,22 @@ def test_set_features_move_what_layers_write(model):
 
 def test_at_most_so_many_features_a_state_and_only_telling_ones():
     scores = np.array([[[3.0, 2.0], [2.0, -1.0]], [[0.0, -1.0], [-2.0, 5.0]]])
-    chosen = largest(scores, 2)
+    chosen = select_largest(scores, 2)
     assert chosen.sum(axis=(1, 2)).tolist() == [2, 1] and chosen[0, 0, 0] and chosen[1, 1, 1]
 
 
 def test_exchange_of_all_neurons_moves_the_state_and_of_drawn_ones_does_not(model):
-    few = state_exchange(model, neurons(model), split="choose")
+    few = exchange_states(model, neurons(model), split="choose")
     assert few.unmoved == 1 and few.control < 0.1 and 0.1 < few.moved
     assert list(few.features) == list(STATES)
     assert all(0 < len(found) <= 16 and {layer for layer, _ in found} <= {0, 1} for found in few.features.values())
-    every = state_exchange(model, neurons(model), split="choose", size=10_000)
+    every = exchange_states(model, neurons(model), split="choose", size=10_000)
     assert every.moved > few.moved
 
 
 def test_exchange_is_the_same_on_a_mesh(model):
     mesh = jclt.make_mesh(data=2)
     split = jclt.load_model("demo", mesh=mesh)
-    found = [state_exchange(*pair) for pair in ((model, random_coder(model)), (split, random_coder(model, mesh)))]
+    found = [exchange_states(*pair) for pair in ((model, random_coder(model)), (split, random_coder(model, mesh)))]
     assert found[0].features == found[1].features
     assert found[0].summary() == pytest.approx(found[1].summary(), abs=0.01)

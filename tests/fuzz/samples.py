@@ -30,7 +30,7 @@ from fuzz.limits import MOST_MEMORY
 from fuzz.mutations import BOMB, archive, stored
 from jclt.attribution.many_prompts import read_prompts
 from jclt.coders import load_coder, save_coder
-from jclt.data.documents import find_inputs, pieces
+from jclt.data.documents import find_inputs, read_pieces
 from jclt.data.load_tokens import load_tokens
 from jclt.data.token_rows import load_rows, save_rows
 from jclt.data.tokenize import tokenize
@@ -272,7 +272,7 @@ def all_rows(rows: Any) -> Any:
 
 
 def read_documents(folder: Path) -> Any:
-    return [piece for source in find_inputs([f"{folder}/*"]) for piece in pieces(source)]
+    return [piece for source in find_inputs([f"{folder}/*"]) for piece in read_pieces(source)]
 
 
 def text_of(found: Any) -> Any:
@@ -302,9 +302,9 @@ RUN = TrainConfig(CLT, steps=20)
 def make_run(folder: Path) -> None:
     assert not is_begun(folder, RUN)
     folder.mkdir()
-    from jclt.training.run_folder import _begin
+    from jclt.training.run_folder import write_settings
 
-    _begin(folder, RUN)
+    write_settings(folder, RUN)
     entries = [
         {"step": step, "loss": 1 / step, "nmse": 0.5, "l0": 3.0, "dead": 0.1, "nmse_layers": [0.4, 0.6]}
         for step in (1, 2, 3)

@@ -26,9 +26,9 @@ from jclt.errors import UserError
 from jclt.files import read_json
 from jclt.mesh import make_mesh
 from jclt.models import load_model, save_model
-from jclt.training.checkpoints import Checkpoints, leaves
+from jclt.training.checkpoints import Checkpoints, name_leaves
 from jclt.training.coder.abstract import abstract_state
-from jclt.training.coder.prepare import fitted
+from jclt.training.coder.prepare import complete_config
 from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     places = {"model": str(home / "model"), "data": str(home / "text.txt")}
     config = TrainConfig(CoderConfig(features=1024, layers=(1,)), **places, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jclt.training.coder.train.machine_rate", no_rate)
+        patch.setattr("jclt.training.coder.train.measure_machine_rate", no_rate)
         train_coder(config, home / "run")
     states = {}
     for step, other in ((STEPS, STEPS - EVERY), (STEPS - EVERY, STEPS)):
@@ -105,10 +105,10 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 def restored(config: TrainConfig, folder: Path) -> dict[str, np.ndarray] | None:
     """What a run in this folder would go on from."""
     mesh = make_mesh()
-    whole = fitted(config, load_model(config.model).config, mesh)
+    whole = complete_config(config, load_model(config.model).config, mesh)
     with jax.set_mesh(mesh), Checkpoints(str((folder / "checkpoints").absolute())) as checkpoints:
         found = checkpoints.restore(abstract_state(whole, mesh))
-    return None if found is None else {name: np.asarray(x) for name, x in leaves(found).items()}
+    return None if found is None else {name: np.asarray(x) for name, x in name_leaves(found).items()}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

@@ -21,7 +21,7 @@ from numpy.random import Generator
 from fuzz.limits import Fault, check_line, fault_of, limited, told, tree
 from fuzz.mutations import pick
 from fuzz.samples import SAMPLES
-from jclt.cli.main import main, parser
+from jclt.cli.main import main, build_parser
 from jclt.errors import Interrupted
 
 pytestmark = pytest.mark.fuzz
@@ -30,9 +30,9 @@ REACHED = os.EX_TEMPFAIL
 """The arguments were sound, and the work would begin."""
 WORK = {
     "jclt.attribution.attribute": ("trace_prompts",),
-    "jclt.training.coder.train": ("run_rows",),
+    "jclt.training.coder.train": ("find_run_rows",),
     "jclt.training.lm": ("find_rows",),
-    "jclt.evaluation.evaluate": ("evaluation_rows",),
+    "jclt.evaluation.evaluate": ("find_evaluation_rows",),
     "jclt.cli.demo": ("explain_examples",),
     "jclt.pods": ("plan_run", "plan_sweep"),
 }
@@ -51,7 +51,7 @@ SETTINGS = (
     *("steps", "batch", "length", "seed", "model", "data", "coder", "coder.features", "coder.k", "coder.layers"),
     *("coder.kind", "coder.reads", "coder.writes", "coder.activation", "coder.width", "model.width", "model.layers"),
     *("learning_rate", "warmup", "beta1", "beta2", "weight_decay", "save_every", "optimizer", "store", "shuffle"),
-    *("density_decay", "headroom", "micro_batches", "data_shards", "path", "sparsity", "model.family", "tokenizer"),
+    *("dead_density", "headroom", "micro_batches", "data_shards", "path", "sparsity", "model.family", "tokenizer"),
     *("end_to_end_steps", "clip", "nonsense", "steps.steps", "coder.", ".", "model.model.model"),
 )
 
@@ -91,7 +91,9 @@ def without_work() -> Iterator[None]:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    (choices,) = [action.choices for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (choices,) = [
+        action.choices for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+    ]
     return dict(choices)
 
 
@@ -209,7 +211,7 @@ EXAMPLES = [
     ["train", "tiny", "--set", "coder.reads=resid_post"],
     ["train", "tiny", "--set", "length=1"],
     ["train", "tiny", "--set", "beta1=1.0"],
-    ["train", "tiny", "--set", "density_decay=2"],
+    ["train", "tiny", "--set", "dead_density=2"],
     ["train", "tiny", "--set", "headroom=-1"],
     ["train", "tiny", "--set", "learning_rate=-1"],
     ["train", "tiny", "--set", "weight_decay=0.5"],

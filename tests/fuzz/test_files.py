@@ -14,7 +14,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-from graph_lists import with_lists
+from graph_lists import replace_lists
 from numpy.random import Generator
 
 from fuzz.limits import Fault, check_line, fault_of, filled_later, limited, told, tree
@@ -364,7 +364,7 @@ def test_a_graph_whose_numbers_are_none_is_not_loaded(name, bad, tmp_path):
     graph = annotated_graph()
     array = getattr(graph, name).copy()
     array.flat[np.flatnonzero(array)[0] if array.any() else 0] = bad
-    _refused_graph(with_lists(graph, **{name: array}), tmp_path)
+    _refused_graph(replace_lists(graph, **{name: array}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_a_graph_whose_numbers_are_none_is_not_loaded(name, bad, tmp_path):
     ids=lambda change: next(iter(change)),
 )
 def test_a_graph_of_nodes_that_cannot_be_is_not_loaded(change, tmp_path):
-    _refused_graph(with_lists(annotated_graph(), **change), tmp_path)
+    _refused_graph(replace_lists(annotated_graph(), **change), tmp_path)
 
 
 def _refused_graph(graph: Graph, folder: Path) -> None:

@@ -11,14 +11,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
-from graph_lists import hand_graph, random_graph, with_lists
+from graph_lists import hand_graph, random_graph, replace_lists
 
 from jclt.errors import UserError
 from jclt.graphs import influence as influence_module
 from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
 from jclt.graphs.curve import curve
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import cumulative_share, normalize
+from jclt.graphs.influence import compute_cumulative_shares, compute_edge_shares
 from jclt.graphs.load import load_graph
 from jclt.graphs.npz import _pack
 from jclt.graphs.paths import between_supernodes, describe, name_of, path_lengths, strongest_paths, with_supernodes
@@ -30,12 +30,12 @@ def dense_influence(graph: Graph) -> np.ndarray:
     mass = sizes.sum(axis=1) + graph.rest_mass
     shares = np.divide(sizes, mass[:, None], out=np.zeros_like(sizes), where=mass[:, None] > 0)
     everything = np.linalg.inv(np.eye(len(sizes)) - shares) - np.eye(len(sizes))
-    return graph.logit_probabilities @ everything[graph.nodes.of("output")]
+    return graph.logit_probabilities @ everything[graph.nodes.find("output")]
 
 
 def all_paths(graph: Graph, starts: np.ndarray) -> list[tuple[float, tuple[int, ...]]]:
     """Every walk that ends at a node without inputs, from the source up, with its share."""
-    shares = normalize(graph.edges)
+    shares = compute_edge_shares(graph.edges)
     found, open_paths = [], [(float(start), (node,)) for node, start in enumerate(starts) if start > 0]
     while open_paths:
         share, path = open_paths.pop()
@@ -66,7 +66,7 @@ def test_influence_and_scores_of_a_small_graph_have_these_values():
     # Of the output's 4, three quarters come through f1; half of that through f0, half from the error.
     expected = 0.5 * np.array([3 / 8, 3 / 4, 3 / 8, 3 / 32, 1 / 4 + 9 / 32, 0])
     np.testing.assert_allclose(graph.influence, expected, rtol=1e-6)
-    assert graph.influence.dtype == np.float32 and normalize(graph.edges).dtype == np.float32
+    assert graph.influence.dtype == np.float32 and compute_edge_shares(graph.edges).dtype == np.float32
     found = graph.scores
     assert found.replacement == pytest.approx(5 / 8)
     visits = 1 + 3 / 4 + 3 / 8 + 3 / 8 + 5 / 8
@@ -96,7 +96,7 @@ def test_one_pass_over_the_layers_gives_the_inverse(seed, rest):
     graph = random_graph(seed, rest=rest, positions=seed % 2 == 0)
     want = dense_influence(graph)
     np.testing.assert_allclose(graph.influence, want, rtol=1e-12, atol=1e-15)
-    assert (want[graph.nodes.of("feature")] > 0).any()
+    assert (want[graph.nodes.find("feature")] > 0).any()
     in_single = replace(graph, adjacency=graph.adjacency.astype(np.float32))
     np.testing.assert_allclose(in_single.influence, want, rtol=1e-5, atol=1e-8)
 
@@ -104,7 +104,9 @@ def test_one_pass_over_the_layers_gives_the_inverse(seed, rest):
 def test_features_in_any_order_have_the_same_influence():
     graph = random_graph(3)
     order = np.r_[np.random.default_rng(0).permutation(20), 20 : len(graph)]
-    shuffled = with_lists(graph, adjacency=graph.adjacency[np.ix_(order, order)], features=graph.features[order[:20]])
+    shuffled = replace_lists(
+        graph, adjacency=graph.adjacency[np.ix_(order, order)], features=graph.features[order[:20]]
+    )
     np.testing.assert_allclose(shuffled.influence, graph.influence[order], rtol=1e-12)
 
 
@@ -125,7 +127,7 @@ def test_the_whole_graph_lies_within_the_intervals(seed):
     nodes[:30] = random.random(30) < random.uniform(0.1, 0.9)
     edges = None
     if seed % 2:  # errors and single edges may be missing too
-        nodes[whole.nodes.of("error")] = random.random(16) < 0.5
+        nodes[whole.nodes.find("error")] = random.random(16) < 0.5
         edges = random.random(whole.adjacency.shape) < 0.9
     part = whole.keep(nodes, edges)
     want, got = whole.scores, part.scores
@@ -134,7 +136,7 @@ def test_the_whole_graph_lies_within_the_intervals(seed):
         low, high = getattr(got, name + "_interval")
         assert low - 1e-12 <= getattr(want, name) <= high + 1e-12
         assert 0 <= low < high <= 1
-    kept = nodes | whole.nodes.is_of("token", "position", "output")
+    kept = nodes | whole.nodes.is_kind("token", "position", "output")
     gained = (whole.influence[kept] - part.influence) / whole.logit_probabilities.sum()
     assert gained.min() > -1e-12 and gained.max() <= part.missing + 1e-12 and gained.max() > 0
 
@@ -143,8 +145,8 @@ def test_the_whole_graph_lies_within_the_intervals(seed):
 def test_the_bounds_of_replacement_are_met_by_graphs_that_go_one_way(source, end):
     """What is missing can be all embeddings or all errors."""
     whole = random_graph(7, features=12, layers=2)
-    whole = with_lists(whole, features=whole.features + np.array([2, 0, 0]), layers=4)  # above all errors
-    whole.adjacency[:12] = np.isin(np.arange(len(whole)), whole.nodes.of(source))
+    whole = replace_lists(whole, features=whole.features + np.array([2, 0, 0]), layers=4)  # above all errors
+    whole.adjacency[:12] = np.isin(np.arange(len(whole)), whole.nodes.find(source))
     part = whole.keep(np.arange(len(whole)) >= 6)
     assert whole.scores.replacement == pytest.approx(part.scores.replacement_interval[end])
     assert 0.1 < whole.scores.replacement < 0.9 and part.missing > 0.1
@@ -168,15 +170,15 @@ def test_nodes_are_kept_up_to_the_threshold():
     influence = dense_influence(graph)
     order = np.argsort(-influence)
     needed = order[: np.searchsorted(np.cumsum(influence[order]) / influence.sum(), 0.6) + 1]
-    assert set(np.flatnonzero(found.nodes)) <= set(needed) | set(graph.nodes.of("token", "output"))
+    assert set(np.flatnonzero(found.nodes)) <= set(needed) | set(graph.nodes.find("token", "output"))
     np.testing.assert_allclose(found.cumulative[order], np.cumsum(influence[order]) / influence.sum(), rtol=1e-10)
-    assert found.nodes[graph.nodes.of("token", "output")].all()
+    assert found.nodes[graph.nodes.find("token", "output")].all()
 
 
 def slow_edge_mask(graph: Graph, nodes: np.ndarray, threshold: float) -> np.ndarray:
     """The edges that carry this share of the influence among these nodes, one by one from the strongest."""
     alone = replace(graph, adjacency=graph.adjacency * nodes[:, None] * nodes)
-    flow = normalize(alone.edges) * (dense_influence(alone) + graph.output_weights)[:, None]
+    flow = compute_edge_shares(alone.edges) * (dense_influence(alone) + graph.output_weights)[:, None]
     mask, carried = np.zeros(flow.shape, bool), 0.0
     for place in np.argsort(-flow, axis=None):
         if carried >= threshold * flow.sum():
@@ -190,9 +192,9 @@ def slow_edge_mask(graph: Graph, nodes: np.ndarray, threshold: float) -> np.ndar
 def test_edges_are_kept_up_to_the_threshold(seed):
     graph = random_graph(seed, features=40, rest=0.3)
     found = graph.masks(1.0, 0.8, "paper")
-    nodes = (dense_influence(graph) > 0) | graph.nodes.is_of("error", "token", "output")
+    nodes = (dense_influence(graph) > 0) | graph.nodes.is_kind("error", "token", "output")
     want = slow_edge_mask(graph, nodes, 0.8)
-    features = graph.nodes.is_of("feature")
+    features = graph.nodes.is_kind("feature")
     while True:  # features without inputs or outputs go, until all have both
         dead = features & nodes & ~(want.any(0) & want.any(1))
         if not dead.any():
@@ -240,16 +242,16 @@ def test_scores_and_pruning_need_no_second_matrix(monkeypatch, tmp_path):
 
 def test_a_pruned_graph_keeps_the_shares_and_scores_of_the_whole():
     graph = random_graph(2, features=60)
-    shares = cumulative_share(graph.influence)
+    shares = compute_cumulative_shares(graph.influence)
     once = graph.prune(0.8, 0.95)
     twice = once.prune(0.6, 0.95)
     found = graph.masks(0.8, 0.95).nodes
     np.testing.assert_array_equal(once.whole_shares, shares[found])
     np.testing.assert_array_equal(twice.whole_shares, shares[found][once.masks(0.6, 0.95).nodes])
-    assert not np.allclose(cumulative_share(once.influence), once.whole_shares)
+    assert not np.allclose(compute_cumulative_shares(once.influence), once.whole_shares)
     kept = np.arange(len(graph)) % 2 == 0
     part = graph.keep(kept)
-    np.testing.assert_array_equal(part.whole_shares, shares[kept | graph.nodes.is_of("token", "position", "output")])
+    np.testing.assert_array_equal(part.whole_shares, shares[kept | graph.nodes.is_kind("token", "position", "output")])
     assert once.provenance["whole_graph_scores"] == twice.provenance["whole_graph_scores"] == graph.scores.both
     assert graph.whole_shares is None and "whole_graph_scores" not in graph.provenance
 
@@ -267,16 +269,18 @@ def test_equal_influences_stay_or_go_together():
     graph = hand_graph()
     adjacency = np.zeros((6, 6), np.float32)
     adjacency[5, :2], adjacency[0, 3], adjacency[1, 4] = 1, 1, 1
-    graph = with_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
+    graph = replace_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
     assert graph.masks(0.1, 0.1, "circuit-tracer").nodes.tolist() == [True, True, False, True, True, True]
 
 
 def test_errors_stay_under_the_papers_rule_alone():
     graph = random_graph(4, features=60)
-    ours, theirs = (graph.masks(0.5, 0.9, rule).nodes[graph.nodes.of("error")] for rule in ("paper", "circuit-tracer"))
+    ours, theirs = (
+        graph.masks(0.5, 0.9, rule).nodes[graph.nodes.find("error")] for rule in ("paper", "circuit-tracer")
+    )
     assert ours.all() and not theirs.all()
     with_places = random_graph(4, features=60, positions=True)
-    assert with_places.masks(0.0, 0.0, "circuit-tracer").nodes[with_places.nodes.of("token", "position")].all()
+    assert with_places.masks(0.0, 0.0, "circuit-tracer").nodes[with_places.nodes.find("token", "position")].all()
 
 
 def test_features_that_lose_their_inputs_go():
@@ -284,7 +288,7 @@ def test_features_that_lose_their_inputs_go():
     adjacency = graph.adjacency.copy()
     adjacency[5, 0] = 0.01  # f0 feeds the output too, but its own inputs fall below the edges' threshold
     adjacency[1, 0] = 0.01
-    graph = with_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
+    graph = replace_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
     found = graph.masks(1.0, 0.98)
     assert found.nodes.tolist() == [False, True, True, True, True, True] and not found.edges[:, 0].any()
 
@@ -295,7 +299,7 @@ def test_at_threshold_one_all_that_has_influence_stays():
     found = graph.masks(1.0, 1.0, "circuit-tracer")
     has = graph.influence > 0
     np.testing.assert_array_equal(
-        found.nodes, has & (~graph.nodes.is_of("output")) | graph.nodes.is_of("token", "output")
+        found.nodes, has & (~graph.nodes.is_kind("output")) | graph.nodes.is_kind("token", "output")
     )
     graph = hand_graph()
     graph.adjacency[1, 0] = 1e-9  # lost beside the others in a sum in single precision
@@ -332,7 +336,7 @@ def test_path_lengths_are_those_of_all_paths(seed):
     graph = random_graph(seed, features=10)
     weights = graph.logit_probabilities / graph.logit_probabilities.sum()
     paths = all_paths(graph, np.r_[np.zeros(len(graph) - 2), weights])
-    sources = set(graph.nodes.of("token", "error"))
+    sources = set(graph.nodes.find("token", "error"))
     want = np.zeros(graph.layers + 2)
     for share, path in paths:
         if path[0] in sources:
@@ -347,7 +351,7 @@ def test_path_lengths_are_those_of_all_paths(seed):
 def test_the_strongest_paths_are_those_of_all_paths(seed, count):
     graph = random_graph(seed, features=10, rest=0.2)
     weights = graph.logit_probabilities / graph.logit_probabilities.sum()
-    tokens = set(graph.nodes.of("token"))
+    tokens = set(graph.nodes.find("token"))
     paths = all_paths(graph, np.r_[np.zeros(len(graph) - 2), weights])
     want = [(share, path) for share, path in paths if path[0] in tokens][:count]
     found = strongest_paths(graph, count)
@@ -366,7 +370,7 @@ def test_the_strongest_paths_lead_to_the_target_asked_for():
     ends = [path for path in found if path.nodes[0] >= 10]
     assert {path.nodes for path in ends} <= {path for _, path in want} and all(p.nodes[-1] == target for p in found)
     assert any(path.nodes[0] < 10 for path in found) and all(len(path.nodes) > 1 for path in found)
-    output = int(graph.nodes.of("output")[1])
+    output = int(graph.nodes.find("output")[1])
     assert {path.nodes[-1] for path in strongest_paths(graph, 5, output)} == {output}
     with pytest.raises(UserError, match=r"node 99: expected a number from 0 to \d+"):
         strongest_paths(graph, 5, 99)
@@ -390,10 +394,10 @@ def test_nodes_and_paths_in_words():
     )
     assert describe(graph, long) == '" Creek" (1) -> " Denver" 25.0%'
     assert 'feature 17 (compass at noon) at " South"' in describe(graph, direct, {(0, 17): "compass at noon"})
-    nameless = with_lists(graph, token_texts=("", "\n"), logit_names=("x - y",), logit_tokens=np.array([-1]))
+    nameless = replace_lists(graph, token_texts=("", "\n"), logit_names=("x - y",), logit_tokens=np.array([-1]))
     assert [name_of(nameless, node) for node in (3, 4, 5)] == ["token 5 (0)", '"\\n" (1)', "x - y"]
     placed = random_graph(0, positions=True)
-    assert name_of(placed, int(placed.nodes.of("position")[2])) == "position 2"
+    assert name_of(placed, int(placed.nodes.find("position")[2])) == "position 2"
     with pytest.raises(UserError, match="node 6: expected a number from 0 to 5"):
         name_of(graph, 6)
 
@@ -407,7 +411,7 @@ def test_edges_between_supernodes():
     names, edges = between_supernodes(graph, others=True)
     assert names[3:] == ['error of layer 1 at " Creek" (1)'] and edges[0, 3] == pytest.approx(-1 / 3)
     alone = between_supernodes(replace(graph, supernodes={}), others=True)[1]
-    np.testing.assert_allclose(np.abs(alone), normalize(graph.edges), rtol=1e-6)
+    np.testing.assert_allclose(np.abs(alone), compute_edge_shares(graph.edges), rtol=1e-6)
     pruned = graph.keep(np.array([False, True, True, True, True, True]))
     assert between_supernodes(pruned)[1][2, 0] == pytest.approx(3 / 4)
 
@@ -509,7 +513,7 @@ def test_texts_of_other_lengths_are_refused(name):
 
 def test_words_for_nodes_hold_no_signs_that_do_not_print():
     texts = ("\x9b\u202e", "\ud800\x7f")
-    graph = with_lists(hand_graph(), token_texts=texts, logit_names=("\x1b[31m\n",), logit_tokens=np.array([-1]))
+    graph = replace_lists(hand_graph(), token_texts=texts, logit_names=("\x1b[31m\n",), logit_tokens=np.array([-1]))
     path = strongest_paths(graph, 1)[0]
     assert describe(graph, path, {(0, 17): "a\u202eb"}).isprintable()
     assert all(name_of(graph, node).isprintable() for node in range(6))
@@ -622,7 +626,7 @@ def test_a_small_file_takes_little_memory(name, array, fails, tmp_path):
 
 def test_a_graph_larger_than_memory_is_refused_at_once(tmp_path, monkeypatch):
     hand_graph().save(tmp_path / "graph.npz")
-    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 300)
+    monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 300)
     with pytest.raises(UserError, match="graph.npz: 6 nodes: needs .* B of memory, expected at most 300 B"):
         load_graph(tmp_path / "graph.npz")
 

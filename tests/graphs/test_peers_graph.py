@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
-from graph_lists import random_graph, with_lists
+from graph_lists import random_graph, replace_lists
 
 from jclt.errors import UserError
 from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import normalize
+from jclt.graphs.influence import compute_edge_shares
 
 torch = pytest.importorskip("torch", reason="needs circuit-tracer")
 peer = pytest.importorskip("circuit_tracer.graph", reason="needs circuit-tracer")
@@ -54,7 +54,7 @@ def in_double():
 
 def in_dtype(graph: Graph, dtype) -> Graph:
     names = ("adjacency", "rest", "rest_mass", "bias", "values", "logit_probabilities")
-    return with_lists(graph, **{name: getattr(graph, name).astype(dtype) for name in names})
+    return replace_lists(graph, **{name: getattr(graph, name).astype(dtype) for name in names})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,7 +91,9 @@ def test_influence_and_scores_are_circuit_tracers(case):
     weights = torch.tensor(graph.output_weights)
     influence = peer.compute_node_influence(torch.tensor(graph.adjacency), weights)
     np.testing.assert_allclose(graph.influence, influence, rtol=2e-5, atol=1e-9)
-    np.testing.assert_allclose(normalize(graph.edges), peer.normalize_matrix(torch.tensor(graph.adjacency)), rtol=1e-5)
+    np.testing.assert_allclose(
+        compute_edge_shares(graph.edges), peer.normalize_matrix(torch.tensor(graph.adjacency)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

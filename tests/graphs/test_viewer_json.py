@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graph_lists import listed_graph, random_graph, with_lists
+from graph_lists import build_graph, random_graph, replace_lists
 from matplotlib.figure import Figure
 
 import jclt
@@ -19,12 +19,12 @@ from jclt.attribution import attribute
 from jclt.coders import load_coder
 from jclt.errors import UserError
 from jclt.graphs import export_json, import_json, load_graph, slug_of, write_index
-from jclt.graphs.export_json import cantor
+from jclt.graphs.export_nodes import cantor
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import cumulative_share
+from jclt.graphs.influence import compute_cumulative_shares
 from jclt.models import load_model
-from jclt.viewer import draw_graph, summary, write_graph, write_viewer_json
-from jclt.viewer.picture import _draw_labels, _draw_outputs, _overlap, _plan
+from jclt.viewer import draw_graph, summarize_graph, write_graph, write_viewer_json
+from jclt.viewer.picture import _do_overlap, _draw_labels, _draw_outputs, _lay_out
 from jclt.world import TASKS
 
 PUBLISHED = Path(__file__).parents[3] / "shared/datasets/graphs"
@@ -46,7 +46,7 @@ def small_graph(**changes) -> Graph:
     adjacency[2, [0, 6]] = -2.0, 1 / 3
     adjacency[9, [1, 4]] = 3.0, 1.0
     adjacency[10, [2, 1]] = -1.0, 16777216.0
-    graph = listed_graph(
+    graph = build_graph(
         adjacency=adjacency,
         bias=np.zeros(11, np.float32),
         rest=np.zeros(11, np.float32),
@@ -71,7 +71,7 @@ def small_graph(**changes) -> Graph:
         },
         supernodes={"cats": (0, 2), "end": (4,)},
     )
-    return with_lists(graph, **changes)
+    return replace_lists(graph, **changes)
 
 
 def published(name: str) -> dict:
@@ -152,7 +152,7 @@ def test_links_metadata_and_view_are_written():
 
 
 def test_influence_is_the_share_of_all_that_matters_at_least_as_much():
-    np.testing.assert_allclose(cumulative_share(np.array([1.0, 4.0, 0.0, 5.0])), [1, 0.9, 1, 0.5])
+    np.testing.assert_allclose(compute_cumulative_shares(np.array([1.0, 4.0, 0.0, 5.0])), [1, 0.9, 1, 0.5])
     nodes = export_json(small_graph())["nodes"]
     assert [node["influence"] for node in nodes[-2:]] == [None, None]
     shares = {node["node_id"]: node["influence"] for node in nodes[:-2]}
@@ -163,8 +163,8 @@ def test_influence_is_the_share_of_all_that_matters_at_least_as_much():
 def distinct_graph(seed: int, **options) -> Graph:
     """A random graph whose features all have other numbers."""
     graph = random_graph(seed, **options)
-    graph.features[:, 2] = 100 + np.arange(len(graph.features))  # no number of a layer, and so no id of an error
-    return graph
+    numbers = 100 + np.arange(len(graph.features))  # larger than any layer, so that no error has a feature's id
+    return replace_lists(graph, features=np.column_stack([graph.features[:, :2], numbers]))
 
 
 def shown(content: dict, threshold: float | None = None) -> set[str]:
@@ -207,7 +207,7 @@ def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
     assert metadata["replacement_score"] == metadata["whole_graph_scores"]["replacement"] == graph.scores.replacement
     assert metadata["completeness_score"] == graph.scores.completeness > small.scores.completeness
     assert metadata["pruned_graph_scores"] == small.scores.both
-    lines = summary(graph, small).splitlines()
+    lines = summarize_graph(graph, small).splitlines()
     before, after = lines[1].split("; pruned to ")
     assert "active features" in before and f"completeness {graph.scores.completeness:.2f}" in before
     assert f"completeness {small.scores.completeness:.2f}, replacement {small.scores.replacement:.2f}" in after
@@ -229,9 +229,9 @@ def test_only_tokens_are_shown_with_probabilities(tmp_path):
     assert [node["clerp"] for node in nodes] == ['Output " "mat"" (p=0.100)', 'Output "one - other" (p=)']
     assert [node["token_prob"] for node in nodes] == [0.1, 0]
     assert [node["is_target_logit"] for node in nodes] == [True, False]
-    assert summary(graph, graph.prune()).splitlines()[0] == "explains ' \"mat\"' 0.100, 'one - other'"
+    assert summarize_graph(graph, graph.prune()).splitlines()[0] == "explains ' \"mat\"' 0.100, 'one - other'"
     axes = Figure().add_axes((0, 0, 1, 1))
-    _draw_outputs(axes, graph, _plan(graph, np.ones(11)))
+    _draw_outputs(axes, graph, _lay_out(graph, np.ones(11)))
     assert [text.get_text() for text in axes.texts] == ['“ "mat"”\n10.0%', "one - other"]
     export_json(graph, tmp_path / "one.json")
     back = import_json(tmp_path / "one.json")  # by weights, what counts stays the same
@@ -274,8 +274,8 @@ def test_texts_of_any_kind_are_written_and_drawn(tmp_path):
         name = write_graph(graph, graph.prune(), tmp_path, labels=labels)
         assert import_json(tmp_path / f"{name}.json").token_texts == (text,) * 3
         assert load_graph(tmp_path / f"{name}.npz").logit_names == (text,) * 2
-        assert summary(graph, graph.prune()).isprintable() is False  # its lines
-        assert all(line.isprintable() for line in summary(graph, graph.prune()).split("\n"))
+        assert summarize_graph(graph, graph.prune()).isprintable() is False  # its lines
+        assert all(line.isprintable() for line in summarize_graph(graph, graph.prune()).split("\n"))
         draw_graph(graph, tmp_path / "one.svg", labels=labels, title=text)
 
 
@@ -408,7 +408,7 @@ def test_a_large_graph_is_written_small_and_fast(tmp_path):
     chosen = rng.choice(len(rows), 500_000, replace=False)
     adjacency[rows[chosen], columns[chosen]] = rng.standard_normal(500_000)
     nothing = np.zeros(n, np.float32)
-    graph = listed_graph(
+    graph = build_graph(
         adjacency=adjacency,
         bias=nothing,
         rest=nothing,
@@ -688,11 +688,11 @@ def test_neither_features_nor_labels_cover_features():
         logit_probabilities=np.ones(1, np.float32),
         supernodes={},
     )
-    plan = _plan(graph, np.ones(n))
+    plan = _lay_out(graph, np.ones(n))
     half = min(plan.slot * 0.95, 0.17 * 0.85) / 2
     places = zip(plan.x.tolist(), plan.y.tolist(), strict=True)
     boxes = [(x - half, y - half, x + half, y + half) for x, y in places]
-    assert not any(_overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(_do_overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
     for node, (layer, position, _) in enumerate(graph.features.tolist()):
         assert plan.layers[layer] < plan.y[node] < plan.layers[layer + 1]
         assert plan.columns[position] < plan.x[node] < plan.columns[position + 1]

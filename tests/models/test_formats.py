@@ -43,10 +43,11 @@ def tensors_of(path: Path) -> dict[str, dict]:
 def write(path: Path, tensors: dict[str, dict]) -> None:
     """One after the other, as the format wants them."""
     header, end = {}, 0
-    for name, own in tensors.items():
-        header[name] = {"dtype": own["dtype"], "shape": own["shape"], "data_offsets": [end, end + len(own["data"])]}
-        end += len(own["data"])
-    write_raw(path, header, b"".join(own["data"] for own in tensors.values()))
+    for name, entry in tensors.items():
+        data_offsets = [end, end + len(entry["data"])]
+        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": data_offsets}
+        end += len(entry["data"])
+    write_raw(path, header, b"".join(entry["data"] for entry in tensors.values()))
 
 
 def write_raw(path: Path, header: object, data: bytes) -> None:
@@ -455,8 +456,8 @@ def test_a_prompt_with_a_byte_that_is_no_text():
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(broken, monkeypatch):
-    monkeypatch.setattr("jclt.memory.free_host_memory", lambda: 1000)
-    monkeypatch.setattr("jclt.models.formats.weights._piece", None)
+    monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 1000)
+    monkeypatch.setattr("jclt.models.formats.weights._read_piece", None)
     with pytest.raises(UserError, match="needs .* kB of memory, expected at most 1 kB; dtype='bfloat16' takes half"):
         jclt.load_model(broken)
 

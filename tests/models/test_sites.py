@@ -7,7 +7,7 @@ import pytest
 from golden_cases import CASES, golden_model, reference
 
 import jclt
-from jclt.models import LAYER_SITES, PATTERNS_AND_DENOMINATORS, PEER_NAMES, SITES, Replace, forward
+from jclt.models import LAYER_SITES, PATTERNS_AND_DENOMINATORS, PEER_NAMES, SITES, Compose, Freeze, Replace, forward
 
 FAMILIES = [case for case in CASES if case not in ("gpt2_scaled", "gpt2_unscaled", "llama_linear", "llama2")]
 
@@ -96,18 +96,19 @@ def test_with_patterns_and_denominators_frozen_and_mlps_constant_the_model_is_li
     """The Jacobian-vector product of the frozen model equals the finite difference of the model with those values put
     back, at any step size; the free model fails the same comparison."""
     model, (tokens, _) = golden_model(case), two_prompts(case)
-    held = [name for name in sites_of(case) if name in PATTERNS_AND_DENOMINATORS]
-    _, seen = jclt.run(model, tokens, capture=[*held, "mlp_out", "token_embedding"])
+    frozen = [name for name in sites_of(case) if name in PATTERNS_AND_DENOMINATORS]
+    _, seen = jclt.run(model, tokens, capture=[*frozen, "mlp_out", "token_embedding"])
     direction = jax.random.normal(jax.random.key(0), seen["token_embedding"].shape)
 
     def normed_final(embedding, freeze=(), put_back=()):
         values = {name: seen[name] for name in ("mlp_out", *put_back)} | {"token_embedding": embedding}
-        _, final = jclt.run(model, tokens, capture=("resid_final",), freeze=freeze, edit=Replace(values))
+        edit = Compose((Replace(values), Freeze(freeze)))
+        _, final = jclt.run(model, tokens, capture=("resid_final",), edit=edit)
         return final["resid_final"]
 
     start = seen["token_embedding"]
-    _, slope = jax.jvp(lambda e: normed_final(e, freeze=held), (start,), (direction,))
-    difference = normed_final(start + 3 * direction, put_back=held) - normed_final(start, put_back=held)
+    _, slope = jax.jvp(lambda e: normed_final(e, freeze=frozen), (start,), (direction,))
+    difference = normed_final(start + 3 * direction, put_back=frozen) - normed_final(start, put_back=frozen)
     np.testing.assert_allclose(difference / 3, slope, atol=1e-4, rtol=1e-4)
     free = normed_final(start + 3 * direction) - normed_final(start)
     assert float(abs(free / 3 - slope).max()) > 1e-2
@@ -204,4 +205,4 @@ def test_what_is_put_back_has_to_fit():
     with pytest.raises(jclt.UserError, match="a mask for site 'pattern', but no values for it"):
         Replace(seen, {"pattern": jnp.ones((1,), bool)})
     with pytest.raises(jclt.UserError, match="'mlp_post_denominator': a llama model of this configuration has none"):
-        jclt.run(model, tokens, freeze=("mlp_post_denominator",))
+        jclt.run(model, tokens, edit=Freeze(("mlp_post_denominator",)))

@@ -18,14 +18,14 @@ from jclt.config import load_settings
 from jclt.errors import UserError
 from jclt.models import abstract_params
 from jclt.pods import load_pod, plan_run
-from jclt.pods.chips import CHIPS, GIB, Network, chip_of, chips_in
+from jclt.pods.chips import CHIPS, GIB, Network, count_chips, find_chip
 from jclt.pods.flags import FLAGS, VARIABLE, set_flags
-from jclt.pods.hlo import Program, bytes_in_hbm, collectives, first_group, stage_of
-from jclt.pods.report import advice, plan_text
-from jclt.pods.schedule import timeline
-from jclt.pods.slices import shape_of
-from jclt.pods.variants import variants
-from jclt.pods.worker import Job, Worker, ask_each
+from jclt.pods.hlo import Program, count_hbm_bytes, find_collectives, find_stage, parse_first_group
+from jclt.pods.report import advise, format_plan
+from jclt.pods.schedule import simulate_schedule
+from jclt.pods.slices import find_model_config
+from jclt.pods.variants import list_variants
+from jclt.pods.worker import Job, Worker, run_jobs
 from jclt.training.config import TrainConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "tpu_configs").glob("*_v[0-9]*.py"))
@@ -38,14 +38,14 @@ NETWORK = Network(CHIPS["v5e"], (2, 2), ((0, 0), (1, 0), (0, 1), (1, 1)), (0,) *
 
 
 def test_a_schedule_is_cycles_and_what_of_its_traffic_nothing_hides():
-    line = timeline(Program(TEXT), NETWORK)
+    line = simulate_schedule(Program(TEXT), NETWORK)
     clock, link = CHIPS["v5e"].clock, 4.5e10  # an axis of two chips has no ring: half of 9e10
     assert line.stages["encode backward"] == pytest.approx(3 * 3000 / clock)
     assert line.stages["update"] == pytest.approx(500 / clock)
     assert line.work == pytest.approx((3 * 3000 + 500) / clock)
     summed = 2 * (2**20 * 3 / 4 / (2 * link) + 4 * 1e-6)  # two passes over two axes, four hops
     gathered = 2**20 / 2 / link + 1e-6  # one axis, two chips: one ring of them
-    by_kind = {own.what.split()[0]: own for own in line.traffic}
+    by_kind = {traffic.name.split()[0]: traffic for traffic in line.traffic}
     assert by_kind["all-reduce"].seconds == pytest.approx(3 * summed) and by_kind["all-reduce"].times == 3
     assert by_kind["all-gather"].seconds == pytest.approx(3 * gathered)
     assert by_kind["all-gather"].exposed == pytest.approx(3 * gathered)
@@ -56,10 +56,10 @@ def test_a_schedule_is_cycles_and_what_of_its_traffic_nothing_hides():
 
 def test_bytes_moved_count_slices_and_what_lies_in_hbm():
     program = Program(TEXT)
-    moved = {step.instruction.name: program.moved(step.instruction) for step in program.steps()}
+    moved = {step.instruction.name: program.count_moved_bytes(step.instruction) for step in program.list_steps()}
     assert moved["fusion.9"] == 128 * 4  # a row of 100, read; it is written to VMEM
     assert moved["fusion.7"] == 2 * 64 * 64 + 4  # what it writes, and the number it is given
-    assert bytes_in_hbm("(f32[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)})") == 2048
+    assert count_hbm_bytes("(f32[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)})") == 2048
 
 
 KERNELS = (Path(__file__).parents[1] / "golden" / "kernels.hlo").read_text()
@@ -67,7 +67,7 @@ KERNELS = (Path(__file__).parents[1] / "golden" / "kernels.hlo").read_text()
 
 def test_kernels_take_what_moving_their_bytes_takes_and_sparse_cores_work_beside_the_rest():
     """Of two branches the last counts, which `lax.cond` takes where its condition holds."""
-    line, chip = timeline(Program(KERNELS), NETWORK), CHIPS["v5e"]
+    line, chip = simulate_schedule(Program(KERNELS), NETWORK), CHIPS["v5e"]
     beside = 600_000 / chip.clock
     gathers, products = 8.2e8 / chip.bandwidth, 4.1e8 / chip.bandwidth
     assert line.stages == pytest.approx({"update": beside, "decode": gathers - beside, "encode": products})
@@ -87,31 +87,31 @@ def test_kernels_take_what_moving_their_bytes_takes_and_sparse_cores_work_beside
     ],
 )
 def test_groups_are_read_from_all_their_forms(written, group):
-    assert first_group(written) == group
+    assert parse_first_group(written) == group
 
 
 def test_rings_slices_and_hosts_decide_what_links_carry():
     whole = Network(CHIPS["v5e"], (16, 16), tuple((i % 16, i // 16) for i in range(256)), (0,) * 256, (0,) * 256)
     size = 10**9
     both = 2 * (size * 255 / 256 / (2 * 9e10) + 16e-6)
-    assert whole.seconds("all-reduce", size, range(256)) == pytest.approx(both)
-    assert whole.seconds("all-gather", size, range(256), one_ring=True) == pytest.approx(
+    assert whole.estimate_seconds("all-reduce", size, range(256)) == pytest.approx(both)
+    assert whole.estimate_seconds("all-gather", size, range(256), one_ring=True) == pytest.approx(
         size * 255 / 256 / 9e10 + 128e-6
     )
-    assert whole.seconds("all-reduce", size, range(16)) == pytest.approx(2 * (size * 15 / 16 / 9e10 + 8e-6))
-    assert whole.seconds("all-reduce", size, [3]) == 0
+    assert whole.estimate_seconds("all-reduce", size, range(16)) == pytest.approx(2 * (size * 15 / 16 / 9e10 + 8e-6))
+    assert whole.estimate_seconds("all-reduce", size, [3]) == 0
     two = Network(CHIPS["v5e"], (1, 4), tuple((0, i % 4) for i in range(8)), (0,) * 4 + (1,) * 4, (0,) * 4 + (1,) * 4)
     # Four chips of a host share its network; each sends its own half of what two slices add up.
-    assert two.seconds("all-reduce", size, [0, 4]) == pytest.approx(2 * size / 2 / (2.5e10 / 4))
+    assert two.estimate_seconds("all-reduce", size, [0, 4]) == pytest.approx(2 * size / 2 / (2.5e10 / 4))
 
 
 def test_collectives_that_run_beside_work_count_once():
-    found = collectives(TEXT)
+    found = find_collectives(TEXT)
     assert [(one.kind, one.size, one.one_ring) for one in found] == [
         ("all-reduce", 2**20, False),
         ("all-gather", 2**20, True),
     ]
-    assert stage_of("jit(train_step)/while/body/closed_call/transpose(jvp(decode))/from_3/mul") == "decode backward"
+    assert find_stage("jit(train_step)/while/body/closed_call/transpose(jvp(decode))/from_3/mul") == "decode backward"
 
 
 def test_flags_are_set_once_and_the_users_own_come_last(monkeypatch):
@@ -138,8 +138,8 @@ def with_defaults(settings: dict) -> dict:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_planned_and_fits(path):
     config, pod = load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None)
-    model = shape_of(pod, config)
-    chips = chips_in(pod.topology) * pod.slices
+    model = find_model_config(pod, config)
+    chips = count_chips(pod.topology) * pod.slices
     assert config.batch % chips == 0 and config.length % config.micro_batches == 0
     assert config.coder.features % (chips // config.data_shards) == 0
     assert abstract_params(model)
@@ -155,30 +155,35 @@ def test_dense_decoding_is_planned_at_60_percent_of_peak():
 
 def test_sums_travel_beside_products_where_a_whole_torus_adds_them_up():
     for name in ("gemma_2_9b_5m_v5p_256", "method_paper_10m_v5p_256"):
-        sums = [own for own in PLANS[name]["traffic"] if (own["stage"], own["kind"]) == ("decode", "all-reduce")]
-        assert sum(own["exposed"] for own in sums) < 0.3 * sum(own["seconds"] for own in sums), sums
+        sums = [
+            entry for entry in PLANS[name]["traffic"] if (entry["stage"], entry["kind"]) == ("decode", "all-reduce")
+        ]
+        assert sum(entry["exposed"] for entry in sums) < 0.3 * sum(entry["seconds"] for entry in sums), sums
 
 
 def test_a_plan_says_what_to_change_where_it_does_not_fit():
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
     config, report = load_settings(str(path), TrainConfig, {}), PLANS[path.stem]
-    text = plan_text(config, report)
+    text = format_plan(config, report)
     assert "not a measurement" in text and f"{report['utilisation']:.0%} of peak" in text
     refused = report | {
         "memory": {"limit": 15.75 * GIB, "parameters": GIB, "optimizer": GIB, "model": 0, "other": 0},
         "refused": "needs 20.00G, expected at most 15.75G",
     }
-    said = plan_text(config, refused)
+    said = format_plan(config, refused)
     assert "does not fit: needs 20.00G" in said and "micro_batches=" in said
-    assert any("remat" in line for line in advice(config, refused))
+    assert any("remat" in line for line in advise(config, refused))
 
 
 def test_a_sweep_goes_over_meshes_micro_batches_and_rematerialisation():
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
     config, pod = load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None)
-    found = list(variants(config, pod))
-    assert config in found and len({asdict(own).__str__() for own in found}) == len(found)
-    assert {own.data_shards for own in found} == {1, 2, 4} and {own.remat for own in found} == {False, True}
+    found = list(list_variants(config, pod))
+    assert config in found and len({asdict(variant).__str__() for variant in found}) == len(found)
+    assert {variant.data_shards for variant in found} == {1, 2, 4} and {variant.remat for variant in found} == {
+        False,
+        True,
+    }
 
 
 @pytest.mark.skipif(find_spec("libtpu") is not None, reason="libtpu is installed")
@@ -196,9 +201,9 @@ def test_bad_topologies_are_named(topology, named, capsys):
 
 
 def test_chips_are_what_the_compiler_says():
-    assert chip_of("v5p:4x4x8").memory == 95.74 * GIB
+    assert find_chip("v5p:4x4x8").memory == 95.74 * GIB
     with pytest.raises(UserError, match="expected CHIP:AxB"):
-        chip_of("v5e")
+        find_chip("v5e")
 
 
 @pytest.mark.parametrize("where", ["vm", "gke"])
@@ -224,17 +229,17 @@ def test_launching_shows_its_commands_first(where):
 def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
     config, kept, said = load_settings(str(path), TrainConfig, {}), PLANS[path.stem], []
-    step = {name: own for name, own in kept.items() if name not in ("sparse", "graphs", "calibration")}
+    step = {name: value for name, value in kept.items() if name not in ("sparse", "graphs", "calibration")}
     graphs = {"prompt_length": 64, "given": 1.0, "limit": 3.0, "fits": True, "total": 2.0}
     sparse = step | {"active": 100.0, "room": 3.0, "kernel_seconds": 0.0, "seconds": step["seconds"] / 2}
     reports = {"step": step, "sparse": sparse, "graphs": graphs, "calibration": kept["calibration"]}
 
-    def ask_each(jobs):
+    def run_jobs(jobs):
         for number, name in enumerate(jobs):
             assert len(said) == number
             yield name, reports[name]
 
-    monkeypatch.setattr("jclt.pods.plan.ask_each", ask_each)
+    monkeypatch.setattr("jclt.pods.plan.run_jobs", run_jobs)
     text, report = plan_run(config, load_pod(str(path), None, None), 64, 100.0, said.append)
     assert text == "\n\n".join(said) and len(said) == 4 and report["sparse"] == sparse
     assert said[1].startswith("sparse path") and "2.00 times as fast as the dense path" in said[1]
@@ -248,14 +253,14 @@ def test_workers_compile_two_at_a_time_and_end_with_the_one_who_asked(monkeypatc
         code = f"import time; time.sleep({job.arguments[0]}); print('{{\"report\": 1}}')"
         output = tempfile.TemporaryFile()
         process = subprocess.Popen([sys.executable, "-c", code], stdout=output)
-        assert sum(own.process.poll() is None for own in started) < 2
+        assert sum(worker.process.poll() is None for worker in started) < 2
         started.append(Worker(process, output, tempfile.TemporaryFile()))
         return started[-1]
 
     monkeypatch.setattr("jclt.pods.worker.find_spec", lambda name: True)
-    monkeypatch.setattr("jclt.pods.worker.start", start)
+    monkeypatch.setattr("jclt.pods.worker.start_worker", start)
     jobs = {name: Job(name, "plan_step", (seconds,)) for name, seconds in {"a": 0.2, "b": 0, "c": 60, "d": 60}.items()}
-    answers = ask_each(jobs)
+    answers = run_jobs(jobs)
     assert [next(answers), next(answers)] == [("a", 1), ("b", 1)]
     answers.close()
-    assert all(own.process.returncode is not None for own in started)
+    assert all(worker.process.returncode is not None for worker in started)

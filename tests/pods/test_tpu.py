@@ -75,13 +75,13 @@ def test_the_small_configurations_are_planned_as_their_table_says(name):
 def test_a_plan_from_the_command_line(tmp_path, capsys):
     settings = "coder.features=16384 batch=32 length=128 micro_batches=2 compute=bfloat16".split()
     arguments = ["tiny", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json"), "--prompt-length", "16"]
-    assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 2
+    assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 2
     assert "expected at most 64" in capsys.readouterr().err  # the model's context
     settings[2] = "length=64"
-    assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
+    assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
     text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
     assert "not a measurement" in text and "attribution       fits" in text
-    assert "sparse path       at 100 active features a token, of all layers (room for 3 a token" in text
+    assert "sparse path       at 100 active features a token, of all layers (capacity 3 a token" in text
     sparse = report["sparse"]
     assert 0 < sparse["kernel_seconds"] < sparse["seconds"] and f"{report['seconds'] / sparse['seconds']:.2f}" in text
     assert report["calibration"]["product"] == pytest.approx(1.14, abs=0.1)
@@ -93,13 +93,13 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
 def test_a_step_that_does_not_fit_is_refused_with_advice(capsys):
     settings = "coder.features=1048576 batch=32 length=64 compute=bfloat16".split()
     arguments = ["tiny", "--topology", "v5e:2x2", "--prompt-length", "0"]
-    assert main(["plan", *arguments, *(part for own in settings for part in ("--set", own))]) == 0
+    assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
     said = capsys.readouterr().out
     assert "does not fit: needs" in said and "to make it fit" in said
 
 
 def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
-    from compiled import check_step
+    from collectives import check_step
     from jax.experimental.topologies import get_topology_desc
 
     from jclt.coders import CoderConfig
@@ -108,7 +108,7 @@ def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
     from jclt.training.coder.abstract import lower_step
 
     model = replace(known_config("gpt2"), layers=layers)
-    coder = CoderConfig(features=features).fitted(model, "gpt2")
+    coder = CoderConfig(features=features).fit_to_model(model, "gpt2")
     config = TrainConfig(coder, batch=32, length=256, micro_batches=2, compute="bfloat16")
     mesh = make_mesh(data, shards, get_topology_desc(TOPOLOGY, platform="tpu").devices)
     compiled = lower_step(config, model, mesh).compile()
@@ -132,8 +132,8 @@ def compile_kernels(topology: str) -> dict:
     from jax.experimental.topologies import get_topology_desc
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jclt.kernels.row_lists import Rows
-    from jclt.kernels.row_sums import row_products, row_sums
+    from jclt.kernels.row_lists import GroupedRows
+    from jclt.kernels.row_sums import dot_rows, sum_rows
     from jclt.mesh import make_mesh
 
     jax.set_mesh(mesh := make_mesh(devices=get_topology_desc(topology, platform="tpu").devices[:1]))
@@ -143,8 +143,8 @@ def compile_kernels(topology: str) -> dict:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def sums_and_products(lists: list, values: Any, held: Any) -> Any:
-        lists = [Rows(*own, first) for first, own in enumerate(lists)]
-        return row_sums(lists, [values] * len(lists), len(lists)), row_products(lists, held)
+        lists = [GroupedRows(*arrays, first) for first, arrays in enumerate(lists)]
+        return sum_rows(lists, [values] * len(lists), len(lists)), dot_rows(lists, held)
 
     def compiled(layers: int) -> dict:
         lists = [
@@ -160,5 +160,6 @@ def compile_kernels(topology: str) -> dict:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for `collectives`
     case = sys.argv[1]
     print(json.dumps(compile_case(*CASES[case]) if case in CASES else compile_kernels(case)))

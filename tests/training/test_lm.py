@@ -20,9 +20,9 @@ from golden_cases import FOLDER
 
 import jclt
 from jclt.data.batches import batch_rows
-from jclt.data.load_tokens import text_rows
+from jclt.data.load_tokens import read_text_rows
 from jclt.errors import UserError
-from jclt.mesh import make_mesh, sharding
+from jclt.mesh import make_mesh, make_sharding
 from jclt.models import ModelConfig, forward
 from jclt.training.config import LmConfig
 from jclt.training.lm import init_state, next_token_loss, train_lm, train_step
@@ -99,12 +99,12 @@ def test_it_learns_the_rule_of_its_text(config, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
 def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
-    rows = text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length, ())[0]
+    rows = read_text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length, ())[0]
 
     config = replace(config, optimizer="muon" if shape == (2, 4) else "adamw")
 
     def losses(mesh) -> list[float]:
-        placed = sharding(mesh, (8, 16), ("batch", None))
+        placed = make_sharding(mesh, (8, 16), ("batch", None))
         with jax.set_mesh(mesh):
             state, seen = init_state(config, mesh), []
             for step in range(5):
@@ -133,15 +133,15 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATF
 
 
 def start(config: LmConfig, folder: Path, **environment: str) -> subprocess.Popen:
-    own = ENVIRONMENT | environment
-    return subprocess.Popen(command(config, folder), env=own, stderr=subprocess.PIPE, text=True)
+    variables = ENVIRONMENT | environment
+    return subprocess.Popen(command(config, folder), env=variables, stderr=subprocess.PIPE, text=True)
 
 
 def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
     """Two processes of one run, of two devices each."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
     place = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "2"}
     # The first alone finds programs in the cache, and the other one must not come to a collective half a minute later.
     place["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -271,25 +271,25 @@ def test_a_folder_of_another_run_is_refused(config, tmp_path):
 def test_json_lines_and_their_faults(config, tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "word10 word11 word12"}\n' * 40)
-    rows, weights = text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
+    rows, weights = read_text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
     assert rows.shape == (10, 16) == weights.shape
     assert rows[0, :4].tolist() == [1, 10, 11, 12]
     file.write_text('{"text": "word10"}\n{"txt": 1}\n')
     with pytest.raises(UserError, match="data.jsonl:2: expected a JSON object with 'text'"):
-        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
+        read_text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
     file.write_text('{"text": "word10"}\n')
     with pytest.raises(UserError, match="2 tokens, expected at least 16"):
-        text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
+        read_text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
 
 
 def test_text_keeps_its_blank_lines_and_json_lines_their_numbers(tmp_path):
-    from jclt.data.load_tokens import _documents
+    from jclt.data.load_tokens import _read_documents
 
     plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     plain.write_text("one\n\ntwo\n")
-    assert _documents(plain) == ["one\n\ntwo\n"]
+    assert _read_documents(plain) == ["one\n\ntwo\n"]
     lines.write_text('{"text": "one"}\n\n{"text": "t\u2028wo"}\n', encoding="utf-8")
-    assert _documents(lines) == ["one", "t\u2028wo"]
+    assert _read_documents(lines) == ["one", "t\u2028wo"]
     lines.write_text('{"text": "one"}\n\n{}\n')
     with pytest.raises(UserError, match="a.jsonl:3: expected a JSON object with 'text'"):
-        _documents(lines)
+        _read_documents(lines)

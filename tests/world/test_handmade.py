@@ -1,5 +1,5 @@
-"""The model compiled by hand does what its docstring says, in any basis and with norms on; what it is for, the exact
-edges, is checked here by taking away one source at a time, with no attribution code."""
+"""The handmade model does what its docstring says, in any basis and with norms. Its exact edges are checked by removing
+one source at a time, without attribution code."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from handmade_coders import LAST, expected_edges, faithful_coder, nodes, unfaithful_coder
 
 import jclt
-from jclt.coders import neurons, replacing
+from jclt.coders import CoderReplacement, neurons
 from jclt.models import Replace, save_model
 from jclt.world.handmade import (
     ANSWERS,
@@ -16,7 +16,7 @@ from jclt.world.handmade import (
     PROMPTS,
     STATE_OF_CITY,
     STATE_TOKENS,
-    compiled_two_hop,
+    build_two_hop,
 )
 
 MODELS = {
@@ -25,7 +25,7 @@ MODELS = {
     "norms": {"norms": True},
     "rotated norms": {"basis_seed": 2, "norms": True},
 }
-MODEL = {name: compiled_two_hop(**options) for name, options in MODELS.items()}
+MODEL = {name: build_two_hop(**options) for name, options in MODELS.items()}
 TOKENS = np.asarray(PROMPTS)
 CITIES = np.arange(len(PROMPTS))
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -86,44 +86,44 @@ def targets(model, logits, seen, city: int) -> np.ndarray:
 @each_model
 @pytest.mark.parametrize("city", [0, 6])
 def test_expected_edges_are_what_each_source_contributes(name, city):
-    """With patterns, denominators and MLP outputs held, taking a source away changes each target by just its edge."""
+    """With frozen patterns, denominators and MLP outputs, removing a source changes each target by exactly its edge."""
     model = MODEL[name]
-    held = ("pattern", "attn_denominator", "mlp_denominator", "final_denominator", "mlp_out", "token_embedding")
-    sites = (*held, "mlp_in", "mlp_neurons")
+    frozen = ("pattern", "attn_denominator", "mlp_denominator", "final_denominator", "mlp_out", "token_embedding")
+    sites = (*frozen, "mlp_in", "mlp_neurons")
     _, seen = jclt.run(model, TOKENS[city], capture=sites)
 
     def measure(**changed) -> np.ndarray:
-        values = {site: seen[site] for site in held} | changed
+        values = {site: seen[site] for site in frozen} | changed
         logits, got = jclt.run(model, TOKENS[city], capture=("mlp_in",), edit=Replace(values))
         return targets(model, logits, got, city)
 
-    whole = measure()
-    found = {}
+    complete = measure()
+    effects = {}
     for position in range(3):
-        found["token", position] = whole - measure(token_embedding=seen["token_embedding"].at[position].set(0))
+        effects["token", position] = complete - measure(token_embedding=seen["token_embedding"].at[position].set(0))
     for layer, position, index in np.argwhere(np.asarray(seen["mlp_neurons"])).tolist():
         written = seen["mlp_neurons"][layer, position, index] * model.params["down"][layer, index]
         without = measure(mlp_out=seen["mlp_out"].at[layer, position].add(-written))
-        found["feature", layer, position, index] = whole - without
-    found["bias",] = whole - sum(found.values())
+        effects["feature", layer, position, index] = complete - without
+    effects["bias",] = complete - sum(effects.values())
 
     hop, state, logit = nodes(city)
     width = model.config.mlp_width
     index = {hop: hop[-1], state: width + state[-1], logit: 2 * width}
     want = expected_edges(city, norms=model.config.norm == "rms")
     for target, at in index.items():
-        for source, effect in found.items():
+        for source, effect in effects.items():
             np.testing.assert_allclose(
                 effect[at], want.get((target, source), 0.0), atol=1e-5, err_msg=f"{target} {source}"
             )
         total = sum(value for (into, _), value in want.items() if into == target)
-        np.testing.assert_allclose(whole[at], total, atol=1e-5)
-    assert {source for _, source in want} <= set(found)
+        np.testing.assert_allclose(complete[at], total, atol=1e-5)
+    assert {source for _, source in want} <= set(effects)
 
 
 def answers(model, coder=None, push=None) -> np.ndarray:
     """The answers of the model, or of its replacement, with something added to the stream between the layers."""
-    replace = replacing(coder) if coder is not None else lambda site, layer, value: value
+    replace = CoderReplacement(coder) if coder is not None else lambda site, layer, value: value
 
     def edit(site, layer, value):
         value = replace(site, layer, value)
@@ -153,9 +153,9 @@ def test_all_coders_reconstruct_exactly_and_the_unfaithful_one_with_a_single_fea
 @each_model
 def test_another_state_between_the_layers_moves_all_but_the_unfaithful_replacement(name):
     model = MODEL[name]
-    states, own = np.asarray(model.params["token_embedding"])[list(STATE_TOKENS)], np.asarray(STATE_OF_CITY)
-    other = (own + 1) % len(STATE_TOKENS)
-    push = jnp.asarray(states[other] - states[own])
+    directions, state = np.asarray(model.params["token_embedding"])[list(STATE_TOKENS)], np.asarray(STATE_OF_CITY)
+    other = (state + 1) % len(STATE_TOKENS)
+    push = jnp.asarray(directions[other] - directions[state])
     moved = np.asarray(CAPITAL_TOKENS)[np.asarray(CAPITAL_OF)[other]]
     np.testing.assert_array_equal(answers(model, push=push), moved)
     np.testing.assert_array_equal(answers(model, faithful_coder(model), push), moved)

@@ -1,4 +1,4 @@
-"""The measures of a model of the world say nothing of a model that knows nothing, and find what is planted."""
+"""The measures show nothing for an untrained model, and find what is planted."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from jclt.models import Model, Tokenizer, declare
 from jclt.training.presets import small_world
 from jclt.world.facts import CITIES, STATE_OF, STATES
-from jclt.world.measure import accuracy, answers, probe, state_probes, swaps
+from jclt.world.measure import answer_examples, measure_accuracy, measure_swaps, probe, probe_states
 from jclt.world.tasks import TASKS
 from jclt.world.tokenizer import build_tokenizer
 
@@ -22,19 +22,19 @@ def untrained() -> Model:
 
 
 def test_an_untrained_model_answers_nothing(untrained):
-    assert all(share < 0.2 for name, share in accuracy(untrained, count=30).items() if name != "greater_than")
+    assert all(share < 0.2 for name, share in measure_accuracy(untrained, count=30).items() if name != "greater_than")
 
 
 def test_padding_does_not_change_answers(untrained):
     examples = TASKS["induction"].examples("report", 20, seed=0)
-    together = answers(untrained, examples)
-    alone = [answers(untrained, [example])[0] for example in examples]
-    assert [a.said for a in together] == [a.said for a in alone]
+    together = answer_examples(untrained, examples)
+    alone = [answer_examples(untrained, [example])[0] for example in examples]
+    assert [a.predicted for a in together] == [a.predicted for a in alone]
     np.testing.assert_allclose([a.probability for a in together], [a.probability for a in alone], rtol=1e-4)
 
 
 def test_swaps_cover_every_layer_and_move_nothing_here(untrained):
-    found = swaps(untrained, partners=1)
+    found = measure_swaps(untrained, partners=1)
     assert {swap.layer for swap in found} == set(range(untrained.config.layers))
     assert len(found) == 3 * untrained.config.layers
     assert all(swap.moved < 0.3 for swap in found)
@@ -49,4 +49,4 @@ def test_probe_finds_what_is_there():
 
 
 def test_state_is_not_in_the_embeddings(untrained):
-    assert state_probes(untrained)["embeddings"] < 0.3
+    assert probe_states(untrained)["embeddings"] < 0.3

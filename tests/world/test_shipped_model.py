@@ -1,4 +1,4 @@
-"""The model that ships knows its world: the bars of experiments/small_world.py, on what is kept for reporting."""
+"""The shipped model knows its world: the bars of experiments/small_world.py, on the report split."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 import jclt
 from jclt.models import Model, find_model
-from jclt.world.measure import BARS, KEPT, MOVED, accuracy, state_probes, state_swap, swaps
+from jclt.world.measure import BARS, KEPT, MOVED, find_state_swap, measure_accuracy, measure_swaps, probe_states
 from jclt.world.tasks import TASKS
 from jclt.world.tokenizer import build_tokenizer
 
@@ -33,15 +33,15 @@ def test_its_folder_is_what_saving_it_writes(shipped, tmp_path):
 
 
 def test_every_task_is_known(shipped):
-    for task, share in accuracy(shipped, "report").items():
+    for task, share in measure_accuracy(shipped, "report").items():
         assert share >= BARS[task], (task, share)
 
 
 def test_cities_are_answered_in_two_hops(shipped):
     """Where a probe can first read the state, before the last layer, another city of the same state serves as well and
     one of another state does not; where the state is not yet, or no longer, an exchange moves nothing."""
-    found = swaps(shipped)
-    right = state_swap(found, state_probes(shipped))
+    found = measure_swaps(shipped)
+    right = find_state_swap(found, probe_states(shipped))
     assert right.layer < shipped.config.layers - 1
     assert right.kept >= KEPT and right.moved >= MOVED
     elsewhere = {(swap.layer, swap.where): swap.moved for swap in found}
@@ -50,7 +50,7 @@ def test_cities_are_answered_in_two_hops(shipped):
 
 
 def test_the_state_is_worked_out_not_looked_up(shipped):
-    probes = state_probes(shipped)
+    probes = probe_states(shipped)
     assert probes["embeddings"] < 0.2
     assert probes[f"resid_post {shipped.config.layers - 2} end"] > 0.9
 

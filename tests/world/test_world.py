@@ -1,4 +1,4 @@
-"""The world keeps its own rules: nothing withheld leaks, and what is said to be true of a prompt is."""
+"""The world keeps its rules: nothing withheld is in the corpus, and the concepts of a prompt are true."""
 
 import re
 from random import Random
@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from jclt.world import facts, numbers, words
-from jclt.world.corpus import corpus, text
-from jclt.world.example import BOS, UNKNOWN, Concept, Example, pieces
+from jclt.world.corpus import make_corpus, make_text
+from jclt.world.example import BOS, UNKNOWN, Concept, Example, split_tokens
 from jclt.world.tasks import TASKS
 from jclt.world.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
 VOCABULARY = TOKENIZER.get_vocab()
-TEXT = text(30_000, seed=11)
+TEXT = make_text(30_000, seed=11)
 LINES = TEXT.splitlines()
-SHOWN = {" ".join(parts[:n]) for parts in map(pieces, LINES) for n in range(2, len(parts) + 1)}
+SHOWN = {" ".join(parts[:n]) for parts in map(split_tokens, LINES) for n in range(2, len(parts) + 1)}
 each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
@@ -28,8 +28,8 @@ def roots(example: Example) -> dict[str, str]:
 
 
 def test_same_seed_same_world():
-    assert text(500, seed=3) == text(500, seed=3) != text(500, seed=4)
-    first, again = (corpus(20, 64, 5, VOCABULARY) for _ in range(2))
+    assert make_text(500, seed=3) == make_text(500, seed=3) != make_text(500, seed=4)
+    first, again = (make_corpus(20, 64, 5, VOCABULARY) for _ in range(2))
     assert np.array_equal(first.tokens, again.tokens) and np.array_equal(first.weights, again.weights)
     for task in TASKS.values():
         assert task.examples("report", 20, seed=1) == task.examples("report", 20, seed=1)
@@ -37,12 +37,12 @@ def test_same_seed_same_world():
 
 
 def test_rows_are_whole_lines():
-    tokens, weights = corpus(200, 64, 0, VOCABULARY)
+    tokens, weights = make_corpus(200, 64, 0, VOCABULARY)
     assert (tokens[:, 0] == VOCABULARY[BOS]).all() and (weights[:, 0] == 0).all()
-    openings = {pieces(line)[0] for line in LINES}
+    openings = {split_tokens(line)[0] for line in LINES}
     for row in tokens:
         for line in TOKENIZER.decode(row[1:].tolist()).rstrip("\n").split("\n"):
-            assert pieces(line)[0] in openings
+            assert split_tokens(line)[0] in openings
             assert re.search(r"\.$|^(calc|ones|tens): .*=\d+$|^digits:.*= [\d ]+$", line)
     assert 0.05 < (weights == 1).mean() < 0.2, "answers are about one token in ten"
     assert (weights == 0).mean() < 0.08, "little is left empty"
@@ -63,7 +63,7 @@ def test_text_survives_the_tokenizer():
     ids = TOKENIZER.encode(TEXT).ids
     assert VOCABULARY[UNKNOWN] not in ids
     assert TOKENIZER.decode(ids) == TEXT
-    assert TOKENIZER.encode(TEXT).tokens == [BOS, *pieces(TEXT)]
+    assert TOKENIZER.encode(TEXT).tokens == [BOS, *split_tokens(TEXT)]
 
 
 def test_tokens_that_people_will_look_for():
@@ -91,10 +91,10 @@ def test_every_answer_is_one_token_that_follows_the_prompt(task):
 @each_task
 def test_no_withheld_prompt_is_in_the_corpus(task):
     withheld = [example for split in ("choose", "report") for example in task.examples(split, 500, seed=2)]
-    answered = [" ".join((*pieces(e.prompt), answer)) for e in withheld for answer in e.answers]
+    answered = [" ".join((*split_tokens(e.prompt), answer)) for e in withheld for answer in e.answers]
     assert not SHOWN.intersection(answered)
     if task.name in ("athlete", "antonym", "successor"):  # so few cases that most are shown, if the test looks right
-        trained = (" ".join((*pieces(e.prompt), *e.answers)) for e in task.examples("train", 200, seed=2))
+        trained = (" ".join((*split_tokens(e.prompt), *e.answers)) for e in task.examples("train", 200, seed=2))
         assert np.mean([prompt in SHOWN for prompt in trained]) > 0.5
 
 
@@ -120,8 +120,10 @@ def test_nothing_withheld_starts_a_run_or_is_stepped_from():
         for name, items in numbers.LISTS.items():
             for step in numbers.STEPS if set(following) <= set(items) else ():
                 place = items.index(start)
-                if [numbers.item(name, place + step * i) for i in range(len(following))] == list(following):
-                    assert numbers.step_split((name, place + step * max(0, shown - 1), step, shown)) == "train", line
+                if [numbers.item_at(name, place + step * i) for i in range(len(following))] == list(following):
+                    assert (
+                        numbers.assign_step_split((name, place + step * max(0, shown - 1), step, shown)) == "train"
+                    ), line
                     checked += 1
     assert checked > 1000
 
@@ -130,14 +132,14 @@ def test_withheld_sums_are_nowhere_worked_out():
     for line in LINES:
         if plain := re.fullmatch(r"calc: (\d+)\+(\d+)=(\d+)", line):
             a, b, total = map(int, plain.groups())
-            assert a + b == total and numbers.sum_split((a, b)) == "train"
+            assert a + b == total and numbers.assign_sum_split((a, b)) == "train"
         elif part := re.fullmatch(r"(ones|tens): (\d+)\+(\d+)=(\d+)", line):
             a, b = int(part[2]), int(part[3])
             assert int(part[4]) == ((a + b) % 10 if part[1] == "ones" else (a + b) // 10)
-            assert numbers.sum_split((a, b)) == "train"
+            assert numbers.assign_sum_split((a, b)) == "train"
         elif spelled := re.fullmatch(r"digits: (\d) (\d) \+ (\d) (\d) =.*", line):
             a, tens_a, b, tens_b = map(int, spelled.groups())
-            assert numbers.sum_split((a + 10 * tens_a, b + 10 * tens_b)) == "train"
+            assert numbers.assign_sum_split((a + 10 * tens_a, b + 10 * tens_b)) == "train"
 
 
 def test_facts_are_seen_in_some_form():
@@ -175,7 +177,7 @@ def test_concepts_stand_where_they_are_said_to(task):
                 assert written.removeprefix(BOS).endswith(concept.value)
             known[concept.name] = concept
         answer = known["answer"]
-        if task.answers is None:
+        if task.list_answers is None:
             assert answer.value == example.answers[0].strip()
 
 
@@ -214,4 +216,4 @@ def test_the_state_is_not_a_sum_of_what_the_two_words_say():
 def test_draws_from_a_split_come_from_it():
     random = Random(0)
     for task in TASKS.values():
-        assert {task.split(task.case(random, "choose")) for _ in range(20)} == {"choose"}
+        assert {task.assign_split(task.draw_case(random, "choose")) for _ in range(20)} == {"choose"}

@@ -1,4 +1,17 @@
-"""Coders on disk: our own folder, which circuit-tracer loads too, and the layouts that others publish."""
+"""Loading and saving coders: in our own folder, which circuit-tracer loads too, and in the layouts that others publish.
+
+How to add a coder format, say "mylab" (`gemma_scope.py` is a short example, a test in
+tests/coders/test_add_a_coder_format.py follows these steps):
+
+1. In a new file of this folder, list in a `Names` table each of our weights with its published name and axes.
+2. `is_mylab(folder)` tells by file names whether a folder has this format.
+3. `read_mylab(folder)` opens the files and makes one `StoredLayer` for each layer (views: no weight is read yet).
+   It returns `describe_coder(layers, kind=..., reads=..., writes=...)`, which takes sizes from the tensors.
+4. `write_mylab(coder, dtype)` refuses what the format cannot express (`check_writable`). Then it yields the name and
+   the content of each file: tensors (`to_published`), or settings for JSON and YAML.
+5. Add `"mylab": Layout(is_mylab, read_mylab, write_mylab)` to `LAYOUTS`, before layouts that would claim its folders.
+6. Add its cases to `ELSEWHERE` and `FAULTS` in tests/coders/test_coder_formats.py.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,27 +27,32 @@ from jax.sharding import Mesh
 from jclt.coders.coder import SparseCoder
 from jclt.coders.config import CoderConfig
 from jclt.coders.formats import circuit_tracer, gemma_scope, saelens
-from jclt.coders.formats.names import our_site
-from jclt.coders.formats.tensors import Found, place, write_tensors
+from jclt.coders.formats.names import parse_site
+from jclt.coders.formats.tensors import StoredCoder, load_weights, write_tensors
 from jclt.coders.model_fit import check_fit
-from jclt.errors import UserError, first_line, nearest
-from jclt.files import new_folder, write_json
+from jclt.errors import UserError, first_line, suggest_name
+from jclt.files import create_folder, write_json
 from jclt.models import Model
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Layout(NamedTuple):
+    """The functions of one coder format."""
+
     is_in: Callable[[Path], bool]
-    read: Callable[[Path], Found]
+    read: Callable[[Path], StoredCoder]
     write: Callable[[SparseCoder, str], Iterator[tuple[str, Mapping[str, Any]]]]
-    """Yields each file's name and content: tensors, or what goes into a JSON file that may name their type."""
+    """Yields the name and the content of each file: tensors, or settings for JSON. Its second argument is the type in
+    which tensors are stored."""
     dtypes: tuple[str, ...] = DTYPES
 
 
 LAYOUTS: dict[str, Layout] = {
-    "jclt": Layout(circuit_tracer.is_ours, circuit_tracer.read_ours, circuit_tracer.write_ours),
-    "circuit-tracer": Layout(circuit_tracer.is_theirs, circuit_tracer.read_theirs, circuit_tracer.write_theirs),
+    "jclt": Layout(circuit_tracer.is_jclt_folder, circuit_tracer.read_jclt, circuit_tracer.write_jclt),
+    "circuit-tracer": Layout(
+        circuit_tracer.is_circuit_tracer_folder, circuit_tracer.read_circuit_tracer, circuit_tracer.write_circuit_tracer
+    ),
     "saelens": Layout(saelens.is_saelens, saelens.read_saelens, saelens.write_saelens),
     "gemma-scope-2": Layout(
         gemma_scope.is_gemma_scope_2, gemma_scope.read_gemma_scope_2, gemma_scope.write_gemma_scope_2
@@ -46,7 +64,7 @@ LAYOUTS: dict[str, Layout] = {
         ("float32", "float16"),  # numpy's format has no bfloat16
     ),
 }
-"""In the order in which a folder is tried for them."""
+"""A folder has the first of these layouts whose `is_in` is true."""
 
 
 def load_coder(
@@ -59,30 +77,29 @@ def load_coder(
     writes: str | None = None,
     check: bool = True,
 ) -> SparseCoder:
-    """Loads "demo" or a folder in any of `LAYOUTS`; the folder of a training run stands for the coder in it. On a mesh
-    every weight is read straight to its place there.
+    """Loads "demo", a folder in any of `LAYOUTS`, or the coder of a training run's folder.
 
-    With its model at hand the coder must fit it: in layers, width and sites, and, unless `check=False`, in what it
-    reconstructs of a short text; one whose files name this very model may do badly, and a warning says so. `reads` and
-    `writes` name the sites where the files do not, or are wrong.
+    With a mesh each device reads its shard of every weight. With `model` the coder must fit it: in layers, width and
+    sites, and, unless `check=False`, by its reconstruction of a short text (`check_fit`). `reads` and `writes` give the
+    sites where the files do not name them, or name wrong ones.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(DTYPES)}")
-    folder, (config, layers) = _found(name)
-    config = _completed(config, reads, writes, model, folder)
-    coder = place(config, layers, jnp.dtype(dtype), mesh)
+    folder, (config, layers) = _read_folder(name)
+    config = _complete_config(config, reads, writes, model, folder)
+    coder = load_weights(config, layers, jnp.dtype(dtype), mesh)
     if model is not None and check:
         check_fit(coder, model, str(name))
     return coder
 
 
 def coder_model(name: str | Path) -> str:
-    """The name of the model that a coder was trained on, empty where its files do not say it; no weight is read."""
-    return _found(name)[1].config.model
+    """The name of the model that a coder was trained on; empty if its files do not name it. No weight is read."""
+    return _read_folder(name)[1].config.model
 
 
-def _found(name: str | Path) -> tuple[Path, Found]:
-    """The folder of a coder and what is in it."""
+def _read_folder(name: str | Path) -> tuple[Path, StoredCoder]:
+    """The folder of a coder, and the coder in it with its weights still on disk."""
     folder = find_coder(str(name))
     layout = next((layout for layout in LAYOUTS.values() if layout.is_in(folder)), None)
     if layout is None:
@@ -91,7 +108,7 @@ def _found(name: str | Path) -> tuple[Path, Found]:
 
 
 def find_coder(name: str) -> Path:
-    """The folder that holds the coder of this name; in a training run's it is `coder`."""
+    """The folder that holds the coder of this name: in the folder of a training run, its `coder`."""
     if name == "demo":
         folder = Path(str(resources.files("jclt"))) / "world" / "coder"
         if not folder.is_dir():
@@ -106,14 +123,14 @@ def find_coder(name: str) -> Path:
         found = "is a file" if os.path.lexists(folder) else "no such folder"
         raise UserError(f"coder '{name}': {found}, expected 'demo' or the folder that holds the coder's files")
     inner = folder / "coder"
-    return inner if circuit_tracer.is_ours(inner) and not circuit_tracer.is_ours(folder) else folder
+    return inner if circuit_tracer.is_jclt_folder(inner) and not circuit_tracer.is_jclt_folder(folder) else folder
 
 
-def _completed(
+def _complete_config(
     config: CoderConfig, reads: str | None, writes: str | None, model: Model | None, folder: Path
 ) -> CoderConfig:
-    """The configuration with the sites given in place of those found, checked by itself and against the model."""
-    sites = [our_site(given, "coder")[0] if given else None for given in (reads, writes)]
+    """The settings with the sites that the caller gave, checked by themselves and against the model."""
+    sites = [parse_site(site, "coder")[0] if site else None for site in (reads, writes)]
     config = replace(config, reads=sites[0] or config.reads, writes=sites[1] or config.writes)
     if not (config.reads and config.writes):
         raise UserError(
@@ -129,39 +146,39 @@ def _completed(
     if model is None:
         return config
     try:
-        return config.fitted(model.config, model.name)
+        return config.fit_to_model(model.config, model.name)
     except UserError as error:
         other = f"was trained on model '{config.model}', not on '{model.name}': "
-        said = other if config.model not in ("", model.name) else ""
-        raise UserError(f"{folder}: {said}{error}") from None
+        reason = other if config.model not in ("", model.name) else ""
+        raise UserError(f"{folder}: {reason}{error}") from None
 
 
 def save_coder(coder: SparseCoder, folder: str | Path, layout: str = "jclt", dtype: str = "float32") -> None:
-    """Writes the coder in one of `LAYOUTS`; "jclt" keeps all of it, the others refuse what they cannot say."""
+    """Writes the coder in one of `LAYOUTS`. "jclt" keeps all of it; the others refuse what they cannot express."""
     if layout not in LAYOUTS:
-        raise UserError(f"layout '{layout}' is unknown; {nearest(layout, LAYOUTS)}")
+        raise UserError(f"layout '{layout}' is unknown; {suggest_name(layout, LAYOUTS)}")
     if dtype not in LAYOUTS[layout].dtypes:
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(LAYOUTS[layout].dtypes)} in layout {layout}")
     if coder.config.activation == "batchtopk":
         raise UserError("activation 'batchtopk': a rule of training, expected the coder with its rule at inference")
     files = LAYOUTS[layout].write(coder, dtype)
-    if jax.process_index() > 0:  # the first process writes, a layer at a time, and the others hand it their pieces
+    if jax.process_index() > 0:  # the first process writes; the others take part in gathering each layer
         for _ in files:
             pass
         return
-    with new_folder(Path(folder)) as beside:
+    with create_folder(Path(folder)) as new:
         for name, content in files:
-            path = beside / name
+            path = new / name
             path.parent.mkdir(exist_ok=True)
             if path.suffix in (".json", ".yaml"):  # JSON is YAML
                 write_json(path, content)
             else:
                 write_tensors(path, content, jnp.dtype(dtype))
-        _check_sayings(coder.config, LAYOUTS[layout].read(beside).config, layout)
+        _check_reread(coder.config, LAYOUTS[layout].read(new).config, layout)
 
 
-def _check_sayings(config: CoderConfig, read: CoderConfig, layout: str) -> None:
-    """Refuses a folder out of which another coder would be read."""
+def _check_reread(config: CoderConfig, read: CoderConfig, layout: str) -> None:
+    """Refuses to save files from which another coder would be read."""
     for field in ("kind", "features", "activation", "k", "reads", "writes", "skip", "layers", "width"):
         want, got = getattr(config, field), getattr(read, field)
         if want != got:

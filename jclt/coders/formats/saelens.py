@@ -1,4 +1,4 @@
-"""Coders in SAELens's layout: a folder a layer, with `cfg.json` and `sae_weights.safetensors`."""
+"""Coders in SAELens's layout: one folder for each layer, with `cfg.json` and `sae_weights.safetensors`."""
 
 import math
 import os
@@ -11,9 +11,25 @@ from typing import Any
 import numpy as np
 
 from jclt.coders.coder import SparseCoder
-from jclt.coders.formats.names import PEER_NAME_OF, agreed, check_sayable, our_site, positive, text_of, their_name
-from jclt.coders.formats.tensors import Found, LayerSource, Names, found, open_file, published, weights
-from jclt.errors import UserError, nearest
+from jclt.coders.formats.names import (
+    PEER_NAME_OF,
+    check_writable,
+    clip_threshold_at_zero,
+    get_text,
+    parse_site,
+    published_site_name,
+    require_same,
+)
+from jclt.coders.formats.tensors import (
+    Names,
+    StoredCoder,
+    StoredLayer,
+    describe_coder,
+    open_file,
+    to_published,
+    weights_by_name,
+)
+from jclt.errors import UserError, suggest_name
 from jclt.files import read_json
 
 NAMES: Names = {
@@ -33,44 +49,48 @@ ARCHITECTURES: dict[str, tuple[str, str, bool]] = {
     "jumprelu_transcoder": ("transcoder", "jumprelu", False),
     "jumprelu_skip_transcoder": ("transcoder", "jumprelu", True),
 }
-"""SAELens's names for kind, activation and skip."""
+"""SAELens's names, each with our kind, activation and skip."""
 
 
 def is_saelens(folder: Path) -> bool:
     return any(folder.rglob("cfg.json"))
 
 
-def read_saelens(folder: Path) -> Found:
-    said, layers = {}, {}
+def read_saelens(folder: Path) -> StoredCoder:
+    settings_by_layer, layers = {}, {}
     for path in sorted(folder.rglob("cfg.json")):
         raw = read_json(path)
-        known, number = _saelens_config(raw, path)
-        if number in said:
+        known, number = _parse_config(raw, path)
+        if number in settings_by_layer:
             raise UserError(f"{path}: a second coder of layer {number}, expected a folder with one")
-        said[number] = path, known
-        plain = LayerSource(number, (open_file(path.parent / "sae_weights.safetensors"),), NAMES)
+        settings_by_layer[number] = path, known
+        plain = StoredLayer(number, (open_file(path.parent / "sae_weights.safetensors"),), NAMES)
         features, width = plain.shape("encoder")
         if (raw.get("d_sae", features), raw.get("d_in", width)) != (features, width):
             sizes = f"d_sae={short(raw.get('d_sae'))}, d_in={short(raw.get('d_in'))}"
             raise UserError(f"{path}: {sizes}, expected {features} and {width}, those of the weights beside it")
-        layers[number] = LayerSource(number, plain.files, NAMES, partial(_folded, raw, path, plain))
+        layers[number] = StoredLayer(number, plain.files, NAMES, partial(_fold_weight, raw, path, plain))
     order = sorted(layers)
-    config = agreed([said[number][1] for number in order], [said[number][0] for number in order])
-    return found([layers[number] for number in order], **config)
+    config = require_same(
+        [settings_by_layer[number][1] for number in order], [settings_by_layer[number][0] for number in order]
+    )
+    return describe_coder([layers[number] for number in order], **config)
 
 
-def _saelens_config(raw: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], int]:
+def _parse_config(raw: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], int]:
     for name in ("metadata", "activation_fn_kwargs"):
         if not isinstance(raw.get(name) or {}, dict):
             raise UserError(f"{path}: '{name}' is {short(raw[name])}, expected settings by name")
     metadata = {**raw, **(raw.get("metadata") or {})}
-    architecture = text_of(raw, "architecture", path) or "standard"
+    architecture = get_text(raw, "architecture", path) or "standard"
     activation = raw.get("activation_fn", raw.get("activation_fn_str", "relu"))
     k = raw.get("k", (raw.get("activation_fn_kwargs") or {}).get("k"))
-    if architecture == "standard" and activation == "topk":  # as it was before version 6
+    if architecture == "standard" and activation == "topk":  # before version 6
         architecture, activation = "topk", "relu"
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture '{architecture}' is unknown; {nearest(architecture, ARCHITECTURES)}")
+        raise UserError(
+            f"{path}: architecture '{architecture}' is unknown; {suggest_name(architecture, ARCHITECTURES)}"
+        )
     plain = {
         "activation_fn": (activation, ("relu", "topk") if architecture == "topk" else ("relu",)),
         "normalize_activations": (raw.get("normalize_activations"), (None, "none", False, "expected_average_only_in")),
@@ -81,37 +101,37 @@ def _saelens_config(raw: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
     }
     for name, (value, expected) in plain.items():
         if value not in expected:
-            raise UserError(f"{path}: {name} is {short(value)}, expected {_options(expected)}")
+            raise UserError(f"{path}: {name} is {short(value)}, expected {_format_options(expected)}")
     kind, rule, skip = ARCHITECTURES[architecture]
     hook = str(metadata.get("hook_name") or metadata.get("hook_point"))
-    reads, number = _saelens_site(metadata.get("hf_hook_name"), hook, path)
+    reads, number = _parse_site(metadata.get("hf_hook_name"), hook, path)
     out = metadata.get("hook_name_out") or (hook if kind == "sae" else None)
     if out is None:
         raise UserError(f"{path}: 'hook_name_out' is missing, expected of a {architecture}")
-    writes, last = _saelens_site(metadata.get("hf_hook_name_out"), str(out), path) if out != hook else (reads, number)
+    writes, last = _parse_site(metadata.get("hf_hook_name_out"), str(out), path) if out != hook else (reads, number)
     if number is None or number != last:
         raise UserError(f"{path}: reads '{hook}' and writes '{out}', expected two sites of one layer")
     known = {"kind": kind, "activation": rule, "skip": skip, "reads": reads, "writes": writes}
     if rule == "topk" and not isinstance(k, int):
         raise UserError(f"{path}: k is {short(k)}, expected a whole number under architecture 'topk'")
-    return known | {"model": text_of(metadata, "model_name", path), "k": k if rule == "topk" else None}, number
+    return known | {"model": get_text(metadata, "model_name", path), "k": k if rule == "topk" else None}, number
 
 
-def _options(values: tuple[Any, ...]) -> str:
+def _format_options(values: tuple[Any, ...]) -> str:
     return " or ".join(str(value) for value in values if value) or "none"
 
 
-def _saelens_site(module: Any, hook: str, path: Path) -> tuple[str, int | None]:
-    """By the module where it is known: the name beside it is at times that of another site (`hook_mlp_in`)."""
+def _parse_site(module: Any, hook: str, path: Path) -> tuple[str, int | None]:
+    """By the module, if it is known: the hook name is sometimes that of another site (`hook_mlp_in`)."""
     try:
-        return our_site(str(module), path)
+        return parse_site(str(module), path)
     except UserError:
-        return our_site(hook, path)
+        return parse_site(hook, path)
 
 
-def _folded(raw: Mapping[str, Any], path: Path, plain: LayerSource, weight: str, array: np.ndarray) -> np.ndarray:
-    """A weight with what SAELens does to input and output at run time multiplied or added into it."""
-    scale = _input_scale(raw, path)
+def _fold_weight(raw: Mapping[str, Any], path: Path, plain: StoredLayer, weight: str, array: np.ndarray) -> np.ndarray:
+    """A weight that includes what SAELens does to inputs and outputs at run time: scales and the subtracted bias."""
+    scale = _read_input_scale(raw, path)
     norms = np.ones((), np.float32)
     if raw.get("rescale_acts_by_decoder_norm"):
         norms = np.linalg.norm(plain["decoder"].array[:, 0].astype(np.float32), axis=-1)
@@ -119,7 +139,7 @@ def _folded(raw: Mapping[str, Any], path: Path, plain: LayerSource, weight: str,
         encoder, bias = (plain[name].array.astype(np.float32) for name in ("encoder", "decoder_bias"))
         array = array.astype(np.float32) - encoder @ bias
     if scale == 1 and norms.ndim == 0:
-        return positive(weight, array)
+        return clip_threshold_at_zero(weight, array)
     factors = {
         "encoder": norms * scale,
         "encoder_bias": norms,
@@ -127,15 +147,17 @@ def _folded(raw: Mapping[str, Any], path: Path, plain: LayerSource, weight: str,
         "decoder_bias": 1 / scale,
     }
     factor = np.asarray(factors.get(weight, 1.0))
-    return positive(weight, array * factor.reshape(factor.shape + (1,) * (array.ndim - 1) if factor.ndim else ()))
+    return clip_threshold_at_zero(
+        weight, array * factor.reshape(factor.shape + (1,) * (array.ndim - 1) if factor.ndim else ())
+    )
 
 
 def _subtracts_bias(raw: Mapping[str, Any]) -> bool:
-    transcodes = ARCHITECTURES.get(raw.get("architecture", "standard"), ("sae",))[0] == "transcoder"
-    return bool(raw.get("apply_b_dec_to_input", not transcodes))
+    is_transcoder = ARCHITECTURES.get(raw.get("architecture", "standard"), ("sae",))[0] == "transcoder"
+    return bool(raw.get("apply_b_dec_to_input", not is_transcoder))
 
 
-def _input_scale(raw: Mapping[str, Any], path: Path) -> float:
+def _read_input_scale(raw: Mapping[str, Any], path: Path) -> float:
     if raw.get("normalize_activations") != "expected_average_only_in":
         return 1.0
     scaler = path.parent / "activation_scaler.json"
@@ -147,13 +169,13 @@ def _input_scale(raw: Mapping[str, Any], path: Path) -> float:
 
 def write_saelens(coder: SparseCoder, dtype: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     config = coder.config
-    check_sayable(coder, "saelens", clt=False, rules=("relu", "jumprelu", "topk"))
+    check_writable(coder, "saelens", clt=False, rules=("relu", "jumprelu", "topk"))
     wanted = (config.kind, config.rule, config.skip)
-    architecture = next((name for name, meant in ARCHITECTURES.items() if meant == wanted), None)
+    architecture = next((name for name, ours in ARCHITECTURES.items() if ours == wanted), None)
     if architecture is None:
         skip = " with a skip" if config.skip else ""
         raise UserError(f"layout saelens: has no {config.rule} {config.kind}{skip}, expected layout jclt")
-    sites = [their_name(site, PEER_NAME_OF, "saelens") for site in (config.reads, config.writes)]
+    sites = [published_site_name(site, PEER_NAME_OF, "saelens") for site in (config.reads, config.writes)]
     cfg = {"architecture": architecture, "d_in": config.size, "d_sae": config.features, "dtype": dtype}
     cfg |= {
         "device": "cpu",
@@ -167,5 +189,5 @@ def write_saelens(coder: SparseCoder, dtype: str) -> Iterator[tuple[str, Mapping
         metadata = {"model_name": config.model, "hook_name": f"blocks.{number}.{sites[0]}"}
         metadata |= {"hook_name_out": f"blocks.{number}.{sites[1]}"} if config.kind == "transcoder" else {}
         folder = f"layer_{number}/" if len(config.covered) > 1 else ""
-        yield f"{folder}sae_weights.safetensors", published(weights(layer), NAMES)
+        yield f"{folder}sae_weights.safetensors", to_published(weights_by_name(layer), NAMES)
         yield f"{folder}cfg.json", cfg | {"metadata": metadata | {"sae_lens_version": "6.0.0"}}

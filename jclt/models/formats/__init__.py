@@ -1,1 +1,1 @@
-"""Language models on disk."""
+"""Language models on disk: published families, `config.json`, tensors."""

@@ -1,7 +1,18 @@
-"""The published families: how each writes its configuration, and how it names and lays out its tensors.
+"""The published families of models: the keys of their `config.json`, and the names and layouts of their tensors.
 
-A family is data: which key of `config.json` is which field of `ModelConfig`, and one line per tensor with an einops
-pattern from the published layout to ours. The same lines serve reading and writing.
+A family is data, and the same data serves reading and writing. How to add one:
+
+1. Find a small published model of the family: its `config.json`, and the names and shapes of its tensors.
+2. Write a `Family` at the end of this file: `name` is the `model_type`, `architecture` the class in transformers.
+3. `keys`: for each field of `ModelConfig` that the file sets, its key and the value when the key is absent (`REQUIRED`
+   if that is an error). Start from `COMMON` or `ROTARY`.
+4. `fixed`: the fields of `ModelConfig` that are the same in every model of the family.
+5. `tensors`: for each published tensor an einops pattern from its axes to the axes in `weights.py`. The letters are
+   those of `shapes.py`; `c` counts weights that share one tensor. Start from `LLAMA_TENSORS`.
+6. `prefixes`: what stands before the tensors' names, such as "model.". `^` before a name means no prefix.
+7. Add it to `FAMILIES`. If its arithmetic is new, add a field to `ModelConfig` and the computation to `transformer.py`.
+8. Add a random model to `tests/golden`: every test of the families then covers it. `tests/models/test_families.py`
+   adds a small family in this way.
 """
 
 from dataclasses import dataclass, field
@@ -20,23 +31,25 @@ REQUIRED = object()
 
 
 class Tensor(NamedTuple):
-    """A published tensor, `{}` standing for the layer, and the weights it holds; several share one along axis `c`."""
+    """A published tensor and the weights in it."""
 
-    published: str
-    pattern: str
-    weights: tuple[str, ...]
+    published: str  # its name; `{}` is the layer's number
+    pattern: str  # from its axes to those of the weights
+    weights: tuple[str, ...]  # several are stacked along axis `c`
 
 
 @dataclass(frozen=True)
 class Family:
     name: str  # `model_type`
     architecture: str
-    keys: dict[str, tuple[str, Any]]  # field -> its key in config.json, and the family's value where the key is absent
+    keys: dict[str, tuple[str, Any]]  # field of ModelConfig -> its key in config.json, its value if the key is absent
     tensors: tuple[Tensor, ...]
-    prefixes: tuple[str, ...]  # what may stand before a tensor's name; the first is written
+    prefixes: tuple[str, ...]  # prefixes of tensor names that are read; the first is written
     fixed: dict[str, Any] = field(default_factory=dict)
-    window_rule: str | None = None  # which layers slide where `layer_types` is absent
-    ignored: tuple[str, ...] = ()  # endings of tensors that hold nothing that is learned
+    window_rule: str | None = None  # the layers with a sliding window if `layer_types` is absent: see `_read_windows`
+    ignored: tuple[str, ...] = ()  # endings of the names of tensors that are not learned
+    scaling_switch: str | None = None  # a key of config.json; if false, attention scores are not scaled
+    mlp_ratio: int | None = None  # mlp_width / width if config.json does not give mlp_width
 
 
 COMMON = {
@@ -147,6 +160,8 @@ GPT2 = Family(
         "mlp_bias": True,
     },
     ignored=("attn.bias", "attn.masked_bias"),
+    scaling_switch="scale_attn_weights",
+    mlp_ratio=4,
 )
 
 NEOX = Family(
@@ -244,7 +259,7 @@ GEMMA3 = Family(
     "Gemma3ForCausalLM",
     GEMMA
     | {
-        # The published files of models of text and images leave out what is as in the smallest one.
+        # The files of models for text and images omit the keys whose values are those of the smallest model.
         "vocabulary": ("vocab_size", 262208),
         "width": ("hidden_size", 2304),
         "layers": ("num_hidden_layers", 26),

@@ -1,4 +1,4 @@
-"""The shapes of published models that runs are planned for, so that planning needs neither weights nor network."""
+"""The shapes of some published models, so that a run can be planned without weights and without network."""
 
 from typing import Any
 
@@ -92,11 +92,11 @@ KNOWN: dict[str, dict[str, Any]] = {
         "eos_token_id": 151645,
     },
 }
-"""What each one's `config.json` says of its shape, by the name that `load_model` takes."""
+"""The part of each model's `config.json` that gives its shape, by the name that `load_model` takes."""
 
 
 def known_config(name: str) -> ModelConfig:
-    """What a model is: one of those above, or what the `config.json` of a folder or a hub name says."""
+    """The settings of a model: one of `KNOWN`, or those in the `config.json` of a folder or a hub name."""
     if name in KNOWN:
         return read_config(KNOWN[name], name)
     return load_config(find_model(name, ("config.json", "generation_config.json")))

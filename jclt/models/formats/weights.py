@@ -1,4 +1,4 @@
-"""Models on disk in the Hugging Face layout: `config.json`, one or many `.safetensors`, a tokenizer's files."""
+"""Models on disk in the Hugging Face layout: `config.json`, `.safetensors` files, a tokenizer's files."""
 
 import math
 import os
@@ -16,29 +16,29 @@ from jax.sharding import Mesh
 
 from jclt.array_files import SafetensorsFile, write_tensors
 from jclt.errors import UserError
-from jclt.files import new_folder, read_json, write_json
+from jclt.files import create_folder, read_json, write_json
 from jclt.memory import check_memory
-from jclt.mesh import fetched
+from jclt.mesh import fetch_to_host
 from jclt.models.config import ModelConfig
-from jclt.models.formats.config_json import family_of, read_config, write_config
+from jclt.models.formats.config_json import find_family, read_config, write_config
 from jclt.models.formats.families import Family, Tensor
-from jclt.models.ops import finite_rows
+from jclt.models.ops import find_finite_rows
 from jclt.models.tokenizer import Tokenizer
-from jclt.models.weights import abstract_params, bytes_at_once, declare
+from jclt.models.weights import abstract_params, count_local_bytes, declare
 from jclt.shapes import Array, DTypeLike, Params
 
 
 def load_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json", "a model's settings")
-    # Chat models list there what else ends an answer.
-    more = folder / "generation_config.json"
-    if os.path.lexists(more):
-        raw |= {k: v for k, v in read_json(more).items() if k == "eos_token_id"}
+    # Chat models list further stop tokens in this file.
+    generation = folder / "generation_config.json"
+    if os.path.lexists(generation):
+        raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
     return read_config(raw, str(folder / "config.json"))
 
 
-class Sources(NamedTuple):
-    """One of our weights on disk: views of the published tensors that hold it, layer by layer where it is stacked."""
+class StoredWeight(NamedTuple):
+    """One of our weights on disk: views of the published tensors that hold it, one for each layer if it is stacked."""
 
     files: list[SafetensorsFile]
     names: list[str]
@@ -47,139 +47,144 @@ class Sources(NamedTuple):
 
 
 def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> dict[str, Array]:
-    """Every weight, read from the memory map straight to its place on the mesh, one piece at a time."""
-    where = _tensors_of(_open_files(folder))
-    family = family_of(config)
-    names = _published_names(family, config, where, folder)
+    """Every weight, read from the memory map directly into its shards, one at a time."""
+    file_of = _index_tensors(_open_files(folder))
+    family = find_family(config)
+    names = _list_tensor_names(family, config, file_of, folder)
     targets = abstract_params(config, mesh, dtype)
-    sources = {}
+    stored = {}
     for weight, target in targets.items():
         tensor = next(tensor for tensor in family.tensors if weight in tensor.weights)
-        sources[weight] = _sources(weight, target.shape, tensor, names[tensor.published], where, config)
+        stored[weight] = _find_stored(weight, target.shape, tensor, names[tensor.published], file_of, config)
     check_memory(
-        bytes_at_once(targets.values()), f"model {folder}", "dtype='bfloat16' takes half of float32, a mesh spreads it"
+        count_local_bytes(targets.values()),
+        f"model {folder}",
+        "dtype='bfloat16' takes half of float32, a mesh spreads it",
     )
-    return {weight: _read(weight, sources[weight], target, dtype) for weight, target in targets.items()}
+    return {weight: _read_weight(weight, stored[weight], target, dtype) for weight, target in targets.items()}
 
 
-def _sources(
+def _find_stored(
     weight: str,
     shape: tuple[int, ...],
     tensor: Tensor,
     names: list[str],
-    where: Mapping[str, SafetensorsFile],
+    file_of: Mapping[str, SafetensorsFile],
     config: ModelConfig,
-) -> Sources:
+) -> StoredWeight:
     stacked = "{}" in tensor.published
     expected = shape[1:] if stacked else shape
-    files, views = [where[name] for name in names], []
+    files, views = [file_of[name] for name in names], []
     for file, name in zip(files, names, strict=True):
-        views.append(_view(file, name, tensor, weight, config))
+        views.append(_view_weight(file, name, tensor, weight, config))
         if views[-1].shape != expected:
             shapes = f"{list(views[-1].shape)}, expected {list(expected)}"
             raise UserError(f"{file.path}: tensor '{name}' gives weight '{weight}' the shape {shapes}")
-    return Sources(files, names, views, stacked)
+    return StoredWeight(files, names, views, stacked)
 
 
-def _read(weight: str, sources: Sources, target: jax.ShapeDtypeStruct, dtype: DTypeLike) -> Array:
-    piece = partial(_piece, sources, dtype)
+def _read_weight(weight: str, stored: StoredWeight, target: jax.ShapeDtypeStruct, dtype: DTypeLike) -> Array:
+    piece = partial(_read_piece, stored, dtype)
     if target.sharding is None:
         array = jax.device_put(piece((slice(None),) * len(target.shape)))
     else:
         array = jax.make_array_from_callback(target.shape, target.sharding, piece)
-    finite = fetched(finite_rows(array))
+    finite = fetch_to_host(find_finite_rows(array))
     if not finite.all():
-        bad = int(np.argmin(finite)) if sources.stacked else 0
-        place = f"{sources.files[bad].path}: tensor '{sources.names[bad]}'"
+        bad = int(np.argmin(finite)) if stored.stacked else 0
+        place = f"{stored.files[bad].path}: tensor '{stored.names[bad]}'"
         raise UserError(f"{place} holds NaN or infinity as {np.dtype(dtype)}, expected finite numbers")
     return array
 
 
-def _piece(sources: Sources, dtype: DTypeLike, index: Any) -> np.ndarray:
-    """The part of a weight that one device holds, read layer by layer where layers are stacked."""
-    layers, within = (index[0], index[1:]) if sources.stacked else (slice(None), index)
-    files, views = sources.files[layers], sources.views[layers]
-    out = _aligned((len(views), *views[0][within].shape), np.dtype(dtype))
+def _read_piece(stored: StoredWeight, dtype: DTypeLike, index: Any) -> np.ndarray:
+    """The shard of a weight for one device, read layer by layer if layers are stacked."""
+    layers, within = (index[0], index[1:]) if stored.stacked else (slice(None), index)
+    files, views = stored.files[layers], stored.views[layers]
+    out = _make_aligned((len(views), *views[0][within].shape), np.dtype(dtype))
     for row, file, view in zip(out, files, views, strict=True):
         row[...] = view[within]
         file.forget_pages()
-    return out if sources.stacked else out[0]
+    return out if stored.stacked else out[0]
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts where a CPU device takes it as it is; any other would be copied once more."""
+def _make_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array, aligned so that a CPU device takes it without a copy."""
     size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _open_files(folder: Path) -> list[SafetensorsFile]:
     index = folder / "model.safetensors.index.json"
     if os.path.lexists(index):
-        paths = [folder / name for name in _listed_files(index)]
+        paths = [folder / name for name in _list_files(index)]
         for path in paths:
             if not os.path.lexists(path):
                 raise UserError(f"{path}: not found, though {index.name} names it")
     else:
-        whole = folder / "model.safetensors"
-        paths = [whole] if os.path.lexists(whole) else sorted(folder.glob("*.safetensors"))
+        single = folder / "model.safetensors"
+        paths = [single] if os.path.lexists(single) else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder}: no .safetensors file found, expected model.safetensors")
     return [SafetensorsFile(path) for path in paths]
 
 
-def _listed_files(index: Path) -> list[str]:
-    """The files beside an index that it says tensors are in."""
+def _list_files(index: Path) -> list[str]:
+    """The files that an index names, all of them beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: 'weight_map' is {short(weight_map)}, expected each tensor's file")
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name.endswith(".safetensors") and not {"/", "\\", "\0"} & set(name)
-        if not plain:
+        is_file_name = isinstance(name, str) and name.endswith(".safetensors") and not {"/", "\\", "\0"} & set(name)
+        if not is_file_name:
             raise UserError(f"{index}: tensor '{tensor}' is in {short(name)}, expected a .safetensors file beside it")
     return sorted(set(weight_map.values()))
 
 
-def _tensors_of(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    """Which file each tensor is in."""
-    where: dict[str, SafetensorsFile] = {}
+def _index_tensors(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """The file of each tensor."""
+    file_of: dict[str, SafetensorsFile] = {}
     for file in files:
         for name in file.header:
-            if name in where:
-                raise UserError(f"{file.path}: tensor '{name}' is in {where[name].path.name} too, expected it once")
-            where[name] = file
-    return where
+            if name in file_of:
+                raise UserError(f"{file.path}: tensor '{name}' is in {file_of[name].path.name} too, expected it once")
+            file_of[name] = file
+    return file_of
 
 
-def _published_names(
-    family: Family, config: ModelConfig, where: Mapping[str, SafetensorsFile], folder: Path
+def _list_tensor_names(
+    family: Family, config: ModelConfig, file_of: Mapping[str, SafetensorsFile], folder: Path
 ) -> dict[str, list[str]]:
-    """For each published tensor that this model needs, its name in the files, layer by layer."""
+    """For each published tensor that this model needs, its names in the files, one for each layer."""
     wanted = set(declare(config))
     needed = [tensor for tensor in family.tensors if wanted & set(tensor.weights)]
-    prefix = next((p for p in family.prefixes if p + needed[0].published in where), family.prefixes[0])
+    prefix = next((p for p in family.prefixes if p + needed[0].published in file_of), family.prefixes[0])
     names: dict[str, list[str]] = {tensor.published: [] for tensor in needed}
     for tensor in needed:
-        for name in _names(tensor, prefix, config.layers):
-            if name not in where:
+        for name in _name_tensors(tensor, prefix, config.layers):
+            if name not in file_of:
                 raise UserError(
                     f"{folder}: tensor '{name}' is missing, expected of a {family.name} model of this configuration"
                 )
             names[tensor.published].append(name)
     used = {name for tensor_names in names.values() for name in tensor_names}
     tied_copy = {
-        name for tensor in family.tensors for name in _names(tensor, prefix, 0) if "unembedding" in tensor.weights
+        name
+        for tensor in family.tensors
+        for name in _name_tensors(tensor, prefix, 0)
+        if "unembedding" in tensor.weights
     }
-    placed = used | tied_copy
-    for name in where:
-        if name.startswith(prefix) and name not in placed and not name.endswith(family.ignored):
+    known = used | tied_copy
+    for name in file_of:
+        if name.startswith(prefix) and name not in known and not name.endswith(family.ignored):
             raise UserError(f"{folder}: tensor '{name}' has no place in a {family.name} model of this configuration")
     return names
 
 
-def _names(tensor: Tensor, prefix: str, layers: int) -> Iterator[str]:
-    """The tensor's names in a file: one a layer, or just one; `^` marks a name that takes no prefix."""
+def _name_tensors(tensor: Tensor, prefix: str, layers: int) -> Iterator[str]:
+    """The tensor's names in the files: one for each layer, or just one. `^` marks a name without prefix."""
     name = tensor.published[1:] if tensor.published.startswith("^") else prefix + tensor.published
     if "{}" in name:
         yield from (name.format(layer) for layer in range(layers))
@@ -187,13 +192,13 @@ def _names(tensor: Tensor, prefix: str, layers: int) -> Iterator[str]:
         yield name
 
 
-def _view(file: SafetensorsFile, name: str, tensor: Tensor, weight: str, config: ModelConfig) -> np.ndarray:
-    """The weight inside a published tensor, as a view of it."""
-    source = file.tensor(name)
+def _view_weight(file: SafetensorsFile, name: str, tensor: Tensor, weight: str, config: ModelConfig) -> np.ndarray:
+    """A weight in a published tensor, as a view of the tensor."""
+    source = file.read_tensor(name)
     if not jnp.issubdtype(source.dtype, jnp.floating):
         raise UserError(f"{file.path}: tensor '{name}' is of type {source.dtype}, expected floating-point numbers")
-    known = {"H": config.heads, "G": config.key_heads, "K": config.head_size, "c": 3}
-    sizes = {axis: size for axis, size in known.items() if axis in tensor.pattern}
+    axis_sizes = {"H": config.heads, "G": config.key_heads, "K": config.head_size, "c": 3}
+    sizes = {axis: size for axis, size in axis_sizes.items() if axis in tensor.pattern}
     try:
         view = einops.rearrange(source, tensor.pattern, **sizes)
     except einops.EinopsError:
@@ -205,11 +210,11 @@ def _view(file: SafetensorsFile, name: str, tensor: Tensor, weight: str, config:
 def save_params(
     folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None, shard_bytes: int
 ) -> None:
-    """Writes a whole model folder; nothing appears under its name before all is written."""
-    family = family_of(config)
+    """Writes a model folder. Nothing appears under its name before everything is written."""
+    family = find_family(config)
     dtype = str(params["token_embedding"].dtype)
     raw = write_config(config, dtype)
-    with new_folder(folder) as beside:
+    with create_folder(folder) as beside:
         _write_shards(beside, family, config, params, shard_bytes)
         write_json(beside / "config.json", raw)
         if tokenizer is not None:
@@ -219,7 +224,7 @@ def save_params(
 def _write_shards(folder: Path, family: Family, config: ModelConfig, params: Params, shard_bytes: int) -> None:
     shards: list[dict[str, Callable[[], np.ndarray]]] = [{}]
     size = 0
-    for name, nbytes, build in _published_tensors(family, config, params):
+    for name, nbytes, build in _list_tensors(family, config, params):
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -234,22 +239,22 @@ def _write_shards(folder: Path, family: Family, config: ModelConfig, params: Par
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def _published_tensors(
+def _list_tensors(
     family: Family, config: ModelConfig, params: Params
 ) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
-    """Name, size and content of every tensor that the family publishes, the content made when it is asked for."""
+    """Name, size and a function for the content of every tensor that the family publishes."""
     for tensor in family.tensors:
         if tensor.weights[0] not in params:
             continue
         parts, stacked = [params[name] for name in tensor.weights], "{}" in tensor.published
-        for layer, name in enumerate(_names(tensor, family.prefixes[0], config.layers)):
+        for layer, name in enumerate(_name_tensors(tensor, family.prefixes[0], config.layers)):
             nbytes = sum(part.nbytes for part in parts) // (config.layers if stacked else 1)
-            yield name, nbytes, partial(_build, tensor, parts, layer if stacked else None)
+            yield name, nbytes, partial(_build_tensor, tensor, parts, layer if stacked else None)
 
 
-def _build(tensor: Tensor, parts: list[Array], layer: int | None) -> np.ndarray:
-    """A published tensor out of the weights that it holds."""
+def _build_tensor(tensor: Tensor, parts: list[Array], layer: int | None) -> np.ndarray:
+    """A published tensor from the weights that it holds."""
     before, after = tensor.pattern.split(" -> ")
     arrays = [np.asarray(part if layer is None else part[layer]) for part in parts]
-    whole = np.stack(arrays) if len(arrays) > 1 else arrays[0]
-    return np.ascontiguousarray(einops.rearrange(whole, f"{after} -> {before}"))
+    joined = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+    return np.ascontiguousarray(einops.rearrange(joined, f"{after} -> {before}"))

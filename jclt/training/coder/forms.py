@@ -1,4 +1,8 @@
-"""A coder while it is trained: log thresholds, BatchTopK over a whole batch, and what it becomes at inference."""
+"""The two forms of a coder: in training and at inference.
+
+In training, JumpReLU's thresholds are stored as logarithms, which keeps them positive, and BatchTopK selects over a
+whole batch. At inference, thresholds are the numbers themselves, and BatchTopK has become a JumpReLU.
+"""
 
 from dataclasses import replace
 
@@ -11,33 +15,38 @@ from jclt.coders.activations import batch_threshold
 from jclt.shapes import Array, Float
 
 
-def with_thresholds(coder: SparseCoder) -> SparseCoder:
-    """A trained coder's thresholds instead of their logarithms, which keep them positive."""
+def exponentiate_thresholds(coder: SparseCoder) -> SparseCoder:
+    """The coder with thresholds in place of their logarithms."""
     if coder.config.activation != "jumprelu":
         return coder
-    return eqx.tree_at(lambda c: [own.threshold for own in c.layers], coder, replace_fn=jnp.exp)
+    return eqx.tree_at(lambda c: [layer.threshold for layer in c.layers], coder, replace_fn=jnp.exp)
 
 
-def activate(
+def activate_dense(
     coder: SparseCoder, h: tuple[Float[Array, "N F"], ...], norms: tuple[Float[Array, "F"], ...]
 ) -> tuple[tuple[Float[Array, "N F"], ...], Float[Array, ""]]:
-    """All layers' activations from their pre-activations, and BatchTopK's threshold on this batch (else 0)."""
+    """The activations of all layers, and BatchTopK's threshold on this batch (else 0)."""
     if coder.config.activation != "batchtopk":
-        return tuple(coder.activate(layer, own) for layer, own in enumerate(h)), jnp.zeros(())
+        return tuple(coder.activate(layer, h_) for layer, h_ in enumerate(h)), jnp.zeros(())
     assert coder.config.k is not None
-    a = tuple(jax.nn.relu(own) for own in h)
-    # What a feature weighs is its activation times the length of all that it writes (ByteDance's joint TopK).
-    scores = tuple(jax.lax.stop_gradient(own * norm[None]) for own, norm in zip(a, norms, strict=True))
-    least = batch_threshold(scores, coder.config.k)
-    kept = tuple(jnp.where((s >= least) & (s > 0), own, jnp.zeros_like(own)) for own, s in zip(a, scores, strict=True))
-    return kept, least
+    a = tuple(jax.nn.relu(h_) for h_ in h)
+    # A feature's score is its activation times the norm of all its decoders together (ByteDance's joint TopK).
+    scores = tuple(jax.lax.stop_gradient(a_ * norm[None]) for a_, norm in zip(a, norms, strict=True))
+    threshold = batch_threshold(scores, coder.config.k)
+    kept = (
+        jnp.where((score >= threshold) & (score > 0), a_, jnp.zeros_like(a_))
+        for a_, score in zip(a, scores, strict=True)
+    )
+    return tuple(kept), threshold
 
 
-def at_inference(coder: SparseCoder, running: Float[Array, ""]) -> SparseCoder:
-    """The coder with its rule at inference. BatchTopK's running threshold over the length of what a feature writes is
-    that feature's own threshold: a JumpReLU."""
-    coder = with_thresholds(coder)
+def to_inference_form(coder: SparseCoder, running: Float[Array, ""]) -> SparseCoder:
+    """The coder in its form at inference.
+
+    BatchTopK becomes JumpReLU: a feature's threshold is the running threshold divided by the norm of its decoders.
+    """
+    coder = exponentiate_thresholds(coder)
     if coder.config.activation != "batchtopk":
         return coder
-    layers = tuple(replace(own, threshold=jax.lax.stop_gradient(running / own.norms)) for own in coder.layers)
+    layers = tuple(replace(layer, threshold=jax.lax.stop_gradient(running / layer.norms)) for layer in coder.layers)
     return SparseCoder(layers, replace(coder.config, activation="jumprelu", k=None))

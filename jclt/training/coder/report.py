@@ -1,24 +1,29 @@
-"""What a step reports, and what is said of it."""
+"""The metrics of a step."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
 from jclt.shapes import Array
-from jclt.training.coder.state import CoderState, dead_after
+from jclt.training.coder.state import DENSITY_DECAY, CoderState, tokens_until_dead
 from jclt.training.config import TrainConfig
 
 DECADES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Edges of the density histogram: shares of features that fire on fewer tokens than the first, on fewer than the
-second, and so on, by the running average."""
+"""Edges of the density histogram: the shares of features that fire on fewer tokens than the first edge, between the
+first and the second, and so on, by the running average."""
 
 
-def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm: Array, ramp: Array) -> dict[str, Any]:
-    """What a step reports: numbers for all layers together, and lists with one for each.
+def compute_metrics(
+    config: TrainConfig, state: CoderState, report: dict[str, Any], norm: Array, ramp: Array
+) -> dict[str, Any]:
+    """The metrics of a step: numbers over all layers, and lists with one number per layer.
 
-    Normalised error is ||y - y'||^2 over the spread of y about its mean on these tokens; explained variance forgives
-    the part of the error that is constant. A layer without spread has an error of 0 and does not count in the mean.
-    How many features are dead is NaN until there have been as many tokens as it takes to tell.
+    1. spread = sum of (y - mean of y)^2, over the tokens of this step
+    2. nmse = ||y - y'||^2 / spread
+    3. explained = 1 - (||y - y'||^2 - the constant part of the error) / spread
+
+    A layer without spread has an error of 0 and does not count in the means over layers. The share of dead features is
+    NaN until there have been as many tokens as a feature must be silent for.
     """
     l0 = jnp.stack([jnp.sum(fired) for fired in report["fired"]])
     spread = report["spread"]
@@ -29,12 +34,12 @@ def metrics(config: TrainConfig, state: CoderState, report: dict[str, Any], norm
         for error in (report["error"], report["error"] - report["drift"])
     )
     steps = jnp.maximum(1, state.step - state.skipped)
-    # Of an average that started at 0 only so much is made of densities.
-    seen = 1 - jnp.power(jnp.float32(config.density_decay), steps.astype(jnp.float32))
-    below = [jnp.stack([jnp.mean(own < edge * seen, dtype=jnp.float32) for own in state.density]) for edge in DECADES]
-    most = dead_after(config)
-    dead = jnp.stack([jnp.mean(own >= most, dtype=jnp.float32) for own in state.silent])
-    dead = jnp.where(steps >= -(-most // (config.batch * config.length)), dead, jnp.nan)
+    # The running averages started at 0: this is the weight that observed densities have in them by now.
+    weight = 1 - jnp.power(jnp.float32(DENSITY_DECAY), steps.astype(jnp.float32))
+    below = [jnp.stack([jnp.mean(x < edge * weight, dtype=jnp.float32) for x in state.density]) for edge in DECADES]
+    limit = tokens_until_dead(config)
+    dead = jnp.stack([jnp.mean(silence >= limit, dtype=jnp.float32) for silence in state.silent])
+    dead = jnp.where(steps >= -(-limit // (config.batch * config.length)), dead, jnp.nan)
     return {
         "loss": report["loss"],
         "nmse": jnp.sum(nmse) / layers,

@@ -1,4 +1,4 @@
-"""When training takes the sparse path: measured at every so many steps, and decided the same way on every host."""
+"""Decides when training takes the sparse path: measured every so many steps, with the same result on every host."""
 
 import logging
 import math
@@ -10,53 +10,56 @@ import jax
 import jax.numpy as jnp
 
 from jclt.kernels.active import SPARSE_BELOW
-from jclt.mesh import AnyMesh
+from jclt.mesh import FEATURES_AXIS, AnyMesh
 from jclt.models import ModelConfig
 from jclt.shapes import Array, Params
-from jclt.training.coder.batches import activations
-from jclt.training.coder.objective import prepare
-from jclt.training.coder.sparse import needed, reason_against
+from jclt.training.coder.batches import harvest_batch
+from jclt.training.coder.objective import prepare_weights
+from jclt.training.coder.sparse import count_needed, explain_why_not_sparse
 from jclt.training.coder.state import CoderState
-from jclt.training.coder.step import micro_batches
+from jclt.training.coder.step import split_micro_batches
 from jclt.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
-REVIEW = 50
-"""Steps between two measurements, each of which costs a harvest and an encoding."""
-LEAST = 2.0**-6
-"""Entries a token that there is room for at least."""
+REVIEW_EVERY = 50
+"""Steps between two measurements. Each costs a harvest and an encoding."""
+LEAST_CAPACITY = 2.0**-6
+"""The smallest capacity, in pairs per token."""
 
 
 @partial(jax.jit, static_argnames=("config", "model"))
-def entries_needed(config: TrainConfig, model: ModelConfig, state: CoderState, params: Params, batch: Any) -> Array:
-    """Entries a token that the sparse path would need for the first micro-batch."""
-    found = activations(config, model, params, batch)
-    weights = prepare(state.coder)
-    own = micro_batches(config, state.scaling, found)(0)
-    return needed(config, weights.coder, weights.norms, own.x, state.running)
+def measure_needed(config: TrainConfig, model: ModelConfig, state: CoderState, params: Params, batch: Any) -> Array:
+    """The pairs per token that the sparse path would need for the first micro-batch."""
+    harvest = harvest_batch(config, model, params, batch)
+    weights = prepare_weights(state.coder)
+    first = split_micro_batches(config, state.scaling, harvest)(0)
+    return count_needed(config, weights.coder, weights.norms, first.x, state.running)
 
 
-def reviewed(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Callable[[], Array]) -> CoderState:
-    """The state with room for what `measure()` says is needed, or on the dense path where that pays more."""
-    features = config.coder.features // mesh.shape["features"]
+def update_capacity(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Callable[[], Array]) -> CoderState:
+    """The state with the capacity for the pairs that `measure()` counts; with 0 where the dense path is faster."""
+    features = config.coder.features // mesh.shape[FEATURES_AXIS]
     unmeasured = SPARSE_BELOW["cpu"] if config.path == "sparse" else 0.0
     limit = SPARSE_BELOW.get(jax.default_backend(), unmeasured) * features
-    before, room, need = float(state.room), 0.0, 0.0
-    if config.path != "dense" and limit and not reason_against(config):
+    before, capacity, need = float(state.capacity), 0.0, 0.0
+    if config.path != "dense" and limit and not explain_why_not_sparse(config):
         need = float(measure())
-        room = room_for(config.headroom * need, before)
-        if room > limit:
-            room = 0.0
-    if room != before:
-        path = f"the sparse path, with room for {room:g}" if room else "the dense path"
+        capacity = choose_capacity(config.headroom * need, before)
+        if capacity > limit:
+            capacity = 0.0
+    if capacity != before:
+        path = f"the sparse path, with a capacity of {capacity:g}" if capacity else "the dense path"
         log.info("step %d: %.3g of %d features a device matter at a token: on %s", state.step, need, features, path)
-    return state._replace(room=jnp.full_like(state.room, room))
+    return state._replace(capacity=jnp.full_like(state.capacity, capacity))
 
 
-def room_for(wanted: float, before: float = 0.0) -> float:
-    """As many places, on a scale of powers of 2 and numbers halfway between, since each new number is compiled anew;
-    what there was before while that is enough and not far too much."""
+def choose_capacity(wanted: float, before: float = 0.0) -> float:
+    """The smallest capacity, out of a few, that is at least as large as wanted.
+
+    The step is compiled for each capacity. So the capacities are powers of 2 and the numbers halfway between them, and
+    the one from before is kept while it is enough and at most four times as much.
+    """
     if wanted <= before <= 4 * wanted:
         return before
-    power = 2.0 ** math.floor(math.log2(max(wanted, LEAST)))
+    power = 2.0 ** math.floor(math.log2(max(wanted, LEAST_CAPACITY)))
     return next(size for size in (power, 1.5 * power, 2 * power) if size >= wanted)

@@ -1,4 +1,4 @@
-"""How fast a step is against what this machine can multiply."""
+"""The operations of a step, and the matmul rate of this machine to compare its speed with."""
 
 import time
 
@@ -10,29 +10,33 @@ from jclt.models import ModelConfig
 from jclt.training.config import TrainConfig
 
 
-def coder_operations(coder: CoderConfig, tokens: int) -> float:
-    """Multiplications and additions of a dense step: for a layer the encoder forward and its gradient, and three
-    products for each layer that it writes to. For a CLT that is B d F L (3 L + 7)."""
+def count_coder_operations(coder: CoderConfig, tokens: int) -> float:
+    """Multiplications and additions of a dense step over B tokens.
+
+    1. For each layer two products with the encoder: forward, and its gradient.
+    2. For each layer that it writes to three products with the decoder: forward, and the gradients of both factors.
+    3. For a cross-layer transcoder the sum is B d F L (3 L + 7).
+    """
     products = sum(2 + 3 * coder.reach(layer) for layer in range(len(coder.covered)))
     skips = 2 * len(coder.covered) * coder.size if coder.skip else 0
     return 2.0 * tokens * coder.size * (coder.features * products + skips)
 
 
-def forward_operations(model: ModelConfig, batch: int, length: int) -> float:
-    """Of a language model's products in one forward pass, without the unembedding."""
+def count_forward_operations(model: ModelConfig, batch: int, length: int) -> float:
+    """Operations of a language model's matmuls in one forward pass, without the unembedding."""
     heads = model.heads * model.head_size
     attention = model.width * (2 * heads + 2 * model.key_heads * model.head_size) + 2 * length * heads
     mlp = model.width * model.mlp_width * (3 if model.gated else 2)
     return 2.0 * batch * length * model.layers * (attention + mlp)
 
 
-def step_operations(config: TrainConfig, model: ModelConfig) -> float:
-    harvested = 0.0 if config.store else forward_operations(model, config.batch, config.length)
-    return harvested + coder_operations(config.coder, config.batch * config.length)
+def count_step_operations(config: TrainConfig, model: ModelConfig) -> float:
+    harvest = 0.0 if config.store else count_forward_operations(model, config.batch, config.length)
+    return harvest + count_coder_operations(config.coder, config.batch * config.length)
 
 
-def matmul_rate(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
-    """Operations a second of one large product on one device, the yardstick of every other figure."""
+def measure_matmul_rate(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
+    """Operations per second of one large matmul on one device."""
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision="highest" if dtype == "float32" else None))
     left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
@@ -45,6 +49,6 @@ def matmul_rate(dtype: str = "float32", size: int | None = None, repeats: int = 
     return 2 * size**3 / min(times)
 
 
-def machine_rate(dtype: str) -> float:
-    """Of all devices together; virtual ones on a CPU share its cores."""
-    return matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else jax.device_count())
+def measure_machine_rate(dtype: str) -> float:
+    """Operations per second of large matmuls on all devices. Virtual devices of a CPU share its cores."""
+    return measure_matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else jax.device_count())

@@ -1,4 +1,4 @@
-"""Training a sparse coder, from the first token to the saved coder; `jclt train` calls `train_coder`."""
+"""Trains a sparse coder, from the first token to the saved coder; `jclt train` calls `train_coder`."""
 
 import logging
 from collections.abc import Callable
@@ -11,141 +11,144 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jclt.coders import SparseCoder, save_coder
-from jclt.data.token_rows import HELD_OUT, trained_rows
-from jclt.errors import UserError
+from jclt.coders import CoderConfig, SparseCoder, save_coder
+from jclt.data.token_rows import HELD_OUT
 from jclt.evaluation import evaluate_replacement
-from jclt.hosts import agreed, together
+from jclt.hosts import broadcast_from_first_host, run_on_every_host
 from jclt.mesh import make_mesh
-from jclt.models import ModelConfig, load_model
+from jclt.models import Model, ModelConfig, load_model
 from jclt.training.checkpoints import Checkpoints
 from jclt.training.coder.abstract import abstract_state
-from jclt.training.coder.batches import activations, stored_source, token_source
-from jclt.training.coder.conclusions import conclusions, describe
-from jclt.training.coder.forms import at_inference
-from jclt.training.coder.harvest import Harvest, fold
-from jclt.training.coder.prepare import check_state_memory, fitted, init_state, run_rows
-from jclt.training.coder.shuffle import filled
-from jclt.training.coder.sparse_switch import REVIEW, entries_needed, reviewed
-from jclt.training.coder.speed import machine_rate, step_operations
+from jclt.training.coder.conclusions import describe_step, list_conclusions
+from jclt.training.coder.forms import to_inference_form
+from jclt.training.coder.harvest import Harvest, fold_scaling
+from jclt.training.coder.prepare import check_state_memory, complete_config, find_run_rows, init_state, prepare_data
+from jclt.training.coder.shuffle import fill_buffer
+from jclt.training.coder.sparse_switch import REVIEW_EVERY, measure_needed, update_capacity
+from jclt.training.coder.speed import count_step_operations, measure_machine_rate
 from jclt.training.coder.state import CoderState
 from jclt.training.coder.step import train_step
-from jclt.training.config import TrainConfig, settings_of_step
-from jclt.training.loop import fit, measured
+from jclt.training.config import TrainConfig, select_step_settings
+from jclt.training.loop import Reporting, fit, try_evaluate
 from jclt.training.metrics import Log, draw_curves, read_metrics
-from jclt.training.profile import profiled
-from jclt.training.run_folder import Place, held_place, replaced_folder
+from jclt.training.profile import trace_steps
+from jclt.training.run_folder import Place, lock_place, replace_folder
 
 log = logging.getLogger(__name__)
 
 
 @jax.jit
-def finished(state: CoderState) -> SparseCoder:
-    """The coder as others use it: on raw activations, by its rule at inference."""
+def finish_coder(state: CoderState) -> SparseCoder:
+    """The coder as others use it: for raw activations, in its form at inference."""
     with jax.default_matmul_precision("highest"):
-        return fold(at_inference(state.coder, state.running), state.scaling)
+        return fold_scaling(to_inference_form(state.coder, state.running), state.scaling)
 
 
 def train_coder(config: TrainConfig, out: str | Path, mesh: Mesh | None = None, profile: int = 0) -> SparseCoder:
-    """Trains from nothing, or from where the run in `out`, a folder or a URL, stopped; the coder ends up in
-    `out/coder`.
+    """Trains a coder, from the start or from the newest checkpoint of the run in `out`, a folder or a URL.
 
-    Without a mesh given, all devices are used, `config.data_shards` of them on its data axis. `profile` steps are
-    traced, into `out/profile`. On several hosts the coder that is returned lies in pieces on all of them.
+    The coder is saved in `out/coder`. Without a mesh all devices are used, `config.data_shards` of them along its data
+    axis. The first `profile` steps after the one that compiles are traced, into `out/profile`. On several hosts the
+    returned coder is sharded over all of them.
     """
-    with held_place(out) as home:
-        return _train(config, home, mesh, profile)
+    with lock_place(out) as place:
+        return _train(config, place, mesh or make_mesh(config.data_shards), profile)
 
 
-def _train(config: TrainConfig, home: Place, mesh: Mesh | None, profile: int) -> SparseCoder:
-    folder = home.folder
-    mesh = mesh or make_mesh(config.data_shards)
-    model = together(lambda: load_model(config.model, dtype=config.compute, mesh=mesh))
-    config = fitted(config, model.config, mesh, model.fingerprint)
-    of_step = settings_of_step(config)
-    together(partial(check_state_memory, config, mesh))
-    rows = run_rows(config, model, home)
-    count = trained_rows(rows, config.data)
-    if count < config.batch:
-        least = f"expected at least batch={config.batch}"
-        raise UserError(f"data '{config.data}': {max(0, count)} of {len(rows)} rows to train on, {least}")
-    held_out = rows.read(np.arange(len(rows) - HELD_OUT, len(rows)))[0]
-    with jax.set_mesh(mesh), Checkpoints(home.checkpoints, home.publish) as checkpoints:
-        source = (stored_source if config.store else token_source)(config, model, rows, count)
-        harvested = jax.jit(partial(activations, config, model.config))
-
-        def read(number: int) -> Harvest:
-            return harvested(model.params, source(number))
-
-        state = checkpoints.restore(abstract_state(config, mesh)) or init_state(config, mesh, read)
+def _train(config: TrainConfig, place: Place, mesh: Mesh, profile: int) -> SparseCoder:
+    model = run_on_every_host(lambda: load_model(config.model, dtype=config.compute, mesh=mesh))
+    config = complete_config(config, model.config, mesh, model.fingerprint)
+    run_on_every_host(partial(check_state_memory, config, mesh))
+    rows = find_run_rows(config, model, place)
+    with jax.set_mesh(mesh), Checkpoints(place.checkpoints, place.publish) as checkpoints:
+        data = prepare_data(config, model, rows)
+        state = checkpoints.restore(abstract_state(config, mesh)) or init_state(config, mesh, data.harvest)
         start = int(state.step)
-        buffer = filled(read, start, config.shuffle, config.seed) if config.shuffle > 1 else None
-
-        room = float(state.room)
-
-        def advance(step: int, state: CoderState, batch: Any) -> tuple[CoderState, dict[str, Any]]:
-            nonlocal buffer, room
-            if step % REVIEW == 0 and (step or config.path == "sparse"):  # early training is dense
-                state = reviewed(
-                    config, mesh, state, lambda: entries_needed(of_step, model.config, state, model.params, batch)
-                )
-                room = float(state.room)
-            ends = step >= config.steps - config.end_to_end_steps
-            state, buffer, values = train_step(
-                of_step, model.config, ends, state, buffer, model.params, batch, room or None
-            )
-            return state, values
-
-        def measure(state: CoderState) -> dict[str, Any]:
-            log.info("step %d: evaluating the replacement model ...", state.step)
-            replaced = evaluate_replacement(model, finished(state), held_out, batch=evaluated_rows(config))
-            return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
-
-        with Log(folder, start, asdict(config), home.name) as metrics:
+        trainer = Trainer(config, model, mesh, data.harvest, state)
+        evaluate = partial(evaluate_state, config, model, data.held_out)
+        with Log(place.folder, start, asdict(config), place.name) as metrics:
             state = fit(
                 state,
-                profiled(advance, start, min(profile, config.steps - start - 1), folder / "profile"),
-                lambda step: source(step + config.shuffle - 1),  # what the buffer takes in is ahead of the step
+                trace_steps(trainer.advance, start, min(profile, config.steps - start - 1), place.folder / "profile"),
+                lambda step: data.read_batch(step + config.shuffle - 1),  # the shuffle buffer is that far ahead
                 config.steps,
                 checkpoints,
                 metrics,
-                log_every=config.log_every,
+                Reporting(
+                    describe=describe_step,
+                    every=config.log_every,
+                    speed=make_speed_report(config, model.config),
+                    evaluate=evaluate,
+                    evaluate_every=max(0, config.evaluate_every),
+                    layers=config.coder.covered,
+                ),
                 save_every=config.save_every,
-                describe=describe,
-                measure=measure,
-                measure_every=max(0, config.evaluate_every),
-                speed=speed(config, model.config),
                 skips=config.skips,
-                layers=config.coder.covered,
             )
-            coder = finished(state)
-            replaced_folder(folder / "coder", partial(save_coder, coder))
-            if config.evaluate_every >= 0 and not agreed(metrics.evaluated(config.steps)):
-                # By now nothing depends on it any more.
-                found = measured(measure, config.steps, state)
-                if found is not None:
-                    metrics.write({"step": config.steps, **found})
-            if jax.process_index() == 0:
-                for line in conclusions(coder.config, config.coder.activation, metrics.last):
-                    log.info("%s", line)
-                draw_curves(
-                    read_metrics(folder / "metrics.jsonl"), ("loss", "nmse", "l0", "dead"), folder / "curves.png"
-                )
-    home.publish()
+            coder = finish_coder(state)
+            replace_folder(place.folder / "coder", partial(save_coder, coder))
+            if config.evaluate_every >= 0 and not broadcast_from_first_host(metrics.has_evaluation(config.steps)):
+                if (values := try_evaluate(evaluate, config.steps, state)) is not None:
+                    metrics.write({"step": config.steps, **values})
+            conclude(config, coder.config, place.folder, metrics)
+    place.publish()
     return coder
 
 
-def evaluated_rows(config: TrainConfig) -> int:
-    """Rows that the replacement model reads at once: no more than a micro-batch of training has tokens for."""
-    return max(1, min(HELD_OUT, config.batch // config.micro_batches))
+class Trainer:
+    """Takes the steps of a run, and keeps the shuffle buffer and the capacity of the sparse path between them."""
+
+    def __init__(
+        self, config: TrainConfig, model: Model, mesh: Mesh, harvest: Callable[[int], Harvest], state: CoderState
+    ):
+        self.config, self.model, self.mesh = config, model, mesh
+        self.step_settings = select_step_settings(config)
+        self.buffer: Harvest | None = None
+        if config.shuffle > 1:
+            self.buffer = fill_buffer(harvest, int(state.step), config.shuffle, config.seed)
+        self.capacity = float(state.capacity)  # on the host: the step is compiled for it
+
+    def advance(self, step: int, state: CoderState, batch: Any) -> tuple[CoderState, dict[str, Any]]:
+        config, model = self.config, self.model
+        if step % REVIEW_EVERY == 0 and (step or config.path == "sparse"):  # early training is dense
+            measure = partial(measure_needed, self.step_settings, model.config, state, model.params, batch)
+            state = update_capacity(config, self.mesh, state, measure)
+            self.capacity = float(state.capacity)
+        state, self.buffer, metrics = train_step(
+            self.step_settings,
+            model.config,
+            step >= config.steps - config.end_to_end_steps,
+            state,
+            self.buffer,
+            model.params,
+            batch,
+            self.capacity or None,
+        )
+        return state, metrics
 
 
-def speed(config: TrainConfig, model: ModelConfig) -> Callable[[float], dict[str, Any]]:
-    """From steps a second to what is reported of them; the yardstick is measured once, now. Operations are those of a
-    dense step, of which the sparse path can seem to do more than there is time for."""
-    tokens, operations, rate = (
-        config.batch * config.length,
-        step_operations(config, model),
-        machine_rate(config.compute),
-    )
+def evaluate_state(config: TrainConfig, model: Model, held_out: np.ndarray, state: CoderState) -> dict[str, Any]:
+    """How well the replacement model agrees with the model on rows that were not trained on."""
+    log.info("step %d: evaluating the replacement model ...", state.step)
+    # As many rows at once as a micro-batch of training has tokens for.
+    batch = max(1, min(HELD_OUT, config.batch // config.micro_batches))
+    replaced = evaluate_replacement(model, finish_coder(state), held_out, batch=batch)
+    return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
+
+
+def conclude(config: TrainConfig, finished: CoderConfig, folder: Path, metrics: Log) -> None:
+    """Logs conclusions about the run and draws its curves, on the first host."""
+    if jax.process_index() == 0:
+        for line in list_conclusions(finished, config.coder.activation, metrics.last):
+            log.info("%s", line)
+        draw_curves(read_metrics(folder / "metrics.jsonl"), ("loss", "nmse", "l0", "dead"), folder / "curves.png")
+
+
+def make_speed_report(config: TrainConfig, model: ModelConfig) -> Callable[[float], dict[str, Any]]:
+    """A function from steps per second to the metrics of speed. It measures the machine's matmul rate once, now.
+
+    Operations are counted for a dense step. So on the sparse path the share of the matmul rate may exceed 1.
+    """
+    tokens, operations = config.batch * config.length, count_step_operations(config, model)
+    rate = measure_machine_rate(config.compute)
     return lambda steps: {"tokens_per_second": steps * tokens, "matmul_fraction": steps * operations / rate}

@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 import jclt.training.coder.step as step_module
 from jclt.coders import CoderConfig
-from jclt.mesh import MESH_AXES, make_mesh, sharding
+from jclt.mesh import MESH_AXES, make_mesh, make_sharding
 from jclt.models import ModelConfig, known_config
-from jclt.pods.hlo import Collective, collectives
-from jclt.training.coder.abstract import lower_step, step_inputs
-from jclt.training.coder.forms import activate
+from jclt.pods.hlo import Collective, find_collectives
+from jclt.training.coder.abstract import lower_step, make_step_inputs
+from jclt.training.coder.forms import activate_dense
 from jclt.training.coder.harvest import Harvest
-from jclt.training.coder.objective import encode, prepare
+from jclt.training.coder.objective import encode_dense, prepare_weights
 from jclt.training.coder.prepare import init_state
 from jclt.training.coder.step import train_step
 from jclt.training.config import TrainConfig
@@ -32,7 +32,7 @@ LAYERS, WIDTH = MODEL.layers, MODEL.width
 
 def config(**settings) -> TrainConfig:
     coder = {"features": FEATURES} | settings.pop("coder", {})
-    fitted = CoderConfig(**coder).fitted(MODEL, "tiny")
+    fitted = CoderConfig(**coder).fit_to_model(MODEL, "tiny")
     return TrainConfig(fitted, **{"batch": BATCH, "length": LENGTH, "micro_batches": MICRO} | settings)
 
 
@@ -49,7 +49,7 @@ def test_the_step_sends_the_expected_few_things(program):
 
 def test_the_state_is_updated_in_place(program):
     shape, compiled = program
-    state = jax.tree.leaves(step_inputs(config(), MODEL, make_mesh(*shape)).state)
+    state = jax.tree.leaves(make_step_inputs(config(), MODEL, make_mesh(*shape)).state)
     kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
     assert compiled.memory_analysis().alias_size_in_bytes == kept
 
@@ -60,15 +60,15 @@ def encoded(settings: TrainConfig, with_penalties: bool) -> list[Collective]:
     x = jax.ShapeDtypeStruct((48, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P()))
 
     def run(state, x):
-        weights, xs = prepare(state.coder), (x,) * LAYERS
+        weights, xs = prepare_weights(state.coder), (x,) * LAYERS
         if with_penalties:
-            return encode(settings, weights, xs, state.silent, jnp.ones(()))
-        h = tuple(weights.coder.preactivation(layer, own) for layer, own in enumerate(xs))
-        return activate(weights.coder, h, weights.norms)
+            return encode_dense(settings, weights, xs, state.silent, jnp.ones(()))
+        h = tuple(weights.coder.compute_preactivation(layer, x_) for layer, x_ in enumerate(xs))
+        return activate_dense(weights.coder, h, weights.norms)
 
     with jax.set_mesh(mesh):
-        text = jax.jit(run).lower(step_inputs(settings, MODEL, mesh).state, x).compile().as_text()
-    return collectives(text)
+        text = jax.jit(run).lower(make_step_inputs(settings, MODEL, mesh).state, x).compile().as_text()
+    return find_collectives(text)
 
 
 @pytest.mark.parametrize("coder", [{}, {"activation": "relu"}, {"kind": "transcoder", "skip": True}])
@@ -77,33 +77,33 @@ def test_encoding_has_no_collective(coder):
 
 
 def test_penalties_add_scalars_alone():
-    found = encoded(config(), with_penalties=True)
-    assert {one.kind for one in found} == {"all-reduce"} and len(found) <= 2
-    assert all(one.largest == 1 for one in found)
+    sent = encoded(config(), with_penalties=True)
+    assert {op.kind for op in sent} == {"all-reduce"} and len(sent) <= 2
+    assert all(op.largest == 1 for op in sent)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_of_the_largest_activations_only_counts_travel(activation):
-    found = encoded(config(coder={"activation": activation, "k": 24}, sparsity="none"), with_penalties=False)
-    assert {one.kind for one in found} == {"all-reduce"} and len(found) <= LAYERS
-    assert all(one.largest <= 48 for one in found), found  # one number for each token
+    sent = encoded(config(coder={"activation": activation, "k": 24}, sparsity="none"), with_penalties=False)
+    assert {op.kind for op in sent} == {"all-reduce"} and len(sent) <= LAYERS
+    assert all(op.largest <= 48 for op in sent), sent  # op number for each token
 
 
 def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):
     mesh, settings = make_mesh(2, 4), config(seed=17)
-    traced, gradients = [], step_module.gradients
-    monkeypatch.setattr(step_module, "gradients", lambda *args: traced.append(1) or gradients(*args))
+    traced, gradients = [], step_module.compute_gradients
+    monkeypatch.setattr(step_module, "compute_gradients", lambda *args: traced.append(1) or gradients(*args))
     random = np.random.default_rng(0)
-    inputs = step_inputs(settings, MODEL, mesh)
+    inputs = make_step_inputs(settings, MODEL, mesh)
 
     def numbers(x: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(random.normal(size=x.shape).astype(x.dtype), x.sharding)
 
     with jax.set_mesh(mesh):
-        where = sharding(mesh, (LAYERS, BATCH, LENGTH, WIDTH), (None, "batch", None, None))
+        where = make_sharding(mesh, (LAYERS, BATCH, LENGTH, WIDTH), (None, "batch", None, None))
         values = jax.ShapeDtypeStruct((LAYERS, BATCH, LENGTH, WIDTH), jnp.float32, sharding=where)
-        found = Harvest(numbers(values), numbers(values))
-        state = init_state(settings, mesh, lambda _: found)
+        harvest = Harvest(numbers(values), numbers(values))
+        state = init_state(settings, mesh, lambda _: harvest)
         params = jax.tree.map(numbers, inputs.params)
         for x, y in zip(jax.tree.leaves(inputs.state), jax.tree.leaves(state), strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.sharding.is_equivalent_to(y.sharding, x.ndim)
@@ -129,9 +129,9 @@ def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):
 )
 def test_the_step_type_checks_for_pods_that_are_not_here(model, features, data, shards):
     mesh = AbstractMesh((data, shards), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
-    coder = CoderConfig(features=features).fitted(model, "large")
+    coder = CoderConfig(features=features).fit_to_model(model, "large")
     settings = TrainConfig(coder, batch=mesh.size, length=128, micro_batches=4, compute="bfloat16", remat=True)
-    inputs = step_inputs(settings, model, mesh)
+    inputs = make_step_inputs(settings, model, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         new, _, report = train_step.eval_shape(settings, model, False, inputs.state, None, inputs.params, inputs.tokens)
     assert jax.tree.map(placement, new) == jax.tree.map(placement, inputs.state)
@@ -149,7 +149,7 @@ def test_an_end_to_end_step_type_checks_too():
     """The replacement model runs with its tokens split over all chips, as the model does."""
     mesh = AbstractMesh((2, 16), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
     settings = replace(config(), batch=32, end_to_end_steps=10)
-    inputs = step_inputs(settings, MODEL, mesh)
+    inputs = make_step_inputs(settings, MODEL, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         new, *_ = train_step.eval_shape(settings, MODEL, True, inputs.state, None, inputs.params, inputs.tokens)
     assert jax.tree.map(placement, new) == jax.tree.map(placement, inputs.state)

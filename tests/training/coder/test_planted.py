@@ -14,7 +14,7 @@ from jclt.models import ModelConfig
 from jclt.training.coder.harvest import Harvest
 from jclt.training.coder.prepare import init_state
 from jclt.training.coder.step import train_step
-from jclt.training.coder.train import finished
+from jclt.training.coder.train import finish_coder
 from jclt.training.config import TrainConfig
 
 LAYERS, WIDTH, PLANTED, FEATURES, ROWS, LENGTH = 3, 48, 36, 64, 16, 24
@@ -87,8 +87,8 @@ def train(config: TrainConfig, truth: Truth) -> Trained:
         for step in range(config.steps):
             state, _, values = train_step(config, MODEL, False, state, None, {}, batch(step))
             errors.append(values["nmse"])
-        coder = finished(state)
-    rows = [np.pad(own.rows, ((0, 0), (source, 0), (0, 0))) for source, own in enumerate(coder.layers)]
+        coder = finish_coder(state)
+    rows = [np.pad(layer.decoder_rows, ((0, 0), (source, 0), (0, 0))) for source, layer in enumerate(coder.layers)]
     return Trained(float(np.mean(errors[-50:])), np.stack(rows))
 
 
@@ -123,14 +123,14 @@ def trained(truth) -> dict[str, Trained]:
 
 
 def test_a_planted_dictionary_is_recovered_with_its_layer_pairs(truth, trained):
-    found = recovery(truth, trained["sparse"].dictionary)
-    assert found.passes, found
+    score = recovery(truth, trained["sparse"].dictionary)
+    assert score.passes, score
 
 
 def test_the_best_reconstruction_without_sparsity_fails_the_recovery(truth, trained):
     """It reconstructs better than the sparse run, and better than the planted features themselves would."""
-    found = recovery(truth, trained["dense"].dictionary)
-    assert not found.passes and found.cosine < 0.92, found
+    score = recovery(truth, trained["dense"].dictionary)
+    assert not score.passes and score.cosine < 0.92, score
     assert trained["dense"].error < 0.8 * trained["sparse"].error
     assert trained["dense"].error < 0.9 * error_of_the_truth(truth)
 
@@ -146,5 +146,5 @@ def error_of_the_truth(truth: Truth) -> float:
 def test_a_random_dictionary_scores_low(truth):
     random = np.random.default_rng(1).standard_normal((LAYERS, FEATURES, LAYERS, WIDTH))
     reached = np.triu(np.ones((LAYERS, LAYERS)))
-    found = recovery(truth, random * reached[:, None, :, None])
-    assert found.cosine < 0.35 and not found.passes, found
+    score = recovery(truth, random * reached[:, None, :, None])
+    assert score.cosine < 0.35 and not score.passes, score

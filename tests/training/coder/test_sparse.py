@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from short_run import CONFIG, losses
+from short_run import CONFIG, read_losses
 
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
-from jclt.kernels.active import listed, taken
-from jclt.mesh import make_mesh, placed
+from jclt.kernels.active import gather_values, list_active
+from jclt.mesh import make_mesh, shard_by_axes
 from jclt.training.coder.harvest import Harvest, Scaling
-from jclt.training.coder.initial import initial_weights
-from jclt.training.coder.sparse_switch import SPARSE_BELOW, reviewed
-from jclt.training.coder.state import CoderState, fresh_state
-from jclt.training.coder.step import gradients
+from jclt.training.coder.initial import make_initial_weights
+from jclt.training.coder.sparse_switch import SPARSE_BELOW, update_capacity
+from jclt.training.coder.state import CoderState, make_state
+from jclt.training.coder.step import compute_gradients
 from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
@@ -50,20 +50,20 @@ def sparse(*shape: int, share: float, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("features", "share"), [(5, 1.0), (32, 0.5), (70, 0.02), (70, 0.0)])
-def test_entries_are_where_something_is(features, share):
+def test_pairs_are_listed_where_x_is_not_zero(features, share):
     x = sparse(6, features, share=share)
-    entries = jax.jit(listed, static_argnums=1)(jnp.asarray(x != 0), float(features))
-    count = int(entries.found[0])
-    found = np.zeros_like(x)
-    found[np.asarray(entries.token[:count]), np.asarray(entries.feature[:count])] = taken(entries, jnp.asarray(x))[
+    pairs = jax.jit(list_active, static_argnums=1)(jnp.asarray(x != 0), float(features))
+    count = int(pairs.total[0])
+    listed = np.zeros_like(x)
+    listed[np.asarray(pairs.token[:count]), np.asarray(pairs.feature[:count])] = gather_values(pairs, jnp.asarray(x))[
         :count
     ]
-    np.testing.assert_array_equal(found, x)
+    np.testing.assert_array_equal(listed, x)
     assert count == (x != 0).sum()
-    np.testing.assert_array_equal(np.diff(entries.token_starts), (x != 0).sum(1))
-    np.testing.assert_array_equal(np.diff(entries.feature_starts), (x != 0).sum(0))
-    order = np.asarray(entries.by_feature[:count])
-    assert np.all(np.diff(np.asarray(entries.feature)[order]) >= 0)
+    np.testing.assert_array_equal(np.diff(pairs.token_starts), (x != 0).sum(1))
+    np.testing.assert_array_equal(np.diff(pairs.feature_starts), (x != 0).sum(0))
+    order = np.asarray(pairs.by_feature[:count])
+    assert np.all(np.diff(np.asarray(pairs.feature)[order]) >= 0)
 
 
 def setting(rule: str, **changes: Any) -> TrainConfig:
@@ -81,20 +81,25 @@ def batch() -> Harvest:
 def state_of(config: TrainConfig, mesh: Any) -> CoderState:
     """Weights with which about one feature in twenty is active."""
     scaling = Scaling(*(f((LAYERS, WIDTH)) for f in (jnp.zeros, jnp.ones) * 2))
-    coder = initial_weights(config, mesh)
+    coder = make_initial_weights(config, mesh)
     layers = tuple(
-        replace(own, encoder=5 * own.encoder, encoder_bias=own.encoder_bias - 1.3, decoder_bias=own.decoder_bias + 0.1)
-        for own in coder.layers
+        replace(
+            layer,
+            encoder=5 * layer.encoder,
+            encoder_bias=layer.encoder_bias - 1.3,
+            decoder_bias=layer.decoder_bias + 0.1,
+        )
+        for layer in coder.layers
     )
-    return fresh_state(config, type(coder)(layers, coder.config), scaling)._replace(running=jnp.asarray(0.14))
+    return make_state(config, type(coder)(layers, coder.config), scaling)._replace(running=jnp.asarray(0.14))
 
 
-def computed(config: TrainConfig, room: float | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
+def computed(config: TrainConfig, capacity: float | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
     with jax.set_mesh(make_mesh(data, features)):
         state = state_of(config, make_mesh(data, features))
-        found = jax.tree.map(lambda x: placed(x, (None, "batch", None, None)), batch())
-        run = jax.jit(partial(gradients, config, 1.0), static_argnames="room", compiler_options=QUICKLY)
-        return jax.device_get(run(state, found, jnp.ones(()), room=room))
+        harvest = jax.tree.map(lambda x: shard_by_axes(x, (None, "batch", None, None)), batch())
+        run = jax.jit(partial(compute_gradients, config, 1.0), static_argnames="capacity", compiler_options=QUICKLY)
+        return jax.device_get(run(state, harvest, jnp.ones(()), capacity=capacity))
 
 
 def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
@@ -105,7 +110,7 @@ def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
     ):
         size = np.abs(b).max()
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path))
-    assert all(np.abs(own.encoder).max() > 1e-4 for own in gradient.layers)
+    assert all(np.abs(layer.encoder).max() > 1e-4 for layer in gradient.layers)
 
 
 @pytest.mark.parametrize(("rule", "sparsity", "preactivation", "micro", "data", "features"), CASES)
@@ -114,7 +119,7 @@ def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, 
     assert_equal(computed(config, 40.0, data, features), computed(config, None))
 
 
-def test_what_has_no_room_is_computed_densely_and_counted():
+def test_a_micro_batch_over_capacity_is_computed_densely_and_counted():
     config = setting("jumprelu")
     assert_equal(computed(config, 1.0), computed(config, None), overflow=1.0)
 
@@ -123,7 +128,7 @@ RUN = replace(CONFIG, save_every=25, headroom=2.0)
 
 
 def change_over_early(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr("jclt.training.coder.train.REVIEW", 10)
+    patched.setattr("jclt.training.coder.train.REVIEW_EVERY", 10)
     patched.setitem(SPARSE_BELOW, "cpu", 1.0)
 
 
@@ -139,12 +144,12 @@ def run_sparsely(tmp_path_factory) -> Path:
 
 def test_a_run_on_the_sparse_path_has_the_losses_of_a_dense_one(run_sparsely, tmp_path):
     train_coder(replace(RUN, path="dense"), tmp_path / "run", make_mesh(devices=jax.devices()[:1]))
-    np.testing.assert_allclose(losses(run_sparsely), losses(tmp_path / "run"), rtol=1e-5)
+    np.testing.assert_allclose(read_losses(run_sparsely), read_losses(tmp_path / "run"), rtol=1e-5)
 
 
 def test_it_changes_over_when_few_enough_features_matter_and_back_when_not(run_sparsely):
     entries = [entry for entry in read_metrics(run_sparsely / "metrics.jsonl") if "loss" in entry]
-    # Back at its fortieth step, when with this headroom there would have to be room for more features than there are.
+    # Back at its fortieth step, when with this headroom the capacity would have to exceed the number of features.
     assert ["overflow" in entry for entry in entries] == [False] * 10 + [True] * 30 + [False] * 10
     assert all(entry["overflow"] == 0 for entry in entries[10:40])
 
@@ -165,13 +170,13 @@ def test_a_setting_without_a_sparse_path_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path, backend, room", [("auto", "cpu", 6), ("auto", "tpu", 0), ("sparse", "tpu", 6), ("dense", "cpu", 0)]
+    "path, backend, capacity", [("auto", "cpu", 6), ("auto", "tpu", 0), ("sparse", "tpu", 6), ("dense", "cpu", 0)]
 )
-def test_where_nothing_is_measured_it_changes_over_only_when_asked(path, backend, room, monkeypatch):
+def test_where_nothing_is_measured_it_changes_over_only_when_asked(path, backend, capacity, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     config = replace(setting("jumprelu"), path=path)
     config = replace(config, coder=replace(config.coder, features=256))
     mesh = make_mesh(1, 1)
-    reached = reviewed(config, mesh, state_of(config, mesh), lambda: jnp.float32(4))
-    assert reached.room == room
-    assert reviewed(config, mesh, reached, lambda: jnp.float32(8)).room == 0  # which are more than 3%
+    reached = update_capacity(config, mesh, state_of(config, mesh), lambda: jnp.float32(4))
+    assert reached.capacity == capacity
+    assert update_capacity(config, mesh, reached, lambda: jnp.float32(8)).capacity == 0  # which are more than 3%

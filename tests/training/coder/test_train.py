@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from short_run import CONFIG, losses
+from short_run import CONFIG, read_losses
 
 import jclt
 from jclt.cli.main import main
@@ -42,9 +42,9 @@ def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess
     """`jclt train` in a process of its own, on one virtual device unless the environment says otherwise."""
     file = folder.with_suffix(".py")
     file.write_text(SOURCE.format(config=config))
-    own = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
+    variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
     arguments = [sys.executable, "-m", "jclt.cli", "train", str(file), "--out", str(folder)]
-    return subprocess.Popen(arguments, env=own, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(arguments, env=variables, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -69,7 +69,7 @@ def alone(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("data", "features"), [(1, 8), (2, 4)])
 def test_losses_are_the_same_on_every_mesh(alone, tmp_path, data, features):
     train_coder(replace(CONFIG, data_shards=data), tmp_path / "run", make_mesh(data, features))
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
+    np.testing.assert_allclose(read_losses(tmp_path / "run"), read_losses(alone), rtol=1e-5)
 
 
 SHARED = replace(CONFIG, data_shards=2, save_every=20)
@@ -77,9 +77,9 @@ SHARED = replace(CONFIG, data_shards=2, save_every=20)
 
 def together(folder: Path, config: TrainConfig, processes: int) -> list[subprocess.Popen[str]]:
     """`jclt train` as so many processes that share a run, four devices in all."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
     meeting = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": str(processes)} if processes > 1 else {}
     return [
         command(
@@ -107,9 +107,9 @@ def two(tmp_path_factory) -> Path:
 
 
 def test_losses_are_the_same_on_two_processes(alone, two):
-    np.testing.assert_allclose(losses(two), losses(alone), rtol=1e-5)
-    whole = load_coder(two / "coder")
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(load_coder(alone / "coder")), strict=True):
+    np.testing.assert_allclose(read_losses(two), read_losses(alone), rtol=1e-5)
+    coder = load_coder(two / "coder")
+    for a, b in zip(jax.tree.leaves(coder), jax.tree.leaves(load_coder(alone / "coder")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly_or_on_a
     finish(together(tmp_path / "run", SHARED, 2))
     assert digest(tmp_path / "run") == digest(two)
     finish(together(tmp_path / "other", SHARED, 1))
-    np.testing.assert_allclose(losses(tmp_path / "other"), losses(two), rtol=1e-5)
+    np.testing.assert_allclose(read_losses(tmp_path / "other"), read_losses(two), rtol=1e-5)
 
 
 def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(alone):
@@ -166,7 +166,7 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     _, errors = straight.communicate(timeout=300)
     assert straight.returncode == 0, errors
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
-    assert losses(tmp_path / "killed").tolist() == losses(tmp_path / "straight").tolist()
+    assert read_losses(tmp_path / "killed").tolist() == read_losses(tmp_path / "straight").tolist()
     assert not any("agreement" in entry for entry in read_metrics(tmp_path / "killed" / "metrics.jsonl"))
 
 
@@ -174,7 +174,7 @@ def test_a_signal_saves_and_ends_well(tmp_path):
     config = replace(SHUFFLED, steps=4000, save_every=4000)
     process = command(tmp_path / "run", config)
     for _ in range(600):
-        if (tmp_path / "run" / "metrics.jsonl").exists() and losses(tmp_path / "run").size > 2:
+        if (tmp_path / "run" / "metrics.jsonl").exists() and read_losses(tmp_path / "run").size > 2:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -186,8 +186,10 @@ def test_a_signal_saves_and_ends_well(tmp_path):
 def test_stored_activations_train_as_harvested_ones_do(alone, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
     train_coder(config, tmp_path / "run", make_mesh(2, 4))
-    assert losses(tmp_path / "run")[0] == pytest.approx(losses(alone)[0], rel=0.3)  # other rows, the same model
-    assert losses(tmp_path / "run")[-1] < 0.8 * losses(tmp_path / "run")[0]
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(
+        read_losses(alone)[0], rel=0.3
+    )  # other rows, the same model
+    assert read_losses(tmp_path / "run")[-1] < 0.8 * read_losses(tmp_path / "run")[0]
     train_coder(replace(config, learning_rate=2e-3), tmp_path / "again", make_mesh(1, 8))  # reads what is there already
     with pytest.raises(UserError, match="was made with reads=mlp_in, expected reads=mlp_normalized"):
         other = replace(config.coder, reads="mlp_normalized")
@@ -197,8 +199,8 @@ def test_stored_activations_train_as_harvested_ones_do(alone, tmp_path):
 def test_the_end_to_end_phase_lowers_the_divergence(tmp_path):
     config = replace(CONFIG, steps=60, end_to_end_steps=40, end_to_end_weight=4.0, learning_rate=3e-3)
     train_coder(config, tmp_path / "run", make_mesh(2, 2))
-    found = [entry["kl"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "kl" in entry]
-    assert len(found) == 40 and np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+    divergences = [entry["kl"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "kl" in entry]
+    assert len(divergences) == 40 and np.mean(divergences[-5:]) < 0.8 * np.mean(divergences[:5])
 
 
 WRONG = {

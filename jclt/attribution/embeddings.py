@@ -1,0 +1,75 @@
+"""Edges from embeddings, the other half of step 3: each embedding goes up through the linear model to all targets at
+once, since a prompt has fewer tokens than targets. The same pass gives what biases add to each target.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jclt.attribution.bases import FeatureNodes
+from jclt.attribution.edges import TargetNodes
+from jclt.attribution.local import LocalModel, Reads, Weights, linearize_embeddings, propagate
+from jclt.attribution.true_pass import TruePass
+from jclt.numerics import einsum
+from jclt.shapes import Array, Float
+
+
+class EmbeddingEdges(NamedTuple):
+    """The edges into one prompt's targets, in the order of `list_targets`, that come from embeddings and biases."""
+
+    values: Float[Array, "N"]  # the targets' values, which all their edges and biases add up to
+    bias: Float[Array, "N"]
+    tokens: Float[Array, "N T"]
+    positions: Float[Array, "N T"] | None
+
+
+MOST_EMBEDDINGS_AT_ONCE = 16
+
+
+@partial(jax.jit, static_argnames=("local", "covered", "positions_are_nodes", "at_once"))
+@jax.named_scope("trace_embeddings")
+def trace_embeddings(
+    local: LocalModel,
+    covered: tuple[int, ...],
+    positions_are_nodes: bool,
+    at_once: int,
+    weights: Weights,
+    true_passes: TruePass,
+    features: FeatureNodes,
+    outputs: TargetNodes,
+) -> EmbeddingEdges:
+    """For a batch of prompts; `at_once` embeddings of each are followed together. Position embeddings that are no nodes
+    count as a bias."""
+
+    def trace_prompt(true_pass: TruePass, features: FeatureNodes, outputs: TargetNodes) -> EmbeddingEdges:
+        def read_targets(reads: Reads) -> Float[Array, "N"]:
+            feature_reads = reads.layers[jnp.asarray(covered)[:, None], features.positions]
+            output_reads = jnp.concatenate([reads.layers, reads.final[None]])[outputs.layers, outputs.positions]
+            of_features = einsum("cnd,cnd->cn", feature_reads, features.encoders)
+            return jnp.concatenate([of_features.ravel(), einsum("kd,kd->k", output_reads, outputs.vectors)])
+
+        follow = linearize_embeddings(local, weights, true_pass.frozen, true_pass.reads)
+
+        def trace_each(embeddings: Float[Array, "T D"]) -> Float[Array, "N T"]:
+            def trace_one(position: Array) -> Float[Array, "N"]:
+                at_position = jax.nn.one_hot(position, embeddings.shape[0], dtype=embeddings.dtype)
+                return read_targets(follow(at_position[:, None] * embeddings))
+
+            return jax.lax.map(trace_one, jnp.arange(embeddings.shape[0]), batch_size=at_once).T
+
+        encoder_bias = jnp.concatenate([features.biases.ravel(), jnp.zeros(len(outputs.layers), features.biases.dtype)])
+        constant_embeddings = jnp.zeros_like(true_pass.tokens)
+        if true_pass.positions is not None and not positions_are_nodes:
+            constant_embeddings = true_pass.positions
+        bias_reads = propagate(local, weights, true_pass.frozen, constant_embeddings, true_pass.constant)
+        position_nodes = true_pass.positions if positions_are_nodes else None
+        return EmbeddingEdges(
+            values=read_targets(Reads(true_pass.reads, true_pass.final)) + encoder_bias,
+            bias=read_targets(bias_reads) + encoder_bias,
+            tokens=trace_each(true_pass.tokens),
+            positions=None if position_nodes is None else trace_each(position_nodes),
+        )
+
+    return jax.vmap(trace_prompt)(true_passes, features, outputs)

@@ -1,0 +1,80 @@
+"""The other hosts of a run are found by the environment's variables, or the error says which one is missing."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from jclt import hosts
+from jclt.errors import UserError
+from jclt.hosts import join_hosts, read_place_in_run
+
+ERRORS = {
+    ("nonsense", "2", "0"): "JCLT_COORDINATOR: 'nonsense', expected host:port, a port from 1 to 65535",
+    ("localhost:99999", "2", "0"): "JCLT_COORDINATOR: 'localhost:99999', expected host:port, a port from 1 to 65535",
+    ("localhost:0", "1", "0"): "JCLT_COORDINATOR: 'localhost:0', expected host:port, a port from 1 to 65535",
+    ("localhost:1", "0", "0"): "JCLT_PROCESSES: 0, expected at least 1",
+    ("localhost:1", "2", "7"): "JCLT_PROCESS: 7, expected 0 to 1, of 2 processes",
+    ("localhost:1", "2", "-1"): "JCLT_COORDINATOR, JCLT_PROCESSES, JCLT_PROCESS: expected all three",
+}
+
+
+@pytest.mark.parametrize("values", ERRORS)
+def test_wrong_variables_are_refused(values, monkeypatch):
+    for name, value in zip(("JCLT_COORDINATOR", "JCLT_PROCESSES", "JCLT_PROCESS"), values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error:
+        read_place_in_run()
+    assert str(error.value).startswith(ERRORS[values])
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_port_in_use_is_reported_before_jax_uses_it(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"COORDINATOR": f"localhost:{port}", "PROCESSES": "2", "PROCESS": "0"}.items():
+            monkeypatch.setenv(f"JCLT_{name}", value)
+        with pytest.raises(UserError) as error:
+            join_hosts()
+    line = f"JCLT_COORDINATOR: port {port} cannot be used here (Address already in use), expected a free one"
+    assert str(error.value) == line
+
+
+def test_processes_meet_or_report_who_is_missing(monkeypatch):
+    monkeypatch.setattr(hosts, "MEETING_SECONDS", 2)
+
+    def meet(count: int, *numbers: int) -> list[str]:
+        """The error of each of these processes, empty if it met all others."""
+        port, errors = find_free_port(), dict.fromkeys(numbers, "")
+
+        def run_process(number: int) -> None:
+            deadline = time.monotonic() + (60 if count == len(numbers) else 2)
+            try:
+                if number == 0:
+                    hosts._wait_for_others(port, count, deadline)
+                else:
+                    hosts._wait_for_first("localhost", port, number, deadline)
+            except UserError as error:
+                errors[number] = str(error).replace(str(port), "PORT")
+
+        threads = [threading.Thread(target=run_process, args=(number,)) for number in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return list(errors.values())
+
+    assert meet(3, 0, 1, 2) == ["", "", ""] and meet(1, 0) == [""]
+    first, second = meet(3, 0, 1)
+    assert first == "JCLT_PROCESSES: of 3 processes 2 did not come to port PORT within 2 s, expected all to be started"
+    assert second.startswith("JCLT_COORDINATOR: process 1 did not meet all others at localhost:PORT within 2 s (")
+    (alone,) = meet(2, 1)
+    assert "within 2 s (Connection refused), expected every process to be started" in alone
