@@ -4,7 +4,7 @@ import math
 from collections import Counter
 
 from jclt.coders import abstract_coder
-from jclt.pods.hlo import Collective, find_collectives
+from jclt.pods.collectives import Collective, find_collectives
 from jclt.training.config import TrainConfig
 
 

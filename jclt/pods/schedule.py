@@ -5,7 +5,8 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from jclt.pods.chips import Network
-from jclt.pods.hlo import Collective, Program, ScheduledStep
+from jclt.pods.collectives import Collective
+from jclt.pods.hlo import Program, ScheduledStep
 
 
 class Traffic(NamedTuple):

@@ -19,8 +19,9 @@ from jclt.errors import UserError
 from jclt.models import abstract_params
 from jclt.pods import load_pod, plan_run
 from jclt.pods.chips import CHIPS, GIB, Network, count_chips, find_chip
+from jclt.pods.collectives import count_hbm_bytes, find_collectives, parse_first_group
 from jclt.pods.flags import FLAGS, VARIABLE, set_flags
-from jclt.pods.hlo import Program, count_hbm_bytes, find_collectives, find_stage, parse_first_group
+from jclt.pods.hlo import Program, find_stage
 from jclt.pods.report import advise, format_plan
 from jclt.pods.schedule import simulate_schedule
 from jclt.pods.slices import find_model_config

@@ -15,7 +15,7 @@ import jclt.training.coder.step as step_module
 from jclt.coders import CoderConfig
 from jclt.mesh import MESH_AXES, make_mesh, make_sharding
 from jclt.models import ModelConfig, known_config
-from jclt.pods.hlo import Collective, find_collectives
+from jclt.pods.collectives import Collective, find_collectives
 from jclt.training.coder.abstract import lower_step, make_step_inputs
 from jclt.training.coder.forms import activate_dense
 from jclt.training.coder.harvest import Harvest
