@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import socket
 import stat
@@ -90,11 +91,18 @@ def read_json(path: Path, expected: str = "a JSON file") -> dict[str, Any]:
     return parse_object(read_bytes(path, expected), path)
 
 
+DEEPEST_YAML = 100
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The `name: value` lines of a YAML file."""
     import yaml  # imported where it is needed: most folders have no YAML
 
-    text = read_text(path, "a YAML file")
+    text, depth = read_text(path, "a YAML file"), 0
+    for sign in re.findall(r"[\[{}\]]", text):  # the parser's time grows with the square of the depth
+        depth += 1 if sign in "[{" else -1
+        if depth > DEEPEST_YAML:
+            raise UserError(f"{path}: not valid YAML (nested too deeply)")
     try:
         found = yaml.safe_load(text)
     except RecursionError:
