@@ -19,7 +19,7 @@ import numpy as np
 
 from jclt.coders.coder import SparseCoder
 from jclt.coders.config import CoderConfig
-from jclt.coders.layouts import PEER_NAME_OF, our_site, text_of
+from jclt.coders.layouts import PEER_NAME_OF, our_site, reason_against_layers, text_of
 from jclt.coders.tensors import (
     Found,
     LayerSource,
@@ -135,8 +135,8 @@ def misread_by_circuit_tracer(config: CoderConfig) -> str | None:
     where it loads what was saved."""
     if config.rule == "topk":
         return "has no TopK: its loaders would read a ReLU"
-    if config.covered != tuple(range(len(config.covered))):
-        return f"expects all layers from 0 on, got layers={config.covered}"
+    if reason := reason_against_layers(config):
+        return reason
     if config.kind == "clt" and config.skip:
         return "has no place for a cross-layer transcoder's skip"
     for site in (config.reads, config.writes):
