@@ -258,10 +258,11 @@ def parser() -> argparse.ArgumentParser:
         "(pip install 'jclt[tpu]'), and prints what the compiler says of it: memory by kind, operations, the time of a "
         "step by its schedule beside what it can be no less than, traffic and how much of it work hides, tokens a "
         "second, chip-hours, and what to change where it does not fit. An estimate, not a measurement. The program "
-        "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens. The sparse path "
-        "is planned beside the dense one, for --active features. Each part is printed as soon as it is ready.",
+        "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens. --active plans "
+        "the sparse path beside the dense one, which takes two to three times as long. Each part is printed as soon as "
+        "it is ready.",
         epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x8; "
-        "jclt plan my_run.py --prompt-length 0 --active 0, the dense step alone",
+        "jclt plan my_run.py --active 100",
     )
     command.add_argument(
         "config", metavar="CONFIG", help="a preset, or a .py file, which is run, that defines `config` and `pod`"
@@ -281,9 +282,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--active",
         type=amount,
-        default=100.0,
+        default=0.0,
         metavar="K",
-        help="features active at a token, of all layers, for which the sparse path is planned (default 100; 0: not)",
+        help="also plan the sparse path, for so many features active at a token, of all layers (default 0: not)",
     )
     command.add_argument(
         "--set", action="append", type=text, default=[], metavar="NAME=VALUE", help="as in `jclt train`"
