@@ -82,15 +82,21 @@ def read_json(path: Path, expected: str = "a JSON file") -> dict[str, Any]:
     return parse_object(read_bytes(path, expected), path)
 
 
+MAX_YAML_DEPTH = 100
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file with `name: value` lines."""
     import yaml  # imported only where needed: most folders have no YAML
 
-    text = read_text(path, "a YAML file")
+    text, depth = read_text(path, "a YAML file"), 0
     try:
+        # Checked first: the loader's time grows with the square of the depth.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH:
+                raise UserError(f"{path}: not valid YAML (nested too deeply)")
         content = yaml.safe_load(text)
-    except RecursionError:
-        raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(content, dict):

@@ -12,7 +12,7 @@ class Draw(NamedTuple):
     large: bool
 
 
-FEW, MANY = 400, 10_000
+FEW, MANY = 200, 10_000
 
 
 def add_options(parser: pytest.Parser) -> None:

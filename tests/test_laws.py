@@ -171,7 +171,9 @@ def test_conservation_holds_and_pruning_files_and_json_keep_it(case: Case, tmp_p
         np.testing.assert_array_equal(twice.adjacency, shown.adjacency)
 
 
-def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case):
+def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case, draw: Draw):
+    if not draw.large:
+        pytest.skip("with -m fuzz; a few are compared in tests/test_attribution.py")
     rng = np.random.default_rng(case.number)
     others = [rng.integers(0, case.model.config.vocabulary, int(rng.integers(1, 9))) for _ in range(2)]
     prompts = [others[0], np.array(case.tokens), others[1]]
@@ -182,7 +184,7 @@ def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case):
     for name in ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     for name in ("adjacency", "bias", "values", "activations", "logit_probabilities"):
-        close(getattr(got, name), getattr(want, name), 2e-6)
+        close(getattr(got, name), getattr(want, name), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["own", "sae", "tied sae"])

@@ -14,7 +14,7 @@ import numpy as np
 from forward import GPT2
 from machine import Case, arguments, best, matmul_rate, report
 
-from jclt.coders import CoderConfig, SparseCoder, declare_coder, writing
+from jclt.coders import CoderConfig, SparseCoder, declare_coder, decoder_sums
 from jclt.evaluation.reconstruction import sum_batch
 from jclt.kernels.active import SPARSE_BELOW
 from jclt.models import declare as declare_model
@@ -51,7 +51,7 @@ def main() -> None:
     rate, repeats = matmul_rate(options.repeats), min(options.repeats, 3)
 
     def seconds(limits: dict[str, float]) -> tuple[float, np.ndarray]:
-        writing.SPARSE_BELOW = limits
+        decoder_sums.SPARSE_BELOW = limits
         run = jax.jit(lambda p, c: sum_batch(GPT2, p, c, tokens, mask))
         return best(lambda: run(params, coder), repeats), np.asarray(run(params, coder).error.spread)
 

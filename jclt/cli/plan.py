@@ -15,10 +15,10 @@ def add_command(commands: Subcommands) -> None:
         "(pip install 'jclt[tpu]'). Prints the compiler's figures: memory by kind, operations, the time of a step by "
         "its schedule and the least possible time, communication and how much of it overlaps with computation, tokens "
         "per second, chip-hours, and what to change if the run does not fit. These are estimates, not measurements. "
-        "Also compiles the attribution program, for prompts of --prompt-length tokens, and plans the sparse path "
-        "beside the dense one, for --active features. Prints each part as soon as it is ready.",
+        "Also compiles the attribution program, for prompts of --prompt-length tokens. --active also plans the sparse "
+        "path, which takes two to three times as long. Prints each part as soon as it is ready.",
         epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x8; "
-        "jclt plan my_run.py --prompt-length 0 --active 0, the dense step alone",
+        "jclt plan my_run.py --active 100",
     )
     command.add_argument(
         "config", metavar="CONFIG", help="a preset, or a .py file that defines `config` and `pod`; the file is executed"
@@ -40,9 +40,9 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--active",
         type=parse_amount,
-        default=100.0,
+        default=0.0,
         metavar="K",
-        help="active features per token, of all layers together, for the sparse path (default 100; 0: do not plan it)",
+        help="also plan the sparse path, for this many active features per token over all layers (default 0: no)",
     )
     command.add_argument(
         "--set", action="append", type=parse_text, default=[], metavar="NAME=VALUE", help="as in `jclt train`"

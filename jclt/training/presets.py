@@ -30,7 +30,7 @@ def small_world() -> LmConfig:
         bos_token=tokens[BOS],
         stop_tokens=(tokens[EOS], tokens["\n"]),
     )
-    return LmConfig(model, steps=4000, optimizer="muon", learning_rate=5e-3, weight_decay=0.2, text_weight=0.03)
+    return LmConfig(model, steps=4000, optimizer="muon", learning_rate=5e-3, weight_decay=0.3, text_weight=0.03)
 
 
 LM_PRESETS: dict[str, Callable[[], LmConfig]] = {"small-world": small_world}

@@ -21,7 +21,7 @@ from numpy.random import Generator
 from fuzz.limits import Fault, check_line, fault_of, limited, told, tree
 from fuzz.mutations import pick
 from fuzz.samples import SAMPLES
-from jclt.cli.main import main, build_parser
+from jclt.cli.main import build_parser, main
 from jclt.errors import Interrupted
 
 pytestmark = pytest.mark.fuzz

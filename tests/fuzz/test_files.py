@@ -259,6 +259,7 @@ EXAMPLES: list[tuple[str, str, Callable[[bytes], bytes] | str]] = [
     ("coder-jclt-clt", "config.json", raw(DEEP)),
     ("coder-jclt-clt", "W_enc_0.safetensors", header(data_offsets=[4, 196])),
     ("coder-circuit-tracer-clt", "config.yaml", raw("[" * 5_000)),
+    ("coder-circuit-tracer-clt", "config.yaml", raw("# " + "]" * 9_000 + "\n" + "[" * 5_000)),
     ("coder-circuit-tracer-clt", "config.yaml", raw(f"k: {LONG}")),
     ("coder-circuit-tracer-clt", "config.yaml", raw("scan: 0001-99-99")),
     ("coder-saelens", "layer_0/cfg.json", values(metadata="text")),

@@ -101,7 +101,7 @@ def test_sums_are_the_same_on_any_mesh_and_what_was_saved_without_them_is_said(t
     with jax.set_mesh(eight), Checkpoints(str(tmp_path / "run")) as checkpoints:
         restored = checkpoints.restore(weights(0, eight))
     assert restored is not None and same(restored, weights(3)) and len(restored["w"].sharding.device_set) == 8
-    assert "without sums" not in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     with ocp.training.Checkpointer(str(tmp_path / "old")) as checkpointer:
         checkpointer.save(4, {"state": weights(4)}, force=True)
     with Checkpoints(str(tmp_path / "old")) as checkpoints:

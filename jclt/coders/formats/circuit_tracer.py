@@ -19,7 +19,7 @@ import numpy as np
 
 from jclt.coders.coder import SparseCoder
 from jclt.coders.config import CoderConfig
-from jclt.coders.formats.names import PEER_NAME_OF, get_text, parse_site
+from jclt.coders.formats.names import PEER_NAME_OF, get_text, parse_site, reason_against_layers
 from jclt.coders.formats.tensors import (
     Names,
     StoredCoder,
@@ -137,8 +137,8 @@ def misread_by_circuit_tracer(config: CoderConfig) -> str | None:
     if it loads the same coder."""
     if config.rule == "topk":
         return "has no TopK: its loaders would read a ReLU"
-    if config.covered != tuple(range(len(config.covered))):
-        return f"expects all layers from 0 on, got layers={config.covered}"
+    if reason := reason_against_layers(config):
+        return reason
     if config.kind == "clt" and config.skip:
         return "has no place for a cross-layer transcoder's skip"
     for site in (config.reads, config.writes):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jclt.coders.coder import SparseCoder
+from jclt.coders.config import CoderConfig
 from jclt.errors import UserError, suggest_name
 from jclt.models import LAYER_SITES, PEER_NAMES
 
@@ -54,13 +55,20 @@ def clip_threshold_at_zero(weight: str, array: np.ndarray) -> np.ndarray:
     return np.maximum(array, 0).astype(array.dtype) if weight == "threshold" else array
 
 
+def reason_against_layers(config: CoderConfig) -> str | None:
+    """Why a layout without layer numbers cannot express this coder; None if it can."""
+    if config.covered == tuple(range(len(config.covered))):
+        return None
+    return f"expects all layers from 0 on, got layers={config.covered}"
+
+
 def check_writable(coder: SparseCoder, layout: str, clt: bool, rules: tuple[str, ...]) -> None:
     """Raises an error if a layout cannot express the coder."""
     config = coder.config
     if config.kind == "clt" and not clt:
         raise UserError(f"layout {layout}: holds no cross-layer transcoders, expected layout jclt or circuit-tracer")
-    if config.kind == "clt" and config.covered != tuple(range(len(config.covered))):
-        raise UserError(f"layout {layout}: expects all layers from 0 on, got layers={config.covered}")
+    if config.kind == "clt" and (reason := reason_against_layers(config)):
+        raise UserError(f"layout {layout}: {reason}")
     if config.rule not in rules:
         raise UserError(f"layout {layout}: has no rule '{config.rule}', expected one of: {', '.join(rules)}")
     if any(layer.threshold is not None and bool((layer.threshold < 0).any()) for layer in coder.layers):

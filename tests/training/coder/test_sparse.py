@@ -124,7 +124,7 @@ def test_a_micro_batch_over_capacity_is_computed_densely_and_counted():
     assert_equal(computed(config, 1.0), computed(config, None), overflow=1.0)
 
 
-RUN = replace(CONFIG, save_every=25, headroom=2.0)
+RUN = replace(CONFIG, save_every=25, headroom=1.5)
 
 
 def change_over_early(patched: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def change_over_early(patched: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run_sparsely(tmp_path_factory) -> Path:
-    """A run on the sparse path from its tenth step to its fortieth."""
+    """A run on the sparse path from its tenth step to its thirtieth."""
     folder = tmp_path_factory.mktemp("sparse") / "run"
     with pytest.MonkeyPatch.context() as patched:
         change_over_early(patched)
@@ -149,9 +149,9 @@ def test_a_run_on_the_sparse_path_has_the_losses_of_a_dense_one(run_sparsely, tm
 
 def test_it_changes_over_when_few_enough_features_matter_and_back_when_not(run_sparsely):
     entries = [entry for entry in read_metrics(run_sparsely / "metrics.jsonl") if "loss" in entry]
-    # Back at its fortieth step, when with this headroom the capacity would have to exceed the number of features.
-    assert ["overflow" in entry for entry in entries] == [False] * 10 + [True] * 30 + [False] * 10
-    assert all(entry["overflow"] == 0 for entry in entries[10:40])
+    # Back at its thirtieth step, when with this headroom the capacity would have to exceed the number of features.
+    assert ["overflow" in entry for entry in entries] == [False] * 10 + [True] * 20 + [False] * 20
+    assert all(entry["overflow"] == 0 for entry in entries[10:30])
 
 
 def test_a_run_resumed_across_the_change_ends_in_the_same_bits(run_sparsely, tmp_path, monkeypatch):
