@@ -1,12 +1,12 @@
-"""In how many graphs does a pruned graph show the concepts that a prompt's answer must be worked out from?
+"""How many pruned graphs show the intermediate concepts from which the prompt's answer follows?
 
     python experiments/intermediates.py                      # the table in README.md
     python experiments/intermediates.py --small              # a few prompts, to see that everything runs
     python experiments/intermediates.py --json found.json    # every figure, unrounded
 
-Expected, on held-out prompts and with features judged on others: where a task has to know it, groups of at most 16
-features say a city's state in two prompts of three, a sum's carry in 88%, its ones and tens to within 1 in 92% and 82%;
-with permuted values none does. Who gives and what came earlier (ioi, induction) shows in no graph.
+Expected on held-out prompts, with features that were selected on other prompts: where a task needs the concept, groups
+of at most 16 features show a city's state in two prompts of three, a sum's carry in 88%, its ones and tens to within 1
+in 92% and 82%; with permuted values none. No graph shows who gives (ioi) or what came earlier (induction).
 Cost: 2 minutes on 2 CPU cores that have other work; --small half a minute.
 """
 
@@ -27,39 +27,39 @@ from jclt.world import TASKS, Concept, Example
 from jclt.world.measure import pad_prompts
 
 PURITY, SUPPORT, MEMBERS = 0.8, 5, 16
-"""Stated before anything was measured: of the other prompts in which a feature or group fires, at least 5, at least 80%
-have the value that it is then called selective for; a group has at most 16 features."""
+"""Chosen before the first measurement. A feature or group is selective for a value if it fires in at least 5 of the
+other prompts, and at least 80% of these have the value. A group has at most 16 features."""
 ODDS = 2
-"""Firing of each member alone makes the value's odds at least so many times what they were."""
+"""If a member of a group fires, the odds of the value are at least this many times as high."""
 NEAR = ("ones", "tens", "index")
-"""Numbers, of which it is also asked whether they are known to within 1."""
+"""Numbers. For these, values within 1 are counted too."""
 
 # ---------------------------------------------------------------- when features fire
 
 
 def intermediates(example: Example) -> dict[str, Concept]:
-    """What follows from the prompt and is not the answer."""
+    """The concepts that follow from the prompt, without the answer, by name."""
     return {c.name: c for c in example.concepts if c.parents and c.name != "answer"}
 
 
-def last_places(model: Model, coder: Coder, examples: Sequence[Example]) -> np.ndarray:
+def find_last_positions(model: Model, coder: Coder, examples: Sequence[Example]) -> np.ndarray:
     """The last position `[N, l F]` at which each feature fires in each prompt, -1 where it does not."""
-    own, found = coder.config, []
+    config, last = coder.config, []
     tokens, ends = pad_prompts(model, [example.prompt for example in examples])
     positions = np.arange(tokens.shape[1])
     for numbers in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 256)):
-        seen = run(model, tokens[numbers], capture=(own.reads,))[1][own.reads]
-        fires = [np.asarray(coder.encode(i, seen[layer])) > 0 for i, layer in enumerate(own.covered)]
+        seen = run(model, tokens[numbers], capture=(config.reads,))[1][config.reads]
+        fires = [np.asarray(coder.encode(i, seen[layer])) > 0 for i, layer in enumerate(config.covered)]
         within = (positions <= ends[numbers, None])[:, :, None]
         places = [np.where(f & within, positions[:, None], -1).max(axis=1) for f in fires]
-        found.append(np.concatenate(places, axis=1).astype(np.int16))
-    return np.concatenate(found)
+        last.append(np.concatenate(places, axis=1).astype(np.int16))
+    return np.concatenate(last)
 
 
 # ---------------------------------------------------------------- which features are selective
 
 
-class Known(NamedTuple):
+class Prompts(NamedTuple):
     """Prompts other than those tested, for one concept."""
 
     examples: list[Example]
@@ -67,59 +67,59 @@ class Known(NamedTuple):
     fires: np.ndarray  # [R, l F], at or after the position from which the concept can be known
 
 
-def known(examples: Sequence[Example], places: np.ndarray, name: str) -> Known:
+def select_prompts(examples: Sequence[Example], places: np.ndarray, name: str) -> Prompts:
     having = [i for i, example in enumerate(examples) if name in intermediates(example)]
     concepts = [intermediates(examples[i])[name] for i in having]
     starts = np.array([concept.position for concept in concepts])
     values = np.array([concept.value for concept in concepts])
-    return Known([examples[i] for i in having], values, places[having] >= starts[:, None])
+    return Prompts([examples[i] for i in having], values, places[having] >= starts[:, None])
 
 
-def apart(among: Known, example: Example, name: str) -> np.ndarray:
-    """The prompts that share with the tested one neither what the concept follows from, nor the answer, nor all else
-    that the answer follows from: features of just these have nothing to fire on. Where the answer follows from the
-    concept alone, only the first counts."""
+def find_independent(among: Prompts, example: Example, name: str) -> np.ndarray:
+    """Which prompts differ from the tested one in the concept's parents, in the answer, and in the answer's other
+    parents: features of these three cannot fire in both. If the answer follows from the concept alone, only the first
+    counts."""
 
-    def keys(e: Example) -> list[object]:
-        values = {c.name: c.value for c in e.concepts}
-        before = [values[parent] for parent in intermediates(e)[name].parents]
-        beside = [values[parent] for parent in e.concepts[-1].parents if parent != name]
-        return [before, beside, e.answers] if beside else [before]
+    def keys(other: Example) -> list[object]:
+        values = {c.name: c.value for c in other.concepts}
+        parents = [values[parent] for parent in intermediates(other)[name].parents]
+        beside = [values[parent] for parent in other.concepts[-1].parents if parent != name]
+        return [parents, beside, other.answers] if beside else [parents]
 
-    mine = keys(example)
-    return np.array([all(a != b for a, b in zip(keys(e), mine, strict=True)) for e in among.examples])
+    of_example = keys(example)
+    return np.array([all(a != b for a, b in zip(keys(other), of_example, strict=True)) for other in among.examples])
 
 
-def accepted(name: str, value: str, near: bool) -> list[str]:
+def list_accepted(name: str, value: str, near: bool) -> list[str]:
     """The values that count as this one."""
     numbers = [int(value) + step for step in (-1, 0, 1)] if near else []
     return [f"{number % 10 if name == 'ones' else number}" for number in numbers] or [value]
 
 
-def pure(fires: np.ndarray, right: np.ndarray) -> np.ndarray:
+def find_pure(fires: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Which columns of `fires` are selective for what the rows `right` have in common."""
     count = fires.sum(axis=0)
     return (count >= SUPPORT) & (right @ fires >= PURITY * count)
 
 
-def selective_group(fires: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Which features say the value together: those most correlated with it, firing when at least m of them do, m as
-    small as purity allows. Members and m come from every second prompt; on the others the group must be pure."""
+def find_selective_group(fires: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The features that show the value together: those most correlated with it. The group fires when at least m of them
+    do, with the smallest m that is pure. Members and m come from every second prompt; on the others it must be pure."""
     count = len(right[::2])
     rate, share, joint = fires[::2].mean(axis=0), right[::2].mean(), right[::2] @ fires[::2] / count
     correlation = (joint - rate * share) / np.sqrt(np.maximum(rate * (1 - rate) * share * (1 - share), 1e-9))
     telling = (rate * count >= SUPPORT) & (joint * (1 - share) >= ODDS * (rate - joint) * share)
     members = [i for i in np.argsort(-correlation, kind="stable") if telling[i]][:MEMBERS]
     enough = (fires[:, members].sum(axis=1)[:, None] > np.arange(len(members))).astype(np.float32)
-    fitted, checked = pure(enough[::2], right[::2]), pure(enough[1::2], right[1::2])
+    fitted, checked = find_pure(enough[::2], right[::2]), find_pure(enough[1::2], right[1::2])
     good = fitted.any() and checked[fitted.argmax()]
     return np.array(members if good else [], int)
 
 
-# ---------------------------------------------------------------- what the graphs hold
+# ---------------------------------------------------------------- what the graphs show
 
 
-class Held(NamedTuple):
+class KeptFeatures(NamedTuple):
     """The features that pruning leaves in a graph: their nodes, columns of `Known.fires`, and positions."""
 
     graph: Graph
@@ -128,16 +128,16 @@ class Held(NamedTuple):
     positions: np.ndarray
 
 
-def held(coder: Coder, graph: Graph) -> Held:
+def select_kept_features(coder: Coder, graph: Graph) -> KeptFeatures:
     nodes = np.flatnonzero(graph.masks().nodes[: len(graph.features)])
     layers, positions, features = graph.features[nodes].T
     columns = np.searchsorted(coder.config.covered, layers) * coder.config.features + features
-    return Held(graph, nodes, columns, positions)
+    return KeptFeatures(graph, nodes, columns, positions)
 
 
-def through(graph: Graph, nodes: np.ndarray) -> float:
-    """The share of the walks from the outputs, in the whole graph, that come to at least one of the nodes: there they
-    end, so that each is counted once."""
+def measure_walks(graph: Graph, nodes: np.ndarray) -> float:
+    """The share of the walks from the outputs, in the whole graph, that reach at least one of the nodes. A walk ends at
+    the first such node, so that it is counted once."""
     adjacency = graph.adjacency.copy()
     adjacency[nodes] = 0
     first = replace(graph, adjacency=adjacency).influence[nodes].sum()
@@ -145,10 +145,10 @@ def through(graph: Graph, nodes: np.ndarray) -> float:
 
 
 class Finding(NamedTuple):
-    """Of one prompt and value: whether its graph holds a selective feature, a selective group, and the shares of walks
-    through them and through as many other features; 0 where there are none."""
+    """For one prompt and value: whether the graph has a selective feature and a selective group, and the shares of
+    walks through them and through as many other features (0 if there are none)."""
 
-    base: float  # how many of the other prompts have the value
+    base: float  # the share of the other prompts that have the value
     feature: float
     group: float
     feature_walks: float
@@ -156,39 +156,45 @@ class Finding(NamedTuple):
     drawn_walks: float
 
 
-def finding(own: Held, start: int, fires: np.ndarray, right: np.ndarray, random: np.random.Generator) -> Finding:
-    columns = np.unique(own.columns[own.positions >= start])
+def measure_prompt(
+    pruned: KeptFeatures, start: int, fires: np.ndarray, right: np.ndarray, random: np.random.Generator
+) -> Finding:
+    columns = np.unique(pruned.columns[pruned.positions >= start])
     fires, right = fires[:, columns].astype(np.float32), right.astype(np.float32)
 
-    def nodes(chosen: np.ndarray) -> np.ndarray:
-        return own.nodes[(own.positions >= start) & np.isin(own.columns, chosen)]
+    def select_nodes(columns_of_group: np.ndarray) -> np.ndarray:
+        return pruned.nodes[(pruned.positions >= start) & np.isin(pruned.columns, columns_of_group)]
 
-    singles = [nodes(column) for column in columns[pure(fires, right)]]
-    group = nodes(columns[selective_group(fires, right)])
-    drawn = random.permutation(np.setdiff1d(own.nodes, group))[: len(group)]
-    best = max([0.0, *(through(own.graph, single) for single in singles)])
-    walks = best, through(own.graph, group), through(own.graph, drawn)
+    singles = [select_nodes(column) for column in columns[find_pure(fires, right)]]
+    group = select_nodes(columns[find_selective_group(fires, right)])
+    random_group = random.permutation(np.setdiff1d(pruned.nodes, group))[: len(group)]
+    best_walks = max([0.0, *(measure_walks(pruned.graph, single) for single in singles)])
+    walks = best_walks, measure_walks(pruned.graph, group), measure_walks(pruned.graph, random_group)
     return Finding(float(right.mean()), float(len(singles) > 0), float(len(group) > 0), *walks)
 
 
 # ---------------------------------------------------------------- the table
 
 
-def row(task: str, name: str, near: bool, among: Known, tested: Sequence[tuple[Example, Held]]) -> dict[str, Any]:
-    """The means over the prompts; beside them those for a value that the prompt does not have, and those with the
-    other prompts' values permuted."""
+def measure_concept(
+    task: str, name: str, near: bool, among: Prompts, tested: Sequence[tuple[Example, KeptFeatures]]
+) -> dict[str, Any]:
+    """The means over the prompts: for the prompt's value, for a value that the prompt does not have, and with the other
+    prompts' values permuted."""
     random = np.random.default_rng(0)
     permuted = random.permutation(among.values)
-    found: list[list[Finding]] = []
+    findings: list[list[Finding]] = []
     for example, graph in tested:
-        concept, rows = intermediates(example)[name], apart(among, example, name)
-        values = accepted(name, concept.value, near)
-        far = [value for value in set(among.values) if set(values).isdisjoint(accepted(name, value, near))]
-        other = accepted(name, random.choice(among.values[np.isin(among.values, far)]), near)
+        concept, rows = intermediates(example)[name], find_independent(among, example, name)
+        values = list_accepted(name, concept.value, near)
+        other_values = [
+            value for value in set(among.values) if set(values).isdisjoint(list_accepted(name, value, near))
+        ]
+        other = list_accepted(name, random.choice(among.values[np.isin(among.values, other_values)]), near)
         labels = ((among.values, values), (among.values, other), (permuted, values))
-        rights = [np.isin(of, wanted)[rows] for of, wanted in labels]
-        found.append([finding(graph, concept.position, among.fires[rows], right, random) for right in rights])
-    true, other, mixed = (Finding(*figures) for figures in np.mean(found, axis=0).tolist())
+        rights = [np.isin(actual, accepted_values)[rows] for actual, accepted_values in labels]
+        findings.append([measure_prompt(graph, concept.position, among.fires[rows], right, random) for right in rights])
+    true, other, mixed = (Finding(*figures) for figures in np.mean(findings, axis=0).tolist())
     return {
         **{"task": task, "concept": name + ", within 1" * near, "prompts": len(tested), "base": true.base},
         **{"feature": true.feature, "feature_other": other.feature, "feature_permuted": mixed.feature},
@@ -197,20 +203,20 @@ def row(task: str, name: str, near: bool, among: Known, tested: Sequence[tuple[E
     }
 
 
-def rows_of(model: Model, coder: Coder, task: str, others: int, count: int) -> Iterator[dict[str, Any]]:
+def measure_task(model: Model, coder: Coder, task: str, others: int, count: int) -> Iterator[dict[str, Any]]:
     tested = TASKS[task].examples("report", count, seed=0)
     names = list(dict.fromkeys(name for example in tested for name in intermediates(example)))
     if not names:  # athlete and greater_than: the answer follows from the prompt at once
         return
     examples = TASKS[task].examples("train", others, seed=1)
-    places = last_places(model, coder, examples)
+    places = find_last_positions(model, coder, examples)
     graphs = attribute_batch(model, coder, [example.prompt for example in tested])
-    pairs = [(example, held(coder, graph)) for example, graph in zip(tested, graphs, strict=True)]
+    pairs = [(example, select_kept_features(coder, graph)) for example, graph in zip(tested, graphs, strict=True)]
     for name in names:
-        among = known(examples, places, name)
+        among = select_prompts(examples, places, name)
         having = [(example, graph) for example, graph in pairs if name in intermediates(example)]
         for near in (False, True) if name in NEAR else (False,):
-            yield row(task, name, near, among, having)
+            yield measure_concept(task, name, near, among, having)
 
 
 KINDS = "base | feature | other value | permuted | group | other value | permuted"
@@ -228,17 +234,17 @@ def main() -> None:
     count, others = (8, 500) if options.small else (100, 4000)
     tasks = options.tasks or (["addition", "two_hop"] if options.small else list(TASKS))
     model = load_model(options.model)
-    coder, start, found = load_coder(options.coder, model=model), time.perf_counter(), []
+    coder, start, rows = load_coder(options.coder, model=model), time.perf_counter(), []
     print(HEAD, "|---" * (HEAD.count("|") - 1) + "|", sep="\n")
     for task in tasks:
-        for made in rows_of(model, coder, task, others, count):
+        for cells in measure_task(model, coder, task, others, count):
             print(
-                "|", " | ".join(f"{x:.0%}" if isinstance(x, float) else str(x) for x in made.values()), "|", flush=True
+                "|", " | ".join(f"{x:.0%}" if isinstance(x, float) else str(x) for x in cells.values()), "|", flush=True
             )
-            found.append(made)
+            rows.append(cells)
     print(f"{time.perf_counter() - start:.0f} seconds")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Archive:
             yield
         except UserError:
             raise
-        except Exception as error:  # damage makes every part of the reader fail in its own way
+        except Exception as error:  # each part of the reader fails in another way on damaged files
             which = f"'{name}' is damaged" if name else f"damaged, or not {self.expected}"
             raise UserError(f"{self.path}: {which} ({first_line(error)})") from None
 
@@ -176,7 +176,7 @@ class NpzFile(Archive):
                 with zipfile.ZipFile(self.path) as archive, archive.open(entry) as file:
                     _, fortran, _, _ = _read_npy_header(file)
                     return _read_array(file, shape, dtype, fortran)
-            # The member's own header has 30 bytes. Its last 4 are the lengths of the name and extra field after it.
+            # The member's header has 30 bytes. Its last 4 are the lengths of the name and extra field after it.
             start = entry.header_offset + 30
             start += sum(int.from_bytes(self.map[start - n : start - n + 2], "little") for n in (4, 2))
             stop = start + entry.file_size

@@ -53,7 +53,7 @@ def run_settings_file(name: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: ends the program{_describe_place(error, name)}, expected it to define `config`"
         ) from None
-    except BaseException as error:  # whatever the user's own code does
+    except BaseException as error:  # whatever the user's code raises
         message = error.msg if isinstance(error, SyntaxError) else first_line(error)
         raise UserError(f"{path}: {type(error).__name__}{_describe_place(error, name)}: {message}") from None
 

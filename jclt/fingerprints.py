@@ -27,7 +27,7 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 @jax.jit
 def sum_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The two sums of each array, `[2]`, over the bits of its own type."""
+    """The two sums of each array, `[2]`, over its bits."""
     return {name: _sum_array_bits(x) for name, x in arrays.items()}
 
 

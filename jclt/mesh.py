@@ -192,7 +192,7 @@ TOKENS_FEATURES_SPEC, PER_DEVICE_SPEC = _full_spec("tokens", "features"), _full_
 
 
 def map_over_devices(function: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
-    """A function that every device runs on its own shards of the arguments; the results have the specs `outputs`.
+    """A function that every device runs on its shards of the arguments; the results have the specs `outputs`.
 
     This is `jax.shard_map` over the current mesh. Without a mesh it is the function itself.
     """
@@ -213,7 +213,7 @@ def sum_over_feature_shards(x: Array) -> Array:
     """The sum over the devices that hold the other features of the same tokens.
 
     Of a coder's reconstructions this is the trainer's one large collective: each feature shard has computed what its
-    own features write. Within `map_over_devices` it adds up the devices' arrays. Elsewhere it adds up an array whose
+    features write. Within `map_over_devices` it adds up the devices' arrays. Elsewhere it adds up an array whose
     type says that its parts on the feature shards are not added up yet (`unreduced`).
     """
     spec = jax.typeof(x).sharding.spec

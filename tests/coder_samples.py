@@ -35,5 +35,5 @@ def compute_outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray]
     """Activations and reconstructions of every layer."""
     inputs = [jnp.asarray(layer_x) for layer_x in x]
     activations = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(inputs)]
-    written = [coder.write(layer, activations, layer_x) for layer, layer_x in enumerate(inputs)]
-    return [np.asarray(a) for a in activations], [np.asarray(y) for y in written]
+    reconstruction = [coder.write(layer, activations, layer_x) for layer, layer_x in enumerate(inputs)]
+    return [np.asarray(a) for a in activations], [np.asarray(y) for y in reconstruction]

@@ -37,7 +37,7 @@ def check_step(text: str, config: TrainConfig, data: int, features: int) -> list
     assert len(partial_sums) <= layers, report
     assert sum(math.prod(shape) for op in partial_sums for shape in op.shapes if tokens in shape) == inputs_size, report
 
-    # No array of all features travels, and on feature shards alone none of a shard's own either. Between data shards
+    # No array of all features travels, and on feature shards alone none of all features of a shard. Between data shards
     # the gradients of its matrices do, once a step; in the loop over micro-batches only vectors.
     assert not any(op.has_axis(c.features) for op in everything), report
     of_features = [op for op in coder if op.has_axis(shard_features)]

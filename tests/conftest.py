@@ -7,7 +7,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
-from drawing import add_options, drawn
+from drawing import add_options, read_options
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,11 +31,11 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def draw(pytestconfig):
-    return drawn(pytestconfig)
+    return read_options(pytestconfig)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Each compiled program holds on to memory maps, of which a process may have so many; a whole run needs more."""
+    """Each compiled program holds memory maps. Their number per process is limited, and a full run would need more."""
     yield
     jax.clear_caches()

@@ -1,4 +1,4 @@
-"""How many inputs are drawn where inputs are drawn, and from which seed."""
+"""How many random inputs the tests draw, and from which seed."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ import pytest
 
 
 class Draw(NamedTuple):
-    inputs: int  # damaged files; of the rest there are as many in proportion
+    inputs: int  # damaged files; other inputs in proportion
     seed: int
-    only: int | None  # this one alone
+    only: int | None  # the number of the only input
     large: bool
 
 
@@ -24,8 +24,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--fuzz-only", type=int, metavar="NUMBER", help="this input alone")
 
 
-def drawn(config: pytest.Config) -> Draw:
+def read_options(config: pytest.Config) -> Draw:
     option = config.getoption
-    given = option("--fuzz-inputs")
-    large = given is not None or option("markexpr") == "fuzz"
-    return Draw(given or (MANY if large else FEW), option("--fuzz-seed"), option("--fuzz-only"), large)
+    inputs = option("--fuzz-inputs")
+    large = inputs is not None or option("markexpr") == "fuzz"
+    return Draw(inputs or (MANY if large else FEW), option("--fuzz-seed"), option("--fuzz-only"), large)

@@ -15,7 +15,7 @@ Node = tuple
 
 
 def faithful_coder(model: Model) -> SparseCoder:
-    """A ReLU CLT whose features are the neurons and write to their own layer only. One is active in each layer."""
+    """A ReLU CLT whose features are the neurons and write only to their layer. One is active in each layer."""
     up, down = model.params["up"], model.params["down"]
     return _coder(model, skipping=jnp.zeros_like(down[0]), read=up[1].T, write=down[1])
 
@@ -59,13 +59,13 @@ def expected_edges(city: int, *, norms: bool = False, faithful: bool = True) -> 
     unfaithful coder there is no feature for the state, and the city's feature writes the capital.
     """
     hop, state, logit = nodes(city)
-    asked, bias = ("token", LAST), ("bias",)
+    token, bias = ("token", LAST), ("bias",)
     first, second, last = (np.sqrt(n / 39 + 1e-5) if norms else 1.0 for n in (3, 5, 10))
-    into_hop = {("token", 1): 1.0, asked: 1.0, bias: -1.5}
-    into_state = {hop: 1.0, asked: 1.0, bias: -1.5}
+    into_hop = {("token", 1): 1.0, token: 1.0, bias: -1.5}
+    into_state = {hop: 1.0, token: 1.0, bias: -1.5}
     capital = 4 * 0.5 * (1 - 1 / 24)
     into_logit = {state: capital, hop: -1 / 24} if faithful else {hop: capital - 1 / 24}
-    into_logit |= {asked: -1 / 24} | ({bias: -2 / 24} if norms else {})
+    into_logit |= {token: -1 / 24} | ({bias: -2 / 24} if norms else {})
     edges = {(hop, source): value / first for source, value in into_hop.items()}
     if faithful:
         edges |= {(state, source): value / second for source, value in into_state.items()}

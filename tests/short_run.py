@@ -1,4 +1,4 @@
-"""A coder's run of a few seconds, and what its log says."""
+"""A coder's run of a few seconds, and the losses in its log."""
 
 from pathlib import Path
 

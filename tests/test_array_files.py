@@ -1,4 +1,4 @@
-"""Arrays on disk: read as they were written, or refused in one line."""
+"""Arrays on disk are read as they were written, or refused in one line."""
 
 import json
 import zipfile
@@ -12,7 +12,7 @@ from jclt import array_files
 from jclt.errors import UserError
 
 
-def refused(function, *arguments) -> str:
+def get_refusal(function, *arguments) -> str:
     with pytest.raises(UserError) as error:
         function(*arguments)
     assert str(error.value).isprintable()
@@ -98,9 +98,9 @@ def test_archives_with_wrong_headers(tmp_path):
     content = path.read_bytes()
     for keep in (0, 10, 100, len(content) - 30):
         path.write_bytes(content[:keep])
-        assert "x.npz: damaged, or not a .npz file (" in refused(array_files.NpzFile, path)
+        assert "x.npz: damaged, or not a .npz file (" in get_refusal(array_files.NpzFile, path)
     np.savez(path, a=np.array([None]))
-    assert "'a' is damaged (holds Python objects)" in refused(array_files.NpzFile(path).read_tensor, "a")
+    assert "'a' is damaged (holds Python objects)" in get_refusal(array_files.NpzFile(path).read_tensor, "a")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(
             "a.npy",
@@ -109,13 +109,13 @@ def test_archives_with_wrong_headers(tmp_path):
         archive.writestr("b.npy", b"no array at all")
         archive.writestr("c", bytes(5000))
     file = array_files.NpzFile(path)
-    assert "'a' is damaged (" in refused(file.read_tensor, "a")
-    assert "'b' is damaged (" in refused(file.read_tensor, "b")
-    assert "'c' unpacks to 5000 bytes, expected at most 100" in refused(file.read, "c", 100)
+    assert "'a' is damaged (" in get_refusal(file.read_tensor, "a")
+    assert "'b' is damaged (" in get_refusal(file.read_tensor, "b")
+    assert "'c' unpacks to 5000 bytes, expected at most 100" in get_refusal(file.read, "c", 100)
     assert file.read("c", 5000) == bytes(5000)
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("c", b"")
-    assert "a member is there twice" in refused(array_files.NpzFile, path)
+    assert "a member is there twice" in get_refusal(array_files.NpzFile, path)
 
 
 def test_mapped_arrays(tmp_path):
@@ -124,7 +124,7 @@ def test_mapped_arrays(tmp_path):
     raw = (tmp_path / "x.npy").read_bytes()
     for spoilt in (b"", raw[:-1], raw + b"\0", raw.replace(b"'shape': (300", b"'shape': (((("), b"\x93NUMPY\x01\x00"):
         (tmp_path / "x.npy").write_bytes(spoilt)
-        line = refused(array_files.map_array, tmp_path / "x.npy", "an array")
+        line = get_refusal(array_files.map_array, tmp_path / "x.npy", "an array")
         assert "x.npy: damaged (" in line and line.endswith("expected an array")
     np.save(tmp_path / "x.npy", np.array([None]))
-    assert "holds Python objects" in refused(array_files.map_array, tmp_path / "x.npy", "an array")
+    assert "holds Python objects" in get_refusal(array_files.map_array, tmp_path / "x.npy", "an array")

@@ -1,4 +1,4 @@
-"""Overrides set what they name, in the type it has, and refuse the rest in one line."""
+"""Overrides set the named setting, in its type; wrong ones are refused in one line."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Files read whole or refused in one line, and written whole or not at all."""
+"""Files are read completely or refused in one line, and written completely or not at all."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from jclt import files
 from jclt.errors import UserError
 
 
-def refused(function, *arguments) -> str:
+def get_refusal(function, *arguments) -> str:
     with pytest.raises(UserError) as error:
         function(*arguments)
     assert str(error.value).isprintable()
@@ -27,12 +27,12 @@ def test_what_is_not_a_plain_file_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     for read in (files.read_bytes, files.read_text, files.read_json, files.read_yaml, files.read_lines):
-        assert f"{tmp_path / 'absent'}: not found, expected a" in refused(read, tmp_path / "absent")
-        assert "folder: is a folder, expected a" in refused(read, tmp_path / "folder")
-        assert "loop: cannot be read (Too many levels of symbolic links)" in refused(read, tmp_path / "loop")
-        assert "pipe: is no plain file, expected a" in refused(read, tmp_path / "pipe")
-        assert "cannot be read (File name too long)" in refused(read, tmp_path / ("x" * 300))
-        assert "cannot be read (embedded null byte)" in refused(read, Path("a\0b"))
+        assert f"{tmp_path / 'absent'}: not found, expected a" in get_refusal(read, tmp_path / "absent")
+        assert "folder: is a folder, expected a" in get_refusal(read, tmp_path / "folder")
+        assert "loop: cannot be read (Too many levels of symbolic links)" in get_refusal(read, tmp_path / "loop")
+        assert "pipe: is no plain file, expected a" in get_refusal(read, tmp_path / "pipe")
+        assert "cannot be read (File name too long)" in get_refusal(read, tmp_path / ("x" * 300))
+        assert "cannot be read (embedded null byte)" in get_refusal(read, Path("a\0b"))
 
 
 def test_text_is_utf8_whatever_the_locale(tmp_path):
@@ -40,13 +40,13 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
     assert files.read_text(tmp_path / "text") == "Zürich\r\na\x0cb\u2028c\n\n"
     assert files.read_lines(tmp_path / "text") == ["Zürich", "a\x0cb\u2028c", ""]
     (tmp_path / "latin").write_bytes("Zürich".encode("latin-1"))
-    assert refused(files.read_text, tmp_path / "latin") == f"{tmp_path / 'latin'}: not UTF-8 text (byte 1)"
+    assert get_refusal(files.read_text, tmp_path / "latin") == f"{tmp_path / 'latin'}: not UTF-8 text (byte 1)"
     code = (
         f"from jclt.files import *; from pathlib import Path; print(ascii(read_text(Path({str(tmp_path / 'text')!r}))))"
     )
     plain = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
-    assert done.stdout.startswith("'Z\\xfcrich"), done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
+    assert process.stdout.startswith("'Z\\xfcrich"), process.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_text_is_utf8_whatever_the_locale(tmp_path):
 )
 def test_damaged_json(content, line, tmp_path):
     (tmp_path / "x.json").write_text(content)
-    assert f"x.json: {line}" in refused(files.read_json, tmp_path / "x.json")
+    assert f"x.json: {line}" in get_refusal(files.read_json, tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_damaged_json(content, line, tmp_path):
 )
 def test_damaged_yaml(content, line, tmp_path):
     (tmp_path / "x.yaml").write_text(content)
-    assert f"x.yaml: {line}" in refused(files.read_yaml, tmp_path / "x.yaml")
+    assert f"x.yaml: {line}" in get_refusal(files.read_yaml, tmp_path / "x.yaml")
 
 
 # Writing.
@@ -87,7 +87,7 @@ def test_damaged_yaml(content, line, tmp_path):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "made" / "x.json"
     files.write_json(path, {"a": 1})
-    assert refused(files.write_json, path, {"a": float("nan")}).startswith(f"{path}: not written, a number is not")
+    assert get_refusal(files.write_json, path, {"a": float("nan")}).startswith(f"{path}: not written, a number is not")
     with (
         pytest.raises(UserError, match="x.json: cannot be written .No space left on device."),
         files.create_file(path) as partial,
@@ -96,7 +96,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         raise OSError(28, "No space left on device")
     assert files.read_json(path) == {"a": 1} and [file.name for file in path.parent.iterdir()] == ["x.json"]
     (tmp_path / "file").write_text("")
-    line = refused(files.write_text, tmp_path / "file" / "x", "text")
+    line = get_refusal(files.write_text, tmp_path / "file" / "x", "text")
     assert line.startswith(f"{tmp_path / 'file' / 'x'}: cannot be written (")
 
 
@@ -121,7 +121,7 @@ def test_a_folder_is_written_whole_or_not_at_all(error, tmp_path):
     with files.create_folder(tmp_path / "x") as partial:
         (partial / "part").write_text("whole")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["part"]
-    assert "exists already, expected a new folder" in refused(files.check_new_folder, tmp_path / "x")
+    assert "exists already, expected a new folder" in get_refusal(files.check_new_folder, tmp_path / "x")
 
 
 def test_leftovers_of_killed_processes_are_removed_and_files_of_others_are_not(tmp_path):
@@ -139,5 +139,5 @@ def test_a_folder_is_checked_for_writing(tmp_path):
     files.check_writable(tmp_path / "new" / "one")
     assert (tmp_path / "new" / "one").is_dir() and not list((tmp_path / "new" / "one").iterdir())
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in refused(files.check_writable, tmp_path / "file")
-    assert "cannot be written" in refused(files.check_writable, tmp_path / "file" / "one")
+    assert "cannot be written" in get_refusal(files.check_writable, tmp_path / "file")
+    assert "cannot be written" in get_refusal(files.check_writable, tmp_path / "file" / "one")

@@ -1,4 +1,4 @@
-"""Fingerprints and sums of bits: the same wherever weights lie, another one after any change."""
+"""Fingerprints and sums of bits: the same on any mesh, and another one after any change."""
 
 import gc
 
@@ -16,8 +16,8 @@ TYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
 
 
 def numbers(dtype: str, shape: tuple[int, ...] = (8, 16)) -> np.ndarray:
-    drawn = np.random.default_rng(0).normal(size=shape) * 100
-    return (drawn > 0) if dtype == "bool" else np.asarray(jnp.asarray(drawn).astype(dtype))
+    values = np.random.default_rng(0).normal(size=shape) * 100
+    return (values > 0) if dtype == "bool" else np.asarray(jnp.asarray(values).astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -41,22 +41,22 @@ def test_every_single_bit_changes_the_sums(dtype):
 
 def test_sums_are_the_same_on_every_mesh():
     x = numbers("float32", (16, 8))
-    whole = np.asarray(sum_bits({"x": jnp.asarray(x)})["x"])
+    full_sums = np.asarray(sum_bits({"x": jnp.asarray(x)})["x"])
     for shape in ((1, 8), (2, 4), (8, 1)):
         mesh = jclt.make_mesh(*shape)
         for axes in (("tokens", "features"), ("batch", None), (None, "features")):
             placed = jax.device_put(x, make_sharding(mesh, x.shape, axes))
-            assert np.asarray(sum_bits({"x": placed})["x"]).tolist() == whole.tolist()
+            assert np.asarray(sum_bits({"x": placed})["x"]).tolist() == full_sums.tolist()
 
 
 def test_a_scalar_and_an_empty_array_have_sums():
-    found = sum_bits({"scalar": jnp.float32(1), "empty": jnp.zeros((0, 3))})
-    assert np.asarray(found["scalar"]).tolist() == [0x3F800000] * 2 and not np.asarray(found["empty"]).any()
+    sums = sum_bits({"scalar": jnp.float32(1), "empty": jnp.zeros((0, 3))})
+    assert np.asarray(sums["scalar"]).tolist() == [0x3F800000] * 2 and not np.asarray(sums["empty"]).any()
 
 
 def test_a_model_is_the_same_in_either_type_and_on_any_mesh_and_another_after_a_change():
     model, narrow, split = (
-        jclt.load_model("demo", **given) for given in ({}, {"dtype": "bfloat16"}, {"mesh": jclt.make_mesh(2)})
+        jclt.load_model("demo", **options) for options in ({}, {"dtype": "bfloat16"}, {"mesh": jclt.make_mesh(2)})
     )
     assert model.fingerprint == narrow.fingerprint == split.fingerprint
     changed = dict(model.params)
@@ -69,8 +69,8 @@ def test_a_model_is_the_same_in_either_type_and_on_any_mesh_and_another_after_a_
 
 def test_a_fingerprint_is_kept_as_long_as_its_weights():
     coder = jclt.load_coder("demo")
-    made = fingerprint(coder)
-    assert fingerprint(coder) == made and id(coder) in fingerprints._known
+    value = fingerprint(coder)
+    assert fingerprint(coder) == value and id(coder) in fingerprints._known
     key = id(coder)
     del coder
     gc.collect()

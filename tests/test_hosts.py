@@ -36,10 +36,10 @@ def find_free_port() -> int:
 
 
 def test_a_port_in_use_is_reported_before_jax_uses_it(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         for name, value in {"COORDINATOR": f"localhost:{port}", "PROCESSES": "2", "PROCESS": "0"}.items():
             monkeypatch.setenv(f"JCLT_{name}", value)
         with pytest.raises(UserError) as error:
@@ -52,7 +52,7 @@ def test_processes_meet_or_report_who_is_missing(monkeypatch):
     monkeypatch.setattr(hosts, "MEETING_SECONDS", 2)
 
     def meet(count: int, *numbers: int) -> list[str]:
-        """The error of each of these processes, empty if it met all others."""
+        """The errors of the processes; empty for a process that met all others."""
         port, errors = find_free_port(), dict.fromkeys(numbers, "")
 
         def run_process(number: int) -> None:
@@ -76,5 +76,5 @@ def test_processes_meet_or_report_who_is_missing(monkeypatch):
     first, second = meet(3, 0, 1)
     assert first == "JCLT_PROCESSES: of 3 processes 2 did not come to port PORT within 2 s, expected all to be started"
     assert second.startswith("JCLT_COORDINATOR: process 1 did not meet all others at localhost:PORT within 2 s (")
-    (alone,) = meet(2, 1)
-    assert "within 2 s (Connection refused), expected every process to be started" in alone
+    (of_first,) = meet(2, 1)
+    assert "within 2 s (Connection refused), expected every process to be started" in of_first

@@ -1,4 +1,4 @@
-"""What holds of every model and coder, on configurations drawn by a seed: few here, many with `-m fuzz`."""
+"""Laws of every model and coder, on configurations drawn from a seed: few by default, many with `-m fuzz`."""
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 import pytest
-from drawing import Draw, drawn
+from drawing import Draw, read_options
 from golden_cases import CASES, golden_model
 from numpy.random import Generator
 from random_coders import random_coder
@@ -37,16 +37,16 @@ def compile_quickly():
 
 @pytest.fixture(autouse=True)
 def forget_programs_of_a_case(draw: Draw):
-    """No two cases share any, and a process has room for those of a few."""
+    """Cases share no programs, and a process can hold those of a few cases only."""
     yield
     if draw.large:
         jax.clear_caches()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """As many cases as are asked for; each of the tests gets all of them."""
+    """Each test gets all cases; the options set their number."""
     if "case" in metafunc.fixturenames:
-        draw = drawn(metafunc.config)
+        draw = read_options(metafunc.config)
         count = max(FEW, draw.inputs // 100) if draw.large else FEW
         numbers = range(count) if draw.only is None else [draw.only]
         metafunc.parametrize("case", [case_of(draw.seed, number) for number in numbers], ids=str)
@@ -79,7 +79,7 @@ class Case:
         return self.filled(self.coder_config)
 
     def filled(self, config: CoderConfig) -> SparseCoder:
-        """Weights that the type holds without loss."""
+        """The coder with random weights that the type holds without loss."""
         config = config.fit_to_model(self.model.config, "random")
         coder = random_coder(config, cast(Any, np.dtype("float32")), seed=self.number)
 
@@ -119,7 +119,7 @@ def case_of(seed: int, number: int) -> Case:
 
 
 def law(graph: Graph, share: float = 1e-4) -> None:
-    """What reaches each feature and output adds up to its value; only these have incoming edges."""
+    """The contributions to each feature and output add up to its value. Other nodes have no incoming edges."""
     targets = graph.nodes.find("feature", "output")
     total = graph.adjacency.sum(axis=1, dtype=np.float64) + graph.bias + graph.rest
     scale = np.abs(graph.values[targets]).max()
@@ -153,22 +153,24 @@ def test_conservation_holds_and_pruning_files_and_json_keep_it(case: Case, tmp_p
     scores = graph.scores
     assert -1e-6 <= scores.replacement <= scores.completeness + 1e-6 <= 1 + 2e-6
 
-    for number, own in enumerate((graph, small)):
-        own.save(tmp_path / f"{number}.npz")
+    for number, saved in enumerate((graph, small)):
+        saved.save(tmp_path / f"{number}.npz")
         again = load_graph(tmp_path / f"{number}.npz")
-        for name, value in vars(own).items():
+        for name, value in vars(saved).items():
             if isinstance(value, np.ndarray):
                 np.testing.assert_array_equal(getattr(again, name), value, err_msg=name)
             else:
                 assert getattr(again, name) == value or name == "provenance"
-        export_json(own, tmp_path / f"{number}.json.gz")
-        shown = import_json(tmp_path / f"{number}.json.gz")
-        np.testing.assert_array_equal(shown.adjacency[shown.adjacency != 0], own.adjacency[own.adjacency != 0])
-        np.testing.assert_array_equal(shown.features, own.features)
-        assert shown.logit_names == own.logit_names and shown.token_texts == own.token_texts
-        export_json(shown, tmp_path / f"{number} again.json.gz")
+        export_json(saved, tmp_path / f"{number}.json.gz")
+        imported = import_json(tmp_path / f"{number}.json.gz")
+        np.testing.assert_array_equal(
+            imported.adjacency[imported.adjacency != 0], saved.adjacency[saved.adjacency != 0]
+        )
+        np.testing.assert_array_equal(imported.features, saved.features)
+        assert imported.logit_names == saved.logit_names and imported.token_texts == saved.token_texts
+        export_json(imported, tmp_path / f"{number} again.json.gz")
         twice = import_json(tmp_path / f"{number} again.json.gz")
-        np.testing.assert_array_equal(twice.adjacency, shown.adjacency)
+        np.testing.assert_array_equal(twice.adjacency, imported.adjacency)
 
 
 def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case, draw: Draw):
@@ -187,10 +189,10 @@ def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case, draw: Dr
         close(getattr(got, name), getattr(want, name), 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["own", "sae", "tied sae"])
+@pytest.mark.parametrize("kind", ["drawn", "sae", "tied sae"])
 def test_a_coder_is_the_same_in_every_layout_that_can_say_it(case: Case, kind: str, tmp_path: Path):
     sae = replace(case.coder_config, kind="sae", reads="resid_post", writes="resid_post", tied=kind == "tied sae")
-    coder = case.coder if kind == "own" else case.filled(sae)
+    coder = case.coder if kind == "drawn" else case.filled(sae)
     sites = {"reads": coder.config.reads, "writes": coder.config.writes}
     for layout in LAYOUTS:
         for dtype in sorted({case.dtype, "float32"}):
@@ -215,7 +217,7 @@ def test_a_coder_is_the_same_in_every_layout_that_can_say_it(case: Case, kind: s
 
 
 SAID = ("kind", "features", "rule", "k", "reads", "writes", "skip", "covered", "size")
-"""What every layout says of a coder, or refuses."""
+"""Each layout writes a coder without change, or refuses it."""
 
 
 def test_what_was_captured_and_is_put_back_changes_no_bit(case: Case):

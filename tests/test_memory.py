@@ -1,4 +1,4 @@
-"""What there is of memory, and what is said when it is not enough."""
+"""The available memory, and the message if it is too little."""
 
 import mmap
 
@@ -19,10 +19,10 @@ def test_free_and_used_memory_are_plausible():
 
 def test_used_memory_grows_with_what_is_held():
     before = memory.measure_used_memory()
-    with mmap.mmap(-1, 50_000_000) as held:  # an array might lie where an earlier one was freed
-        held.write(b"\1" * len(held))
+    with mmap.mmap(-1, 50_000_000) as block:  # an array might lie where an earlier one was freed
+        block.write(b"\1" * len(block))
         after = memory.measure_used_memory()
-        assert before is not None and after is not None and after - before > 0.8 * len(held)
+        assert before is not None and after is not None and after - before > 0.8 * len(block)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):

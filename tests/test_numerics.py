@@ -1,4 +1,4 @@
-"""Products and divergences have the numbers that their definitions give."""
+"""Products and divergences equal their definitions."""
 
 import jax
 import jax.numpy as jnp

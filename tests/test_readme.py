@@ -1,17 +1,46 @@
-"""The examples in the README run, and print what it shows."""
+"""The README and the pages in packages: each example runs and gives what its check says, each command parses, each link
+leads to a file, and the transcripts are what the command prints."""
 
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 import jclt
-from jclt.cli.main import main
+from jclt.cli.main import build_parser, main
+from jclt.training.config import check_ranges
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for place in (".", "jclt", "tests", "experiments", "tpu_configs")
+    for path in sorted((ROOT / place).glob("*.md" if place == "." else "**/*.md"))
+}
+MOST_LINES = 130
+
+
+def list_blocks(page: str, language: str) -> list[str]:
+    """The blocks between fences of one language; '' for those that name none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in blocks if name == language]
+
+
+EXAMPLES = {(page, number): block for page in PAGES for number, block in enumerate(list_blocks(page, "python"))}
+COMMANDS = [
+    (page, line)
+    for page in PAGES
+    for block in list_blocks(page, "")
+    for line in block.splitlines()
+    if re.match(r"(pip install .* && |\$ )?jclt ", line)
+]
+
+Names = dict[str, Any]
 
 
 @pytest.fixture
@@ -22,9 +51,13 @@ def as_a_user(tmp_path, monkeypatch):
         yield
 
 
-def test_the_api_in_ten_lines(as_a_user):
-    names: dict = {}
-    exec(BLOCKS[0], names)
+def check_road(names: Names) -> None:
+    assert names["graph"].logit_names == (" Denver",)
+    assert jclt.import_json("denver.json").logit_names == (" Denver",)
+    assert names["drop"] > 10 * abs(names["control"])
+
+
+def check_models(names: Names) -> None:
     assert names["text"] == "calc: 36+59=95"
     assert set(names["seen"]) == {"mlp_in", "pattern"}
     want, _ = jclt.run(names["model"], "calc: 36+23=")
@@ -33,23 +66,131 @@ def test_the_api_in_ten_lines(as_a_user):
         assert float(abs(names[changed] - names["logits"]).max()) > 0.1
     again, _ = jclt.run(jclt.load_model("copy"), "calc: 36+59=")
     np.testing.assert_allclose(again, names["logits"], atol=1e-5)
+    assert names["sharded"].mesh.size == jax.device_count()
 
 
-def test_the_other_examples(as_a_user):
-    world, training = {}, {}
-    exec(BLOCKS[1], world)
-    assert world["example"].answers and {"city", "state", "answer"} <= {c.name for c in world["example"].concepts}
-    exec(BLOCKS[2], training)
-    graphs: dict = {}
-    exec(BLOCKS[4], graphs)
-    assert graphs["graph"].logit_names == ("95", "95 - 94") and len(graphs["graphs"]) == 2
-    assert training["config"].model == training["model"] and training["config"].steps == 20_000
+def check_edits(names: Names) -> None:
+    want, _ = jclt.run(names["model"], names["other"])
+    np.testing.assert_allclose(names["patched"][-1], want[-1], atol=1e-5)
+    np.testing.assert_array_equal(names["patched"][:-1], names["clean"][:-1])
+    np.testing.assert_allclose(names["frozen"], names["patched"], atol=1e-5)
 
 
-def test_the_transcript_is_what_the_command_prints(as_a_user, capsys):
-    main(["demo"])
+def check_coders(names: Names) -> None:
+    tokens, config = len(names["logits"]), names["coder"].config
+    assert names["features"].shape == (tokens, config.features)
+    assert 0 < np.count_nonzero(names["features"]) < names["features"].size / 10
+    assert names["error"].shape == (4,) and names["error"].mean() < 0.1
+    assert names["replaced"][-1].argmax() == names["logits"][-1].argmax()
+    for got, want in zip(jax.tree.leaves(names["same"]), jax.tree.leaves(names["coder"]), strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(names["neuron_values"], names["seen"]["mlp_neurons"][1], atol=1e-5)
+
+
+def check_attribution(names: Names) -> None:
+    graph, part = names["graph"], names["part"]
+    assert graph.logit_names == ("95", "95 - 94") and len(names["graphs"]) == 2
+    assert np.abs(graph.residual).max() < 1e-4 * np.abs(graph.values).max()
+    assert len(part.features) == 50 and 0 < part.missing < 1 and graph.missing < 1e-6
+    low, high = part.scores.replacement_interval
+    assert low < high and low - 1e-6 <= names["graphs"][0].scores.replacement <= high + 1e-6
+    np.testing.assert_array_equal(jclt.load_graph("sum.npz").adjacency, graph.adjacency)
+
+
+def check_graphs(names: Names) -> None:
+    graph, small = names["graph"], names["small"]
+    assert 0 < len(small.features) < len(graph.features)
+    assert 0 < small.scores.replacement < graph.scores.replacement < 1
+    assert np.count_nonzero(names["again"].adjacency) == np.count_nonzero(small.adjacency)
+    assert len(names["paths"]) == 3 and all('-> "95"' in path for path in names["paths"])
+    assert names["lengths"][0] == 0 and names["lengths"].sum() == pytest.approx(1)
+    assert [point.nodes for point in names["points"]] == sorted(point.nodes for point in names["points"])
+    assert names["names"] == ["the first two", "the third"] and names["edges"].shape == (2, 2)
+
+
+def check_world(names: Names) -> None:
+    example, pair = names["example"], names["pair"]
+    assert example.answers and {"city", "state", "answer"} <= {c.name for c in example.concepts}
+    assert pair.clean.answers != pair.corrupted.answers and pair.clean.prompt != pair.corrupted.prompt
+
+
+def check_coder_settings(names: Names) -> None:
+    check_ranges(names["config"])
+    assert names["config"].sparsity_term == "none" and names["config"].coder.rule == "jumprelu"
+
+
+def check_model_settings(names: Names) -> None:
+    check_ranges(names["config"])
+    assert names["config"].model == names["model"] and names["config"].steps == 20_000
+
+
+CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
+    ("README.md", 0): check_road,
+    ("jclt/models/README.md", 0): check_models,
+    ("jclt/models/README.md", 1): check_edits,
+    ("jclt/coders/README.md", 0): check_coders,
+    ("jclt/attribution/README.md", 0): check_attribution,
+    ("jclt/graphs/README.md", 0): check_graphs,
+    ("jclt/world/README.md", 0): check_world,
+    ("jclt/training/README.md", 0): check_coder_settings,
+    ("jclt/training/README.md", 1): check_model_settings,
+}
+"""What each Python block of each page must have computed: its names, after it has run in a folder of its own."""
+
+
+def test_every_example_has_a_check():
+    assert set(EXAMPLES) == set(CHECKS)
+
+
+@pytest.mark.parametrize(("page", "number"), EXAMPLES)
+def test_an_example_runs_and_gives_what_its_check_says(page, number, as_a_user):
+    names: Names = {}
+    exec(EXAMPLES[page, number], names)
+    CHECKS[page, number](names)
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), [("README.md", ["demo"]), ("jclt/attribution/README.md", ["attribute", "calc: 21+54="])]
+)
+def test_a_transcript_is_what_the_command_prints(page, command, as_a_user, capsys):
+    main(command)
     printed = capsys.readouterr().out.strip().split("\n\n")
-    shown = README.split("$ jclt demo\n")[1].split("```")[0].strip().split("\n\n")
+    shown = PAGES[page].split(f"$ jclt {shlex.join(command)}\n")[1].split("```")[0].strip().split("\n\n")
     without_digits = lambda text: re.sub(r"\d\.\d+", "p", text)  # noqa: E731
     assert {without_digits(block) for block in shown} <= {without_digits(block) for block in [*printed, "..."]}
-    assert len(shown) == 4
+    assert len(shown) == (3 if command == ["demo"] else 1)
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_a_command_line_parses(page, line):
+    words = shlex.split(line, comments=True)
+    assert build_parser().parse_args(words[words.index("jclt") + 1 :]).function
+
+
+def test_the_readme_is_short_and_names_the_commands_that_ci_runs():
+    assert README.count("\n") <= MOST_LINES
+    assert {"pip install . && jclt demo", "pip install -e '.[test]' && pytest"} <= set(README.splitlines())
+    assert len(COMMANDS) > 15  # commands are found at all
+
+
+def list_links(page: str) -> list[tuple[Path, str]]:
+    """The files that a page links to, and the heading in each; without addresses."""
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in link]
+    return [((ROOT / page).parent / path if path else ROOT / page, heading) for path, _, heading in links]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for path, heading in list_links(page):
+        assert path.exists(), f"{page}: {path}"
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^a-z0-9 -]", "", text.lower()).replace(" ", "-") for text in headings]
+        assert not heading or heading in slugs, f"{page}: {heading}"
+
+
+def test_pages_and_the_readme_link_to_each_other():
+    pages = {page for page in PAGES if page.startswith("jclt/") or page.count("/") == 1}
+    linked = {path.resolve() for path, _ in list_links("README.md")}
+    for page in pages:
+        assert (ROOT / page).resolve() in linked, page
+        assert (ROOT / "README.md").resolve() in {path.resolve() for path, _ in list_links(page)}, page

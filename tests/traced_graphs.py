@@ -1,4 +1,4 @@
-"""Graphs of the golden models by coders of every kind, and what is compared of them."""
+"""Graphs of the golden models with coders of every kind, and functions that compare them."""
 
 from functools import cache
 from typing import Any, NamedTuple, cast

@@ -53,7 +53,7 @@ def train_command(config: Path, bucket: str, profile: int) -> str:
 
 def install_command(bucket: str) -> str:
     """From nothing to `jclt` in a virtual environment, in the folder of configurations. TPU VMs may bring an older
-    Python than it needs; uv brings its own."""
+    Python than it needs; uv installs one."""
     fetch = f"import fsspec; fsspec.filesystem('gs').get('{bucket}/jclt.tar.gz', 'jclt.tar.gz')"
     return (
         "UV=$HOME/.local/bin/uv; test -x $UV || python3 -m pip install --quiet --user uv; "
@@ -76,10 +76,10 @@ class Shell:
         print("+", shlex.join(command), flush=True)
         if self.dry:
             return ""
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if check and done.returncode:
-            sys.exit(f"launch: '{command[0]} {command[1]} ...' ended with status {done.returncode}")
-        return done.stdout.strip()
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if check and process.returncode:
+            sys.exit(f"launch: '{command[0]} {command[1]} ...' ended with status {process.returncode}")
+        return process.stdout.strip()
 
 
 def upload(run: Shell, bucket: str) -> None:
@@ -87,24 +87,24 @@ def upload(run: Shell, bucket: str) -> None:
     run("gcloud", "storage", "cp", "jclt.tar.gz", f"{bucket}/jclt.tar.gz")
 
 
-def on_vm(run: Shell, config: Path, pod: Pod, asked: argparse.Namespace) -> None:
+def on_vm(run: Shell, config: Path, pod: Pod, options: argparse.Namespace) -> None:
     name, kind = config.stem.replace("_", "-"), KINDS[pod.topology.partition(":")[0]]
-    where = ["--zone", asked.zone, *(["--project", asked.project] if asked.project else [])]
+    where = ["--zone", options.zone, *(["--project", options.project] if options.project else [])]
     queued = ["gcloud", "compute", "tpus", "queued-resources"]
     node = ["--node-id", name] if pod.slices == 1 else ["--node-prefix", name, "--node-count", str(pod.slices)]
     nodes = [name] if pod.slices == 1 else [f"{name}-{i}" for i in range(pod.slices)]
     create = [*queued, "create", name, *node, "--accelerator-type", accelerator_type(pod)]
-    create += ["--runtime-version", kind.runtime, *(["--spot"] if asked.spot else []), *where]
-    work = f"{install_command(asked.bucket)} && {train_command(config, asked.bucket, asked.profile)}"
-    upload(run, asked.bucket)
+    create += ["--runtime-version", kind.runtime, *(["--spot"] if options.spot else []), *where]
+    work = f"{install_command(options.bucket)} && {train_command(config, options.bucket, options.profile)}"
+    upload(run, options.bucket)
     for _ in range(RESTARTS):
         run(*create, check=False)
         describe = [*queued, "describe", name, "--format", "value(state.state)", *where]
         while run(*describe) not in ("ACTIVE", "FAILED", "SUSPENDED", ""):
             time.sleep(30)
         ssh = [
-            ["gcloud", "compute", "tpus", "tpu-vm", "ssh", one, "--worker=all", *where, "--command", work]
-            for one in nodes
+            ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node_name, "--worker=all", *where, "--command", work]
+            for node_name in nodes
         ]
         for command in ssh:
             print("+", shlex.join(command), flush=True)
@@ -118,27 +118,27 @@ def on_vm(run: Shell, config: Path, pod: Pod, asked: argparse.Namespace) -> None
     else:
         sys.exit(f"launch: not done after {RESTARTS} starts")
     back = shlex.join([*queued, "delete", name, "--force", *where])
-    print(f"done: {asked.bucket}/runs/{config.stem}; the chips are given back by: {back}")
+    print(f"done: {options.bucket}/runs/{config.stem}; the chips are given back by: {back}")
 
 
-def manifest(config: Path, pod: Pod, asked: argparse.Namespace) -> dict[str, Any]:
+def manifest(config: Path, pod: Pod, options: argparse.Namespace) -> dict[str, Any]:
     """A JobSet: one job a slice, one pod a host; any failure starts all of them anew."""
     kind, shape = KINDS[pod.topology.partition(":")[0]], pod.topology.partition(":")[2]
     chips = count_chips(pod.topology)
     hosts = max(1, chips // CHIPS_A_HOST)
     container = {
         "name": "train",
-        "image": asked.image,
+        "image": options.image,
         "command": [
             "bash",
             "-c",
-            f"{install_command(asked.bucket)} && {train_command(config, asked.bucket, asked.profile)}",
+            f"{install_command(options.bucket)} && {train_command(config, options.bucket, options.profile)}",
         ],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "resources": {"limits": {"google.com/tpu": min(chips, CHIPS_A_HOST)}},
     }
     selector = {"cloud.google.com/gke-tpu-accelerator": kind.gke, "cloud.google.com/gke-tpu-topology": shape}
-    if asked.spot:
+    if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     job = {
         "parallelism": hosts,
@@ -167,9 +167,9 @@ def manifest(config: Path, pod: Pod, asked: argparse.Namespace) -> dict[str, Any
     }
 
 
-def on_gke(run: Shell, config: Path, pod: Pod, asked: argparse.Namespace) -> None:
-    upload(run, asked.bucket)
-    text = json.dumps(manifest(config, pod, asked), indent=2)  # JSON is YAML
+def on_gke(run: Shell, config: Path, pod: Pod, options: argparse.Namespace) -> None:
+    upload(run, options.bucket)
+    text = json.dumps(manifest(config, pod, options), indent=2)  # JSON is YAML
     print(text)
     if not run.dry:
         Path("jobset.json").write_text(text)
@@ -188,11 +188,11 @@ def main() -> None:
     parser.add_argument("--image", default="python:3.12", help="with Python and pip (gke)")
     parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="traces so many steps for XProf")
     parser.add_argument("--dry-run", action="store_true")
-    asked = parser.parse_args()
-    if asked.where == "vm" and not asked.zone:
+    options = parser.parse_args()
+    if options.where == "vm" and not options.zone:
         sys.exit("launch: vm needs --zone")
-    pod = load_pod(str(asked.config), None, None)
-    {"vm": on_vm, "gke": on_gke}[asked.where](Shell(asked.dry_run), asked.config, pod, asked)
+    pod = load_pod(str(options.config), None, None)
+    {"vm": on_vm, "gke": on_gke}[options.where](Shell(options.dry_run), options.config, pod, options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Plans every configuration of this folder and writes the table in README.md, and the figures to plans.json.
 
     python tpu_configs/plan_all.py            all of them, which takes an hour or two on 2 cores
-    python tpu_configs/plan_all.py gpt2 qwen  those whose names hold one of these
+    python tpu_configs/plan_all.py gpt2 qwen  those whose names contain one of these
 
-Figures of configurations that are not planned anew are kept.
+Configurations that are not planned again keep their figures.
 """
 
 import json
@@ -26,31 +26,31 @@ HEAD = (
 )
 
 
-def row(name: str, own: dict) -> str:
-    memory = own["memory"]
+def format_row(name: str, plan: dict) -> str:
+    memory = plan["memory"]
     return (
-        f"| {name} | {own['chips']} | {own['parameters'] / 1e9:.1f}e9 | {memory['total'] / GIB:.1f} of "
-        f"{memory['limit'] / GIB:.1f} | {memory['headroom']:.0%} | {own['seconds']:.3f} | {own['utilisation']:.0%} | "
-        f"{own['exposed_seconds'] / own['seconds']:.0%} | {own['tokens_per_second']:,.0f} | "
-        f"{own['chips'] * 1e9 / own['tokens_per_second'] / 3600:,.0f} | {own['compile_seconds']:.0f} |\n"
+        f"| {name} | {plan['chips']} | {plan['parameters'] / 1e9:.1f}e9 | {memory['total'] / GIB:.1f} of "
+        f"{memory['limit'] / GIB:.1f} | {memory['headroom']:.0%} | {plan['seconds']:.3f} | {plan['utilisation']:.0%} | "
+        f"{plan['exposed_seconds'] / plan['seconds']:.0%} | {plan['tokens_per_second']:,.0f} | "
+        f"{plan['chips'] * 1e9 / plan['tokens_per_second'] / 3600:,.0f} | {plan['compile_seconds']:.0f} |\n"
     )
 
 
-def main(wanted: list[str]) -> None:
+def main(names: list[str]) -> None:
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for path in sorted(HERE.glob("*_v[0-9]*.py")):
-        if wanted and not any(part in path.stem for part in wanted):
+        if names and not any(part in path.stem for part in names):
             continue
         began = time.perf_counter()
         text, report = plan_run(load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None))
         print(f"{text}\n\n{path.stem}: {time.perf_counter() - began:.0f} s\n", flush=True)
         figures[path.stem] = report | {"date": date.today().isoformat()}
         FIGURES.write_text(json.dumps(figures, indent=1))
-    before, _, rest = TABLE.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    rows = "".join(row(name, own) for name, own in sorted(figures.items()) if "seconds" in own)
-    said = sorted({f"{own['date']}, JAX {own['jax']}, libtpu {own['libtpu']}" for own in figures.values()})
-    TABLE.write_text(f"{before}{BEGIN}{HEAD}{rows}\nPlanned on {'; '.join(said)}.\n{END}{after}")
+    before, _, from_table = TABLE.read_text().partition(BEGIN)
+    after = from_table.partition(END)[2]
+    rows = "".join(format_row(name, plan) for name, plan in sorted(figures.items()) if "seconds" in plan)
+    versions = sorted({f"{plan['date']}, JAX {plan['jax']}, libtpu {plan['libtpu']}" for plan in figures.values()})
+    TABLE.write_text(f"{before}{BEGIN}{HEAD}{rows}\nPlanned on {'; '.join(versions)}.\n{END}{after}")
 
 
 if __name__ == "__main__":

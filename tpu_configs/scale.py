@@ -24,7 +24,7 @@ BASE = TrainConfig(
 )
 
 
-def variant(
+def make_variant(
     layers: int = 8, features: int = 24_576, topology: str = "v5e:8x8", slices: int = 1, batch: int = 256
 ) -> tuple[TrainConfig, Pod]:
     local = tuple(layer for layer in MODEL.local_layers if layer < layers)
@@ -34,40 +34,40 @@ def variant(
 
 
 CASES = {
-    "base": variant(),
-    "features x2": variant(features=49_152),
-    "features x4": variant(features=98_304),
-    "layers x1/2": variant(layers=4),
-    "layers x2": variant(layers=16),
-    "chips and features x4": variant(features=98_304, topology="v5e:16x16"),
-    "the same, 2 slices, tokens x2": variant(features=98_304, topology="v5e:16x16", slices=2, batch=512),
-    "the same, 4 slices, tokens x4": variant(features=98_304, topology="v5e:16x16", slices=4, batch=1024),
+    "base": make_variant(),
+    "features x2": make_variant(features=49_152),
+    "features x4": make_variant(features=98_304),
+    "layers x1/2": make_variant(layers=4),
+    "layers x2": make_variant(layers=16),
+    "chips and features x4": make_variant(features=98_304, topology="v5e:16x16"),
+    "the same, 2 slices, tokens x2": make_variant(features=98_304, topology="v5e:16x16", slices=2, batch=512),
+    "the same, 4 slices, tokens x4": make_variant(features=98_304, topology="v5e:16x16", slices=4, batch=1024),
 }
 
 
 def main() -> None:
     rows = ""
     for name, (config, pod) in CASES.items():
-        own = plan_step(config, pod)
-        sent = sum(entry["bytes"] for entry in own["traffic"]) / 1e9
+        plan = plan_step(config, pod)
+        sent = sum(entry["bytes"] for entry in plan["traffic"]) / 1e9
         assert pod.model is not None
         cells = [
             name,
             pod.model.layers,
             f"{config.coder.features:,}",
-            own["chips"],
-            f"{own['tokens_per_step']:,}",
-            f"{own['seconds']:.3f}",
-            f"{own['utilisation']:.0%}",
-            f"{own['memory']['total'] / GIB:.1f}",
+            plan["chips"],
+            f"{plan['tokens_per_step']:,}",
+            f"{plan['seconds']:.3f}",
+            f"{plan['utilisation']:.0%}",
+            f"{plan['memory']['total'] / GIB:.1f}",
             f"{sent:.1f}",
-            f"{own['exposed_seconds'] / own['seconds']:.0%}",
-            f"{own['compile_seconds']:.0f}",
+            f"{plan['exposed_seconds'] / plan['seconds']:.0%}",
+            f"{plan['compile_seconds']:.0f}",
         ]
         rows += f"| {' | '.join(map(str, cells))} |\n"
         print(rows.splitlines()[-1], flush=True)
-    before, _, rest = TABLE.read_text().partition(BEGIN)
-    TABLE.write_text(f"{before}{BEGIN}{HEAD}{rows}{END}{rest.partition(END)[2]}")
+    before, _, from_table = TABLE.read_text().partition(BEGIN)
+    TABLE.write_text(f"{before}{BEGIN}{HEAD}{rows}{END}{from_table.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 The first case has 12 layers x 768, 8,192 features a layer, 16 tokens, 20 active features a layer and token, all rows
 traced: 3,600 features under circuit-tracer's conventions, in which position 0 has none. Expected is a whole call, once
 compiled, at least 18 times faster than circuit-tracer 0.5.0 (with `--peer`, where it is installed: 3 more minutes).
-Operations are those that the graph needs: a target goes down the layers below its own, at the positions up to its own,
-at 4 D^2 each, and every feature below it takes 2 D for each layer that it writes to. Cost: 5 minutes and 6 GB; 3 more
-minutes and 12 GB with --long.
+Operations are those that the graph needs: a target's gradient takes 4 D^2 at each layer below it and each position up
+to it, and every feature below it takes 2 D for each layer that it writes to. Cost: 5 minutes and 6 GB; 3 more minutes
+and 12 GB with --long.
 """
 
 import os
@@ -26,7 +26,7 @@ from machine import Case, matmul_rate, parser, report
 
 import jclt
 from jclt.coders import CoderConfig, SparseCoder
-from jclt.coders.coder import declare_coder as declare_coder
+from jclt.coders.coder import declare_coder
 from jclt.graphs import Graph
 from jclt.models import Model, ModelConfig, declare
 from jclt.world import TASKS
@@ -52,13 +52,13 @@ def random_coder(model: Model, tokens: np.ndarray, features: int, l0: float) -> 
     scales = {"encoder": WIDTH**-0.5, "decoder": 0.05 / (LAYERS * WIDTH) ** 0.5}
     coder = declare_coder(config, lambda name, shape: scales.get(name, 0.0) * jax.random.normal(next(keys), shape))
     reads = jclt.run(model, tokens, capture=("resid_mid",))[1]["resid_mid"]
-    found = [reads[layer][1:] @ own.encoder.T for layer, own in enumerate(coder.layers)]
-    levels = [jnp.full(features, np.quantile(np.asarray(h), 1 - l0 / features), jnp.float32) for h in found]
-    return eqx.tree_at(lambda c: [own.threshold for own in c.layers], coder, levels)
+    preactivations = [reads[layer][1:] @ layer_weights.encoder.T for layer, layer_weights in enumerate(coder.layers)]
+    levels = [jnp.full(features, np.quantile(np.asarray(h), 1 - l0 / features), jnp.float32) for h in preactivations]
+    return eqx.tree_at(lambda c: [layer_weights.threshold for layer_weights in c.layers], coder, levels)
 
 
-def operations(graph: Graph) -> float:
-    """Of the products that all edges of features and errors need."""
+def count_operations(graph: Graph) -> float:
+    """The operations of the products that all edges of features and errors need."""
     layers, length, width = graph.layers, len(graph.tokens), WIDTH
     active = np.zeros((layers, length))
     np.add.at(active, (graph.features[:, 0], graph.features[:, 1]), 1)
@@ -71,13 +71,13 @@ def operations(graph: Graph) -> float:
     return float(np.sum(through_attention + 2.0 * width * below[layer, position]))
 
 
-def timed(run: Any) -> tuple[float, Any]:
+def time_call(run: Any) -> tuple[float, Any]:
     start = time.perf_counter()
-    made = run()
-    return time.perf_counter() - start, made
+    result = run()
+    return time.perf_counter() - start, result
 
 
-def peer_seconds(length: int) -> float | None:
+def time_peer(length: int) -> float | None:
     """circuit-tracer on random weights of the same shape and sparsity; the faster of two calls."""
     try:
         import torch
@@ -121,64 +121,67 @@ def peer_seconds(length: int) -> float | None:
     for layer in range(LAYERS):
         level = np.quantile(h[layer, 1:].detach().numpy(), 1 - L0 / FEATURES)
         coder.activation_function.threshold.data[layer] = float(level)
-    return min(timed(lambda: attribute(tokens, model, batch_size=128, verbose=False))[0] for _ in range(2))
+    return min(time_call(lambda: attribute(tokens, model, batch_size=128, verbose=False))[0] for _ in range(2))
 
 
-def one_prompt(repeats: int, with_peer: bool) -> list[Case]:
+def time_one_prompt(repeats: int, with_peer: bool) -> list[Case]:
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, 16)
     model = random_model(512)
     coder = random_coder(model, tokens, FEATURES, L0)
-    first, graph = timed(lambda: jclt.attribute(model, coder, tokens, conventions="circuit-tracer"))
+    first, graph = time_call(lambda: jclt.attribute(model, coder, tokens, conventions="circuit-tracer"))
     runs = [
-        timed(lambda: jclt.attribute(model, coder, tokens, conventions="circuit-tracer"))[0] for _ in range(repeats)
+        time_call(lambda: jclt.attribute(model, coder, tokens, conventions="circuit-tracer"))[0] for _ in range(repeats)
     ]
-    took, work, rate = min(runs), operations(graph), matmul_rate(5)
-    other, _ = timed(lambda: jclt.attribute(model, coder, np.resize(tokens, 23), conventions="circuit-tracer"))
-    print(
-        f"first call {first:.1f} s, of which {first - took:.1f} s compile; first call of another length {other:.1f} s"
+    seconds, work, rate = min(runs), count_operations(graph), matmul_rate(5)
+    other_length, _ = time_call(
+        lambda: jclt.attribute(model, coder, np.resize(tokens, 23), conventions="circuit-tracer")
     )
+    print(f"first call {first:.1f} s, of which {first - seconds:.1f} s compile")
+    print(f"first call of another length {other_length:.1f} s")
     del coder
-    peer = peer_seconds(16) if with_peer else None
-    beside: dict[str, Any] = {} if peer is None else {"against": "circuit-tracer", "ratio": peer / took}
-    return [Case(f"12 x 768, 16 tokens, {len(graph.features)} features", work, took, work / took / rate, **beside)]
+    peer = time_peer(16) if with_peer else None
+    beside: dict[str, Any] = {} if peer is None else {"against": "circuit-tracer", "ratio": peer / seconds}
+    return [
+        Case(f"12 x 768, 16 tokens, {len(graph.features)} features", work, seconds, work / seconds / rate, **beside)
+    ]
 
 
-def long_prompt() -> list[Case]:
+def time_long_prompt() -> list[Case]:
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, 256)
     model = random_model(512)
     coder = random_coder(model, tokens, FEATURES, 20_000 / 256 / LAYERS)
     jclt.attribute(model, coder, tokens, max_features=600)  # compiles
-    took, graph = timed(lambda: jclt.attribute(model, coder, tokens))
+    seconds, graph = time_call(lambda: jclt.attribute(model, coder, tokens))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     reads = jclt.run(model, tokens, capture=("resid_mid",))[1]["resid_mid"]
     active = sum(int(np.count_nonzero(coder.encode(layer, read))) for layer, read in enumerate(reads))
-    work, rate = operations(graph), matmul_rate(5)
-    found = f"{active} active features, {len(graph.features)} traced, {graph.missing:.2f} missing"
-    print(f"256 tokens: {found}, peak {peak:.1f} GB")
-    return [Case("256 tokens, 7,500 of them traced", work, took, work / took / rate)]
+    work, rate = count_operations(graph), matmul_rate(5)
+    counts = f"{active} active features, {len(graph.features)} traced, {graph.missing:.2f} missing"
+    print(f"256 tokens: {counts}, peak {peak:.1f} GB")
+    return [Case("256 tokens, 7,500 of them traced", work, seconds, work / seconds / rate)]
 
 
-def many_prompts() -> list[Case]:
+def time_many_prompts() -> list[Case]:
     """On the shipped model: prompts of all tasks, against the number that go through the device at once."""
     model, coder = jclt.load_model("demo"), jclt.load_coder("demo")
     prompts = [e.prompt for task in TASKS.values() for e in task.examples("report", 24, 0)]
     cases = []
     for batch in BATCHES:
         jclt.attribute_batch(model, coder, prompts, batch=batch)
-        took, graphs = timed(lambda batch=batch: jclt.attribute_batch(model, coder, prompts, batch=batch))
-        print(f"{jax.device_count()} devices, batch {batch}: {len(graphs) / took * 60:.0f} graphs a minute")
-        cases.append(Case(f"{len(prompts)} prompts, batch {batch}, {jax.device_count()} devices", 0.0, took))
+        seconds, graphs = time_call(lambda batch=batch: jclt.attribute_batch(model, coder, prompts, batch=batch))
+        print(f"{jax.device_count()} devices, batch {batch}: {len(graphs) / seconds * 60:.0f} graphs a minute")
+        cases.append(Case(f"{len(prompts)} prompts, batch {batch}, {jax.device_count()} devices", 0.0, seconds))
     return cases
 
 
-def tolerances() -> None:
-    """What share of its rows each graph of the shipped model needs until no influence is further off than that."""
+def print_tolerances() -> None:
+    """Prints which share of its rows each graph of the shipped model needs for each tolerance of its influence."""
     model, coder = jclt.load_model("demo"), jclt.load_coder("demo")
     prompts = [e.prompt for task in TASKS.values() for e in task.examples("report", 8, 0)]
-    whole = [len(graph.features) for graph in jclt.attribute_batch(model, coder, prompts)]
+    all_rows = [len(graph.features) for graph in jclt.attribute_batch(model, coder, prompts)]
     for tolerance in (0.1, 0.05, 0.01):
         graphs = jclt.attribute_batch(model, coder, prompts, tolerance=tolerance)
-        share = np.mean([len(graph.features) / n for graph, n in zip(graphs, whole, strict=True)])
+        share = np.mean([len(graph.features) / n for graph, n in zip(graphs, all_rows, strict=True)])
         missing = max(graph.missing for graph in graphs)
         print(f"tolerance {tolerance}: {share:.0%} of the rows, at most {missing:.3f} missing")
 
@@ -188,16 +191,16 @@ def main() -> None:
     options.add_argument("--peer", action="store_true", help="also time circuit-tracer")
     options.add_argument("--long", action="store_true", help="also time a prompt of 256 tokens")
     options.add_argument("--only-many", action="store_true", help="only many prompts at once")
-    given = options.parse_args()
-    cases = [] if given.only_many else one_prompt(min(given.repeats, 3), given.peer)
-    cases += many_prompts()
-    if not given.only_many:
+    arguments = options.parse_args()
+    cases = [] if arguments.only_many else time_one_prompt(min(arguments.repeats, 3), arguments.peer)
+    cases += time_many_prompts()
+    if not arguments.only_many:
         flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
         subprocess.run([sys.executable, __file__, "--only-many"], env=flags, check=True)
-        tolerances()
-        if given.long:
-            cases += long_prompt()
-    report(cases, matmul_rate(5), given.json)
+        print_tolerances()
+        if arguments.long:
+            cases += time_long_prompt()
+    report(cases, matmul_rate(5), arguments.json)
 
 
 if __name__ == "__main__":

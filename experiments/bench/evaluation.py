@@ -25,18 +25,18 @@ ROWS, LENGTH, FEATURES, ACTIVE = 16, 128, 4096, 100
 
 
 def coder_that_fires(params: dict[str, jax.Array], tokens: jax.Array) -> SparseCoder:
-    """Random directions whose biases let each feature fire on its share of these tokens."""
+    """Random directions whose biases make each feature active on its share of these tokens."""
     config = CoderConfig(features=FEATURES, activation="relu").fit_to_model(GPT2, "gpt2")
     random = np.random.default_rng(0)
     coder = declare_coder(config, lambda _, shape: jnp.asarray(0.02 * random.standard_normal(shape, np.float32)))
     reads = jax.jit(lambda p, t: forward(GPT2, p, t, capture=(config.reads,))[1][config.reads])(params, tokens)
     share = ACTIVE / (GPT2.layers * FEATURES)
 
-    def opened(layer: int) -> jax.Array:
-        own = coder.layers[layer].encoder
-        return -jnp.quantile(reads[layer].reshape(-1, GPT2.width) @ own.T, 1 - share, axis=0)
+    def choose_bias(layer: int) -> jax.Array:
+        encoder = coder.layers[layer].encoder
+        return -jnp.quantile(reads[layer].reshape(-1, GPT2.width) @ encoder.T, 1 - share, axis=0)
 
-    layers = [replace(own, encoder_bias=opened(layer)) for layer, own in enumerate(coder.layers)]
+    layers = [replace(weights, encoder_bias=choose_bias(layer)) for layer, weights in enumerate(coder.layers)]
     return replace(coder, layers=tuple(layers))
 
 
@@ -50,13 +50,13 @@ def main() -> None:
     work = products + count_forward_operations(GPT2, ROWS, LENGTH)
     rate, repeats = matmul_rate(options.repeats), min(options.repeats, 3)
 
-    def seconds(limits: dict[str, float]) -> tuple[float, np.ndarray]:
+    def time_pass(limits: dict[str, float]) -> tuple[float, np.ndarray]:
         decoder_sums.SPARSE_BELOW = limits
         run = jax.jit(lambda p, c: sum_batch(GPT2, p, c, tokens, mask))
         return best(lambda: run(params, coder), repeats), np.asarray(run(params, coder).error.spread)
 
-    (dense, wanted), (by_rows, found) = seconds({}), seconds(SPARSE_BELOW)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    (dense, dense_spread), (by_rows, spread_by_rows) = time_pass({}), time_pass(SPARSE_BELOW)
+    np.testing.assert_allclose(spread_by_rows, dense_spread, rtol=1e-4)
     rate = max(rate, matmul_rate(options.repeats))
     name = f"{layers} x {GPT2.width}, {FEATURES} features, {ACTIVE} active"
     cases = [

@@ -18,12 +18,12 @@ BATCH, LENGTH = 8, 128
 GPT2 = known_config("gpt2")
 
 
-def operations(config: ModelConfig, batch: int, length: int) -> float:
+def count_operations(config: ModelConfig, batch: int, length: int) -> float:
     """Multiplications and additions of the products in one forward pass."""
     return count_forward_operations(config, batch, length) + 2.0 * batch * length * config.width * config.vocabulary
 
 
-def peer_seconds(tokens: np.ndarray, repeats: int) -> float | None:
+def time_peer(tokens: np.ndarray, repeats: int) -> float | None:
     try:
         import torch
         import transformers
@@ -44,9 +44,9 @@ def main() -> None:
     run = jax.jit(lambda p, t: forward(GPT2, p, t)[0])
     ids = jnp.asarray(tokens, jnp.int32)
     rate = matmul_rate(options.repeats)
-    work = operations(GPT2, BATCH, LENGTH)
+    work = count_operations(GPT2, BATCH, LENGTH)
     seconds = best(lambda: run(params, ids), options.repeats)
-    peer = peer_seconds(tokens, options.repeats)
+    peer = time_peer(tokens, options.repeats)
     rate = max(rate, matmul_rate(options.repeats))
     beside = {} if peer is None else {"against": "transformers eager", "ratio": peer / seconds}
     cases = [Case("GPT-2 small, 8 x 128, float32", work, seconds, work / seconds / rate, **beside)]

@@ -1,4 +1,4 @@
-"""Loading a checkpoint of 1 GB in one file or eight: time, and how far host memory grows.
+"""Loading a checkpoint of 1 GB in one file or eight: time, and the growth of host memory.
 
     python experiments/bench/loading.py
 
@@ -23,7 +23,7 @@ CONFIG = ModelConfig("llama", 16384, 1024, 20, 16, 2816, 512)  # 1.09 GB in floa
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held (Linux). What `resource` says would include the parent's."""
+    """The most memory that this process has held (Linux). `resource` would include the parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -42,17 +42,17 @@ def main() -> None:
     options = arguments(__doc__)
     cases = []
     with tempfile.TemporaryDirectory() as scratch:
-        made = {name: weight.init(jax.random.key(0), jnp.float32) for name, weight in declare(CONFIG).items()}
+        params = {name: weight.init(jax.random.key(0), jnp.float32) for name, weight in declare(CONFIG).items()}
         for name, shard_bytes in (("one", 10**10), ("eight", 150 * 10**6)):
             folder = Path(scratch) / name
-            save_model(Model(CONFIG, made, None, name), folder, shard_bytes=shard_bytes)
+            save_model(Model(CONFIG, params, None, name), folder, shard_bytes=shard_bytes)
             largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
             command = [sys.executable, __file__, "--measure", str(folder)]
-            seconds, grown, held = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
-            limit = held + 1.3 * largest
-            sizes = f"weights {held / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB"
-            print(f"{name}: peak +{grown / 1e9:.2f} GB, {'below' if grown < limit else 'ABOVE'} the limit ({sizes})")
-            cases.append(Case(f"load {held / 1e9:.2f} GB, {name} file(s)", 0.0, seconds))
+            seconds, growth, size = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+            limit = size + 1.3 * largest
+            sizes = f"weights {size / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB"
+            print(f"{name}: peak +{growth / 1e9:.2f} GB, {'below' if growth < limit else 'ABOVE'} the limit ({sizes})")
+            cases.append(Case(f"load {size / 1e9:.2f} GB, {name} file(s)", 0.0, seconds))
     report(cases, matmul_rate(options.repeats), options.json)
 
 

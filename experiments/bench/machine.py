@@ -1,4 +1,4 @@
-"""What all benchmarks share: this machine's measured matmul rate, timing, the table and the JSON."""
+"""Used by all benchmarks: this machine's measured matmul rate, timing, the table and the JSON."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ class Case(NamedTuple):
     seconds: float
     matmul_fraction: float | None = None
     against: str | None = None
-    ratio: float | None = None  # the other's time over ours
+    ratio: float | None = None  # its time over ours
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def best(run: Callable[[], Any], repeats: int) -> float:
 
 
 def matmul_rate(repeats: int, dtype: str = "float32", size: int | None = None) -> float:
-    """Operations a second of one large product, the yardstick of every other figure."""
+    """Operations a second of one large product. Other figures are compared with it."""
     return measured_rate(dtype, size, max(repeats, 5))
 
 

@@ -11,8 +11,9 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 3. Trace outputs and embeddings (`trace_targets`, `trace_embeddings`). Compute the edges into the outputs, by carrying
    their gradients down through the linear model; and the edges from embeddings and biases into all targets, by carrying
    the embeddings up. `edges.py`, `embeddings.py`
-4. Rank and trace features (`trace_targets`), in rounds, until the budget is spent or little enough is missing. Rank the
-   untraced features by their influence on the outputs, and compute the edges into the most influential ones.
+4. Rank and trace features (`trace_targets`), in rounds. Rank the untraced features by their influence on the outputs,
+   and compute the edges into the most influential ones. Stop after `max_features` features, or when no influence can
+   change by more than `tolerance`.
    `ranking.py` ranks, `schedule.py` arranges the computation in blocks, `edges.py` computes.
 5. Assemble the graph. Nodes are the traced features, all errors and embeddings, and the outputs; what untraced features
    add to a node is its `rest`. `ranking.py`
@@ -149,7 +150,7 @@ def attribute_each(
 
 
 def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Options, prompts: int) -> Setup:
-    """Copies the model, widened, and the coder to as many devices as there are prompts in a batch."""
+    """Copies the model, in at least float32, and the coder to as many devices as there are prompts in a batch."""
     devices = jax.local_devices()[: max(prompts, 1)]
     mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
     params, coder = jax.device_put((dict(model.params), coder), NamedSharding(mesh, P()))
@@ -168,7 +169,7 @@ def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Opt
 
 def split_batches(model: Model, coder: Coder, lengths: Sequence[int], batch: int, devices: int) -> list[list[int]]:
     """The numbers of the prompts that are traced together: at most `batch` of similar length, in their order, and fewer
-    where they take much memory. It depends on the prompts alone."""
+    where they take much memory. It depends neither on free memory nor on what is done."""
     padded_lengths = np.array([round_up_length(length) for length in lengths])
     batches = []
     for length in np.unique(padded_lengths):

@@ -43,7 +43,7 @@ class FeatureNodes(NamedTuple):
     positions: Int[Array, "C n"]
     features: Int[Array, "C n"]
     activations: Float[Array, "C n"]
-    slots: Int[Array, "C n"]  # each one's slot in the tiles of all groups, counted through
+    slots: Int[Array, "C n"]  # each feature's slot, numbered through the tiles of all groups
     encoders: Float[Array, "C n D"]
     biases: Float[Array, "C n"]
 
@@ -60,7 +60,7 @@ class Layout(NamedTuple):
     """The sizes of a batch's arrays of nodes, which programs are compiled for."""
 
     layers: tuple[int, ...]  # those with features: the coder's covered layers, C of them
-    list_length: int  # holds every layer's active features
+    list_length: int  # of each layer's padded list of active features
     groups: int  # of tiles: one for each covered layer, or one for all
     tiles: int  # of a group
     tile_size: int  # slots of a tile
@@ -85,7 +85,7 @@ def choose_tile_size(counts: Int[np.ndarray, "B C T"], groups: int) -> int:
 
 
 def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "T"]:
-    """How many tiles a group needs for the features of all positions up to each."""
+    """For each position, how many tiles a group needs for the features up to and at it."""
     in_group = counts if groups > 1 else counts.sum(axis=1, keepdims=True)
     return np.cumsum(-(-in_group // tile_size), axis=2).max(axis=(0, 1))
 

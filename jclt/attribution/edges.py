@@ -32,7 +32,7 @@ from jclt.shapes import Array, Float, Int
 
 
 class TargetNodes(NamedTuple):
-    """What edges lead to: a vector at a layer and position, times which the value read there is the target's value."""
+    """The targets of edges. A target's value is its vector times what is read at its layer and position, and a bias."""
 
     layers: Int[Array, "R"]  # the number of layers for what the unembedding reads
     positions: Int[Array, "R"]
@@ -74,10 +74,11 @@ class Window(NamedTuple):
 
     @property
     def nothing(self) -> Float[Array, "T D"]:
+        """Zeros in the shape of one target's gradient."""
         return jnp.zeros_like(self.sources.errors[0])
 
     def begin(self, block: Array, layer: Array | int) -> Float[Array, "R T D"]:
-        """The gradients of a block's targets with respect to what they read, if it is in this layer, else zero."""
+        """The gradients that begin in this layer: the vectors of the block's targets that read here, else zero."""
         targets = jax.tree.map(lambda x: x[block], self.targets)
         length, dtype = self.nothing.shape[0], self.nothing.dtype
         at_position = jax.nn.one_hot(targets.positions, length, dtype=dtype)
@@ -202,8 +203,8 @@ def add_shares(
     gradients: Float[Array, "R T D"],
     sources: LayerWrites,
 ) -> Edges:
-    """Adds one layer's share of a block's edges: gradients with respect to what the layer's MLP writes, times what each
-    source writes there."""
+    """Adds one layer's term of the formula at the head of this file to a block's edges: gradients with respect to what
+    the layer's MLP writes, times what each source writes there."""
 
     def multiply_tiles() -> Float[Array, "K R S"]:
         gradients_of_tiles = jnp.moveaxis(gradients, 1, 0)[sources.tile_positions]

@@ -40,8 +40,8 @@ def trace_embeddings(
     features: FeatureNodes,
     outputs: TargetNodes,
 ) -> EmbeddingEdges:
-    """For a batch of prompts; `at_once` embeddings of each are followed together. Position embeddings that are no nodes
-    count as a bias."""
+    """For a batch of prompts; `at_once` embeddings of each are carried up together. Position embeddings that are no
+    nodes count as a bias."""
 
     def trace_prompt(true_pass: TruePass, features: FeatureNodes, outputs: TargetNodes) -> EmbeddingEdges:
         def read_targets(reads: Reads) -> Float[Array, "N"]:
@@ -50,12 +50,12 @@ def trace_embeddings(
             of_features = einsum("cnd,cnd->cn", feature_reads, features.encoders)
             return jnp.concatenate([of_features.ravel(), einsum("kd,kd->k", output_reads, outputs.vectors)])
 
-        follow = linearize_embeddings(local, weights, true_pass.frozen, true_pass.reads)
+        carry_up = linearize_embeddings(local, weights, true_pass.frozen, true_pass.reads)
 
         def trace_each(embeddings: Float[Array, "T D"]) -> Float[Array, "N T"]:
             def trace_one(position: Array) -> Float[Array, "N"]:
                 at_position = jax.nn.one_hot(position, embeddings.shape[0], dtype=embeddings.dtype)
-                return read_targets(follow(at_position[:, None] * embeddings))
+                return read_targets(carry_up(at_position[:, None] * embeddings))
 
             return jax.lax.map(trace_one, jnp.arange(embeddings.shape[0]), batch_size=at_once).T
 

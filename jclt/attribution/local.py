@@ -22,7 +22,7 @@ Frozen = Mapping[str, Array]
 
 
 class LocalModel(NamedTuple):
-    """What the programs of the local replacement model are compiled for."""
+    """The settings of a local replacement model; its programs are compiled for them."""
 
     model: ModelConfig
     reads: str  # the site that the coder reads in each layer
@@ -67,10 +67,15 @@ def run_layer(
     x: Float[Array, "T D"],
     write: Float[Array, "T D"],
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-    """Runs one block whose MLP writes `write`. Returns the residual stream after it, and what the coder reads in it."""
+    """Runs one block whose MLP writes `write`. Returns the residual stream after it, and what the coder reads in it.
+
+    The attention pattern and the norm denominators are frozen: `Freeze` puts in the values of the true pass and stops
+    their gradients. So the block is linear in x and `write`, apart from biases.
+    """
     read = x
 
-    def pass_through_coder(site: str, _: object, value: Array) -> Array:
+    def replace_mlp(site: str, _: object, value: Array) -> Array:
+        """Keeps what the coder reads, and replaces what the MLP writes by `write` and the coder's skip."""
         nonlocal read
         if site == local.reads:
             read = value[0]
@@ -80,7 +85,7 @@ def run_layer(
         return value
 
     context = make_context(local.model, jnp.arange(x.shape[0])[None], x.shape[0], x.dtype)
-    edit = Compose((Freeze(frozen), pass_through_coder))
+    edit = Compose((Freeze(frozen), replace_mlp))
     # The layer's number only matters for the attention pattern, which is frozen, so any layer may be called 0; the
     # frozen values are those of one layer, without a layer axis, so their sites have no layer.
     x, _ = block(context, weights, 0, Sites(None, edit=edit), x[None], None)
@@ -88,7 +93,7 @@ def run_layer(
 
 
 def read_final(config: ModelConfig, params: Params, frozen: Frozen, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """What the unembedding reads, given the residual stream after the last block."""
+    """What the unembedding reads, given the residual stream after the last block. The final norm is frozen, too."""
     return apply_norm(config, params, "final_norm", Sites(None, edit=Freeze(frozen)), x)
 
 
@@ -117,7 +122,7 @@ def propagate(
 ) -> Reads:
     """From what enters the residual stream to what is read from it.
 
-    `writes` is what each layer's MLP writes, without the part that the coder's skip makes of the layer's own read.
+    `writes` is what each layer's MLP writes, without the coder's skip: `run_layer` computes it from the layer's read.
     """
 
     def step(x: Array, inputs: tuple[Layers, Array]) -> tuple[Array, Array]:
@@ -131,7 +136,10 @@ def propagate(
 def linearize_embeddings(
     local: LocalModel, weights: Weights, frozen: Frozen, writes_like: Array
 ) -> Callable[[Float[Array, "T D"]], Reads]:
-    """The linear part of `propagate` in the embeddings: what an embedding alone, without biases, adds to every read."""
+    """`propagate` as a linear function of the embeddings: what an embedding alone, without biases, adds to every read.
+
+    `writes_like` only gives the shape and type of the MLPs' writes.
+    """
     nothing = jnp.zeros_like(writes_like)
 
     def from_embeddings(embeddings: Array) -> Reads:

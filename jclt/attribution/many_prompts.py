@@ -62,12 +62,12 @@ def attribute_file(
         resolve_targets(model, options.targets)
     prepare_folder(out, lines, describe_provenance(model, coder, options))
     process, processes = share
-    own_lines = [line for line in lines if line.number % processes == process]
-    done = {line.number for line in own_lines if graph_path(out, line.number).exists()}
-    encoded = encode_lines(model, options, out, own_lines, done, also)
-    finished = len(own_lines) - sum(line.number not in done for line, _ in encoded)
+    process_lines = [line for line in lines if line.number % processes == process]
+    done = {line.number for line in process_lines if graph_path(out, line.number).exists()}
+    encoded = encode_lines(model, options, out, process_lines, done, also)
+    finished = len(process_lines) - sum(line.number not in done for line, _ in encoded)
     traced = trace_lines(model, coder, options, batch, encoded, done)
-    for line, graph in show_progress(traced, finished, len(own_lines)):
+    for line, graph in show_progress(traced, finished, len(process_lines)):
         if isinstance(graph, UserError):
             record_failure(out, line, graph)
         else:
@@ -199,22 +199,22 @@ def prepare_folder(out: Path, lines: Sequence[Line], about: dict[str, Any]) -> N
     path = out / "settings.json"
     if not path.exists():
         others = out.exists() and any(not file.name.startswith(path.name) for file in out.iterdir())
-        if others and not path.exists():
+        if others and not path.exists():  # another process may just have begun the folder
             raise UserError(f"{out}: holds other files, expected a new folder or one to go on with")
         out.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
-    begun = read_json(path)
+    saved = read_json(path)
     for kind in ("model", "coder"):
         name = f"{kind}_fingerprint"
-        if name not in begun:
+        if name not in saved:
             raise UserError(
                 f"{out}: begun by an older jclt, which did not note its {kind}'s weights; expected a new folder"
             )
-        if begun[name] != settings[name]:
-            raise UserError(f"{out}: begun with another {kind} (fingerprint {begun[name]}, now {settings[name]})")
+        if saved[name] != settings[name]:
+            raise UserError(f"{out}: begun with another {kind} (fingerprint {saved[name]}, now {settings[name]})")
     for name, value in settings.items():
-        if begun.get(name) != value:
-            raise UserError(f"{out}: begun with {name} {begun.get(name)}, expected {value}")
+        if saved.get(name) != value:
+            raise UserError(f"{out}: begun with {name} {saved.get(name)}, expected {value}")
 
 
 def graph_path(out: Path, number: int) -> Path:

@@ -10,11 +10,13 @@ from jclt.models import Model
 
 Conventions = Literal["jclt", "circuit-tracer"]
 """Under circuit-tracer's conventions prompts begin with a special token; what is written at its position belongs to no
-node; position embeddings are no nodes; features are chosen in its rounds; and the outputs' probabilities are not
-normalised. What belongs to no node is part of the bias."""
+node; position embeddings are no nodes; as many features are traced between two rankings as in that tool; and the
+outputs' probabilities are not normalised. What belongs to no node is part of the bias."""
 
 
 class Options(NamedTuple):
+    """The arguments of `attribute` with these names."""
+
     targets: Sequence[Target] | None = None
     max_features: int = 7500
     tolerance: float = 0.0

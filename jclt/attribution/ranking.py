@@ -62,7 +62,7 @@ class PromptRows:
         slots: Int[np.ndarray, "3 n"],  # group, tile, slot
         outputs: Outputs,
         embedding_edges: EmbeddingEdges,
-        numbers: Int[np.ndarray, "_"],  # of the targets on the device, in `list_targets`
+        numbers: Int[np.ndarray, "_"],  # of each target in `list_targets`, with padding
         layers: int,
         limits: Limits,
     ):
@@ -134,7 +134,7 @@ class PromptRows:
             np.concatenate(to_embeddings, axis=1, out=edges[:, end:])
             self.rows.append(Rows(int(layer), targets[in_layer], columns, edges))
 
-    def compute_influence(self) -> Float[np.ndarray, "C"]:
+    def compute_influence(self) -> Float[np.ndarray, "sources"]:
         """The probability that the walk visits each source, times the sum of the outputs' weights."""
         influence, count = np.zeros(self.source_count), len(self.features)
         for rows in sorted(self.rows, key=lambda rows: -rows.layer):
@@ -199,7 +199,7 @@ class PromptRows:
         )
 
 
-def move_walkers(rows: Float[np.ndarray, "r C"], walkers: Float[np.ndarray, "r"]) -> Float[np.ndarray, "C"]:
+def move_walkers(rows: Float[np.ndarray, "r c"], walkers: Float[np.ndarray, "r"]) -> Float[np.ndarray, "c"]:
     """How many of the walkers at the targets of these rows go on to each source."""
     sizes = np.abs(rows)
     shares = walkers / np.maximum(sizes.sum(axis=1, dtype=np.float64), 1e-30)
@@ -209,7 +209,7 @@ def move_walkers(rows: Float[np.ndarray, "r C"], walkers: Float[np.ndarray, "r"]
 def estimate_sizes(
     counts: Int[np.ndarray, "C T"], covered: tuple[int, ...], layers: int, embeddings: int, limit: int, outputs: int
 ) -> tuple[float, float]:
-    """About how many numbers the rows of a prompt hold, and its graph; there are so many kinds of `embeddings`."""
+    """About how many numbers the rows of a prompt hold, and its graph; `embeddings` is 1, or 2 with position nodes."""
     length, total = counts.shape[1], int(counts.sum())
     limit = min(limit, total)
     below = np.cumsum(np.cumsum(counts, axis=0) - counts, axis=1) + np.outer(covered, np.arange(1, length + 1))

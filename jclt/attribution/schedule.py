@@ -50,11 +50,11 @@ PEER_ROUND_SIZE = 4 * 256
 """Features that circuit-tracer traces between two rankings: its command line's batches of 256, four at a time."""
 
 WINDOWS, LEAST_WINDOWED = 4, 1 << 14
-"""A target needs no positions after its own. So where targets times positions are at least so many, targets are traced
-in so many windows of positions, each with a program of its own length."""
+"""A target needs no positions after its own. So where targets times positions are at least `LEAST_WINDOWED`, positions
+are split into `WINDOWS` windows, and a window's targets are traced by a program that ends where the window ends."""
 
 WINDOW_TILE_SIZES = 16
-"""How many numbers of tiles a window can have, so that few programs are compiled."""
+"""A window's number of tiles is rounded up to one of so many numbers, so that few programs are compiled."""
 
 
 class Setup(NamedTuple):
@@ -86,7 +86,7 @@ class Batch(NamedTuple):
 
     setup: Setup
     layout: Layout
-    tile_counts: Int[np.ndarray, "T"]  # tiles of a group with the features of all positions up to each
+    tile_counts: Int[np.ndarray, "T"]  # for each position, tiles of a group for the features up to it
     nodes: PromptNodes
     rows: list[PromptRows]
     size: int  # prompts on all devices, with those that only fill the batch up
@@ -179,7 +179,7 @@ def gather_nodes(
 
 
 def stack_outputs(outputs: list[Outputs], count: int, dtype: Any) -> TargetNodes:
-    """All prompts' outputs in arrays of one shape, longer than any of them: the last entry is a target of nothing."""
+    """All prompts' outputs in arrays of one shape, longer than any of them: the last entry has a vector of zeros."""
     most = round_up(max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + 1, 16)
     width = outputs[0].vectors.shape[1]
     layers, positions = np.zeros((count, most), np.int64), np.zeros((count, most), np.int64)
@@ -198,7 +198,7 @@ def make_rows(
     features: FeatureNodes,
     embedding_edges: EmbeddingEdges,
 ) -> list[PromptRows]:
-    """For each prompt what the host keeps of it: its nodes, the edges from embeddings, and rows, none as yet."""
+    """For each prompt what the host keeps of it: its nodes, the edges from embeddings, and an empty list of rows."""
     vectors = ("encoders", "biases")  # stay on the device
     lists = {name: np.asarray(x) for name, x in features._asdict().items() if name not in vectors}
     embedding_edges = jax.tree.map(np.asarray, embedding_edges)
@@ -246,7 +246,7 @@ def launch_calls(batch: Batch, wanted: list[np.ndarray]) -> Iterator[tuple[list[
     """Starts one call of the program after another; yields each prompt's targets in the call, and their edges."""
     setup, layout, config = batch.setup, batch.layout, batch.setup.model.config
     per_device, backend = batch.size // setup.mesh.size, jax.default_backend()
-    padding = batch.nodes.features.valid[0].size + batch.nodes.outputs.layers.shape[1] - 1  # a target of nothing
+    padding = batch.nodes.features.valid[0].size + batch.nodes.outputs.layers.shape[1] - 1  # its vector is 0
     silent = count_silent_positions(setup.model, setup.options)
     for window in split_windows(batch, wanted):
         step = -(-layout.tiles // WINDOW_TILE_SIZES)

@@ -24,7 +24,7 @@ CALL_BYTES = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}
 """The most bytes of gradients and edges in the blocks of one call; a larger block has a call of its own."""
 
 BATCH_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 32}
-"""The most bytes of a device for prompts that are traced together; beyond, they are traced one by one. It does not
+"""The most bytes of a device for prompts that are traced together; beyond it, fewer are traced together. It does not
 depend on what is free, since that must not decide which prompts share a batch."""
 
 CALLS_IN_FLIGHT = 2
@@ -46,8 +46,8 @@ def round_up(need: int, least: int = 1) -> int:
 
 
 def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> tuple[Layout, Int[np.ndarray, "T"]]:
-    """The layout for a batch with so many active features; and how many of its tiles hold the features of all positions
-    up to each."""
+    """The layout for a batch with so many active features; and for each position, how many tiles of a group hold the
+    features up to and at it."""
     groups = count_groups(config)
     tile_size = choose_tile_size(counts, groups)
     tiles = count_tiles(counts, groups, tile_size)

@@ -21,7 +21,8 @@ MOST_LOGITS, LOGIT_MASS = 10, 0.95
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A target with the value `vector` times what is read at a position, by the coder in a layer or the unembedding."""
+    """A target with the value `vector` times what the coder reads in a layer, or what the unembedding reads, at a
+    position."""
 
     vector: Float[ArrayLike, "D"]
     layer: int | None = None  # None: what the unembedding reads
@@ -29,7 +30,7 @@ class Direction:
     name: str = "direction"
 
     def summary(self) -> dict[str, Any]:
-        """For a graph's file: the vector by a digest."""
+        """For a graph's file: a hash stands for the vector."""
         vector = hash_json(np.asarray(self.vector, np.float64).tolist())
         return {"direction": self.name, "layer": self.layer, "position": self.position, "vector": vector}
 
@@ -162,36 +163,37 @@ def build_outputs(
     targets: Sequence[Target] | None,
     renormalize: bool,
 ) -> Outputs:
-    """The outputs of a prompt with this length and these last logits: its targets, or the likeliest next tokens."""
-    wanted = choose_likeliest(logits) if targets is None else resolve_targets(model, targets)
-    by_token = [target for target in wanted if not isinstance(target, Direction)]
+    """The outputs of a prompt with this length and these last logits: its targets, or the likeliest next tokens. With
+    `renormalize` their weights add up to 1."""
+    resolved = choose_likeliest(logits) if targets is None else resolve_targets(model, targets)
+    by_token = [target for target in resolved if not isinstance(target, Direction)]
     tokens = sorted({token for target in by_token for token in np.atleast_1d(target).tolist()})
     rows = dict(zip(tokens, unembedding.gather_rows(tokens), strict=True))
     last, end, probabilities = model.config.layers, length - 1, softmax(logits)
-    found: list[_Output] = []
-    for target in wanted:
+    outputs: list[_Output] = []
+    for target in resolved:
         if isinstance(target, Direction):
             layer, position, vector = _locate(model, length, target)
-            found.append(_Output(-1, target.name, layer, position, vector))
+            outputs.append(_Output(-1, target.name, layer, position, vector))
         elif isinstance(target, tuple):
             first, second = target
             name = f"{decode_token(model, first)} - {decode_token(model, second)}"
-            found.append(_Output(-1, name, last, end, rows[first] - rows[second]))
+            outputs.append(_Output(-1, name, last, end, rows[first] - rows[second]))
         else:
             probability = float(probabilities[target])
             vector = rows[target] - unembedding.mean
             name = decode_token(model, target)
-            found.append(_Output(target, name, last, end, vector, probability, weight=probability))
-    weights = np.array([output.weight for output in found], np.float64)
+            outputs.append(_Output(target, name, last, end, vector, probability, weight=probability))
+    weights = np.array([output.weight for output in outputs], np.float64)
     if renormalize:
         weights = weights / weights.sum() if weights.any() else np.full(len(weights), 1 / len(weights))
     return Outputs(
-        tokens=np.array([output.token for output in found]),
-        names=tuple(output.name for output in found),
-        layers=np.array([output.layer for output in found]),
-        positions=np.array([output.position for output in found]),
-        vectors=np.stack([output.vector for output in found]).astype(unembedding.mean.dtype),
-        probabilities=np.array([output.probability for output in found], np.float64),
+        tokens=np.array([output.token for output in outputs]),
+        names=tuple(output.name for output in outputs),
+        layers=np.array([output.layer for output in outputs]),
+        positions=np.array([output.position for output in outputs]),
+        vectors=np.stack([output.vector for output in outputs]).astype(unembedding.mean.dtype),
+        probabilities=np.array([output.probability for output in outputs], np.float64),
         weights=weights,
     )
 

@@ -22,11 +22,11 @@ class TruePass(NamedTuple):
     frozen: Frozen
     tokens: Float[Array, "T D"]  # token embeddings, as they enter the residual stream
     positions: Float[Array, "T D"] | None  # position embeddings, where the model learns them
-    reads: Float[Array, "L T D"]
-    final: Float[Array, "T D"]
+    reads: Float[Array, "L T D"]  # what the coder reads
+    final: Float[Array, "T D"]  # what the unembedding reads
     constant: Float[Array, "L T D"]  # writes of no node: decoder biases, and all that silent positions write
-    counts: Int[Array, "C T"]  # active features
-    activations: Float[Array, "C T F"] | None  # by covered layer; 0 where no feature is a node
+    counts: Int[Array, "C T"]  # the number of active features
+    activations: Float[Array, "C T F"] | None  # 0 at silent positions and at padding
     unexplained: Float[Array, "L T D"] | None  # the writes of features and errors: without `constant` and skips
 
     def drop_activations(self) -> "TruePass":

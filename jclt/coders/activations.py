@@ -47,10 +47,13 @@ def _jump_relu_forward(h: Array, threshold: Array, bandwidth: float, through: Gr
 
 
 def _jump_relu_backward(bandwidth: float, through: GradientTo, residuals: Any, gradient: Array) -> tuple[Array, Array]:
+    """The straight-through gradient, with g the gradient of the output and K the `window_density`:
+
+    1. to threshold: -g threshold K, as the output jumps by the threshold where h reaches it
+    2. to h: g where h exceeds the threshold, else 0; with `through="all"` also + g threshold K
+    """
     h, threshold = residuals
-    jump = (
-        _widen(gradient) * _widen(threshold) * window_density(h, threshold, bandwidth)
-    )  # the value jumps by the threshold
+    jump = _widen(gradient) * _widen(threshold) * window_density(h, threshold, bandwidth)
     to_h = jnp.where(is_open(h, threshold), gradient, jnp.zeros_like(gradient))
     return to_h + jump.astype(h.dtype) if through == "all" else to_h, _sum_like(-jump, threshold)
 

@@ -154,8 +154,8 @@ class SparseCoder(eqx.Module):
         With `active_pairs`, one for each layer, `activations` are the values at these pairs, and all others are 0.
         """
 
-        def add_bias_and_skip(weights: CoderLayer, x: Array, written: Array) -> Array:
-            output = written + weights.decoder_bias[None].astype(written.dtype)
+        def add_bias_and_skip(weights: CoderLayer, x: Array, sums: Array) -> Array:
+            output = sums + weights.decoder_bias[None].astype(sums.dtype)
             if weights.skip is None:
                 return output
             return output + apply_weight("nd,ed->ne", shard_by_axes(x, ("batch", None)), weights.skip).astype(
@@ -164,10 +164,10 @@ class SparseCoder(eqx.Module):
 
         decoders = tuple(layer.decoder_rows for layer in self.layers)
         if active_pairs is None:
-            written = decode(tuple(activations), decoders)
+            sums = decode(tuple(activations), decoders)
         else:
-            written = decode_active(tuple(active_pairs), tuple(activations), decoders)
-        return tuple(map(add_bias_and_skip, self.layers, x, written))
+            sums = decode_active(tuple(active_pairs), tuple(activations), decoders)
+        return tuple(map(add_bias_and_skip, self.layers, x, sums))
 
 
 AXES: dict[str, tuple[str | None, ...]] = {

@@ -52,7 +52,7 @@ class CoderConfig:
         return self.covered.index(layer) if isinstance(layer, int) and layer in self.covered else None
 
     def reach(self, index: int) -> int:
-        """The number of covered layers that the features of one layer write to: its own, or all from its own on."""
+        """The number of covered layers that the features of one layer write to: that layer alone, or all from it on."""
         return len(self.covered) - index if self.kind == "clt" else 1
 
     def fit_to_model(self, model: ModelConfig, name: str, fingerprint: str = "") -> "CoderConfig":

@@ -54,18 +54,18 @@ def measure_fit(coder: Coder, model: Model) -> Fit:
     covered = list(config.covered)
     x, y = (fetch_to_host(seen[site]).astype(np.float32)[covered, 1:] for site in (config.reads, config.writes))
     mesh = mesh_of(jax.tree.leaves(coder)[0])
-    written, active = np.zeros_like(y), np.zeros(len(y))
+    reconstruction, active = np.zeros_like(y), np.zeros(len(y))
     with jax.set_mesh(mesh) if mesh else nullcontext():
         for layer, layer_input in enumerate(map(jnp.asarray, x)):
             a = coder.encode(layer, layer_input)
             active[layer] = np.asarray(jnp.sum(a != 0, axis=-1)).mean()
             decoder = coder.decoder_rows(layer)
             for i in range(decoder.shape[1]):
-                written[layer + i] += np.asarray(_decode_to_target(a, decoder, np.int32(i)), np.float32)
-            written[layer] += np.asarray(coder.decoder_bias(layer), np.float32)
+                reconstruction[layer + i] += np.asarray(_decode_to_target(a, decoder, np.int32(i)), np.float32)
+            reconstruction[layer] += np.asarray(coder.decoder_bias(layer), np.float32)
             if (skip := coder.skip(layer)) is not None:
-                written[layer] += x[layer] @ np.asarray(skip, np.float32).T
-    squared_error = np.square(y - written).sum((1, 2))
+                reconstruction[layer] += x[layer] @ np.asarray(skip, np.float32).T
+    squared_error = np.square(y - reconstruction).sum((1, 2))
     variance = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
     return Fit(squared_error / np.maximum(variance, np.finfo(np.float32).tiny), active)
 
@@ -80,7 +80,8 @@ def _decode_to_target(
 
 
 def check_fit(coder: Coder, model: Model, name: str) -> None:
-    """Raises an error if the coder is not this model's.
+    """Raises an error if the coder is not this model's. Layers, width and sites have been compared before, when the
+    coder's settings were read (`CoderConfig.fit_to_model`).
 
     If the coder's files name this very model, it logs a warning instead: the coder was then trained too little.
     """
@@ -89,12 +90,12 @@ def check_fit(coder: Coder, model: Model, name: str) -> None:
     some_active = 0 < active.mean() < c.features or c.kind == "neurons"
     if error.mean() < 1 and some_active:
         return
-    finding = (
+    figures = (
         f"on a short text it misses {error.mean():.3g} of the variance with {active.mean():.3g} of {c.features} "
         "features active a token and layer, expected less than 1 and some but not all"
     )
     if c.model_fingerprint and c.model_fingerprint == model.fingerprint and np.isfinite(error).all():
-        log.warning("coder '%s' fits model '%s' badly, which it was trained on: %s", name, model.name, finding)
+        log.warning("coder '%s' fits model '%s' badly, which it was trained on: %s", name, model.name, figures)
         return
     reason = ""
     if c.model_fingerprint and c.model_fingerprint != model.fingerprint:
@@ -105,7 +106,7 @@ def check_fit(coder: Coder, model: Model, name: str) -> None:
     elif c.model not in ("", model.name):
         reason = f"its files name model '{c.model}'; "
     raise UserError(
-        f"coder '{name}' does not fit model '{model.name}': {reason}{finding} (check=False loads it all the same)"
+        f"coder '{name}' does not fit model '{model.name}': {reason}{figures} (check=False loads it all the same)"
     )
 
 

@@ -37,10 +37,10 @@ class CoderReplacement(eqx.Module):
             state["read"] = shard_by_axes(value, ("tokens", None, None))
             state["decoder_sums"].add(index, self._encode(index, state["read"]))
         if site == config.writes:
-            written = state["decoder_sums"].output(index, state["read"])
+            output = state["decoder_sums"].output(index, state["read"])
             if index == len(config.covered) - 1:
                 state.clear()
-            return shard_by_axes(written, ("batch", None, None)).astype(value.dtype)
+            return shard_by_axes(output, ("batch", None, None)).astype(value.dtype)
         return value
 
     def _encode(self, index: int, x: Array) -> Array:

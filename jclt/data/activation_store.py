@@ -114,7 +114,7 @@ def _open_arrays(path: str | Path, folder: Any, description: Mapping[str, Any], 
         )
 
     opening = (
-        # A chunk is one row, so a batch reads only its own rows.
+        # A chunk is one row, so a batch reads only its rows.
         open_array("inputs", dtype, (rows, *shape), (1, *shape)),
         open_array("targets", dtype, (rows, *shape), (1, *shape)),
         open_array("written", "uint8", (rows,), (256,)),

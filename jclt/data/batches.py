@@ -14,7 +14,14 @@ FEISTEL_ROUNDS = 6
 
 
 def batch_rows(count: int, seed: int, step: int, batch: int) -> np.ndarray:
-    """The numbers of the rows, out of `count`, in the batch of this step. Each epoch is another permutation of all."""
+    """The numbers of the rows, out of `count`, in the batch of this step. Each epoch is another permutation of all.
+
+        n = step * batch + i        epoch = n // count
+        row[i] = permutation[seed, epoch](n mod count)        for i = 0 ... batch - 1
+
+    Every host computes the same numbers, and reads only the rows of its devices (`place_rows`): the batch axis is split
+    over all D devices, in the order of the mesh, and device d holds i = d batch / D ... (d + 1) batch / D - 1.
+    """
     epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
     return np.concatenate([permute(places[epochs == e], count, (seed, int(e))) for e in np.unique(epochs)])
 
@@ -47,7 +54,7 @@ def _hash_bits(x: np.ndarray) -> np.ndarray:
 
 
 def place_rows(read: Callable[[np.ndarray], Any], index: np.ndarray, sharding: Sharding) -> Any:
-    """The rows with these numbers as global arrays; each process reads only the rows of its own devices.
+    """The rows with these numbers as global arrays; each process reads only the rows of its devices.
 
     `read` returns a pytree of arrays whose first axis is the rows asked for. All of them get the same sharding.
     """

@@ -95,7 +95,7 @@ def read_pieces(source: Input, field: str = "text") -> Iterator[Piece]:
                 yield from _read_text(stream, opened, source.name)
     except UserError:
         raise
-    except Exception as error:  # each decompressor has its own kinds of errors
+    except Exception as error:  # each decompressor raises other kinds of errors
         raise UserError(f"{source.name}: cannot be read ({first_line(error)})") from None
 
 

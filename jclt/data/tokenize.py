@@ -81,7 +81,7 @@ def tokenize(
 
 @contextmanager
 def disable_library_threads() -> Iterator[None]:
-    """Batches are tokenised in parallel here, so the library's own threads would only compete with ours."""
+    """Batches are tokenised in parallel here, so the library's threads would only compete with them."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -32,12 +32,12 @@ def iterate_batches(model: Model, rows: ArrayLike, mask: ArrayLike | None, size:
     Every batch has the same shape, so that one program serves all of them: the last batch is padded with rows that the
     mask leaves out.
     """
-    tokens, kept = check_rows(model, rows, mask)
+    tokens, token_mask = check_rows(model, rows, mask)
     mesh = model.mesh
     devices = 1 if mesh is None else mesh.size
     size = -(-min(size, len(tokens)) // devices) * devices
     for start in range(0, len(tokens), size):
-        batch = (_pad_rows(tokens[start : start + size], size), _pad_rows(kept[start : start + size], size))
+        batch = (_pad_rows(tokens[start : start + size], size), _pad_rows(token_mask[start : start + size], size))
         where = make_sharding(mesh, batch[0].shape, ("batch", None)) if mesh else None
         yield jax.device_put(batch[0], where), jax.device_put(batch[1], where)
 
@@ -53,12 +53,12 @@ def check_rows(model: Model, rows: ArrayLike, mask: ArrayLike | None) -> tuple[n
     tokens = token_array(model, rows)
     if tokens.ndim != 2:
         raise UserError(f"token rows: got {tokens.ndim} axis, expected rows of token ids [N, T]")
-    kept = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
-    if kept.shape != tokens.shape:
-        raise UserError(f"mask: shape {kept.shape}, expected {tokens.shape}, that of the token rows")
-    if not kept.any():
+    token_mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+    if token_mask.shape != tokens.shape:
+        raise UserError(f"mask: shape {token_mask.shape}, expected {tokens.shape}, that of the token rows")
+    if not token_mask.any():
         raise UserError("mask: leaves no token out of all rows, expected at least one")
-    return tokens, kept
+    return tokens, token_mask
 
 
 def check_finite(finite: ArrayLike, what: str) -> None:

@@ -39,11 +39,11 @@ def read_forms(
     model: Model, coder: Coder, layers: tuple[int, ...], where: ExchangeAt, relation: str = "capital"
 ) -> list[QuestionForm]:
     prompts = [[form.format(city=city, relation=relation) for city in CITIES] for form in ASKED]
-    all_tokens = pad_prompts(model, [prompt for asked in prompts for prompt in asked])[0]
+    all_tokens = pad_prompts(model, [prompt for form_prompts in prompts for prompt in form_prompts])[0]
     forms = []
-    for asked, tokens in zip(prompts, np.split(all_tokens, len(ASKED)), strict=True):
-        end = last_position(asked[0])
-        start = end if where == "end" else find_position(asked[0], CITIES[0])
+    for form_prompts, tokens in zip(prompts, np.split(all_tokens, len(ASKED)), strict=True):
+        end = last_position(form_prompts[0])
+        start = end if where == "end" else find_position(form_prompts[0], CITIES[0])
         with on_mesh(model):
             rows = make_one_batch(model, tokens)
             activations = np.asarray(compute_features(model.config, model.params, coder, layers, rows))
@@ -65,12 +65,12 @@ def score_features(
 ) -> np.ndarray:
     """First-order effect on the logit of a state's capital of replacing each feature's mean activation in other states
     by its mean in this state: `[states, l, F]`, in the true model, on the known cities."""
-    kept = np.isin(np.arange(len(CITIES)), known)
+    is_known = np.isin(np.arange(len(CITIES)), known)
     total = []
     for form in forms:
         with on_mesh(model):
             rows = make_one_batch(model, form.tokens)
-            within = np.pad(kept, (0, len(rows) - len(kept)))
+            within = np.pad(is_known, (0, len(rows) - len(is_known)))
             arguments = (model.config, model.params, coder, layers, rows, within, form.end, list_values(model))
             effects = np.asarray(measure_effects(*arguments))
         means = average_states(form.activations, known)
@@ -100,7 +100,7 @@ def select_largest(scores: np.ndarray, size: int) -> np.ndarray:
 class StateExchange:
     moved: float  # how often the answer becomes the other state's
     control: float  # the same with as many features drawn at random from the active ones
-    unmoved: float  # how often the answer is the city's own state's when nothing is exchanged
+    unmoved: float  # how often the answer is that of the city's state when nothing is exchanged
     features: dict[str, tuple[tuple[int, int], ...]]  # of each state: the model's layer, feature
 
     def summary(self) -> dict[str, float]:
@@ -158,7 +158,7 @@ def measure_exchange(
     sets: np.ndarray,
     values: np.ndarray,
 ) -> tuple[float, float]:
-    """How often the answer is the other state's value, and how often still that of the city's own state."""
+    """How often the answer is the other state's value, and how often it is still that of the city's state."""
     states = np.array([STATES.index(STATE_OF[city]) for city in CITIES])
     pairs = [(city, state) for city in tested for state in range(len(STATES)) if state != states[city]]
     cities, others = np.array(pairs).T

@@ -16,7 +16,7 @@ from jclt.shapes import Array, ArrayLike, Bool, Float, Int, Logits, Params, Toke
 def read_features(
     config: ModelConfig, params: Params, coder: Coder, layers: tuple[int, ...], tokens: Tokens
 ) -> tuple[list[Float[Array, "B T F"]], list[Float[Array, "B T D"]]]:
-    """Activations in these covered layers on the model's own values, and what the model's layers write."""
+    """Activations in these covered layers for what the unchanged model computes, and what its layers write."""
     reads, writes, covered = coder.config.reads, coder.config.writes, coder.config.covered
     _, seen, _ = forward(config, params, tokens, capture=(reads, writes))
     inputs = {i: shard_by_axes(seen[reads][covered[i]], ("tokens", None, None)) for i in layers}

@@ -29,7 +29,7 @@ from jclt.models.model import on_mesh
 from jclt.shapes import Array, ArrayLike, Bool, Float, Params, Tokens
 
 DENSITY_EDGES = np.array([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
-"""Edges of the histogram of densities, by decade; a density of 0 has a bin of its own."""
+"""Edges of the histogram of densities, by decade; densities of 0 have a separate bin."""
 
 
 class Moments(NamedTuple):
@@ -67,7 +67,7 @@ class Sums(NamedTuple):
 
 
 def sum_batch(config: ModelConfig, params: Params, coder: Coder, tokens: Tokens, mask: Bool[Array, "B T"]) -> Sums:
-    """One pass of the model; at every layer the coder reads the model's own values."""
+    """One pass of the model; at every layer the coder reads what the unchanged model computes."""
     sites, covered = (coder.config.reads, coder.config.writes), coder.config.covered
     _, seen, _ = forward(config, params, tokens, capture=sites)
     mask = shard_by_axes(mask, ("tokens", None))
@@ -76,8 +76,8 @@ def sum_batch(config: ModelConfig, params: Params, coder: Coder, tokens: Tokens,
     errors: list[Array] = []
     for index, layer in enumerate(covered):
         decoder_sums.add(index, coder.encode(index, reads[layer]))
-        written = decoder_sums.output(index, reads[layer])
-        errors.append(written.astype(jnp.float32) - targets[layer].astype(jnp.float32))
+        reconstruction = decoder_sums.output(index, reads[layer])
+        errors.append(reconstruction.astype(jnp.float32) - targets[layer].astype(jnp.float32))
     weight, activations = mask.astype(jnp.float32)[:, :, None], decoder_sums.activations
     return Sums(
         measure_moments(jnp.stack([targets[layer] for layer in covered]), mask),
@@ -188,8 +188,8 @@ def evaluate_reconstruction(
         sums = reduce(
             merge_sums,
             (
-                to_host(_sum_batch(model.config, model.params, coder, tokens, kept))
-                for tokens, kept in iterate_batches(model, rows, mask, batch)
+                to_host(_sum_batch(model.config, model.params, coder, tokens, token_mask))
+                for tokens, token_mask in iterate_batches(model, rows, mask, batch)
             ),
         )
     count = float(sums.target.number)

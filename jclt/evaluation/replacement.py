@@ -54,8 +54,8 @@ def measure_mean_writes(
         total = reduce(
             merge_moments,
             (
-                to_host(_measure_write_moments(model.config, model.params, coder, tokens, kept))
-                for tokens, kept in iterate_batches(model, rows, mask, batch)
+                to_host(_measure_write_moments(model.config, model.params, coder, tokens, token_mask))
+                for tokens, token_mask in iterate_batches(model, rows, mask, batch)
             ),
         )
     return np.asarray(total.mean, np.float32)
@@ -173,8 +173,8 @@ def evaluate_replacement(
     check_finite(np.isfinite(means), f"model {model.name}: what its layers write at '{coder.config.writes}' is")
     sums: dict[str, float] = {}
     with on_mesh(model):
-        for tokens, kept in iterate_batches(model, rows, mask, batch):
-            batch_sums = to_host(_compare_batch(model.config, model.params, coder, means, tokens, kept))
+        for tokens, token_mask in iterate_batches(model, rows, mask, batch):
+            batch_sums = to_host(_compare_batch(model.config, model.params, coder, means, tokens, token_mask))
             check_finite(batch_sums.pop("model_finite"), f"model {model.name}: its logits are")
             check_finite(batch_sums.pop("replaced_finite"), "coder: the logits of its replacement model are")
             check_finite(batch_sums.pop("ablated_finite"), f"model {model.name}: its logits with the means written are")

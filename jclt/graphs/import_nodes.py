@@ -82,7 +82,7 @@ def to_float(number: int | float) -> float:
 
 
 def read_links(path: Path, nodes: Sequence[FileNode], links: Sequence[Any]) -> Links:
-    """Reads the links, and gives errors that share an id with a feature an id of their own."""
+    """Reads the links, and gives a new id to each error that shares its id with a feature."""
     indices = _separate_shared_ids(path, nodes)
     sources, targets, weights = [], [], []
     last_source: dict[int, int] = {}  # of each target, in the links so far
@@ -106,9 +106,9 @@ def read_links(path: Path, nodes: Sequence[FileNode], links: Sequence[Any]) -> L
         sources.append(source)
         targets.append(target)
         weights.append(weight)
-    found = Links(np.array(sources, np.int64), np.array(targets, np.int64), np.array(weights, np.float64))
-    _check_links(path, nodes, found)
-    return found
+    parsed = Links(np.array(sources, np.int64), np.array(targets, np.int64), np.array(weights, np.float64))
+    _check_links(path, nodes, parsed)
+    return parsed
 
 
 def _parse_links(path: Path, links: Sequence[Any]) -> list[tuple[str, str, float]]:

@@ -12,6 +12,10 @@ As a random walk: walkers start at the outputs, w[t] of them at output t. From a
 probability share[t, s], or leaves the graph with probability rest_mass[t] / mass[t]. It ends at embeddings and errors,
 which have no incoming edges. A node's influence is how many walkers visit it after their start.
 
+The replacement score is the share of these walks that ends at embeddings (`Scores` adds completeness and intervals):
+
+    replacement  = T / (T + E + m)    T = sum of visits over embeddings, E = over errors, m = walkers that leave
+
 Pruning, scores, paths and pictures use the functions below. `attribution/ranking.py` applies the same definition to the
 rows that it has traced so far.
 """

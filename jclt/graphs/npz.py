@@ -84,7 +84,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], Float[np.ndarray, "N N"]]:
 
 
 def to_plain(value: Any, where: object) -> Any:
-    """The value with all arrays and numbers converted to Python's own types, so that it can be written as JSON."""
+    """The value with all arrays and numbers converted to Python's types, so that it can be written as JSON."""
     try:
         return _to_plain(value)
     except RecursionError:

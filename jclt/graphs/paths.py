@@ -77,7 +77,7 @@ def strongest_paths(
 
     A path's strength is the product of its edges' shares and, if it ends at an output, the output's share of all output
     weights. The search is exact: layer by layer downward, it finds the `count` strongest partial paths from the top to
-    each node. They all extend partial paths that are among the `count` strongest of their own node.
+    each node. They all extend partial paths that are among the `count` strongest to their node.
     """
     if count < 1:
         raise UserError(f"count={count}: expected at least 1 path")
@@ -110,7 +110,7 @@ def strongest_paths(
 
 
 def with_supernodes(graph: Graph, groups: Mapping[str, Iterable[int]]) -> Graph:
-    """A copy of the graph with these supernodes instead of its own. A node may be in one supernode at most."""
+    """A copy of the graph with these supernodes instead of its present ones. A node may be in one supernode at most."""
     owner: dict[int, str] = {}
     members = {name: tuple(int(node) for node in nodes) for name, nodes in groups.items()}
     for name, nodes in members.items():
@@ -124,7 +124,7 @@ def with_supernodes(graph: Graph, groups: Mapping[str, Iterable[int]]) -> Graph:
 
 def between_supernodes(graph: Graph, others: bool = False) -> tuple[list[str], Float[np.ndarray, "S S"]]:
     """The supernodes' names, and the edges between supernodes (row = target). With `others`, each node outside all
-    supernodes counts as a supernode of its own.
+    supernodes counts as a supernode.
 
     With t the members of target group P, s the members of source group Q:
 

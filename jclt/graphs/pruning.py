@@ -47,15 +47,15 @@ def choose_nodes_and_edges(edges: Edges, node_threshold: float, edge_threshold: 
     chosen = np.flatnonzero(node_mask)
     edge_influence = EdgeInfluence(edges, chosen)
     cutoff = _find_cutoff(edge_influence.list_positive(), edge_threshold)
-    kept = np.empty((len(chosen), len(chosen)), bool)
+    is_kept = np.empty((len(chosen), len(chosen)), bool)
     for rows, values in edge_influence.compute_blocks():
-        kept[rows] = values >= cutoff
-    connected = _remove_dead_ends(kept, never_removed[chosen], edges.nodes.is_kind("feature")[chosen])
-    kept &= connected[:, None]
-    kept &= connected
+        is_kept[rows] = values >= cutoff
+    connected = _remove_dead_ends(is_kept, never_removed[chosen], edges.nodes.is_kind("feature")[chosen])
+    is_kept &= connected[:, None]
+    is_kept &= connected
     node_mask[chosen] = connected
     edge_mask = np.zeros(edges.adjacency.shape, bool)
-    edge_mask[np.ix_(chosen, chosen)] = kept
+    edge_mask[np.ix_(chosen, chosen)] = is_kept
     return Masks(nodes=node_mask, edges=edge_mask, cumulative=compute_cumulative_shares(influence))
 
 

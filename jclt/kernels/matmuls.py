@@ -27,7 +27,7 @@ from jclt.shapes import Array, Float
 def sharded_einsum(equation: str, x: Array, y: Array, weight: Array | None = None) -> Array:
     """An einsum of both operands in the type of x, summed in at least float32. Each axis stays split as in its operand.
 
-    Where the sum runs over features, each feature shard adds up its own, and `sum_over_feature_shards` the results.
+    Where the sum runs over features, each feature shard adds up its part, and `sum_over_feature_shards` the results.
     Where the result is the gradient of `weight`, its sum over devices is deferred if the weight's type asks for that
     (`mesh.defer_gradient_sum`).
     """
@@ -114,7 +114,7 @@ def decode(
     1. decoders[s][:, r] writes to layer s + r.
     2. output[t] = sum over source layers s <= t of activations[s] @ decoders[s][:, t - s].
 
-    Each feature shard computes the terms of its own features; `sum_over_feature_shards` adds them up. Of the result
+    Each feature shard computes the terms of its features; `sum_over_feature_shards` adds them up. Of the result
     each device keeps a share of its data shard's tokens, so that later work on it is not repeated on every device.
     Gradients have the type of the operands. The last target is computed first, since the backward pass needs it first;
     while its sum over shards is under way, the next target is computed.

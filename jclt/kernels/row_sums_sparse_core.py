@@ -124,11 +124,11 @@ def sum_rows(lists: Sequence[GroupedRows], values: Sequence[Float[Array, "_"]], 
     starts = jnp.pad(rows.starts, (0, CHUNK + LANES), mode="edge")
 
     def kernel(
-        bounds: Any, starts: Any, row_numbers: Any, values: Any, table: Any, out: Any, own_bounds: Any, *memory: Any
+        bounds: Any, starts: Any, row_numbers: Any, values: Any, table: Any, out: Any, local_bounds: Any, *memory: Any
     ) -> None:
         chunk_starts, piece_numbers, chunk_values, ring, sums, arrived, sent = memory
-        pltpu.sync_copy(bounds.at[cores.subcore_number()], own_bounds)
-        first, last, begin, end = (cores.read_number(own_bounds, i * cores.lanes) for i in range(4))
+        pltpu.sync_copy(bounds.at[cores.subcore_number()], local_bounds)
+        first, last, begin, end = (cores.read_number(local_bounds, i * cores.lanes) for i in range(4))
 
         @pl.loop(0, pieces)
         def _(piece: Array) -> None:
@@ -227,11 +227,11 @@ def dot_rows(lists: Sequence[GroupedRows], group_values: Float[Array, "G R D"]) 
     bounds = pack_by_worker(cores, share_pairs(rows.starts[-1], cores.mesh.size))
 
     def kernel(
-        bounds: Any, row: Any, group: Any, table: Any, group_values: Any, out: Any, own_bounds: Any, *memory: Any
+        bounds: Any, row: Any, group: Any, table: Any, group_values: Any, out: Any, local_bounds: Any, *memory: Any
     ) -> None:
         row_pieces, group_pieces, row_ring, group_ring, products, arrived = memory
-        pltpu.sync_copy(bounds.at[cores.subcore_number()], own_bounds)
-        begin, end = (cores.read_number(own_bounds, i * cores.lanes) for i in range(2))
+        pltpu.sync_copy(bounds.at[cores.subcore_number()], local_bounds)
+        begin, end = (cores.read_number(local_bounds, i * cores.lanes) for i in range(2))
 
         @pl.loop(0, pieces)
         def _(piece: Array) -> None:

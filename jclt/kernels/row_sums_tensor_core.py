@@ -1,6 +1,6 @@
 """The sums of `row_sums.py` as kernels for a TPU's TensorCore.
 
-Each row of a table that some pair names is copied from HBM by a copy of its own; many copies are in flight at once. The
+Each row of a table that some pair names is copied from HBM by a separate copy; many copies are in flight at once. The
 pairs of a list are a stream, sorted by group, and the grid visits the groups in order: the rows of the next groups are
 on their way before their turn. The numbers that belong to pairs come to scalar memory in chunks.
 

@@ -5,10 +5,10 @@ Any function of these three is an edit. The ones in this file are pytrees (equin
 of a compiled program, so the same program serves other values.
 
 - `Replace(values)` puts values at sites: everywhere, in some layers, or where a mask is true.
-- `Freeze(values)` puts values at sites and stops gradients there; `Freeze(names)` keeps the network's own values.
+- `Freeze(values)` puts values at sites and stops gradients there; `Freeze(names)` keeps what the network computes.
 - `Compose(edits)` applies several edits in the order given.
 """
-# JAX's own types are partial, hence the exceptions.
+# JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Callable, Iterable, Mapping
@@ -86,8 +86,8 @@ class Replace(eqx.Module):
 
 
 class Freeze(eqx.Module):
-    """Makes sites constant: puts values there, shaped as in `Replace`, and stops gradients. Of names alone it keeps the
-    network's own values.
+    """Makes sites constant: puts values there, shaped as in `Replace`, and stops gradients. Of names alone it keeps
+    what the network computes there.
 
     A `layer` of None takes the values of layer sites without their layer axis, for a pass through a single block.
     """

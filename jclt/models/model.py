@@ -1,5 +1,5 @@
 """The language model that users hold: settings, parameters and tokenizer; loading, saving, running, generating."""
-# JAX's own types are partial, hence the exceptions.
+# JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import os
@@ -191,8 +191,8 @@ def generate(
 ) -> str | np.ndarray:
     """The prompt with its continuation: text for text, ids for ids. Greedy unless a temperature is given.
 
-    A row ends at a stop token (by default the model's own) and repeats it from there on. All `max_new_tokens` steps run
-    in any case, in one compiled program.
+    A row ends at a stop token (by default one of the model's) and repeats it from there on. All `max_new_tokens` steps
+    run in any case, in one compiled program.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")

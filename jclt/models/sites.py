@@ -3,7 +3,7 @@
 The transformer calls a `Sites` object with the site's name and the value, and goes on with the result. Where a site is
 neither captured nor edited, the result is the value itself, and the compiled program is the one without sites.
 """
-# JAX's own types are partial, hence the exceptions.
+# JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Iterable

@@ -26,7 +26,7 @@ from jclt.shapes import Array, Captured, DTypeLike, Float, Int, Layer, Logits, P
 
 Mlp = Callable[[Layer, Mapping[str, Array], Callable[[], Array]], Array]
 """`mlp(layer, reads, true)` returns what is added to the residual stream. `reads` holds the values at the sites that an
-MLP can read (`resid_mid`, `mlp_normalized`, `mlp_in`); `true()` is the output of the model's own MLP."""
+MLP can read (`resid_mid`, `mlp_normalized`, `mlp_in`); `true()` is the output of the model's MLP."""
 
 
 class Cache(NamedTuple):
@@ -123,7 +123,7 @@ def attention(
 
 
 def true_mlp(config: ModelConfig, weights: Params, site: Sites, x: Stream) -> Stream:
-    """The output of the model's own MLP."""
+    """The output of the model's MLP."""
     activation = ops.ACTIVATIONS[config.activation]
     up = project(weights, "up", "btd,dm->btm", x)
     neurons = activation(project(weights, "gate", "btd,dm->btm", x)) * up if config.gated else activation(up)

@@ -61,7 +61,7 @@ class LoweredProgram(NamedTuple):
     """A program, before it is compiled, and what else is in a chip's memory while it runs."""
 
     lowered: jax.stages.Lowered
-    kept_bytes: int = 0  # results of earlier programs, its own arguments included
+    kept_bytes: int = 0  # results of earlier programs, with the arguments of this one
     waiting_results: int = 0  # results of its earlier calls that wait for the host
 
 

@@ -76,7 +76,7 @@ class Network(NamedTuple):
         if len(slices) > 1:
             here = self.hosts[group[0]]
             rate = self.chip.host_network / sum(host == here for host in self.hosts)
-            # Between slices each chip exchanges its own share of what is summed within one.
+            # Between slices each chip exchanges its share of what is summed within one.
             time += passes * size / len(within) * (1 - 1 / len(slices)) / rate
         return time
 

@@ -1,6 +1,6 @@
-"""What a run will cost: its own programs, compiled for TPUs that are not here, and read.
+"""What a run will cost: reads the run's programs, compiled for TPUs that are not here.
 
-This module runs in a process of its own (`worker.py`), since JAX starts slowly once libtpu is loaded. `worker.py` calls
+This module runs in a separate process (`worker.py`), since JAX starts slowly once libtpu is loaded. `worker.py` calls
 `compile_step`, `plan_attribution` and `calibrate` by name.
 """
 

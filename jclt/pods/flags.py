@@ -37,6 +37,6 @@ def format_flags() -> str:
 
 def set_flags() -> None:
     """Sets the flags, before the first use of a TPU. Flags that the user has set come last, and so take precedence."""
-    given = os.environ.get(VARIABLE, "")
-    if format_flags() not in given:
-        os.environ[VARIABLE] = f"{format_flags()} {given}".strip()
+    user_flags = os.environ.get(VARIABLE, "")
+    if format_flags() not in user_flags:
+        os.environ[VARIABLE] = f"{format_flags()} {user_flags}".strip()

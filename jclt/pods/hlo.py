@@ -41,18 +41,18 @@ class Instruction(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.line)
-        return int(found[1]) if found else 0
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.line)
+        return int(match[1]) if match else 0
 
     @property
     def calls(self) -> str | None:
-        found = re.search(r"calls=%([\w.\-]+)", self.line)
-        return found[1] if found else None
+        match = re.search(r"calls=%([\w.\-]+)", self.line)
+        return match[1] if match else None
 
     @property
     def source(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.line)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.line)
+        return match[1] if match else ""
 
     @property
     def operands_text(self) -> str:

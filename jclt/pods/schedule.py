@@ -1,4 +1,4 @@
-"""How long a compiled program takes by its own schedule: the cycles of its instructions over the clock, and the time of
+"""How long a compiled program takes by its schedule: the cycles of its instructions over the clock, and the time of
 its collectives that no other work hides."""
 
 from collections import defaultdict

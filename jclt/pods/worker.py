@@ -1,4 +1,4 @@
-"""Processes of their own for the TPU compiler. A job goes in pickled; a report of plain values comes out as JSON.
+"""Separate processes for the TPU compiler. A job goes in pickled; a report of plain values comes out as JSON.
 
 So libtpu, which slows down every start of JAX and needs its own environment, is never loaded in the calling process.
 """

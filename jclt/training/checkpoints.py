@@ -1,7 +1,18 @@
 """Checkpoints of a training state by Orbax: written in the background, the newest few kept, restored onto any mesh.
 
-Each checkpoint also holds checksums of its arrays (`jclt.fingerprints`), which any changed bit changes. So a restored
-state is exactly the one that was saved; a damaged checkpoint is skipped.
+A checkpoint holds
+
+1. all arrays of the state (`CoderState`, `LmState`) by name, such as `coder.layers.0.encoder`: the step, the weights,
+   what the optimizer keeps of them; and of a coder the scaling, the densities, the tokens since each feature fired,
+   BatchTopK's running threshold, the skipped steps and the capacity of the sparse path;
+2. checksums of these arrays (`jclt.fingerprints`), which any changed bit changes.
+
+Batches and random keys follow from the step and the seed. Settings and metrics are other files of the run's folder.
+
+`restore` tries the newest checkpoint first. One that is damaged (it cannot be read, or its checksums are not those of
+its arrays) or of another state (names or shapes differ) is passed over with a warning. If none is left, this is an
+error, and nothing is overwritten. So a restored state is exactly one that was saved; only of a checkpoint without
+checksums, by an earlier version, this is not known, and a warning says so.
 """
 
 import logging
@@ -142,9 +153,9 @@ def read_state(
         if target is not None:
             _check_names(saved, target)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        whole = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in saved.items()}
+        on_one_device = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for name, x in saved.items()}
         custom: Any = metadata.custom_metadata or {}
-        return checkpointer.load(step, {"state": dict(target or whole)})["state"], custom.get(SUMS)
+        return checkpointer.load(step, {"state": dict(target or on_one_device)})["state"], custom.get(SUMS)
 
     arrays, sums = run_on_every_host(load)
     if sums is None:

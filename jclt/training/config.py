@@ -22,7 +22,7 @@ class LmConfig:
 
     model: ModelConfig
     data: str = "world"  # "world" (generated), a text file, or JSON lines with `text`
-    tokenizer: str | None = None  # a folder; data of "world" have their own tokenizer
+    tokenizer: str | None = None  # a folder; the data "world" bring one
     steps: int = 1000
     batch: int = 32  # rows per step
     length: int = 64  # tokens per row

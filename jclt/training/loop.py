@@ -139,8 +139,8 @@ class Recorder:
         if step % self.reporting.every == 0 or step in (1, self.steps):
             now = time.perf_counter()
             if step > self.start + 1:  # the first step compiles
-                before, then = self.last_written
-                entry |= self.reporting.speed((step - before) / (now - then))
+                last_step, then = self.last_written
+                entry |= self.reporting.speed((step - last_step) / (now - then))
             self.last_written = step, now
             self._write({"step": step, "seconds": round(now - self.began, 3), **entry})
             self.progress.show(step, self.reporting.describe(entry), entry.get("tokens_per_second"))
@@ -238,8 +238,8 @@ class Progress:
         speed = f" {tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
         text += speed + (f" {format_size(used)}" if used else "")
         self.bar.set_postfix_str(text, refresh=False)
-        (before, then), now = self.last_line, time.perf_counter()
-        is_tenth = (step - before) * 10 >= self.steps - self.start
+        (last_step, then), now = self.last_line, time.perf_counter()
+        is_tenth = (step - last_step) * 10 >= self.steps - self.start
         if self.shows_lines and (is_tenth or now - then > self.EVERY or step == self.steps):
             log.info("step %d of %d: %s", step, self.steps, text)
             self.last_line = (step, now)
@@ -270,7 +270,7 @@ def catch_stop_signals() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
-    asked: list[int] = []
+    signals: list[int] = []
     # While a step compiles Python runs no handler, and afterwards one for all signals of a kind. So signals are
     # counted by the bytes that each of them writes to a socket.
     read, write = socket.socketpair()
@@ -280,18 +280,18 @@ def catch_stop_signals() -> Iterator[Callable[[int], bool]]:
 
     def note(number: int, _: Any) -> None:
         with suppress(BlockingIOError):
-            asked.extend(byte for byte in read.recv(1000) if byte in STOP_SIGNALS)
-        if len(asked) > 1:
+            signals.extend(byte for byte in read.recv(1000) if byte in STOP_SIGNALS)
+        if len(signals) > 1:
             signal.signal(number, signal.SIG_DFL)
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             os.kill(os.getpid(), number)
 
-    before = {name: signal.signal(name, note) for name in STOP_SIGNALS}
+    handlers = {name: signal.signal(name, note) for name in STOP_SIGNALS}
     try:
-        yield lambda step: bool(asked)
+        yield lambda step: bool(signals)
     finally:
-        for name, handler in before.items():
+        for name, handler in handlers.items():
             signal.signal(name, handler)
         signal.set_wakeup_fd(before_bytes)
         read.close()

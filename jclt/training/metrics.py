@@ -41,9 +41,9 @@ class Log:
         """The last entry of each kind, "step" or "evaluation"."""
         if jax.process_index() > 0:
             return
-        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= step] if self.path.exists() else []
-        write_json_lines(self.path, map(replace_nonfinite, kept))
-        for entry in kept:
+        earlier = [entry for entry in read_metrics(self.path) if entry["step"] <= step] if self.path.exists() else []
+        write_json_lines(self.path, map(replace_nonfinite, earlier))
+        for entry in earlier:
             self.last[get_kind(entry)] = entry
         try:
             self.file = self.path.open("a", buffering=1, encoding="utf-8")

@@ -74,7 +74,7 @@ class Place:
                 if file.is_file() and not is_local and not file.name.endswith(".partial"):
                     system.makedirs(f"{path}/{name.parent.as_posix()}", exist_ok=True)
                     system.put_file(str(file), f"{path}/{name.as_posix()}")
-        except Exception as error:  # of the network; every file system has errors of its own
+        except Exception as error:  # network errors, which differ between file systems
             raise UserError(f"{self.url}: cannot be written ({first_line(error)})") from None
 
     def find_newest_step(self) -> int:
@@ -118,7 +118,7 @@ def _resolve_place(out: str | Path) -> Place:
     system, path = open_file_system(url)
     if isinstance(system, LocalFileSystem):
         return Place(Path(path))
-    # Several processes of a run may share a host, and each makes its own rows.
+    # Several processes of a run may share a host, and each makes its rows.
     process = f"-{jax.process_index()}" if jax.process_index() else ""
     return Place(cache_folder() / "runs" / (hashlib.sha256(url.encode()).hexdigest()[:16] + process), url)
 
@@ -131,7 +131,7 @@ def _fetch(place: Place) -> None:
     try:
         names = [name for name in FETCHED if system.exists(f"{path}/{name}")]
         contents: dict[str, Any] = {name: system.cat_file(f"{path}/{name}") for name in names}
-    except Exception as error:  # of the network; every file system has errors of its own
+    except Exception as error:  # network errors, which differ between file systems
         raise UserError(f"{place.url}: cannot be read ({first_line(error)})") from None
     config = place.folder / "config.json"
     if place.folder.exists() and (not config.exists() or config.read_bytes() != contents.get("config.json")):
@@ -158,9 +158,9 @@ def _lock_folder(folder: Path) -> Callable[[], None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                who = os.read(lock, 100).decode(errors="replace").strip()
+                owner = os.read(lock, 100).decode(errors="replace").strip()
                 os.close(lock)
-                raise UserError(f"{folder}: in use by another run ({who}), expected it to end first") from None
+                raise UserError(f"{folder}: in use by another run ({owner}), expected it to end first") from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -202,10 +202,10 @@ def is_begun(folder: Path, config: LmConfig | TrainConfig, reached: Callable[[],
 
 
 def _check_same(
-    folder: Path, begun: Mapping[str, Any], config: LmConfig | TrainConfig, reached: Callable[[], int]
+    folder: Path, saved_settings: Mapping[str, Any], config: LmConfig | TrainConfig, reached: Callable[[], int]
 ) -> None:
     settings = flatten_settings(json.loads(json.dumps(asdict(config))))
-    for name, value in flatten_settings(begun).items():
+    for name, value in flatten_settings(saved_settings).items():
         if name in REMOVED:
             if value != REMOVED[name]:
                 raise UserError(
@@ -266,6 +266,6 @@ def check_settings(config: LmConfig | TrainConfig, context: int, mesh: Mesh) -> 
 def write_settings(folder: Path, config: LmConfig | TrainConfig) -> None:
     """Writes the settings of a new run; of a run that exists, only its new number of steps."""
     path = folder / "config.json"
-    begun = read_json(path) if path.exists() else None
-    if begun is None or begun.get("steps") != config.steps:
-        write_json(path, asdict(config) if begun is None else begun | {"steps": config.steps})
+    saved_settings = read_json(path) if path.exists() else None
+    if saved_settings is None or saved_settings.get("steps") != config.steps:
+        write_json(path, asdict(config) if saved_settings is None else saved_settings | {"steps": config.steps})

@@ -29,25 +29,25 @@ def find_rows(
     """The run's token rows: the rows of a folder of tokens, or rows that are made once and kept in the run's folder.
 
     `make_world` generates the rows of the small world. If several hosts share the run's folder, the first one makes the
-    rows and the others read them; otherwise each host makes its own. A resumed run must have the rows that it began
+    rows and the others read them; otherwise each host makes them. A resumed run must have the rows that it began
     with.
     """
     folder = place.folder
-    kept, description = folder / "data", folder / "data.json"
+    files, description = folder / "data", folder / "data.json"
 
     def check_rows(rows: TokenRows) -> TokenRows:
-        begun, now = read_json(description) if description.exists() else {}, describe_rows(rows)
-        if any(begun.get(name, value) != value for name, value in now.items()):
+        saved_description, new_description = read_json(description) if description.exists() else {}, describe_rows(rows)
+        if any(saved_description.get(name, value) != value for name, value in new_description.items()):
             remedy = (
-                "" if is_token_folder(config.data) else f"; where {kept} is damaged, remove it to have it made again"
+                "" if is_token_folder(config.data) else f"; where {files} is damaged, remove it to have it made again"
             )
             raise UserError(
                 f"data '{config.data}': other tokens than those that the run in {folder} began with{remedy}"
             )
         if place.holds_folder:
             write_settings(folder, config)
-            if begun != now:
-                write_json(description, now)
+            if saved_description != new_description:
+                write_json(description, new_description)
         return rows
 
     def load_folder() -> TokenRows:
@@ -56,7 +56,7 @@ def find_rows(
         return check_rows(load_tokens(config.data, config.length, vocabulary, tokenizer))
 
     def make_rows() -> None:
-        if is_begun(folder, config, place.find_newest_step) and (kept / "tokens.npy").exists():
+        if is_begun(folder, config, place.find_newest_step) and (files / "tokens.npy").exists():
             return
         if config.data == "world":
             rows = make_world()
@@ -65,12 +65,12 @@ def find_rows(
         else:
             rows = read_text_rows(Path(config.data), tokenizer, config.length, end)
         write_settings(folder, config)
-        save_rows(kept, *rows)
+        save_rows(files, *rows)
 
     if is_token_folder(config.data):
         return run_on_every_host(load_folder)
     run_on_every_host(lambda: make_rows() if place.holds_folder else None)
-    return run_on_every_host(lambda: check_rows(load_rows(kept)))
+    return run_on_every_host(lambda: check_rows(load_rows(files)))
 
 
 def describe_rows(rows: TokenRows) -> dict[str, Any]:

@@ -153,9 +153,9 @@ def list_athlete_concepts(case: Athlete, prompt: str) -> tuple[Concept, ...]:
 def change_athlete(random: Random, case: Athlete) -> tuple[Athlete, str]:
     """The same first or the same last name, and another sport."""
     (first, last_name), form = case
-    kept = random.randrange(2)
-    rivals = [a for a in ATHLETES if a[kept] == (first, last_name)[kept] and SPORT_OF[a] != SPORT_OF[case[0]]]
-    return (random.choice(rivals), form), ("last", "first")[kept]
+    shared = random.randrange(2)
+    rivals = [a for a in ATHLETES if a[shared] == (first, last_name)[shared] and SPORT_OF[a] != SPORT_OF[case[0]]]
+    return (random.choice(rivals), form), ("last", "first")[shared]
 
 
 ATHLETE = Task(

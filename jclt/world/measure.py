@@ -86,11 +86,11 @@ class Swap:
 def measure_swaps(model: Model, split: Split = "report", partners: int = 4, seed: int = 0) -> list[Swap]:
     """For every layer and three sets of positions, averaged over the forms of the question for a capital."""
     random = Random(seed)
-    asked = [city for city in CITIES if CITY_SPLIT[city] == split for _ in range(partners)]
-    same = [random.choice([c for c in CITIES if c != city and STATE_OF[c] == STATE_OF[city]]) for city in asked]
-    others = [random.choice([c for c in CITIES if STATE_OF[c] != STATE_OF[city]]) for city in asked]
-    kept = [swap_streams(model, form, asked, same) for form in ASKED]
-    moved = [swap_streams(model, form, asked, others) for form in ASKED]
+    cities = [city for city in CITIES if CITY_SPLIT[city] == split for _ in range(partners)]
+    same = [random.choice([c for c in CITIES if c != city and STATE_OF[c] == STATE_OF[city]]) for city in cities]
+    others = [random.choice([c for c in CITIES if STATE_OF[c] != STATE_OF[city]]) for city in cities]
+    kept = [swap_streams(model, form, cities, same) for form in ASKED]
+    moved = [swap_streams(model, form, cities, others) for form in ASKED]
     return [
         Swap(*place, float(np.mean([k[place] for k in kept])), float(np.mean([m[place] for m in moved])))
         for place in kept[0]

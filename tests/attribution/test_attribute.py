@@ -1,4 +1,4 @@
-"""What `attribute` is asked for: many prompts at once, parts of graphs and what they miss, targets, and bad input."""
+"""`attribute`: many prompts at once, parts of graphs and what they lack, targets, and bad input."""
 
 import json
 import sys
@@ -66,7 +66,7 @@ def assert_same(got: Graph, want: Graph):
 
 @cache
 def prompts() -> list[np.ndarray]:
-    """Of lengths that share arrays of 8 and 16 positions, not in order."""
+    """Prompts whose lengths are padded to 8 and 16 positions, not in order of length."""
     text = "The capital of the state containing North Springs is Austin. The city of Lake Grove lies in Georgia"
     tokens = demo()[0].encode(text)
     tokens = np.array(tokens)
@@ -74,7 +74,7 @@ def prompts() -> list[np.ndarray]:
 
 
 def test_many_prompts_have_the_graphs_that_each_has_alone():
-    """On eight devices; the batches are too small for them, and neither as long nor as full as one another."""
+    """On eight devices. The batches have fewer prompts than devices, and differ in length and number of prompts."""
     assert len(jax.local_devices()) == 8
     graphs = attribute_batch(*demo(), prompts())
     assert [len(graph.tokens) for graph in graphs] == [len(prompt) for prompt in prompts()]
@@ -110,50 +110,50 @@ def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, m
     monkeypatch.setattr("jclt.attribution.schedule.WINDOWS", 3)
     monkeypatch.setattr("jclt.attribution.sizes.BLOCK_SIZE", {"cpu": 16})
     assert_same(attribute(*make_case(*CASE), max_features=45), want)
-    whole = trace_whole_graph(*CASE)
-    assert len(want.features) == 45 < len(whole.features)
-    assert_same(attribute(*make_case(*CASE)), whole)  # in blocks and windows, too
+    full_graph = trace_whole_graph(*CASE)
+    assert len(want.features) == 45 < len(full_graph.features)
+    assert_same(attribute(*make_case(*CASE)), full_graph)  # in blocks and windows, too
 
 
 def test_the_kept_features_are_the_most_influential_of_each_round(monkeypatch):
-    whole = trace_whole_graph(*CASE)
+    full_graph = trace_whole_graph(*CASE)
     monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 10)
     graph = attribute(*make_case(*CASE), max_features=10)
-    # Before any feature is traced, influence is the outputs' own rows, divided by their sums.
-    rows = np.abs(whole.adjacency[whole.nodes.find("output")])
-    direct = weights_of(whole) @ (rows / rows.sum(axis=1, keepdims=True))
-    first = np.sort(np.argsort(-direct[whole.nodes.find("feature")])[:10])
-    np.testing.assert_array_equal(graph.features, whole.features[first])
+    # Before any feature is traced, influence is the rows of the outputs, divided by their sums.
+    rows = np.abs(full_graph.adjacency[full_graph.nodes.find("output")])
+    direct = weights_of(full_graph) @ (rows / rows.sum(axis=1, keepdims=True))
+    first = np.sort(np.argsort(-direct[full_graph.nodes.find("feature")])[:10])
+    np.testing.assert_array_equal(graph.features, full_graph.features[first])
 
 
 def test_a_budget_of_all_features_is_no_budget(many_rounds):
-    whole = trace_whole_graph(*CASE)
-    assert not whole.rest.any() and whole.missing == 0
-    assert_same(attribute(*make_case(*CASE), max_features=len(whole.features)), whole)
+    full_graph = trace_whole_graph(*CASE)
+    assert not full_graph.rest.any() and full_graph.missing == 0
+    assert_same(attribute(*make_case(*CASE), max_features=len(full_graph.features)), full_graph)
     part = attribute(*make_case(*CASE), tolerance=1e-9)  # round by round, but for features that are never visited
-    kept = np.ones(len(whole), bool)
-    kept[: len(whole.features)] = (whole.features[:, None] == part.features[None]).all(axis=2).any(axis=1)
-    assert (whole.influence[~kept] == 0).all() and not kept.all()
-    assert_same(part, whole.keep(kept))
+    is_kept = np.ones(len(full_graph), bool)
+    is_kept[: len(full_graph.features)] = (full_graph.features[:, None] == part.features[None]).all(axis=2).any(axis=1)
+    assert (full_graph.influence[~is_kept] == 0).all() and not is_kept.all()
+    assert_same(part, full_graph.keep(is_kept))
 
 
 @pytest.mark.parametrize("options", [{"tolerance": 0.5}, {"tolerance": 0.15}, {"max_features": 20}])
 def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
-    whole, part = trace_whole_graph(*CASE), attribute(*make_case(*CASE), **options)
+    full_graph, part = trace_whole_graph(*CASE), attribute(*make_case(*CASE), **options)
     lost = part.missing
     assert 0 < lost < options.get("tolerance", 1.0)
-    assert len(part.features) < len(whole.features) and len(part.features) <= options.get("max_features", 7500)
+    assert len(part.features) < len(full_graph.features) and len(part.features) <= options.get("max_features", 7500)
     assert measure_residual(part) < 1e-5
 
-    order = [tuple(place) for place in whole.features]
+    order = [tuple(place) for place in full_graph.features]
     at = [order.index(tuple(place)) for place in part.features]
-    at += list(range(len(whole.features), len(whole)))
-    below = whole.influence[at] - part.influence
-    assert below.min() >= -1e-5 and below.max() <= lost * weights_of(whole).sum() + 1e-5
+    at += list(range(len(full_graph.features), len(full_graph)))
+    below = full_graph.influence[at] - part.influence
+    assert below.min() >= -1e-5 and below.max() <= lost * weights_of(full_graph).sum() + 1e-5
     assert below.max() > 1e-3
     for name in ("replacement", "completeness"):
         low, high = getattr(part.scores, f"{name}_interval")
-        assert low - 1e-5 <= getattr(whole.scores, name) <= high + 1e-5
+        assert low - 1e-5 <= getattr(full_graph.scores, name) <= high + 1e-5
         assert high - low > 1e-3
     if "tolerance" in options:  # a round less would not have done
         fewer = attribute(*make_case(*CASE), max_features=len(part.features) - 8)
@@ -161,11 +161,11 @@ def test_what_is_missing_bounds_every_influence_and_score(many_rounds, options):
 
 
 def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(many_rounds, monkeypatch):
-    """Else a row has a column for every active feature, traced or not, and the graph is a copy of them all."""
-    kept, build_graph = [], PromptRows.build_graph
+    """Otherwise each row would have a column for every active feature, and the graph would copy all rows."""
+    rows_kept, build_graph = [], PromptRows.build_graph
 
     def watch(self, *arguments):
-        kept.append((self.source_count, [(rows.layer, *rows.edges.shape) for rows in self.rows]))
+        rows_kept.append((self.source_count, [(rows.layer, *rows.edges.shape) for rows in self.rows]))
         graph = build_graph(self, *arguments)
         assert not self.rows
         return graph
@@ -173,7 +173,7 @@ def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(ma
     monkeypatch.setattr(PromptRows, "build_graph", watch)
     for options in ({}, {"max_features": 30}):
         graph = attribute(*make_case(*CASE), **options)
-        sources, shapes = kept.pop()
+        sources, shapes = rows_kept.pop()
         count = len(graph.features) + len(graph.logit_tokens)
         assert sum(rows for _, rows, _ in shapes) == count
         assert all(columns <= sources * (layer + 1) / (graph.layers + 1) + 20 for layer, _, columns in shapes)
@@ -213,15 +213,15 @@ def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypa
 
 def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypatch):
     model, coder, tokens = make_case(*CASE)
-    many = [tokens, tokens[::-1], tokens[:4], tokens[1:]]
-    want, batch_sizes, gather = attribute_batch(model, coder, many), [], tracing.gather_sources
+    prompts = [tokens, tokens[::-1], tokens[:4], tokens[1:]]
+    want, batch_sizes, gather = attribute_batch(model, coder, prompts), [], tracing.gather_sources
     monkeypatch.setattr(
-        tracing, "gather_sources", lambda *given: (batch_sizes.append(len(given[1].counts)), gather(*given))[1]
+        tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[1].counts)), gather(*args))[1]
     )
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
-    for got, alone in zip(attribute_batch(model, coder, many), want, strict=True):
-        assert_same(got, alone)
+    for got, expected in zip(attribute_batch(model, coder, prompts), want, strict=True):
+        assert_same(got, expected)
     assert batch_sizes == [1, 1, 1, 1]
 
 
@@ -242,8 +242,8 @@ def test_a_graph_that_does_not_fit_is_refused_before_it_is_traced(monkeypatch):
 
 def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
     model, coder, tokens = make_case(*CASE)
-    whole = trace_whole_graph(*CASE)
-    free = whole.adjacency.nbytes + 400_000
+    full_graph = trace_whole_graph(*CASE)
+    free = full_graph.adjacency.nbytes + 400_000
     monkeypatch.setattr(tracing, "estimate_source_bytes", lambda *_: 400_000)
     monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
     for module in ("jclt.attribution.sizes", "jclt.memory"):
@@ -251,7 +251,7 @@ def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
     with pytest.raises(UserError, match="max_features=") as caught:
         attribute(model, coder, tokens)
     fits = int(str(caught.value).partition("max_features=")[2].split()[0])
-    assert 10 < fits < len(whole.features)
+    assert 10 < fits < len(full_graph.features)
     assert len(attribute(model, coder, tokens, max_features=fits).features) == fits
     with pytest.raises(UserError, match=f"max_features={fits} would fit$"):
         attribute(model, coder, tokens, max_features=fits + 1)
@@ -267,9 +267,9 @@ def test_memory_that_ends_ends_one_prompt(monkeypatch):
         return trace(setup, prompts, targets)
 
     monkeypatch.setattr(attributing, "trace_prompts", run_out)
-    found = dict(attribute_each(model, coder, [tokens, tokens[:4], tokens[::-1]], Options()))
-    assert isinstance(found[0], Graph) and isinstance(found[2], Graph)
-    assert str(found[1]).startswith("prompt: not enough memory for the graph of its 4 tokens, expected")
+    results = dict(attribute_each(model, coder, [tokens, tokens[:4], tokens[::-1]], Options()))
+    assert isinstance(results[0], Graph) and isinstance(results[2], Graph)
+    assert str(results[1]).startswith("prompt: not enough memory for the graph of its 4 tokens, expected")
     monkeypatch.setattr(attributing, "trace_prompts", trace)
     monkeypatch.setattr(PromptRows, "build_graph", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(UserError, match="^prompt: not enough memory"):
@@ -377,17 +377,17 @@ def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
 
 
 def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(monkeypatch):
-    """Beside its own loop, done here on the whole graph's matrix."""
+    """Compared with circuit-tracer's loop, which runs here on the full graph's matrix."""
     model, coder, tokens = make_case(*CASE)
-    whole = attribute(model, coder, tokens, conventions="circuit-tracer")
-    count, outs, chances = len(whole.features), whole.nodes.find("output"), whole.logit_probabilities
+    full_graph = attribute(model, coder, tokens, conventions="circuit-tracer")
+    count, outs, chances = len(full_graph.features), full_graph.nodes.find("output"), full_graph.logit_probabilities
     visited = np.zeros(count, bool)
     while visited.sum() < 50:
         rows = np.append(np.flatnonzero(visited), outs)
-        shares = np.zeros(whole.adjacency.shape)
-        shares[rows] = np.abs(whole.adjacency[rows])
+        shares = np.zeros(full_graph.adjacency.shape)
+        shares[rows] = np.abs(full_graph.adjacency[rows])
         shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-8)
-        walkers, influence = np.zeros(len(whole)), np.zeros(len(whole))
+        walkers, influence = np.zeros(len(full_graph)), np.zeros(len(full_graph))
         walkers[outs] = chances
         while walkers.any():
             walkers = walkers @ shares
@@ -396,7 +396,7 @@ def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(mon
         visited[order[~visited[order]][: min(20, 50 - visited.sum())]] = True
     monkeypatch.setattr(tracing, "PEER_ROUND_SIZE", 20)
     part = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
-    np.testing.assert_array_equal(part.features, whole.features[visited])
+    np.testing.assert_array_equal(part.features, full_graph.features[visited])
     monkeypatch.setattr(tracing, "PEER_ROUND_SIZE", 50)
     other = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
     assert (other.features != part.features).any()
@@ -485,8 +485,8 @@ def test_targets_are_tokens_differences_and_directions():
     probability = np.exp(logits[-1] - logits[-1].max())
     weights = np.array([*(probability / probability.sum())[[first, second]], 1, 1, 1, 1])
     np.testing.assert_allclose(weights_of(graph), weights / weights.sum(), rtol=1e-4)
-    np.testing.assert_allclose(graph.logit_probabilities, [*weights[:2], 0, 0, 0, 0], rtol=1e-4)  # the model's own
-    # Nothing reaches a target from its own layer's MLP, a higher one's, or a later position.
+    np.testing.assert_allclose(graph.logit_probabilities, [*weights[:2], 0, 0, 0, 0], rtol=1e-4)  # the model's
+    # Nothing reaches a target from the MLP of its layer or a higher one, or from a later position.
     row = graph.adjacency[graph.nodes.find("output")[3]]
     reaching = np.flatnonzero(row)
     assert (graph.nodes.layer[reaching] < 2).all() and (graph.nodes.position[reaching] <= 3).all() and len(reaching)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import CASES, golden_model
-from golden_graphs import FOLDER as PEERS
-from golden_graphs import GRAPHS, golden_graph
+from golden_graphs import GRAPHS, golden_folder, golden_graph
 from handmade_coders import expected_edges, faithful_coder, nodes, unfaithful_coder
 from traced_graphs import Case, assert_close, make_case, measure_residual, trace_whole_graph
 
@@ -33,10 +32,10 @@ DOUBLE = {
     "qwen2": "some layers",
     "qwen3": "clt",
 }
-"""Each family with some coder; the other cases differ from these in the patterns alone."""
+"""Each family with one coder; the other cases differ from these only in the attention patterns."""
 LAW = sorted({(name, kind) for name in DOUBLE for kind in ("clt", "skip", "neurons", DOUBLE[name])})
 SINGLE = dict(zip(DOUBLE, ("clt", "neurons", "skip") * 3, strict=True))
-"""Beside the graphs of circuit-tracer's models."""
+"""In addition to the graphs of circuit-tracer's models."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,8 +61,8 @@ def test_with_the_true_writes_the_linear_model_is_the_true_pass(name):
     assert_close(reads.layers, seen["mlp_in"], 1e-5)
     assert_close(reads.final, seen["resid_final"], 1e-5)
     table = np.asarray(model.params["token_embedding" if model.config.tied else "unembedding"])
-    found, cap = np.asarray(reads.final) @ table.T, model.config.logit_softcap
-    assert_close(found if cap is None else cap * np.tanh(found / cap), logits, 1e-5)
+    final_logits, cap = np.asarray(reads.final) @ table.T, model.config.logit_softcap
+    assert_close(final_logits if cap is None else cap * np.tanh(final_logits / cap), logits, 1e-5)
 
 
 def embedding_sites(model: Model) -> tuple[str, ...]:
@@ -93,18 +92,18 @@ def test_it_does_so_in_single_precision(name):
 
 def test_what_is_left_out_is_added_to_the_rest():
     with jax.enable_x64():
-        case, whole = make_case("gpt2", "clt", "float64"), trace_whole_graph("gpt2", "clt", "float64")
-        part = attribute(*case, max_features=len(whole.features) // 2)
-    assert len(part.features) == len(whole.features) // 2
-    for graph in (part, whole.prune(), part.prune()):
+        case, full_graph = make_case("gpt2", "clt", "float64"), trace_whole_graph("gpt2", "clt", "float64")
+        part = attribute(*case, max_features=len(full_graph.features) // 2)
+    assert len(part.features) == len(full_graph.features) // 2
+    for graph in (part, full_graph.prune(), part.prune()):
         assert measure_residual(graph) <= 1e-10
         assert np.abs(graph.rest).max() > 0.1 and (graph.rest_mass >= np.abs(graph.rest)).all()
-        assert len(graph) < len(whole)
+        assert len(graph) < len(full_graph)
 
 
 def linear_model(case: Case, graph: Graph) -> tuple[Callable[[jax.Array], jax.Array], int]:
-    """The targets' values as a function of how much of each source there is, in the order of a graph's sources, and
-    their number; by the formulas alone, from captured sites and the coder's weights, without `edges.py`."""
+    """The targets' values as a function of a factor for each source, in the order of a graph's sources; and the number
+    of sources. Computed from the formulas, captured sites and the coder's weights, without `edges.py`."""
     model, coder, tokens = case
     covered, layers, length = coder.config.covered, model.config.layers, len(tokens)
     local = LocalModel(model.config, coder.config.reads, coder.config.writes)
@@ -136,31 +135,31 @@ def linear_model(case: Case, graph: Graph) -> tuple[Callable[[jax.Array], jax.Ar
 
     def values(amounts: jax.Array) -> jax.Array:
         of_features, of_errors, *of_embeddings = jnp.split(amounts, ends[:-1])
-        written = constant + jnp.einsum("n,nltd->ltd", of_features, features)
-        written = written + of_errors.reshape(layers, length, 1) * errors
+        sums = constant + jnp.einsum("n,nltd->ltd", of_features, features)
+        sums = sums + of_errors.reshape(layers, length, 1) * errors
         parts = zip(of_embeddings, embedding_sites(model), strict=True)
         stream = sum((amount[:, None] * seen[site] for amount, site in parts), jnp.zeros_like(writes[0]))
         weights = Weights(model.params, jnp.asarray(skips) if skips.any() else None)
-        found = propagate(local, weights, frozen, stream, written)
-        read = found.layers[graph.features[:, 0], graph.features[:, 1]]
-        return jnp.concatenate([jnp.sum(read * encoders, axis=1) + biases, unembeddings @ found.final[-1]])
+        logits = propagate(local, weights, frozen, stream, sums)
+        read = logits.layers[graph.features[:, 0], graph.features[:, 1]]
+        return jnp.concatenate([jnp.sum(read * encoders, axis=1) + biases, unembeddings @ logits.final[-1]])
 
     return values, int(ends[-1])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "neox", "qwen2"])
 def test_rows_and_single_edges_are_those_of_the_linear_model(name):
-    """Rows by plain `jax.vjp`, and edges by what is missing at the target when the source's write is taken away."""
+    """Rows by plain `jax.vjp`; edges by how much the target changes when the source's write is removed."""
     with jax.enable_x64():
         case, graph = make_case(name, DOUBLE[name], "float64"), trace_whole_graph(name, DOUBLE[name], "float64")
         values, count = linear_model(case, graph)
         values = jax.jit(values)
         everything = jnp.ones(count)
-        whole, back = jax.vjp(values, everything)
+        values_at_one, back = jax.vjp(values, everything)
         targets = graph.nodes.find("feature", "output")
-        assert_close(graph.values[targets], whole, 1e-10)
+        assert_close(graph.values[targets], values_at_one, 1e-10)
         assert_close(graph.bias[targets], values(jnp.zeros(count)), 1e-10)
-        rows = jax.jit(jax.vmap(back))(jnp.eye(len(whole)))[0]
+        rows = jax.jit(jax.vmap(back))(jnp.eye(len(values_at_one)))[0]
         assert_close(graph.adjacency[targets][:, :count], rows, 1e-10)
 
         pairs: list[tuple[Kind, Kind]]
@@ -171,7 +170,7 @@ def test_rows_and_single_edges_are_those_of_the_linear_model(name):
             strong = np.argwhere(np.abs(edges) > 1e-3)
             for row, column in random.permutation(strong)[:3]:
                 target, source = graph.nodes.find(into)[row], graph.nodes.find(out_of)[column]
-                gone = np.asarray(whole - values(everything.at[source].set(0)))
+                gone = np.asarray(values_at_one - values(everything.at[source].set(0)))
                 assert abs(gone[np.searchsorted(targets, target)] - edges[row, column]) <= 1e-10
             assert len(strong) or (out_of, DOUBLE[name]) == ("error", "neurons")
 
@@ -195,8 +194,8 @@ def test_the_compiled_model_has_exactly_the_edges_that_it_was_made_with(name, ma
         want = expected_edges(city, norms="norms" in name, faithful=faithful)
         assert named_edges(graph) == pytest.approx(want, abs=1e-5)
         hop, state, _ = nodes(city)
-        found = [("feature", *map(int, place)) for place in graph.features]
-        assert found == ([hop, state] if faithful else [hop])
+        features = [("feature", *map(int, place)) for place in graph.features]
+        assert features == ([hop, state] if faithful else [hop])
         assert np.abs(graph.adjacency[:, graph.nodes.find("error")]).max() < 1e-5
         assert graph.scores.replacement == pytest.approx(1, abs=1e-4)
         assert measure_residual(graph) < 1e-5
@@ -218,8 +217,8 @@ def named_edges(graph: Graph) -> dict:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_circuit_tracer_finds_the_same_graph(name):
     want = golden_graph(name)
-    model = jclt.load_model(PEERS / name)
-    coder = jclt.load_coder(PEERS / name / "clt", model=model, check=False)  # random
+    model = jclt.load_model(golden_folder(name))
+    coder = jclt.load_coder(golden_folder(name) / "clt", model=model, check=False)  # random
     graph = attribute(model, coder, want.tokens, conventions="circuit-tracer")
     np.testing.assert_array_equal(graph.features, want.features)
     np.testing.assert_array_equal(graph.errors, want.errors)

@@ -1,4 +1,4 @@
-"""`jclt attribute` and `jclt demo` as their users meet them: one prompt, thousands of them, interrupted, and wrong."""
+"""`jclt attribute` and `jclt demo` as users run them: one prompt, many prompts, interruptions, and wrong input."""
 
 import json
 import sys
@@ -33,10 +33,10 @@ def prompts(tmp_path):
 def test_each_line_gets_its_graph_and_bad_ones_are_reported_and_passed_over(shipped, prompts, tmp_path, caplog):
     out = tmp_path / "graphs"
     assert attribute_file(*shipped, prompts, out, Options(), batch=3) == (4, 1)
-    found = jclt.load_graph(out / "000002.npz")
-    alone = jclt.attribute(*shipped, PROMPTS[1])
-    np.testing.assert_array_equal(found.features, alone.features)
-    np.testing.assert_allclose(found.adjacency, alone.adjacency, atol=1e-5)
+    loaded = jclt.load_graph(out / "000002.npz")
+    single = jclt.attribute(*shipped, PROMPTS[1])
+    np.testing.assert_array_equal(loaded.features, single.features)
+    np.testing.assert_allclose(loaded.adjacency, single.adjacency, atol=1e-5)
     lines = [json.loads(line) for line in (out / "graphs.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == [1, 2, 3, 5]
     assert lines[1]["outputs"][0] == " rich" and 0 < lines[1]["replacement"] < lines[1]["completeness"] < 1
@@ -84,17 +84,17 @@ def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_
 
 
 def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatch):
-    """Prompts share their batches with those whose graphs are there already."""
+    """The remaining prompts share batches with prompts whose graphs are already written."""
     path, save = tmp_path / "prompts.txt", Graph.save
     path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 31)) + "English: poor or\n")
     attribute_file(*shipped, path, tmp_path / "whole", Options(), batch=5)
-    written = []
+    paths = []
 
     def stopping(graph, path):
-        if len(written) % 3 == 2:
-            written.append(path)
+        if len(paths) % 3 == 2:
+            paths.append(path)
             raise KeyboardInterrupt
-        written.append(path)
+        paths.append(path)
         save(graph, path)
 
     monkeypatch.setattr(Graph, "save", stopping)
@@ -104,13 +104,13 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
             break
         except KeyboardInterrupt:
             continue
-    assert len(written) > 12
-    for one in (tmp_path / "whole").iterdir():
-        assert one.read_bytes() == (tmp_path / "stopped" / one.name).read_bytes(), one.name
+    assert len(paths) > 12
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes(), file.name
     monkeypatch.setattr(Graph, "save", save)
     attribute_file(*shipped, path, tmp_path / "single", Options(), batch=1)
-    for one in (tmp_path / "whole").glob("*.npz"):  # what shares a batch changes no more than the last bits
-        want, got = jclt.load_graph(one), jclt.load_graph(tmp_path / "single" / one.name)
+    for file in (tmp_path / "whole").glob("*.npz"):  # what shares a batch changes no more than the last bits
+        want, got = jclt.load_graph(file), jclt.load_graph(tmp_path / "single" / file.name)
         np.testing.assert_array_equal(got.features, want.features)
         np.testing.assert_allclose(got.adjacency, want.adjacency, atol=1e-6 * np.abs(want.adjacency).max())
 
@@ -156,12 +156,12 @@ def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
     ]
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     also = []
-    given = (*shipped, path, out, Options(["93"], 5))
-    assert attribute_file(*given, also=lambda graph, name: also.append((name, graph.logit_names))) == (4, 1)
+    call = (*shipped, path, out, Options(["93"], 5))
+    assert attribute_file(*call, also=lambda graph, name: also.append((name, graph.logit_names))) == (4, 1)
     want = [("000001", ("95",)), ("000003", ("95 - 94",)), ("000005", ("94", "95 - 94")), ("000007", ("93",))]
     assert sorted(also) == want
-    found = jclt.load_graph(out / "000005.npz")
-    assert found.provenance["settings"]["targets"] == ["94", ["95", "94"]]
+    loaded = jclt.load_graph(out / "000005.npz")
+    assert loaded.provenance["settings"]["targets"] == ["94", ["95", "94"]]
     listed = [json.loads(line) for line in (out / "graphs.jsonl").read_text().splitlines()]
     assert [line["line"] for line in listed] == [1, 3, 5, 7] and listed[1]["prompt"] == ids
     logits = np.asarray(jclt.run(model, ids)[0][-1], np.float64)
@@ -171,12 +171,12 @@ def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert failed[0]["line"] == 9 and "expected a token id" in failed[0]["error"]
     also.clear()  # those there already are given as well
-    attribute_file(*given, also=lambda graph, name: also.append((name, graph.logit_names)))
+    attribute_file(*call, also=lambda graph, name: also.append((name, graph.logit_names)))
     assert sorted(also) == want
     lines[0]["targets"] = "94"
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     with pytest.raises(jclt.UserError, match="begun with prompts"):
-        attribute_file(*given)
+        attribute_file(*call)
 
 
 def test_prompts_are_read_whatever_signs_they_hold(tmp_path):
@@ -247,7 +247,7 @@ def test_without_a_terminal_lines_say_how_far_it_is(shipped, tmp_path, monkeypat
 
 
 def test_a_batch_with_one_bad_prompt_keeps_the_others(shipped, monkeypatch):
-    """Of one batch the prompt with most tokens fails, whenever it is among those traced."""
+    """The prompt with most tokens in a batch fails whenever it is traced."""
     model, coder = shipped
     tokens = [np.array(model.encode(prompt)) for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[2])]
     trace, longest = attributing.trace_prompts, max(map(len, tokens))
@@ -258,8 +258,8 @@ def test_a_batch_with_one_bad_prompt_keeps_the_others(shipped, monkeypatch):
         return trace(setup, prompts, targets)
 
     monkeypatch.setattr(attributing, "trace_prompts", fail)
-    found = dict(attributing.attribute_each(model, coder, tokens, Options(), 8))
-    assert {n for n, graph in found.items() if isinstance(graph, jclt.Graph)} == {
+    results = dict(attributing.attribute_each(model, coder, tokens, Options(), 8))
+    assert {n for n, graph in results.items() if isinstance(graph, jclt.Graph)} == {
         n for n, ids in enumerate(tokens) if len(ids) < longest
     }
     with pytest.raises(jclt.UserError, match="^prompt 0: no feature"):
@@ -280,8 +280,8 @@ def test_json_lines_are_read_and_a_broken_one_is_named(tmp_path):
 def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
     out = tmp_path / "sum"
     assert main(["attribute", "calc: 36+59=", "--out", str(out), "--target", "95~94"]) == 0
-    said = capsys.readouterr().out
-    assert "95 - 94" in said and "completeness" in said and "->" in said
+    output = capsys.readouterr().out
+    assert "95 - 94" in output and "completeness" in output and "->" in output
     names = [f"calc-36-59.{suffix}" for suffix in ("json", "npz", "png")]
     assert sorted(path.name for path in out.iterdir()) == [*names, "graph-metadata.json"]
     graph = jclt.load_graph(out / "calc-36-59.npz")
@@ -308,6 +308,6 @@ def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
 def test_what_cannot_work_is_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["attribute", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert says in output and output.count("\n") == 1
     assert not list(tmp_path.iterdir())

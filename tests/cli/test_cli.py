@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The command line, as a user runs it."""
 
 import errno
 import os
@@ -24,11 +24,11 @@ from jclt.world.tasks import TASKS
 def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path):
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     *blocks, last = capsys.readouterr().out.split("\n\n")
-    shown = {block.split(":")[0]: block.splitlines() for block in blocks}
-    assert set(shown) == set(TASKS)
-    right = sum(lines[0].endswith(" right") for lines in shown.values())
+    by_task = {block.split(":")[0]: block.splitlines() for block in blocks}
+    assert set(by_task) == set(TASKS)
+    right = sum(lines[0].endswith(" right") for lines in by_task.values())
     assert right >= len(TASKS) - 1 and last.startswith(f"{right} of {len(TASKS)} right")
-    for task, lines in shown.items():
+    for task, lines in by_task.items():
         assert "active features: completeness" in lines[2] and sum("->" in line for line in lines[3:]) == 3
         for suffix in ("npz", "json", "png"):
             assert (tmp_path / "demo" / f"{task}.{suffix}").stat().st_size > 1000
@@ -60,9 +60,9 @@ def test_help_names_every_command_and_each_explains_itself(capsys):
         with pytest.raises(SystemExit) as stop:
             build_parser().parse_args(arguments)
         assert stop.value.code == 0
-        said = capsys.readouterr().out
-        assert len(said) > 200
-    assert "example: jclt attribute" in said
+        output = capsys.readouterr().out
+        assert len(output) > 200
+    assert "example: jclt attribute" in output
 
 
 def test_help_and_mistakes_do_not_wait_for_jax():
@@ -91,9 +91,9 @@ def test_help_and_mistakes_do_not_wait_for_jax():
 def test_what_no_command_can_take_is_one_line_after_the_usage(arguments, says, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    usage, said = capsys.readouterr().err.rsplit("\njclt ", 1)
+    usage, output = capsys.readouterr().err.rsplit("\njclt ", 1)
     assert stop.value.code == 2 and usage.startswith("usage: ")
-    assert said.startswith(f"{arguments[0]}: error: {says}") and said.count("\n") == 1
+    assert output.startswith(f"{arguments[0]}: error: {says}") and output.count("\n") == 1
 
 
 def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
@@ -120,8 +120,8 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(arguments, says, tmp
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("jclt.models.load_model", lambda name: pytest.fail("a model is loaded"))
     assert main([part.replace("{}", str(tmp_path)) for part in arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"jclt: {says.replace('{}', str(tmp_path))}") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"jclt: {says.replace('{}', str(tmp_path))}") and output.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -131,10 +131,10 @@ def test_text_is_utf_8_in_any_locale():
         "print(ascii(build_parser().parse_args(['attribute', sys.argv[1]]).prompt))"
     )
     surroundings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "über".encode()], env=os.environ | surroundings, capture_output=True, text=True
     )
-    assert done.stdout == "'\\xfcber'\n", done.stderr
+    assert process.stdout == "'\\xfcber'\n", process.stderr
 
 
 def test_closed_streams_lead_nowhere_and_what_a_terminal_cannot_show_is_escaped(tmp_path):
@@ -144,10 +144,10 @@ def test_closed_streams_lead_nowhere_and_what_a_terminal_cannot_show_is_escaped(
     )
     surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&- <&-', "sh", *command], env=surroundings, capture_output=True)
-    assert done.returncode == 0 and done.stdout == b"True \\xfc\n"
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=surroundings)
-    assert done.returncode == 0
+    process = subprocess.run(["sh", "-c", 'exec "$@" 2>&- <&-', "sh", *command], env=surroundings, capture_output=True)
+    assert process.returncode == 0 and process.stdout == b"True \\xfc\n"
+    process = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], env=surroundings)
+    assert process.returncode == 0
 
 
 WAITING = {
@@ -185,8 +185,8 @@ def test_an_interrupt_ends_a_command_in_one_line_wherever_it_is(where, tmp_path)
     assert process.stdout is not None and process.stdout.readline() == b"1\n"
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said == b"jclt: interrupted\n"
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130 and output == b"jclt: interrupted\n"
     assert time.monotonic() - began < 10 * seconds
     assert list(tmp_path.iterdir()) == []
 
@@ -244,8 +244,10 @@ def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
     monkeypatch.setattr("jclt.models.load_model", lambda name: None)
     monkeypatch.setattr("jclt.coders.load_coder", load_coder)
     monkeypatch.setattr("jclt.coders.check_fit", check_fit)
-    monkeypatch.setattr("jclt.evaluation.evaluate.evaluate", lambda *given: ("figures", {}))
-    assert main(["eval", "demo"]) == 0 and [own.message for own in caplog.records] == ["coder 'demo' does not fit"]
+    monkeypatch.setattr("jclt.evaluation.evaluate.evaluate", lambda *arguments: ("figures", {}))
+    assert main(["eval", "demo"]) == 0 and [record.message for record in caplog.records] == [
+        "coder 'demo' does not fit"
+    ]
     caplog.clear()
     assert main(["eval", "demo", "--no-check", "--reads", "a", "--writes", "b"]) == 0 and not caplog.records
     assert checked == [(False, None, None), (False, "a", "b")]
@@ -291,10 +293,10 @@ def plain_graph(ids: np.ndarray) -> jclt.Graph:
 
 def test_prompts_that_all_fail_give_status_1(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a\n")
-    found = [(0, 1), (2, 1)]
+    counts = [(0, 1), (2, 1)]
     monkeypatch.setattr("jclt.models.load_model", lambda name: None)
     monkeypatch.setattr("jclt.coders.load_coder", lambda name, **rest: None)
-    monkeypatch.setattr("jclt.attribution.attribute_file", lambda *given, **also: found.pop(0))
+    monkeypatch.setattr("jclt.attribution.attribute_file", lambda *given, **also: counts.pop(0))
     for name in ("slug_of", "write_viewer_json"):
         monkeypatch.setattr(f"jclt.viewer.{name}", lambda *given: None, raising=False)
     arguments = ["attribute", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "o")]
@@ -305,13 +307,13 @@ def test_prompts_that_all_fail_give_status_1(tmp_path, monkeypatch, capsys):
 
 
 def test_a_tokenizer_may_be_one_on_the_hub(monkeypatch, tmp_path, capsys):
-    asked = []
+    names = []
 
     def find_model(name, files):
-        asked.append((name, files))
+        names.append((name, files))
         raise UserError(f"model '{name}': no such folder, not in the local cache")
 
     monkeypatch.setattr("jclt.models.find_model", find_model)
     assert main(["tokenize", "x.txt", "--tokenizer", "gpt2", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "jclt: tokenizer 'gpt2': no such folder, not in the local cache\n"
-    assert asked == [("gpt2", ("tokenizer*.json", "vocab.json", "merges.txt"))]
+    assert names == [("gpt2", ("tokenizer*.json", "vocab.json", "merges.txt"))]

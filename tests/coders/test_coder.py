@@ -45,7 +45,7 @@ def test_jump_relu_is_strict_and_relu_keeps_what_is_positive():
 
 
 def test_thresholds_are_compared_in_float32_under_bfloat16():
-    """Rounded to bfloat16 both of these thresholds would equal h, and neither gate would open or both shut alike."""
+    """In bfloat16 both thresholds would equal h, and both gates would be alike."""
     h = jnp.full((1, 2), 0.03, jnp.bfloat16)  # 0.0300293
     thresholds = jnp.asarray([[0.03, 0.03005]], jnp.float32)
     assert np.all(thresholds.astype(jnp.bfloat16) == h)
@@ -82,9 +82,9 @@ def test_top_k_keeps_the_k_largest_positive_values_of_each_row():
 def test_gradients_of_jump_relu_and_gate_are_the_written_formula(bandwidth, through):
     upstream, h, t = normal(2, 5), np.asarray(H), np.asarray(T)
     window = (np.abs(h - t) < bandwidth / 2) / np.float32(bandwidth)
-    opened = h > t
+    is_open = h > t
     assert window.any() and not window.all()
-    for function, to_h, jump in ((jump_relu, opened, t * window), (gate, 0 * h, window)):
+    for function, to_h, jump in ((jump_relu, is_open, t * window), (gate, 0 * h, window)):
         _, back = jax.vjp(lambda h, t: function(h, t, bandwidth, through), H, T)  # noqa: B023
         got_h, got_t = back(jnp.asarray(upstream))
         want = upstream * (to_h + (jump if through == "all" else 0))
@@ -136,9 +136,9 @@ def test_kth_largest_is_that_of_a_sort(scores, k):
     columns = largest((scores,), k, (0,))
     np.testing.assert_array_equal(columns[0], [nth(column, k) for column in scores.T])
     several = (scores, scores[:, ::2] * np.float32(1.5), normal(24, 3) ** 2)
-    together = largest(several, 24 * k, (0, 1))
-    assert together.shape == (1, 1)
-    assert together[0, 0] == nth(np.concatenate([x.reshape(-1) for x in several]), 24 * k)
+    joint = largest(several, 24 * k, (0, 1))
+    assert joint.shape == (1, 1)
+    assert joint[0, 0] == nth(np.concatenate([x.reshape(-1) for x in several]), 24 * k)
 
 
 def test_kth_largest_spans_every_size_of_number():
@@ -163,13 +163,13 @@ def test_kth_largest_on_a_mesh_is_the_same(shape):
 def test_batch_top_k_keeps_exactly_k_a_token_over_all_layers_by_what_they_write():
     coder = random_coder(replace(CLT, activation="batchtopk", k=4))
     h = tuple(jnp.asarray(normal(50, 10, seed=layer)) + (layer - 1) for layer in range(3))
-    kept, least = jax.jit(activate_dense)(coder, h, tuple(layer.norms for layer in coder.layers))
+    activations, least = jax.jit(activate_dense)(coder, h, tuple(layer.norms for layer in coder.layers))
     lengths = [np.sqrt(np.square(np.asarray(layer.decoder)).sum((1, 2))) for layer in coder.layers]
     scores = np.stack([np.maximum(np.asarray(values), 0) * length for values, length in zip(h, lengths, strict=True)])
     assert len(np.unique(scores[scores > 0])) == (scores > 0).sum() > 4 * 50
     assert float(least) == pytest.approx(nth(scores, 4 * 50), rel=1e-6)
-    assert sum((np.asarray(values) > 0).sum() for values in kept) == 4 * 50
-    for values, a, score in zip(kept, h, scores, strict=True):
+    assert sum((np.asarray(values) > 0).sum() for values in activations) == 4 * 50
+    for values, a, score in zip(activations, h, scores, strict=True):
         sure = np.abs(score / nth(scores, 200) - 1) > 1e-6
         want = np.where(score >= nth(scores, 200), np.asarray(a), 0)
         np.testing.assert_array_equal(np.asarray(values)[sure], want[sure])
@@ -207,6 +207,7 @@ KINDS = {
 
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 def test_decoding_is_the_double_loop_over_sources_and_targets(config):
+    """It fails if the last decoder layer, or any other, is dropped: all layers are compared, and no decoder is 0."""
     coder = random_coder(config)
     layers = len(config.covered)
     x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(layers)]
@@ -219,15 +220,15 @@ def test_decoding_is_the_double_loop_over_sources_and_targets(config):
     bare = want - decode_by_hand(coder, [0 * values for values in a], x)
     rows = tuple(layer.decoder_rows for layer in coder.layers)
     for stacked in (False, True):
-        written = [_decode_target(target, tuple(a), rows, stacked) for target in range(layers)]
-        np.testing.assert_allclose(jnp.stack(written, axis=1), bare, atol=2e-5)
+        reconstruction = [_decode_target(target, tuple(a), rows, stacked) for target in range(layers)]
+        np.testing.assert_allclose(jnp.stack(reconstruction, axis=1), bare, atol=2e-5)
     assert [decoder.shape for decoder in rows] == [(10, config.reach(layer), 6) for layer in range(layers)]
     reaches = [layers - layer if config.kind == "clt" else 1 for layer in range(layers)]
     assert [config.reach(layer) for layer in range(layers)] == reaches
 
 
 def plain_decode(activations, decoders):
-    """jax's own einsums and gradients."""
+    """Plain `jnp.einsum`, with the gradients of JAX."""
     out = []
     for target in range(len(decoders)):
         parts = [
@@ -249,20 +250,20 @@ def test_gradients_of_products_are_those_of_einsum(dtype, tolerance, reach):
         got, back = jax.vjp(decode, a, decoders)
         want, expected = jax.vjp(plain_decode, a, decoders)
         assert all(output.dtype == dtype for output in got)
-        for mine, theirs in zip(
+        for actual, reference in zip(
             jax.tree.leaves((got, back(upstream))), jax.tree.leaves((want, expected(upstream))), strict=True
         ):
-            np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=10 * tolerance)
+            np.testing.assert_allclose(actual, reference, rtol=tolerance, atol=10 * tolerance)
         x, weight = a[0], decoders[0][:, 0]
         for equation, first in (("nf,fd->nd", x), ("btf,fd->btd", x.reshape(1, 5, 10))):
             got, back = jax.vjp(partial(apply_weight, equation), first, weight)
             want, expected = jax.vjp(partial(jnp.einsum, equation, precision="highest"), first, weight)
-            for mine, theirs in zip((got, *back(got)), (want, *expected(want)), strict=True):
-                np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=100 * tolerance)
+            for actual, reference in zip((got, *back(got)), (want, *expected(want)), strict=True):
+                np.testing.assert_allclose(actual, reference, rtol=tolerance, atol=100 * tolerance)
 
 
 def test_bfloat16_products_are_summed_in_float32_and_so_are_their_weight_gradients():
-    """4,097 ones: summed in bfloat16 they stall at 256, and the sum rounded to it would be 4,096."""
+    """Of 4,097 ones: a sum in bfloat16 stalls at 256, and the right sum rounded to bfloat16 would be 4,096."""
     count = 4097
     ones, weight = jnp.ones((1, count), jnp.bfloat16), jnp.ones((count, 2), jnp.float32)
     for result in (
@@ -273,13 +274,13 @@ def test_bfloat16_products_are_summed_in_float32_and_so_are_their_weight_gradien
         assert result.dtype == jnp.float32 and np.asarray(result).tolist() == [[count, count]]
     column = jnp.ones((count, 1), jnp.bfloat16)
 
-    def written(weight):
+    def sum_product(weight):
         return apply_weight("nf,fd->nd", column, weight).sum()
 
-    def decoded(weight):
+    def sum_decoded(weight):
         return decode((column,), (weight[:, None],))[0].sum()
 
-    for function in (written, decoded):
+    for function in (sum_product, sum_decoded):
         gradient = jax.grad(function)(jnp.full((1, 2), 0.3))
         assert gradient.dtype == jnp.float32 and np.asarray(gradient).tolist() == [[count, count]]
     # Operands are rounded to bfloat16 as they are on a chip; the sum is not.
@@ -339,11 +340,11 @@ def test_neurons_write_what_the_models_mlps_do(case):
     logits, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_neurons", "mlp_raw_out"))
 
     @jax.jit
-    def written(x):
+    def encode_and_write(x):
         a = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(x)]
         return jnp.stack(a), jnp.stack([coder.write(layer, a, layer_x) for layer, layer_x in enumerate(x)])
 
-    a, y = written(seen["mlp_in"])
+    a, y = encode_and_write(seen["mlp_in"])
     np.testing.assert_allclose(a, seen["mlp_neurons"], atol=1e-5)
     np.testing.assert_allclose(y, seen["mlp_raw_out"], atol=1e-5)
     for layer in range(model.config.layers):
@@ -356,7 +357,7 @@ def test_neurons_write_what_the_models_mlps_do(case):
 
 
 def test_replacing_changes_the_covered_layers_alone():
-    """A coder of layers 0 and 2: its features write across the gap, where the model's own MLP goes on as it is."""
+    """A coder of layers 0 and 2. Its features write across the gap, and layer 1 keeps the model's MLP."""
     model, tokens = golden_model("llama3"), reference("llama3")["tokens"]
     covered, width = (0, 2), model.config.width
     coder = random_coder(CoderConfig("clt", 7, layers=covered, width=width))
@@ -366,18 +367,18 @@ def test_replacing_changes_the_covered_layers_alone():
     for weights, layer in zip(coder.layers, covered, strict=True):
         h = x[layer] @ np.float64(weights.encoder).T + np.float64(weights.encoder_bias)
         a.append(np.where(h > np.asarray(weights.threshold), h, 0))
-    written = decode_by_hand(coder, a, list(x[list(covered)]))
+    reconstruction = decode_by_hand(coder, a, list(x[list(covered)]))
     mlp_weights = {name: np.float64(value[1]) for name, value in model.params.items() if value.ndim > 1}
-    up, opened = (x[1] @ mlp_weights[name] + mlp_weights[f"{name}_bias"] for name in ("up", "gate"))
-    mlp = (opened / (1 + np.exp(-opened)) * up) @ mlp_weights["down"] + mlp_weights["down_bias"]
-    for layer, want in enumerate((written[:, 0], mlp, written[:, 1])):
+    up, gate_values = (x[1] @ mlp_weights[name] + mlp_weights[f"{name}_bias"] for name in ("up", "gate"))
+    mlp = (gate_values / (1 + np.exp(-gate_values)) * up) @ mlp_weights["down"] + mlp_weights["down_bias"]
+    for layer, want in enumerate((reconstruction[:, 0], mlp, reconstruction[:, 1])):
         np.testing.assert_allclose(got[layer], want, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("low", ["bfloat16", "float16"])
 @pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 def test_half_precision_weights_compute_as_the_same_weights_in_float32(config, low):
-    """What a float32 model gives them is not rounded, in a pass of few active features neither."""
+    """The inputs from a float32 model are not rounded, nor in a pass with few active features."""
     narrow = random_coder(replace(config, features=4800 // len(config.covered)), low)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
     x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(len(config.covered))]
@@ -476,7 +477,7 @@ def test_what_follows_from_the_model_is_filled_in():
 @pytest.mark.parametrize("config", [CLT, PLT])
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
 def test_a_pass_by_active_rows_writes_what_products_do(config, mesh):
-    """Few features are active at the first layers, so that their rows are read, and many at the last."""
+    """Few features are active in the first layers, so that their rows are read, and many in the last."""
     coder = random_coder(replace(config, features=4800, skip=True))
     random, x = np.random.default_rng(0), jnp.asarray(normal(4, 4, 6))
     shares = (0.003, 0.003, 0.5)
@@ -484,9 +485,9 @@ def test_a_pass_by_active_rows_writes_what_products_do(config, mesh):
         jnp.asarray(random.random((4, 4, 4800)) * (random.random((4, 4, 4800)) < share), jnp.float32)
         for share in shares
     ]
-    wanted = [coder.write(layer, a[: layer + 1], x) for layer in range(3)]
+    expected = [coder.write(layer, a[: layer + 1], x) for layer in range(3)]
 
-    def written(coder: SparseCoder, a: list, x: jax.Array) -> list:
+    def compute_outputs(coder: SparseCoder, a: list, x: jax.Array) -> list:
         decoder_sums, outputs = DecoderSums(coder), []
         for layer, layer_a in enumerate(a):
             decoder_sums.add(layer, layer_a)
@@ -496,8 +497,8 @@ def test_a_pass_by_active_rows_writes_what_products_do(config, mesh):
     with jax.set_mesh(make_mesh(*mesh)):
         spread = jax.tree_util.tree_map_with_path(lambda path, w: shard_by_axes(w, AXES[path[-1].name]), coder)
         split_a = [shard_by_axes(values, ("tokens", None, "features")) for values in a]
-        outputs = jax.jit(written)(spread, split_a, shard_by_axes(x, ("tokens", None, None)))
-        text = jax.jit(written).lower(spread, split_a, shard_by_axes(x, ("tokens", None, None))).as_text()
+        outputs = jax.jit(compute_outputs)(spread, split_a, shard_by_axes(x, ("tokens", None, None)))
+        text = jax.jit(compute_outputs).lower(spread, split_a, shard_by_axes(x, ("tokens", None, None))).as_text()
     assert "stablehlo.case" in text
-    for have, want in zip(outputs, wanted, strict=True):
+    for have, want in zip(outputs, expected, strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4)

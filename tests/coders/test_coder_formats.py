@@ -1,4 +1,4 @@
-"""Coders on disk: what is written reads back to the bit, what others wrote reads right, what is wrong gets one line."""
+"""Coders on disk: saved coders load with the same bits, published ones load right, wrong ones get one line."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from coder_samples import CLT, PLT, RULES, SAE, compute_outputs, random_coder
 from golden_cases import golden_model
+from golden_graphs import GRAPHS, golden_folder
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -29,8 +30,6 @@ from jclt.coders import (
 from jclt.coders.model_fit import _get_probe_tokens
 from jclt.errors import UserError
 
-PEERS = Path(__file__).parents[3] / "shared" / "golden"
-needs_peers = pytest.mark.skipif(not PEERS.exists(), reason="needs the reference results in ../shared/golden")
 RNG = np.random.default_rng(0)
 
 
@@ -58,8 +57,8 @@ def test_our_own_folder_keeps_everything(base, rule, dtype, tmp_path):
     assert again.config == coder.config
     assert_same(again, coder)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    stored = jclt.load_coder(tmp_path / "saved", dtype=dtype)
-    assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {dtype}
+    loaded = jclt.load_coder(tmp_path / "saved", dtype=dtype)
+    assert {str(x.dtype) for x in jax.tree.leaves(loaded)} == {dtype}
     assert sum(x.nbytes for x in jax.tree.leaves(coder)) * jnp.dtype(dtype).itemsize // 4 <= sum(
         path.stat().st_size for path in (tmp_path / "saved").iterdir()
     )
@@ -137,19 +136,19 @@ def test_what_a_layout_cannot_say_is_refused_and_nothing_stays(layout, config, l
 def test_what_cannot_be_saved_at_all(tmp_path):
     coder = random_coder(PLT)
 
-    def refused(*arguments, coder=coder) -> str:
+    def get_refusal(*arguments, coder=coder) -> str:
         with pytest.raises(UserError) as error:
             jclt.save_coder(coder, tmp_path / "saved", *arguments)
         assert not (tmp_path / "saved").exists()
         return str(error.value)
 
-    assert refused("saelen") == "layout 'saelen' is unknown; did you mean 'saelens'?"
-    assert refused("jclt", "int8") == "dtype 'int8': expected one of: float32, bfloat16, float16 in layout jclt"
-    assert "expected one of: float32, float16 in layout gemma-scope" in refused("gemma-scope", "bfloat16")
+    assert get_refusal("saelen") == "layout 'saelen' is unknown; did you mean 'saelens'?"
+    assert get_refusal("jclt", "int8") == "dtype 'int8': expected one of: float32, bfloat16, float16 in layout jclt"
+    assert "expected one of: float32, float16 in layout gemma-scope" in get_refusal("gemma-scope", "bfloat16")
     training = random_coder(replace(PLT, activation="batchtopk", k=3))
-    assert refused(coder=training).startswith("activation 'batchtopk': a rule of training")
+    assert get_refusal(coder=training).startswith("activation 'batchtopk': a rule of training")
     negative = jax.tree.map(lambda x: -x, coder)
-    assert "a threshold is below 0" in refused("gemma-scope-2", coder=negative)
+    assert "a threshold is below 0" in get_refusal("gemma-scope-2", coder=negative)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")
     with pytest.raises(UserError, match="full: exists already, expected a new folder"):
@@ -160,7 +159,7 @@ def test_what_cannot_be_saved_at_all(tmp_path):
 
 
 def arrays(features=10, width=4, layers=3, reach=None) -> dict[str, np.ndarray]:
-    """In our axes."""
+    """Random weights, with the axes of jclt."""
     return {
         "encoder": RNG.standard_normal((layers, features, width), np.float32),
         "encoder_bias": RNG.standard_normal((layers, features), np.float32),
@@ -252,9 +251,9 @@ def test_gemma_scope(save, tmp_path):
     assert coder.config.covered == (0, 5, 12)
     assert (coder.config.kind, coder.config.reads, coder.config.writes) == ("transcoder", "mlp_normalized", "mlp_out")
     assert_weights(coder, w)
-    one = jclt.load_coder(tmp_path / "layer_5" / "width_16k", reads="resid_post", writes="hook_resid_post")
-    assert (one.config.kind, one.config.covered, one.config.reads) == ("sae", (5,), "resid_post")
-    assert_weights(one, {name: values[1:2] for name, values in w.items()})
+    loaded = jclt.load_coder(tmp_path / "layer_5" / "width_16k", reads="resid_post", writes="hook_resid_post")
+    assert (loaded.config.kind, loaded.config.covered, loaded.config.reads) == ("sae", (5,), "resid_post")
+    assert_weights(loaded, {name: values[1:2] for name, values in w.items()})
 
 
 def gemma_scope_2_tensors(w: dict, i: int) -> dict[str, np.ndarray]:
@@ -273,9 +272,9 @@ def test_gemma_scope_2_transcoders(affine, tmp_path):
             del tensors["affine_skip_connection"]
         save_file(tensors, folder / "params.safetensors")
         hooks = {"in": "pre_feedforward_layernorm.output", "out": "post_feedforward_layernorm.output"}
-        said = {f"hf_hook_point_{end}": f"model.layers.{number}.{name}" for end, name in hooks.items()}
-        said |= {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "affine_connection": affine}
-        (folder / "config.json").write_text(json.dumps(said))
+        settings = {f"hf_hook_point_{end}": f"model.layers.{number}.{name}" for end, name in hooks.items()}
+        settings |= {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "affine_connection": affine}
+        (folder / "config.json").write_text(json.dumps(settings))
     coder = jclt.load_coder(tmp_path)
     want = CoderConfig("transcoder", 10, reads="mlp_in", writes="mlp_out", skip=affine, layers=(1, 2, 10), width=4)
     assert coder.config == replace(want, model="gemma-v3-1b-pt")
@@ -283,7 +282,7 @@ def test_gemma_scope_2_transcoders(affine, tmp_path):
 
 
 def test_a_gemma_scope_2_clt(tmp_path):
-    w = arrays(reach=3)  # rows for layers before the feature's own are there, and count for nothing
+    w = arrays(reach=3)  # the rows for layers before the feature's layer are ignored
     for i in range(3):
         tensors = gemma_scope_2_tensors(w, i) | {"w_dec": w["decoder"][i]}
         save_file(tensors, tmp_path / f"params_layer_{i}.safetensors")
@@ -353,14 +352,14 @@ def test_what_saelens_does_at_run_time_is_folded_into_the_weights(cfg, more, tmp
     np.testing.assert_allclose(got_y, y, atol=5e-6)
 
 
-# Beside circuit-tracer's own figures.
+# Compared with circuit-tracer's activations.
 
 
-@needs_peers
-@pytest.mark.parametrize("case", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("case", GRAPHS)
 def test_activations_are_those_of_circuit_tracer(case, tmp_path):
-    model, graph = jclt.load_model(PEERS / case), np.load(PEERS / case / "graph.npz")
-    coder = jclt.load_coder(PEERS / case / "clt", model=model, check=False)
+    folder = golden_folder(case)
+    model, graph = jclt.load_model(folder), np.load(folder / "graph.npz")
+    coder = jclt.load_coder(folder / "clt", model=model, check=False)
     jclt.save_coder(coder, tmp_path / "again")
     assert_same(jclt.load_coder(tmp_path / "again"), coder)
     config = coder.config
@@ -433,18 +432,18 @@ def test_a_model_without_a_tokenizer_is_probed_by_random_tokens():
 def test_what_does_not_fit_a_model_by_its_shape(tmp_path):
     model = jclt.load_model("demo")
 
-    def refused(**changes) -> str:
+    def get_refusal(**changes) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         jclt.save_coder(random_coder(replace(PLT, **({"width": 128} | changes))), folder)
         with pytest.raises(UserError) as error:
             jclt.load_coder(folder, model=model)
         return str(error.value).removeprefix(f"{folder}: ")
 
-    assert refused(width=64, model="demo") == "setting 'coder.width': 64, expected 128, the model's"
+    assert get_refusal(width=64, model="demo") == "setting 'coder.width': 64, expected 128, the model's"
     other = "was trained on model 'a/model', not on 'demo': "
-    assert refused(width=64) == f"{other}setting 'coder.width': 64, expected 128, the model's"
-    assert "setting 'coder.layers': (2, 4), expected layers from 0 to 3, in order" in refused(layers=(2, 4))
-    assert "a gpt_neox model of this configuration has none" in refused(reads="mlp_post_denominator")
+    assert get_refusal(width=64) == f"{other}setting 'coder.width': 64, expected 128, the model's"
+    assert "setting 'coder.layers': (2, 4), expected layers from 0 to 3, in order" in get_refusal(layers=(2, 4))
+    assert "a gpt_neox model of this configuration has none" in get_refusal(reads="mlp_post_denominator")
 
 
 # What is wrong.
@@ -723,18 +722,18 @@ def test_what_is_no_plain_file_gets_one_line(layout, tmp_path):
     folder = tmp_path / "saved"
     jclt.save_coder(random_coder(SPOILED[layout]), folder, layout.removesuffix(" set"))
     for path in [path for path in folder.rglob("*") if path.is_file()]:
-        kept = path.read_bytes()
+        content = path.read_bytes()
         path.unlink()
         path.mkdir()
         if not (layout == "jclt" and path.name == "config.yaml"):  # which only circuit-tracer reads
             with pytest.raises(UserError, match="is a folder, expected"):
                 jclt.load_coder(folder)
         path.rmdir()
-        path.write_bytes(kept)
+        path.write_bytes(content)
 
 
 def test_an_archive_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
-    """Of members that nothing reads, and of ones that no memory holds, the names and shapes are enough."""
+    """Names and shapes suffice to refuse members that are not needed or too large for the memory."""
     jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "saved", "gemma-scope")
     path = tmp_path / "saved" / "layer_1" / "params.npz"
     tensors = dict(np.load(path))
@@ -807,7 +806,7 @@ def test_our_folder_is_no_folder_of_circuit_tracers_where_it_would_be_misread(co
 
 
 def test_a_topk_of_circuit_tracers_is_never_a_relu(tmp_path, caplog):
-    """It writes a tensor `k` into each file, whether or not its settings say so; and its TopK has no ReLU."""
+    """circuit-tracer writes a tensor `k` into each file, even if its settings name no k; and its TopK has no ReLU."""
     w = arrays()
     write_circuit_tracer_set(tmp_path / "set", w, rule="topk")
 
@@ -819,20 +818,20 @@ def test_a_topk_of_circuit_tracers_is_never_a_relu(tmp_path, caplog):
     coder = jclt.load_coder(tmp_path / "set")
     assert (coder.config.activation, coder.config.k) == ("topk", 4)
     assert "circuit-tracer's TopK keeps negative activations among the k largest, here they are 0" in caplog.text
-    said = (tmp_path / "set" / "config.yaml").read_text()
+    config_text = (tmp_path / "set" / "config.yaml").read_text()
 
-    def refused(more: str) -> str:
-        (tmp_path / "set" / "config.yaml").write_text(said + more)
+    def get_refusal(more: str) -> str:
+        (tmp_path / "set" / "config.yaml").write_text(config_text + more)
         with pytest.raises(UserError) as error:
             jclt.load_coder(tmp_path / "set")
         return str(error.value)
 
-    assert "k is 5, [4] in the files, expected one number" in refused("activation: topk\nk: 5\n")
-    assert "activation 'relu', but the files hold a tensor 'k', expected topk" in refused("activation: relu\n")
+    assert "k is 5, [4] in the files, expected one number" in get_refusal("activation: topk\nk: 5\n")
+    assert "activation 'relu', but the files hold a tensor 'k', expected topk" in get_refusal("activation: relu\n")
     with_k(4, 3, 4)
-    assert "k is 4, [3, 4] in the files, expected one number" in refused("")
+    assert "k is 4, [3, 4] in the files, expected one number" in get_refusal("")
     with_k(4, 4, 2.5)
-    assert "tensor 'k' is of type float64 and shape [], expected a whole number" in refused("")
+    assert "tensor 'k' is of type float64 and shape [], expected a whole number" in get_refusal("")
 
 
 def test_gemma_scopes_other_coders_are_no_transcoders(tmp_path):
@@ -850,7 +849,7 @@ def test_gemma_scopes_other_coders_are_no_transcoders(tmp_path):
 
 
 def test_files_that_are_links_into_a_cache(tmp_path):
-    """As huggingface_hub keeps what it fetches."""
+    """As in the cache of huggingface_hub."""
     jclt.save_coder(random_coder(SPOILED["gemma-scope"]), tmp_path / "saved", "gemma-scope")
     coder = jclt.load_coder(tmp_path / "saved")
     for i, path in enumerate(sorted((tmp_path / "saved").rglob("params.npz"))):
@@ -882,8 +881,10 @@ def test_a_models_own_coder_that_fits_badly_is_warned_of(tmp_path, caplog):
     (warned,) = [record.getMessage() for record in caplog.records]
     assert "early' fits model 'demo' badly, which it was trained on: on a short text it misses" in warned
     jclt.save_coder(random_coder(replace(config, model_fingerprint="0" * 16, model="smol")), tmp_path / "other")
-    said = f"it was trained on model 'smol' .fingerprint {'0' * 16}., not on this one .{model.fingerprint}.; on a short"
-    with pytest.raises(UserError, match=said):
+    message = (
+        f"it was trained on model 'smol' .fingerprint {'0' * 16}., not on this one .{model.fingerprint}.; on a short"
+    )
+    with pytest.raises(UserError, match=message):
         jclt.load_coder(tmp_path / "other", model=model)
     # A model trained on from that one may still do.
     exact = exact_coder(model)
@@ -895,16 +896,16 @@ def test_a_models_own_coder_that_fits_badly_is_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize("config", [CLT, replace(CLT, skip=True, layers=(0, 2)), replace(PLT, skip=True)])
 @pytest.mark.parametrize("mesh", [False, True])
 def test_fit_is_that_of_what_the_coder_writes(config, mesh):
-    """Measured a layer at a time, from its rows; here from whole activations by `write`."""
+    """The fit is measured layer by layer from decoder rows; the test computes it from all activations by `write`."""
     model = golden_model("llama3")
     coder = random_coder(replace(config, width=model.config.width))
     _, seen = jclt.run(model, _get_probe_tokens(model), capture=("mlp_in", "mlp_out"))
     x, y = (np.asarray(seen[site])[list(config.covered), 1:] for site in ("mlp_in", "mlp_out"))
-    activations, written = compute_outputs(coder, x)
+    activations, reconstruction = compute_outputs(coder, x)
     if mesh:
         devices = jclt.make_mesh(data=2, features=4)
         coder = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), coder, abstract_coder(coder.config, devices))
     error, active = measure_fit(coder, model)
     spread = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
-    np.testing.assert_allclose(error, np.square(y - np.stack(written)).sum((1, 2)) / spread, rtol=1e-4)
+    np.testing.assert_allclose(error, np.square(y - np.stack(reconstruction)).sum((1, 2)) / spread, rtol=1e-4)
     np.testing.assert_allclose(active, [(a != 0).sum(-1).mean() for a in activations])

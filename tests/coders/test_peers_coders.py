@@ -1,4 +1,4 @@
-"""What save_coder writes is the same coder in circuit-tracer and SAELens, and what circuit-tracer saves is one here."""
+"""Coders saved here are the same in circuit-tracer and SAELens, and coders saved by these are the same here."""
 
 from dataclasses import replace
 
@@ -24,8 +24,8 @@ def assert_close(got, want):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=1e-5)
 
 
-def theirs(folder, lazy):
-    """The coder as circuit-tracer's own loader reads its settings and files, but for the hub."""
+def load_in_circuit_tracer(folder, lazy):
+    """Reads the coder with circuit-tracer's loader, without the hub."""
     settings = hub.yaml.safe_load((folder / "config.yaml").read_text())
     options = {key: settings[key] for key in ("feature_input_hook", "feature_output_hook", "scan")}
     options |= {"dtype": torch.float32, "device": CPU, "lazy_encoder": lazy, "lazy_decoder": lazy}
@@ -47,26 +47,26 @@ def theirs(folder, lazy):
 def test_circuit_tracer_loads_what_is_saved(config, layout, lazy, tmp_path):
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved", layout)
-    peer = theirs(tmp_path / "saved", lazy)
+    peer = load_in_circuit_tracer(tmp_path / "saved", lazy)
     assert (peer.feature_input_hook, peer.feature_output_hook) == ("mlp.hook_in", "hook_mlp_out")
-    activations, written = compute_outputs(coder, X)
+    activations, reconstruction = compute_outputs(coder, X)
     with torch.no_grad():
         x = torch.tensor(X)
         features = torch.stack([peer.encode_layer(x[i], i) for i in range(3)])
         assert_close(features, np.stack(activations))
-        assert_close(peer.decode(features, x), np.stack(written))
+        assert_close(peer.decode(features, x), np.stack(reconstruction))
     assert 0 < (np.stack(activations) != 0).mean() < 1
 
 
 @pytest.mark.parametrize("config", [replace(PLT, **RULES["topk"]), replace(CLT, **RULES["topk"])], ids=["plt", "clt"])
 def test_why_no_topk_is_written_for_circuit_tracer(config, tmp_path):
-    """With the settings that it would have to go by, its loaders make a ReLU of it."""
+    """With the settings that it would need, circuit-tracer's loaders read a ReLU."""
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved")
     assert not (tmp_path / "saved" / "config.yaml").exists()
     _, settings = _circuit_tracer_settings(config)
     (tmp_path / "saved" / "config.yaml").write_text(hub.yaml.safe_dump(dict(settings) | {"activation": "topk", "k": 5}))
-    peer = theirs(tmp_path / "saved", False)
+    peer = load_in_circuit_tracer(tmp_path / "saved", False)
     with torch.no_grad():
         features = torch.stack([peer.encode_layer(torch.tensor(X[i]), i) for i in range(3)])
     relu = [np.maximum(coder.compute_preactivation(i, jnp.asarray(X[i])), 0) for i in range(3)]
@@ -74,11 +74,11 @@ def test_why_no_topk_is_written_for_circuit_tracer(config, tmp_path):
 
 
 def test_a_topk_as_circuit_tracer_computes_it_is_read_from_a_tensor_k(tmp_path):
-    """To its sign: of the k largest it keeps negative ones too, and these alone differ. It saves no k itself, as files
-    published with one do."""
-    single = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
+    """Up to the sign: circuit-tracer keeps negative activations among the k largest, and only these differ. It saves no
+    tensor k itself; some published files have one."""
+    transcoders = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
     topk = pytest.importorskip("circuit_tracer.transcoder.activation_functions").TopK(5)
-    peer = single.SingleLayerTranscoder(6, 16, topk, 0, device=CPU, dtype=torch.float32)
+    peer = transcoders.SingleLayerTranscoder(6, 16, topk, 0, device=CPU, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in peer.parameters():
@@ -105,9 +105,9 @@ def test_what_circuit_tracer_saves_is_read(rule, tmp_path):
     peer.to_safetensors(str(tmp_path / "theirs"))
     coder = jclt.load_coder(tmp_path / "theirs", reads="hook_resid_mid", writes="hook_mlp_out")
     assert coder.config.rule == rule.replace("_", "") and coder.config.reads == "resid_mid"
-    activations, written = compute_outputs(coder, X)
+    activations, output = compute_outputs(coder, X)
     assert_close(np.stack(activations), features)
-    assert_close(np.stack(written), reconstruction)
+    assert_close(np.stack(output), reconstruction)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_saelens_loads_what_is_saved(config, tmp_path):
     sae_lens = pytest.importorskip("sae_lens", reason="needs sae-lens")
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved", "saelens")
-    activations, written = compute_outputs(coder, X)
+    activations, reconstruction = compute_outputs(coder, X)
     for i in range(3):
         peer = sae_lens.SAE.load_from_disk(tmp_path / "saved" / f"layer_{i}", device="cpu")
         with torch.no_grad():
             assert_close(peer.encode(torch.tensor(X[i])), activations[i])
-            assert_close(peer(torch.tensor(X[i])), written[i])
+            assert_close(peer(torch.tensor(X[i])), reconstruction[i])
 
 
 def test_what_saelens_saves_is_read(tmp_path):
@@ -140,6 +140,6 @@ def test_what_saelens_saves_is_read(tmp_path):
     peer.save_model(tmp_path / "theirs")
     coder = jclt.load_coder(tmp_path / "theirs")
     assert (coder.config.covered, coder.config.reads, coder.config.kind) == ((2,), "resid_post", "sae")
-    activations, written = compute_outputs(coder, X[:1])
+    activations, output = compute_outputs(coder, X[:1])
     assert_close(activations[0], features)
-    assert_close(written[0], reconstruction)
+    assert_close(output[0], reconstruction)

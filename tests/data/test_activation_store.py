@@ -1,4 +1,4 @@
-"""The store of activations: what was written is read, a harvest goes on where it stopped, other stores are refused."""
+"""The store of activations: rows read as written, a harvest continues where it stopped, other stores are refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_a_harvest_goes_on_where_it_stopped(tmp_path):
 
 
 def test_processes_write_different_rows():
-    """On a kvstore in memory; each thread opens it again, as a process would."""
+    """In a key-value store in memory. Each thread opens it again, as a process would."""
     inputs, targets = rows(40, 0), rows(40, 1)
 
     def process(start: int) -> None:

@@ -46,10 +46,10 @@ def test_billions_of_rows_take_no_longer_than_a_few():
     count = 3_000_000_000_000
     rows = TokenRows(np.broadcast_to(np.uint16(1), (count, 4)), np.broadcast_to(np.float16(1), (count, 4)))
     began = time.perf_counter()
-    drawn = np.concatenate([batch_rows(len(rows), 0, step, 1024) for step in (0, 1, count // 1024 - 1)])
+    numbers = np.concatenate([batch_rows(len(rows), 0, step, 1024) for step in (0, 1, count // 1024 - 1)])
     assert time.perf_counter() - began < 0.5
-    assert len(set(drawn.tolist())) == 3 * 1024 and 0 <= drawn.min() and drawn.max() < count
-    assert abs(drawn.mean() / count - 0.5) < 0.05
+    assert len(set(numbers.tolist())) == 3 * 1024 and 0 <= numbers.min() and numbers.max() < count
+    assert abs(numbers.mean() / count - 0.5) < 0.05
 
 
 def test_each_device_gets_its_rows_and_each_row_is_read_once():

@@ -1,4 +1,4 @@
-"""Folders of token shards and texts as rows; whatever is damaged is refused in one line."""
+"""Folders of token shards, and texts, as rows; damaged files are refused in one line."""
 
 import hashlib
 import json
@@ -123,7 +123,7 @@ def test_a_manifest_may_have_a_byte_order_mark_but_must_be_utf_8(folder, tmp_pat
 
 @pytest.mark.parametrize("name", ["/a.npy", "../a.npy", "..", ".", "", "b/a.npy", "b\\a.npy", "a\n.npy", "a\0.npy"])
 def test_the_name_of_a_shard_cannot_lead_out_of_the_folder(folder, tmp_path, monkeypatch, name):
-    """The manifest of a remote folder gives the names of files written here: only in the cache."""
+    """The manifest of a remote folder names the files that are written here; they are written only to the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     name = f"{tmp_path}/written.npy" if name == "/a.npy" else name
     shutil.copytree(folder, tmp_path / "out")

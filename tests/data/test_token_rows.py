@@ -23,7 +23,7 @@ TOKENIZER = FOLDER / "llama3"
 
 @pytest.mark.parametrize("sizes", [[122, 124, 66], [2000, 1300, 30, 5], [6400], [40_000, 3], [16 * RESERVED_MOST, 9]])
 def test_training_never_reads_reserved_tokens(sizes):
-    """For rows of any length, on shards of these sizes whose tokens are all different."""
+    """For rows of any length, on shards of these sizes with distinct tokens."""
     ends = np.cumsum(sizes)
     shards = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     reserved = [cut_reserved_rows(shards, length).ravel() for length in (2, 16, 64)]

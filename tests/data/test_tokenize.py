@@ -1,4 +1,4 @@
-"""Tokenising: every format gives the same tokens, and a run that was killed and resumed writes the same bytes."""
+"""Tokenising: every format gives the same tokens, and a run that is killed and resumed writes the same bytes."""
 
 import gzip
 import json
@@ -164,9 +164,9 @@ def test_a_killed_run_that_is_resumed_writes_the_same_bytes(tmp_path):
     with pytest.raises(UserError, match="not finished, expected the same `jclt tokenize` to be run again to its end"):
         load_tokens(tmp_path / "killed", 16, 96)
 
-    kept = (tmp_path / "killed" / "tokens-00001.npy").stat().st_mtime_ns
+    modified = (tmp_path / "killed" / "tokens-00001.npy").stat().st_mtime_ns
     tokenize([source], TOKENIZER, str(tmp_path / "killed"), shard_tokens=20_000, workers=1)
-    assert (tmp_path / "killed" / "tokens-00001.npy").stat().st_mtime_ns == kept
+    assert (tmp_path / "killed" / "tokens-00001.npy").stat().st_mtime_ns == modified
     assert read_contents(tmp_path / "killed") == read_contents(tmp_path / "whole")
 
 

@@ -1,4 +1,4 @@
-"""The measures of a coder: closed forms, the neurons that make no error, a coder that writes nothing, and any mesh."""
+"""The measures of a coder: closed forms, neurons, which make no error, a coder that writes nothing, and meshes."""
 
 from dataclasses import replace
 
@@ -72,7 +72,7 @@ def random_coder(model: Model, mesh=None, **settings) -> SparseCoder:
 
 
 def constant_coder(model: Model, writes: np.ndarray) -> SparseCoder:
-    """Features that never fire, and these vectors as biases."""
+    """A coder whose features never fire, with these vectors as decoder biases."""
     config = CoderConfig(features=4).fit_to_model(model.config, "demo")
     biases = iter(writes)
     return declare_coder(
@@ -87,15 +87,15 @@ def test_moments_of_parts_join_to_those_of_the_whole():
     x = np.random.default_rng(0).normal(100, 1, (2, 6, 5, 3)).astype(np.float32)
     mask = np.random.default_rng(1).random((6, 5)) < 0.7
     parts = [measure_moments(jnp.asarray(x[:, part]), jnp.asarray(mask[part])) for part in (slice(0, 1), slice(1, 6))]
-    found = merge_moments(*(Moments(*(np.asarray(leaf, np.float64) for leaf in part)) for part in parts))
-    kept = x[:, mask].astype(np.float64)
-    assert found.number == mask.sum()
-    np.testing.assert_allclose(found.mean, kept.mean(axis=1), rtol=1e-6)
-    np.testing.assert_allclose(found.spread, kept.var(axis=1).sum(axis=-1) * mask.sum(), rtol=1e-4)
+    merged = merge_moments(*(Moments(*(np.asarray(leaf, np.float64) for leaf in part)) for part in parts))
+    unmasked = x[:, mask].astype(np.float64)
+    assert merged.number == mask.sum()
+    np.testing.assert_allclose(merged.mean, unmasked.mean(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(merged.spread, unmasked.var(axis=1).sum(axis=-1) * mask.sum(), rtol=1e-4)
 
 
 def test_figures_follow_from_the_sums():
-    found = Reconstruction(
+    figures = Reconstruction(
         layers=(1, 3),
         tokens=10,
         error=np.array([1.0, 3.0]),
@@ -104,22 +104,22 @@ def test_figures_follow_from_the_sums():
         density=np.array([[0.0, 0.1, 1.0], [0.0, 0.0, 0.2]]),
         mean_activation=np.zeros((2, 3)),
     )
-    np.testing.assert_allclose(found.nmse, [0.5, 0.1])
-    np.testing.assert_allclose(found.explained_variance, [0.75, 0.9])
-    np.testing.assert_array_equal(found.histogram, [[1, 0, 0, 0, 0, 1, 1], [2, 0, 0, 0, 0, 0, 1]])
-    summary = found.summary()
+    np.testing.assert_allclose(figures.nmse, [0.5, 0.1])
+    np.testing.assert_allclose(figures.explained_variance, [0.75, 0.9])
+    np.testing.assert_array_equal(figures.histogram, [[1, 0, 0, 0, 0, 1, 1], [2, 0, 0, 0, 0, 0, 1]])
+    summary = figures.summary()
     assert summary["nmse"] == pytest.approx(0.3) and summary["explained_variance"] == pytest.approx(0.825)
     assert summary["l0"] == pytest.approx(1.3) and summary["dead"] == pytest.approx(0.5)
     assert summary["nmse_3"] == pytest.approx(0.1) and summary["dead_1"] == pytest.approx(1 / 3)
-    assert len(found.table().splitlines()) == 4
+    assert len(figures.table().splitlines()) == 4
 
 
 def test_a_constant_offset_costs_error_but_no_explained_variance(model, prompts):
     basis = neurons(model)
     shifted = Neurons({**basis.params, "down_bias": basis.params["down_bias"] + 1.0}, basis.model, basis.config)
-    found = evaluate_reconstruction(model, shifted, *prompts[:1], mask=prompts[1], batch=BATCH)
-    np.testing.assert_allclose(found.error, found.tokens * model.config.width, rtol=1e-4)
-    np.testing.assert_allclose(found.explained_variance, 1, atol=1e-6)
+    figures = evaluate_reconstruction(model, shifted, *prompts[:1], mask=prompts[1], batch=BATCH)
+    np.testing.assert_allclose(figures.error, figures.tokens * model.config.width, rtol=1e-4)
+    np.testing.assert_allclose(figures.explained_variance, 1, atol=1e-6)
 
 
 def test_planted_densities_are_found_whatever_the_batches_and_the_padding(model, prompts):
@@ -127,15 +127,15 @@ def test_planted_densities_are_found_whatever_the_batches_and_the_padding(model,
     bias = jnp.concatenate([jnp.full(16, -1e4), jnp.full(16, 1e4), jnp.zeros(32)])
     coder = declare_coder(coder.config, lambda name, shape: {"encoder_bias": bias}.get(name, jnp.full(shape, 0.1)))
     tokens, mask = prompts
-    found = evaluate_reconstruction(model, coder, tokens, mask=mask, batch=BATCH)
-    assert found.tokens == mask.sum()
-    assert (found.density[:, :16] == 0).all() and (found.density[:, 16:32] == 1).all()
-    assert (found.dead >= 0.25).all()
-    np.testing.assert_allclose(found.mean_activation[:, 16:32], 1e4, rtol=0.01)
+    figures = evaluate_reconstruction(model, coder, tokens, mask=mask, batch=BATCH)
+    assert figures.tokens == mask.sum()
+    assert (figures.density[:, :16] == 0).all() and (figures.density[:, 16:32] == 1).all()
+    assert (figures.dead >= 0.25).all()
+    np.testing.assert_allclose(figures.mean_activation[:, 16:32], 1e4, rtol=0.01)
     junk = np.where(mask, tokens, 7)
     again = evaluate_reconstruction(model, coder, junk, mask=mask, batch=5)
-    np.testing.assert_allclose(again.density, found.density)
-    np.testing.assert_allclose(again.nmse, found.nmse, rtol=1e-5)
+    np.testing.assert_allclose(again.density, figures.density)
+    np.testing.assert_allclose(again.nmse, figures.nmse, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the replacement model
@@ -145,37 +145,37 @@ def test_neurons_make_no_error(model, prompts):
     tokens, mask = prompts
     basis = neurons(model)
     assert (evaluate_reconstruction(model, basis, tokens, mask=mask, batch=BATCH).nmse < 1e-9).all()
-    found = evaluate_replacement(model, basis, tokens, mask=mask, batch=BATCH)
-    assert found.agreement == 1 and abs(found.kl) < 1e-9 and found.recovered == pytest.approx(1, abs=1e-6)
-    assert found.ablated_agreement < 0.6 and found.ablated_kl > 1 and found.tokens == mask.sum()
-    assert "recovered" in found.table()
+    figures = evaluate_replacement(model, basis, tokens, mask=mask, batch=BATCH)
+    assert figures.agreement == 1 and abs(figures.kl) < 1e-9 and figures.recovered == pytest.approx(1, abs=1e-6)
+    assert figures.ablated_agreement < 0.6 and figures.ablated_kl > 1 and figures.tokens == mask.sum()
+    assert "recovered" in figures.table()
 
 
 def test_replacement_figures_are_those_of_the_logits(model, prompts):
     tokens, mask = prompts
     coder = random_coder(model, kind="transcoder", activation="topk", k=4)
-    found = evaluate_replacement(model, coder, tokens, mask=mask, batch=BATCH)
+    figures = evaluate_replacement(model, coder, tokens, mask=mask, batch=BATCH)
     logits = np.asarray(jclt.run(model, tokens)[0], np.float64)
     replaced = np.asarray(
         jax.jit(lambda t: compute_replaced_logits(model.config, model.params, coder, t))(tokens), np.float64
     )
     logs = [x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (logits, replaced)]
-    assert found.agreement == pytest.approx(np.mean((logits.argmax(-1) == replaced.argmax(-1))[mask]))
-    assert found.kl == pytest.approx(np.mean((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[mask]), rel=1e-4)
+    assert figures.agreement == pytest.approx(np.mean((logits.argmax(-1) == replaced.argmax(-1))[mask]))
+    assert figures.kl == pytest.approx(np.mean((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[mask]), rel=1e-4)
     followed = mask[:, 1:]
-    for log, loss in zip(logs, (found.loss, found.replaced_loss), strict=True):
-        chosen = np.take_along_axis(log[:, :-1], tokens[:, 1:, None].astype(int), axis=-1)[..., 0]
-        assert loss == pytest.approx(-chosen[followed].mean(), rel=1e-4)
+    for log, loss in zip(logs, (figures.loss, figures.replaced_loss), strict=True):
+        chosen_log = np.take_along_axis(log[:, :-1], tokens[:, 1:, None].astype(int), axis=-1)[..., 0]
+        assert loss == pytest.approx(-chosen_log[followed].mean(), rel=1e-4)
 
 
 def test_a_coder_that_writes_the_mean_is_the_control(model, prompts):
     tokens, mask = prompts
     means = measure_mean_writes(model, neurons(model).config, tokens, mask=mask, batch=BATCH)
-    found = evaluate_replacement(model, constant_coder(model, means), tokens, mask=mask, batch=BATCH)
-    assert found.agreement == found.ablated_agreement and found.recovered == pytest.approx(0, abs=1e-5)
+    figures = evaluate_replacement(model, constant_coder(model, means), tokens, mask=mask, batch=BATCH)
+    assert figures.agreement == figures.ablated_agreement and figures.recovered == pytest.approx(0, abs=1e-5)
     silent = constant_coder(model, np.zeros_like(means))
-    given = evaluate_replacement(model, silent, tokens, mask=mask, means=np.zeros_like(means), batch=BATCH)
-    assert given.agreement == given.ablated_agreement and given.replaced_loss == pytest.approx(given.ablated_loss)
+    zeros = evaluate_replacement(model, silent, tokens, mask=mask, means=np.zeros_like(means), batch=BATCH)
+    assert zeros.agreement == zeros.ablated_agreement and zeros.replaced_loss == pytest.approx(zeros.ablated_loss)
 
 
 def test_mesh_gives_the_figures_of_one_device(model, prompts):
@@ -183,11 +183,11 @@ def test_mesh_gives_the_figures_of_one_device(model, prompts):
     mesh = jclt.make_mesh(data=2)
     split = jclt.load_model("demo", mesh=mesh)
     for measure in (evaluate_reconstruction, evaluate_replacement):
-        alone = measure(model, random_coder(model, skip=True), tokens, mask=mask, batch=24).summary()
+        single = measure(model, random_coder(model, skip=True), tokens, mask=mask, batch=24).summary()
         coder = random_coder(model, mesh, skip=True)
         assert "features" in str(coder.layers[0].encoder.sharding.spec)
         for name, figure in measure(split, coder, tokens, mask=mask, batch=24).summary().items():
-            assert figure == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
+            assert figure == pytest.approx(single[name], rel=1e-4, abs=1e-6), name
 
 
 def test_unusable_rows_are_named(model):
@@ -247,16 +247,16 @@ def test_fewer_rows_at_once_give_the_same_figures(small, monkeypatch):
     assert choose_batch_size(small, coder.config, rows, None) == 5
     monkeypatch.setattr("jclt.evaluation.batches.BATCH_BYTES", 1)
     assert choose_batch_size(small, coder.config, rows, None) == 1
-    for measure, (together, alone) in zip(MEASURES, measured, strict=True):
+    for measure, (all_at_once, row_by_row) in zip(MEASURES, measured, strict=True):
         fewer = measure(small, coder, rows).summary()
-        assert fewer == alone and fewer == pytest.approx(together, rel=1e-4, abs=1e-5)
+        assert fewer == row_by_row and fewer == pytest.approx(all_at_once, rel=1e-4, abs=1e-5)
 
 
 def test_rows_of_one_token_have_no_loss_to_recover(small):
     small, rows = small
-    found = evaluate_replacement(small, neurons(small), rows[:, :1])
-    assert np.isnan(found.recovered) and "recovered" not in found.summary()
-    assert found.table().endswith("cross-entropy recovered: the control loses none")
+    figures = evaluate_replacement(small, neurons(small), rows[:, :1])
+    assert np.isnan(figures.recovered) and "recovered" not in figures.summary()
+    assert figures.table().endswith("cross-entropy recovered: the control loses none")
 
 
 def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
@@ -273,15 +273,15 @@ def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
 def test_a_layer_that_writes_nothing_has_no_ratios(small):
     small, rows = small
     silent = replace(small, params=small.params | {n: small.params[n].at[1].set(0.0) for n in ("down", "down_bias")})
-    found = evaluate_reconstruction(silent, neurons(silent), rows)
-    assert np.isnan(found.nmse[1]) and found.nmse[0] < 1e-9
-    assert "nmse_1" not in found.summary() and found.summary()["nmse"] == found.nmse[0]
-    assert not np.isnan(list(found.summary().values())).any()
-    assert found.table().splitlines()[2].split()[:3] == ["1", "-", "-"]
+    figures = evaluate_reconstruction(silent, neurons(silent), rows)
+    assert np.isnan(figures.nmse[1]) and figures.nmse[0] < 1e-9
+    assert "nmse_1" not in figures.summary() and figures.summary()["nmse"] == figures.nmse[0]
+    assert not np.isnan(list(figures.summary().values())).any()
+    assert figures.table().splitlines()[2].split()[:3] == ["1", "-", "-"]
 
 
 def test_the_densities_stand_below_their_names():
-    found = Reconstruction(
+    figures = Reconstruction(
         layers=(0, 11),
         tokens=10,
         error=np.array([1.0, 3.0]),
@@ -290,7 +290,7 @@ def test_the_densities_stand_below_their_names():
         density=np.repeat([[0.0, 1e-6, 5e-5, 0.02], [0.0, 0.0, 1e-6, 0.5]], 5000, axis=1),
         mean_activation=np.zeros((2, 20_000)),
     )
-    lines = found.table().splitlines()
+    lines = figures.table().splitlines()
     assert len({len(line) for line in lines}) == 1
     for name, count in (("0", "15000"), ("<=1e-05", "10000"), ("<=0.0001", "5000"), ("<=1", "5000")):
         end = lines[0].rindex(f" {name} " if name == "0" else name) + len(name) + (name == "0")
@@ -305,7 +305,7 @@ def test_no_seed_of_training_draws_the_rows_of_an_evaluation(model):
     vocabulary = model.tokenizer.backend.get_vocab()
     for seed in (0, 1):
         trained = {row.tobytes() for row in make_corpus(200, 64, seed, vocabulary).tokens}
-        assert not any(row.tobytes() in trained for found in rows.values() for row in found)
+        assert not any(row.tobytes() in trained for group in rows.values() for row in group)
         assert np.array_equal(rows[seed], find_evaluation_rows(model, "world", 40, 64, seed))
     assert not np.array_equal(rows[0], rows[1])
 
@@ -319,15 +319,15 @@ def test_of_texts_and_folders_only_what_training_leaves_out_is_measured_on(tmp_p
         (tmp_path / "tokens", np.concatenate(load_shards(tmp_path / "tokens")[0])),
         (tmp_path / "a.txt", tokenize_file(tmp_path / "a.txt", reader.tokenizer, end)),
     ):
-        left = tokens[len(tokens) - len(tokens) // 16 :]
-        allowed = {left[at : at + 16].astype(np.int32).tobytes() for at in range(len(left))}
-        found = find_evaluation_rows(reader, str(data), 128, 16, seed=1)
-        assert len(found) == len(left) // 16 and all(row.tobytes() in allowed for row in found)
+        reserved = tokens[len(tokens) - len(tokens) // 16 :]
+        allowed = {reserved[at : at + 16].astype(np.int32).tobytes() for at in range(len(reserved))}
+        evaluation_rows = find_evaluation_rows(reader, str(data), 128, 16, seed=1)
+        assert len(evaluation_rows) == len(reserved) // 16 and all(row.tobytes() in allowed for row in evaluation_rows)
         assert len(find_evaluation_rows(reader, str(data), 3, 16, seed=1)) == 3
         with pytest.raises(UserError) as error:
             find_evaluation_rows(reader, str(data), 128, 200, seed=1)
-        said = f"data '{data}': training leaves out the last {len(left)} of {len(tokens)} tokens"
-        assert str(error.value) == f"{said}, expected 200 of them together (one row)"
+        message = f"data '{data}': training leaves out the last {len(reserved)} of {len(tokens)} tokens"
+        assert str(error.value) == f"{message}, expected 200 of them together (one row)"
 
 
 @pytest.mark.parametrize(
@@ -351,18 +351,20 @@ def test_rows_that_cannot_be_are_refused_before_anything_is_measured(model, chan
 
 
 def test_neurons_keep_all_of_the_world_and_means_nothing(model):
-    found = measure_world_agreement(model, neurons(model), count=6)
-    assert set(found.tasks) == set(TASKS)
-    assert all(task.agreement == 1 and task.accuracy == task.model_accuracy for task in found.tasks.values())
-    assert found.overall.ablated_agreement < 0.2 and found.overall.count == sum(t.count for t in found.tasks.values())
-    assert found.summary()["weakest_agreement"] == 1 and "two_hop" in found.table()
+    figures = measure_world_agreement(model, neurons(model), count=6)
+    assert set(figures.tasks) == set(TASKS)
+    assert all(task.agreement == 1 and task.accuracy == task.model_accuracy for task in figures.tasks.values())
+    assert figures.overall.ablated_agreement < 0.2 and figures.overall.count == sum(
+        t.count for t in figures.tasks.values()
+    )
+    assert figures.summary()["weakest_agreement"] == 1 and "two_hop" in figures.table()
 
 
 def test_means_keep_as_much_of_a_task_as_the_control(model):
     examples = TASKS["closing"].examples("report", 20, seed=0)
     means = measure_mean_prompt_writes(model, neurons(model), [example.prompt for example in examples])
-    found = measure_task_agreement(model, constant_coder(model, means), means, examples)
-    assert found.agreement == found.ablated_agreement < 1 == found.model_accuracy
+    figures = measure_task_agreement(model, constant_coder(model, means), means, examples)
+    assert figures.agreement == figures.ablated_agreement < 1 == figures.model_accuracy
 
 
 def test_two_right_answers_agree():
@@ -372,7 +374,7 @@ def test_two_right_answers_agree():
 
 
 def test_set_features_move_what_layers_write(model):
-    """A feature of layer 0 set to 3: its rows to both held layers are added three times, and to no later one."""
+    """A feature of layer 0 is set to 3: its rows for both frozen layers are added three times, and no others."""
     coder = random_coder(model)
     tokens = jnp.asarray([model.encode("calc: 36+59=")], jnp.int32)
     where = np.zeros((2, 1, tokens.shape[1], 64), bool)
@@ -380,35 +382,35 @@ def test_set_features_move_what_layers_write(model):
     plain, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_out"))
     change = 3.0 - coder.encode(0, seen["mlp_in"][0])[0, -1, 5]
     writes = seen["mlp_out"].at[:2, 0, -1].add(change * coder.decoder_rows(0)[5, :2])
-    held = jnp.arange(4)[:, None, None, None] < 2
-    expected, _ = jclt.run(model, tokens, edit=Replace({"mlp_out": writes}, {"mlp_out": held}))
-    found = eqx.filter_jit(run_with_features)
-    untouched = found(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
+    frozen = jnp.arange(4)[:, None, None, None] < 2
+    expected, _ = jclt.run(model, tokens, edit=Replace({"mlp_out": writes}, {"mlp_out": frozen}))
+    result = eqx.filter_jit(run_with_features)
+    untouched = result(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
     np.testing.assert_allclose(untouched, plain, atol=1e-4)
     where[0, 0, -1, 5] = True
-    moved = found(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
+    moved = result(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
     np.testing.assert_allclose(moved, expected, atol=1e-4)
     assert np.abs(moved - plain).max() > 0.01
 
 
 def test_at_most_so_many_features_a_state_and_only_telling_ones():
     scores = np.array([[[3.0, 2.0], [2.0, -1.0]], [[0.0, -1.0], [-2.0, 5.0]]])
-    chosen = select_largest(scores, 2)
-    assert chosen.sum(axis=(1, 2)).tolist() == [2, 1] and chosen[0, 0, 0] and chosen[1, 1, 1]
+    selected = select_largest(scores, 2)
+    assert selected.sum(axis=(1, 2)).tolist() == [2, 1] and selected[0, 0, 0] and selected[1, 1, 1]
 
 
 def test_exchange_of_all_neurons_moves_the_state_and_of_drawn_ones_does_not(model):
-    few = exchange_states(model, neurons(model), split="choose")
-    assert few.unmoved == 1 and few.control < 0.1 and 0.1 < few.moved
-    assert list(few.features) == list(STATES)
-    assert all(0 < len(found) <= 16 and {layer for layer, _ in found} <= {0, 1} for found in few.features.values())
+    exchange = exchange_states(model, neurons(model), split="choose")
+    assert exchange.unmoved == 1 and exchange.control < 0.1 and 0.1 < exchange.moved
+    assert list(exchange.features) == list(STATES)
+    assert all(0 < len(group) <= 16 and {layer for layer, _ in group} <= {0, 1} for group in exchange.features.values())
     every = exchange_states(model, neurons(model), split="choose", size=10_000)
-    assert every.moved > few.moved
+    assert every.moved > exchange.moved
 
 
 def test_exchange_is_the_same_on_a_mesh(model):
     mesh = jclt.make_mesh(data=2)
     split = jclt.load_model("demo", mesh=mesh)
-    found = [exchange_states(*pair) for pair in ((model, random_coder(model)), (split, random_coder(model, mesh)))]
-    assert found[0].features == found[1].features
-    assert found[0].summary() == pytest.approx(found[1].summary(), abs=0.01)
+    exchanges = [exchange_states(*pair) for pair in ((model, random_coder(model)), (split, random_coder(model, mesh)))]
+    assert exchanges[0].features == exchanges[1].features
+    assert exchanges[0].summary() == pytest.approx(exchanges[1].summary(), abs=0.01)

@@ -1,4 +1,4 @@
-"""Ways to damage a file: each a function of a random generator and the sound bytes, which gives the damaged ones."""
+"""Ways to damage a file: each is a function of a random generator and the valid bytes, which returns damaged bytes."""
 
 import gzip
 import io
@@ -47,7 +47,7 @@ def cut_in_front(rng: Generator, data: bytes) -> bytes:
 
 
 def _block(rng: Generator, data: bytes) -> slice:
-    """Never the whole: a packed file twice in a row is a sound one."""
+    """Never all of the file: two copies of a packed file in a row are a valid file."""
     start = int(rng.integers(1, len(data)))
     return slice(start, start + int(rng.integers(1, 65)))
 
@@ -93,7 +93,7 @@ BYTES: tuple[Mutation, ...] = (
     blank,
     swap,
 )
-"""What a disk or a broken transfer does: a checksum tells."""
+"""Damage by a disk or a broken transfer, which a checksum detects."""
 
 
 def empty(rng: Generator, data: bytes) -> bytes:
@@ -150,7 +150,7 @@ TEXT: tuple[Mutation, ...] = (insert_text, recode, nest, turn_lines)
 DEEP = "[" * 100_000 + "]" * 100_000
 LONG = "9" * 6_000
 RAW = (DEEP, '{"a":' * 50_000 + "1" + "}" * 50_000, LONG, "1e999", "-0", "NaN", "01", "")
-"""What no value of Python is written as."""
+"""Texts that stand for no value of Python."""
 ODD_NUMBERS = (0, -1, 1, 2, 7, 10**6, 2**31, 2**63, 4 * 10**12, 10**400, -(10**30), 0.5, -0.5, 1e308, 1e-320)
 ODD_VALUES = (
     *(None, True, False, float("nan"), float("inf"), [], {}, [[]], [None], [1, 2, 3], {"a": 1}, [{"a": []}]),
@@ -161,7 +161,7 @@ _MARK = "the place of a raw text"
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Each container with each of its keys, all the way down."""
+    """Each container with each of its keys, at every depth."""
     keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     found = [(value, key) for key in keys]
     for key in keys:
@@ -170,7 +170,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _changed_value(rng: Generator, value: Any) -> Any:
-    """Near the old one, or as odd as can be."""
+    """A value near the old one, or an odd one."""
     kind = rng.random()
     if kind < 0.1:
         return _MARK
@@ -184,7 +184,7 @@ def _changed_value(rng: Generator, value: Any) -> Any:
 
 
 def change_value(rng: Generator, value: Any) -> Any:
-    """The same JSON but for one thing in it."""
+    """Changes one part of the JSON."""
     places = _places(value)
     if not places or rng.random() < 0.02:
         return _changed_value(rng, value)
@@ -256,7 +256,7 @@ def header_json(rng: Generator, data: bytes) -> bytes:
 
 
 def header_entry(rng: Generator, data: bytes) -> bytes:
-    """Type, shape or place of a tensor, so that it stays a header."""
+    """Changes the type, shape or offsets of a tensor, so that the header stays valid JSON."""
     raw, content = _split_safetensors(data)
     header = json.loads(raw)
     names = [name for name in header if name != "__metadata__"]
@@ -287,7 +287,7 @@ SAFETENSORS: tuple[Mutation, ...] = (header_length, header_json, header_entry)
 
 
 def npy_header(rng: Generator, data: bytes) -> bytes:
-    """A `.npy` whose header says something else, or ends nowhere."""
+    """Changes the header of a `.npy`, or removes its end."""
     length = int.from_bytes(data[8:10], "little")
     text, content = data[10 : 10 + length].decode("latin-1"), data[10 + length :]
     wrong = {
@@ -318,42 +318,42 @@ class Member(NamedTuple):
 
 
 def members(data: bytes) -> list[Member]:
-    found = []
+    parts = []
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for entry in archive.infolist():
             lengths = data[entry.header_offset + 26 : entry.header_offset + 30]
             start = entry.header_offset + 30 + int.from_bytes(lengths[:2], "little")
             start += int.from_bytes(lengths[2:], "little")
             packed = data[start : start + entry.compress_size]
-            found.append(Member(entry.filename.encode(), entry.compress_type, packed, entry.CRC, entry.file_size))
-    return found
+            parts.append(Member(entry.filename.encode(), entry.compress_type, packed, entry.CRC, entry.file_size))
+    return parts
 
 
 def archive(parts: list[Member]) -> bytes:
-    """A zip file of these members, whatever they claim to be."""
+    """A zip file with these members, even if their fields are wrong."""
     body, directory = b"", b""
     for part in parts:
         numbers = [(part.method, 2), (0, 4), (part.checksum, 4), (len(part.packed), 4), (part.size, 4)]
-        said = b"".join((number % 256**size).to_bytes(size, "little") for number, size in numbers)
-        said += len(part.name).to_bytes(2, "little") + bytes(2)
+        fields = b"".join((number % 256**size).to_bytes(size, "little") for number, size in numbers)
+        fields += len(part.name).to_bytes(2, "little") + bytes(2)
         place = len(body).to_bytes(4, "little")
-        directory += b"PK\1\2" + b"\x14\0\x14\0\0\0" + said + bytes(10) + place + part.name
-        body += b"PK\3\4" + b"\x14\0\0\0" + said + part.name + part.packed
+        directory += b"PK\1\2" + b"\x14\0\x14\0\0\0" + fields + bytes(10) + place + part.name
+        body += b"PK\3\4" + b"\x14\0\0\0" + fields + part.name + part.packed
     count = len(parts).to_bytes(2, "little")
     sizes = len(directory).to_bytes(4, "little") + len(body).to_bytes(4, "little")
     return body + directory + b"PK\5\6" + bytes(4) + count + count + sizes + bytes(2)
 
 
-def stored(name: bytes, content: bytes) -> Member:
+def store_member(name: bytes, content: bytes) -> Member:
     return Member(name, zipfile.ZIP_STORED, content, zlib.crc32(content), len(content))
 
 
-def unpacked(part: Member) -> bytes:
+def unpack(part: Member) -> bytes:
     return part.packed if part.method == zipfile.ZIP_STORED else zlib.decompress(part.packed, -15)
 
 
 BOMB = 1 << 29
-"""Bytes that a bomb unpacks to."""
+"""The size of the unpacked bomb, in bytes."""
 
 
 @cache
@@ -368,21 +368,21 @@ def bomb() -> Member:
 
 
 def zip_member(rng: Generator, data: bytes) -> bytes:
-    """Other content of a member, with its right checksum: what reads it has to notice."""
+    """Changes the content of a member, with the right checksum: the reader must notice."""
     parts = members(data)
     at = int(rng.integers(len(parts)))
-    content, name = unpacked(parts[at]), parts[at].name
-    own: tuple[Mutation, ...] = BYTES if len(content) > 1 else (noise,)
+    content, name = unpack(parts[at]), parts[at].name
+    mutations: tuple[Mutation, ...] = BYTES if len(content) > 1 else (noise,)
     if content[:1] == b"{":
-        own = (change_json, change_json, double_key, *TEXT)
+        mutations = (change_json, change_json, double_key, *TEXT)
     elif content[:6] == b"\x93NUMPY":
-        own = (npy_header, npy_header, *own, npy_json)
-    parts[at] = stored(name, pick(rng, own)(rng, content))
+        mutations = (npy_header, npy_header, *mutations, npy_json)
+    parts[at] = store_member(name, pick(rng, mutations)(rng, content))
     return archive(parts)
 
 
 def npy_json(rng: Generator, data: bytes) -> bytes:
-    """Of an array of bytes that are JSON, another JSON; else other bytes."""
+    """Changes the JSON in an array of bytes; if it holds none, the bytes."""
     start = 10 + int.from_bytes(data[8:10], "little")
     header, content = data[10:start].decode("latin-1"), data[start:]
     try:
@@ -394,7 +394,7 @@ def npy_json(rng: Generator, data: bytes) -> bytes:
 
 
 def zip_fields(rng: Generator, data: bytes) -> bytes:
-    """A number of a local header or of the directory that is not so."""
+    """Changes a number in a local header or in the directory."""
     sign = pick(rng, (b"PK\1\2", b"PK\3\4"))
     starts = [at for at in range(len(data) - 46) if data[at : at + 4] == sign]
     if not starts:
@@ -419,7 +419,7 @@ def zip_names(rng: Generator, data: bytes) -> bytes:
         name = pick(rng, (*ODD_TEXTS[:-1], "../" + parts[at].name.decode())).encode("utf-8", "surrogatepass")
         parts[at] = parts[at]._replace(name=name)
     elif kind == 3:
-        parts.append(stored(b"unknown.npy", rng.bytes(100)))
+        parts.append(store_member(b"unknown.npy", rng.bytes(100)))
     else:
         other = int(rng.integers(len(parts)))
         parts[at], parts[other] = parts[at]._replace(name=parts[other].name), parts[other]._replace(name=parts[at].name)
@@ -427,7 +427,7 @@ def zip_names(rng: Generator, data: bytes) -> bytes:
 
 
 def zip_bomb(rng: Generator, data: bytes) -> bytes:
-    """A member more that is huge, or one of the known names that is; or one that only says so."""
+    """Adds a huge member, or replaces a known one by it, or by one that only claims its size."""
     parts = members(data)
     at = int(rng.integers(len(parts)))
     kind = rng.random()
@@ -452,13 +452,13 @@ def within_gzip(change: Mutation) -> Mutation:
 
 
 def gzip_bomb(rng: Generator, data: bytes) -> bytes:
-    """White space before the content, and much of it."""
+    """Puts much white space before the content."""
     return gzip.compress(b" " * (1 << 20)) * (BOMB >> 20) + data
 
 
 def mutations_of(name: str) -> tuple[Mutation, ...]:
-    """The ways to damage a file of this name, what its kind invites as often as what hits any bytes."""
-    whole: tuple[Mutation, ...] = (*BYTES, empty, noise)
+    """The ways to damage a file of this name: those of its kind as often as those for any bytes."""
+    any_kind: tuple[Mutation, ...] = (*BYTES, empty, noise)
     json_ways: tuple[Mutation, ...] = (*(change_json,) * 6, double_key, *TEXT)
     lines: tuple[Mutation, ...] = (*(change_json_line,) * 4, *TEXT)
     kinds: dict[str, tuple[Mutation, ...]] = {
@@ -474,4 +474,4 @@ def mutations_of(name: str) -> tuple[Mutation, ...]:
         ".npy": (npy_header,) * 6,
     }
     suffixes = PurePath(name).suffixes
-    return whole + kinds.get("".join(suffixes[-2:]), kinds.get("".join(suffixes[-1:]), ()))
+    return any_kind + kinds.get("".join(suffixes[-2:]), kinds.get("".join(suffixes[-1:]), ()))

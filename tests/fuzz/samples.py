@@ -1,4 +1,4 @@
-"""Tiny sound files of every kind that jclt reads, each with what reads it."""
+"""Tiny valid files of every kind that jclt reads, each with its reader."""
 
 import bz2
 import gzip
@@ -27,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import jclt
 from fuzz.limits import MOST_MEMORY
-from fuzz.mutations import BOMB, archive, stored
+from fuzz.mutations import BOMB, archive, store_member
 from jclt.attribution.many_prompts import read_prompts
 from jclt.coders import load_coder, save_coder
 from jclt.data.documents import find_inputs, read_pieces
@@ -42,19 +42,19 @@ from jclt.training.run_folder import is_begun
 
 
 class Sample(NamedTuple):
-    """`make` fills a new folder with sound files, `read` reads that folder, and gives what it found."""
+    """`make` fills a new folder with valid files, `read` reads this folder and returns the result."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     checked: tuple[str, ...] = ()
-    """Suffixes of files whose content a checksum protects: damaged, they are refused or give the same `numbers`."""
+    """Suffixes of files with a checksum: if damaged, they are refused or give the same `numbers`."""
     numbers: Callable[[Any], Any] | None = None
     writes: tuple[str, ...] = ()
-    """Names in the folder, or beside it, that reading may write."""
+    """Names in the folder or beside it that the reader may write."""
     share: float = 1.0
-    """Of the inputs, beside the other samples: less for what is slow to read."""
+    """The share of the inputs, relative to the other samples: less for slow readers."""
     memory: int = MOST_MEMORY
-    """Bytes that reading may cost at its peak."""
+    """Bytes of memory that the reader may need at the peak."""
 
 
 # Models.
@@ -109,15 +109,15 @@ QWEN2 = ModelConfig(family="qwen2", **SIZES, qkv_bias=True, local_layers=(1,), w
 def random_model(config: ModelConfig) -> Model:
     weights = declare(config)
     keys = jax.random.split(jax.random.key(0), len(weights))
-    params = {name: own.init(key, np.float32) for key, (name, own) in zip(keys, weights.items(), strict=True)}
+    params = {name: weight.init(key, np.float32) for key, (name, weight) in zip(keys, weights.items(), strict=True)}
     return Model(config, params, tiny_tokenizer(), "tiny")
 
 
 def model_sample(config: ModelConfig, shard_bytes: int = 10**9, vocabulary: bool = False) -> Sample:
     def make(folder: Path) -> None:
         save_model(random_model(config), folder, shard_bytes=shard_bytes)
-        said = {"eos_token_id": [5, 4], "bos_token_id": 5, "max_new_tokens": 3}
-        (folder / "generation_config.json").write_text(json.dumps(said))
+        settings = {"eos_token_id": [5, 4], "bos_token_id": 5, "max_new_tokens": 3}
+        (folder / "generation_config.json").write_text(json.dumps(settings))
         if vocabulary:
             (folder / "tokenizer.json").unlink()
             (folder / "vocab.json").write_text(json.dumps(WORDS))
@@ -169,7 +169,7 @@ def in_folder(name: str, write: Callable[[Path], Any]) -> Callable[[Path], None]
 
 
 def torch_graph(path: Path) -> None:
-    """What `circuit_tracer.Graph.to_pt` writes, without torch: its names are those of stand-ins while it is pickled."""
+    """Writes what `circuit_tracer.Graph.to_pt` writes, without torch: stand-ins have its names while it is pickled."""
     storages: list[np.ndarray] = []
 
     def stand_in(module: str, name: str, value: Any) -> Any:
@@ -231,8 +231,8 @@ def torch_graph(path: Path) -> None:
         with path.open("wb") as file:
             Pickler(file, 2).dump(content)
     pickled = path.read_bytes()
-    parts = [stored(b"graph/data.pkl", pickled), stored(b"graph/byteorder", b"little")]
-    parts += [stored(f"graph/data/{n}".encode(), x.tobytes()) for n, x in enumerate(storages)]
+    parts = [store_member(b"graph/data.pkl", pickled), store_member(b"graph/byteorder", b"little")]
+    parts += [store_member(f"graph/data/{n}".encode(), x.tobytes()) for n, x in enumerate(storages)]
     path.write_bytes(archive(parts))
 
 
@@ -258,7 +258,7 @@ def read_tokens(folder: Path | str) -> Any:
 
 
 def read_remote_tokens(folder: Path) -> Any:
-    """The same folder, on a file system that is fetched from."""
+    """The same folder on a remote file system."""
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""A run whose checkpoints are damaged or that is killed at any moment: it goes on to the same bits, or says why not."""
+"""A run whose checkpoints are damaged, or that is killed at any moment, ends with the same bits or says why not."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 
-from fuzz.limits import Fault, check_line, fault_of, limited, told
+from fuzz.limits import Fault, check_line, describe_error, format_faults, limit_resources
 from fuzz.mutations import BYTES, empty, flip_bit, pick
 from fuzz.samples import GPT2, random_model
 from jclt.coders import CoderConfig, load_coder
@@ -55,20 +55,20 @@ VOLATILE = ("seconds", "tokens_per_second", "matmul_fraction")
 
 @dataclass(frozen=True)
 class Run:
-    """One that was never disturbed."""
+    """A run that was never disturbed."""
 
     config: TrainConfig
     folder: Path
     coder: list[np.ndarray]
     metrics: list[dict[str, Any]]
     states: dict[int, dict[str, np.ndarray]]
-    """What each of its checkpoints holds."""
+    """The arrays in each of its checkpoints."""
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Of a model and data as small as can be, since what takes time is to compile; of so many features that a
-    checkpoint's arrays lie in chunks of their own, which no checksum of the format protects."""
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing disturbs. Model and data are minimal, since compilation takes most of the time. There are so
+    many features that a checkpoint's arrays have separate chunk files, which no checksum of the format protects."""
     home = tmp_path_factory.mktemp("undisturbed")
     save_model(random_model(GPT2), home / "model")
     (home / "text.txt").write_text("ab a b ab b ab ab a\n" * 200)
@@ -78,40 +78,40 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
         patch.setattr("jclt.training.coder.train.measure_machine_rate", no_rate)
         train_coder(config, home / "run")
     states = {}
-    for step, other in ((STEPS, STEPS - EVERY), (STEPS - EVERY, STEPS)):
+    for step, other_step in ((STEPS, STEPS - EVERY), (STEPS - EVERY, STEPS)):
         shutil.copytree(home / "run", home / f"step {step}")
-        shutil.rmtree(home / f"step {step}" / "checkpoints" / str(other))
-        found = restored(config, home / f"step {step}")
-        assert found is not None and int(found["step"]) == step
-        states[step] = found
+        shutil.rmtree(home / f"step {step}" / "checkpoints" / str(other_step))
+        state = restore_state(config, home / f"step {step}")
+        assert state is not None and int(state["step"]) == step
+        states[step] = state
     assert any((states[STEPS][name] != x).any() for name, x in states[STEPS - EVERY].items())
-    return Run(config, home / "run", coder_of(home / "run"), metrics_of(home / "run"), states)
+    return Run(config, home / "run", read_coder(home / "run"), read_run_metrics(home / "run"), states)
 
 
 def no_rate(*_: Any) -> float:
-    """In place of measuring how fast the machine multiplies, which takes most of a tiny run's time."""
+    """Replaces the measurement of the matmul rate, which takes most of a tiny run's time."""
     return 1e12
 
 
-def coder_of(folder: Path) -> list[np.ndarray]:
+def read_coder(folder: Path) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(load_coder(folder / "coder", check=False))]
 
 
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
+def read_run_metrics(folder: Path) -> list[dict[str, Any]]:
     entries = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in entry.items() if name not in VOLATILE} for entry in entries]
 
 
-def restored(config: TrainConfig, folder: Path) -> dict[str, np.ndarray] | None:
-    """What a run in this folder would go on from."""
+def restore_state(config: TrainConfig, folder: Path) -> dict[str, np.ndarray] | None:
+    """The state from which a run in this folder would continue."""
     mesh = make_mesh()
-    whole = complete_config(config, load_model(config.model).config, mesh)
+    complete = complete_config(config, load_model(config.model).config, mesh)
     with jax.set_mesh(mesh), Checkpoints(str((folder / "checkpoints").absolute())) as checkpoints:
-        found = checkpoints.restore(abstract_state(whole, mesh))
-    return None if found is None else {name: np.asarray(x) for name, x in name_leaves(found).items()}
+        state = checkpoints.restore(abstract_state(complete, mesh))
+    return None if state is None else {name: np.asarray(x) for name, x in name_leaves(state).items()}
 
 
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+def are_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(x.dtype == b[name].dtype and (x == b[name]).all() for name, x in a.items())
 
 
@@ -119,7 +119,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 
 def number_files(folder: Path) -> list[Path]:
-    """Those that hold the arrays of a checkpoint."""
+    """The files with the arrays of a checkpoint."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d")
 
 
@@ -145,44 +145,44 @@ def damage(rng: Generator, newest: Path, bits_alone: bool) -> str:
 def examine(run: Run, folder: Path) -> list[Fault]:
     faults: list[Fault] = []
     try:
-        with limited() as faults:
-            found = restored(run.config, folder)
+        with limit_resources() as faults:
+            found = restore_state(run.config, folder)
     except UserError as error:
         fault = check_line(str(error))
         return [fault] if fault else []
     except Exception as error:  # it is what is looked for
-        return [*faults, fault_of(error)]
+        return [*faults, describe_error(error)]
     if found is None:
         faults.append(Fault("begun anew", "though there is a sound checkpoint"))
-    elif not same(found, run.states.get(int(found["step"]), {})):
+    elif not are_equal(found, run.states.get(int(found["step"]), {})):
         unlike = [name for name, x in run.states[STEPS].items() if not np.array_equal(found.get(name), x)]
         faults.append(Fault("resumed with other numbers", f"step {int(found['step'])}, {unlike[:3]}"))
     return faults
 
 
 @pytest.mark.parametrize("bits_alone", [True, False], ids=["a flipped bit", "any damage"])
-def test_a_damaged_checkpoint_is_passed_over_or_harmless(bits_alone, undisturbed, draw, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_or_harmless(bits_alone, undisturbed_run, draw, tmp_path):
     faults: dict[str, list[str]] = {}
     for number in range(max(1, draw.inputs // 50)) if draw.only is None else [draw.only]:
         rng = np.random.default_rng([draw.seed, bits_alone, number])
         folder = tmp_path / f"run{number}"
-        shutil.copytree(undisturbed.folder, folder)
+        shutil.copytree(undisturbed_run.folder, folder)
         how = damage(rng, folder / "checkpoints" / str(STEPS), bits_alone)
-        for fault in examine(undisturbed, folder):
+        for fault in examine(undisturbed_run, folder):
             faults.setdefault(fault.cause, []).append(f"number {number}, {how}: {fault.detail}")
         shutil.rmtree(folder)
-    assert not faults, f"\n{told(faults)}"
+    assert not faults, f"\n{format_faults(faults)}"
 
 
-def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(undisturbed, tmp_path):
+def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(undisturbed_run, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(undisturbed.folder, folder)
+    shutil.copytree(undisturbed_run.folder, folder)
     for path in (folder / "checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as error:
-        train_coder(undisturbed.config, folder)
+        train_coder(undisturbed_run.config, folder)
     assert check_line(str(error.value)) is None
     assert (folder / "metrics.jsonl").read_bytes() == before
 
@@ -192,7 +192,7 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(undistu
 
 @contextlib.contextmanager
 def training(run: Run, folder: Path) -> Iterator[subprocess.Popen]:
-    """`jclt train` in a process of its own, with as many devices as here."""
+    """`jclt train` in a separate process, with as many devices as here."""
     recipe = folder.parent / "recipe.py"
     settings = "from jclt.coders import CoderConfig\nfrom jclt.training.config import TrainConfig\n"
     recipe.write_text(f"{settings}config = {run.config!r}\n")
@@ -206,21 +206,21 @@ def training(run: Run, folder: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def progress(folder: Path) -> int:
-    """Steps logged so far."""
+def count_logged_steps(folder: Path) -> int:
+    """The number of steps logged so far; -1 if there is no log."""
     path = folder / "metrics.jsonl"
     return len(re.findall(rb"\n", path.read_bytes())) if path.exists() else -1
 
 
 def kill_somewhere(rng: Generator, run: Run, folder: Path) -> str | None:
-    """Ends the run at a random moment: while it starts, at any of its steps, or at its end; None if it was done."""
+    """Ends the run at a random moment: while it starts, at any step, or at its end. Returns None if it had finished."""
     goal, patience = int(rng.integers(-1, STEPS + 1)), float(rng.random() ** 2)
     number = pick(rng, (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
     with training(run, folder) as process:
         if goal < 0:
             time.sleep(4 * patience)
         else:
-            while process.poll() is None and progress(folder) < goal:
+            while process.poll() is None and count_logged_steps(folder) < goal:
                 time.sleep(0.002)
             time.sleep(0.5 * patience)
         if process.poll() is None:
@@ -230,7 +230,7 @@ def kill_somewhere(rng: Generator, run: Run, folder: Path) -> str | None:
         return None
     allowed = {-number, 130, os.EX_TEMPFAIL}
     assert process.returncode in allowed, (process.returncode, err[-2000:].decode(errors="replace"))
-    return f"{number.name} at step {progress(folder)}"
+    return f"{number.name} at step {count_logged_steps(folder)}"
 
 
 def finish(run: Run, folder: Path) -> None:
@@ -239,8 +239,8 @@ def finish(run: Run, folder: Path) -> None:
         assert process.returncode == 0, err[-2000:].decode(errors="replace")
 
 
-def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed, draw, tmp_path):
-    """Again and again, until it is done; then another one."""
+def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed_run, draw, tmp_path):
+    """Kills each run several times before it may finish."""
     if not draw.large:
         pytest.skip("runs are killed by -m fuzz, and once by tests/training/coder/test_train.py")
     kills, most, number = [], max(1, draw.inputs // 50), 0
@@ -248,14 +248,14 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed, draw, tmp_path)
         rng = np.random.default_rng([draw.seed, number])
         folder, number = tmp_path / f"run{number}", number + 1
         for _ in range(5):
-            how = kill_somewhere(rng, undisturbed, folder)
+            how = kill_somewhere(rng, undisturbed_run, folder)
             if how is None or len(kills) >= most:
                 break
             kills.append(how)
-        finish(undisturbed, folder)
-        assert read_json(folder / "config.json") == read_json(undisturbed.folder / "config.json"), kills
-        assert all(map(np.array_equal, coder_of(folder), undisturbed.coder)), kills
-        assert metrics_of(folder) == undisturbed.metrics, kills
+        finish(undisturbed_run, folder)
+        assert read_json(folder / "config.json") == read_json(undisturbed_run.folder / "config.json"), kills
+        assert all(map(np.array_equal, read_coder(folder), undisturbed_run.coder)), kills
+        assert read_run_metrics(folder) == undisturbed_run.metrics, kills
         assert not [path for path in folder.rglob("*.partial*")], kills
         shutil.rmtree(folder)
     print(f"{len(kills)} kills: {', '.join(kills)}")

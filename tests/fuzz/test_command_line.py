@@ -1,4 +1,4 @@
-"""The command line, given arguments as wrong as they come: it does what it is told or refuses in one line."""
+"""Hostile arguments of the command line: each command runs, or refuses them in one line."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.random import Generator
 
-from fuzz.limits import Fault, check_line, fault_of, limited, told, tree
+from fuzz.limits import Fault, check_line, describe_error, format_faults, limit_resources, list_tree
 from fuzz.mutations import pick
 from fuzz.samples import SAMPLES
 from jclt.cli.main import build_parser, main
@@ -27,7 +28,7 @@ from jclt.errors import Interrupted
 pytestmark = pytest.mark.fuzz
 
 REACHED = os.EX_TEMPFAIL
-"""The arguments were sound, and the work would begin."""
+"""The exit status if the arguments were valid, and the work would begin."""
 WORK = {
     "jclt.attribution.attribute": ("trace_prompts",),
     "jclt.training.coder.train": ("find_run_rows",),
@@ -36,7 +37,7 @@ WORK = {
     "jclt.cli.demo": ("explain_examples",),
     "jclt.pods": ("plan_run", "plan_sweep"),
 }
-"""What takes long, by module: it is not done here."""
+"""Functions that take long, by module. The tests replace them."""
 
 ODD = (
     *("", " ", "-", "--", "=", "~", "a~b~c", "-1", "0", "1", "3", "1e9", "nan", "inf", "-inf", "1_0", "0x10", "١"),
@@ -57,8 +58,8 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a little of everything that an argument can name."""
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one file or folder of each kind that an argument can name."""
     root = tmp_path_factory.mktemp("command line")
     work = root / "work"
     for name in ("folder", "empty"):
@@ -77,7 +78,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def without_work() -> Iterator[None]:
+def patch_work() -> Iterator[None]:
     def reached(*_: Any, **__: Any) -> None:
         raise Interrupted("reached")
 
@@ -85,12 +86,12 @@ def without_work() -> Iterator[None]:
         for module, names in WORK.items():
             for name in names:
                 patch.setattr(importlib.import_module(module), name, reached)
-        patch.setattr("jclt.cli.main._keep_compiled_programs", lambda: None)  # the tests have their own cache
+        patch.setattr("jclt.cli.main._keep_compiled_programs", lambda: None)  # the tests set another cache
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
 
 
-def subcommands() -> dict[str, argparse.ArgumentParser]:
+def list_subcommands() -> dict[str, argparse.ArgumentParser]:
     (choices,) = [
         action.choices for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
     ]
@@ -102,10 +103,10 @@ SOUND |= {"prompt": "the capital of", "prompts": "prompts.txt", "inputs": "file.
 SOUND |= {"config": "tiny", "source": "coder", "run": "run", "end": "5", "field": "text", "data": "world"}
 
 
-def drawn(rng: Generator) -> list[str]:
-    """A command with some of its own flags, each with a sound value, an odd one or none."""
-    name = pick(rng, sorted(subcommands()))
-    command, argv = subcommands()[name], [name]
+def draw_command(rng: Generator) -> list[str]:
+    """A command with some of its flags, each with a valid value, an odd one or none."""
+    name = pick(rng, sorted(list_subcommands()))
+    command, argv = list_subcommands()[name], [name]
     actions = [action for action in command._actions if action.dest != "help"]
     odd_at = int(rng.integers(len(actions)))
     for number, action in enumerate(actions):
@@ -127,53 +128,53 @@ def drawn(rng: Generator) -> list[str]:
 
 
 def run(argv: list[str], root: Path) -> tuple[int | None, str, str, list[Fault]]:
-    """The exit status, stdout and stderr of a command in this process, and what was wrong with how it ended."""
+    """Runs a command in this process. Returns its exit status, stdout and stderr, and the faults in how it ended."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
-    status, faults, before = None, [], logging.getLogger("jclt").level
+    status, faults, log_level = None, [], logging.getLogger("jclt").level
     with contextlib.chdir(root / "work"), pytest.MonkeyPatch.context() as patch:
         for name in ("HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(root / "home"))
         patch.setenv("COLUMNS", "200")
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), without_work(), limited() as faults:
+            with redirect_stdout(out), redirect_stderr(err), patch_work(), limit_resources() as faults:
                 status = main(argv)
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            faults.append(fault_of(error))
+            faults.append(describe_error(error))
         finally:
-            logging.getLogger("jclt").setLevel(before)
-    said = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]  # type: ignore[attr-defined]
-    return status, said[0], said[1], faults
+            logging.getLogger("jclt").setLevel(log_level)
+    texts = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]  # type: ignore[attr-defined]
+    return status, texts[0], texts[1], faults
 
 
-def own_line(err: str) -> str:
-    """What a refusal says, without the usage that argparse puts before it and bars of progress."""
+def remove_usage(err: str) -> str:
+    """The line of a refusal, without argparse's usage before it and without progress bars."""
     text = "\n".join(line for line in re.split(r"[\r\n]", err) if line and "%|" not in line)
-    usage, mark, rest = text.partition("\njclt")
-    return "jclt" + rest if mark and usage.startswith("usage:") else text
+    usage, mark, message = text.partition("\njclt")
+    return "jclt" + message if mark and usage.startswith("usage:") else text
 
 
-def judged(argv: list[str], root: Path) -> list[Fault]:
-    before = tree(root)
+def run_and_check(argv: list[str], root: Path) -> list[Fault]:
+    earlier = list_tree(root)
     status, _, err, faults = run(argv, root)
-    new = sorted(path for path in tree(root) - before if not path.startswith("home"))
+    new = sorted(path for path in list_tree(root) - earlier if not path.startswith("home"))
     try:
         if status is not None and status not in (0, 2, REACHED):
             faults.append(Fault(f"exit status {status}", err[-200:]))
         if status == 2:
-            line = own_line(err)
+            line = remove_usage(err)
             fault = check_line(line) if line.startswith("jclt") else Fault("no line that begins with jclt", err[-300:])
             faults += [fault] if fault else []
-        # A folder that turns out to be of no use is empty.
+        # A command that ends with an error may leave empty folders.
         files = [path for path in new if not (root / path).is_dir()]
         half = [path for path in files if ".partial" in path and not path.endswith("manifest.partial.json")]
-        # A folder of tokens is begun before the first text is read, and says so in its own manifest.
-        begun = argv[:1] == ["tokenize"] and any(path.endswith("manifest.partial.json") for path in files)
-        if half or (status == 2 and files and not begun):
+        # A folder of tokens is created before the first text is read, and its manifest says that it is unfinished.
+        is_unfinished = argv[:1] == ["tokenize"] and any(path.endswith("manifest.partial.json") for path in files)
+        if half or (status == 2 and files and not is_unfinished):
             faults.append(Fault(f"{argv[0]} leaves something behind", f"{files[:3]} {err[-100:]}"))
     finally:
         for path in sorted(new, key=len, reverse=True):
@@ -182,13 +183,13 @@ def judged(argv: list[str], root: Path) -> list[Fault]:
     return faults
 
 
-def test_hostile_arguments_are_refused_in_one_line(room, draw):
+def test_hostile_arguments_are_refused_in_one_line(workplace, draw):
     faults: dict[str, list[str]] = {}
     for number in range(max(1, draw.inputs // 10)) if draw.only is None else [draw.only]:
-        argv = drawn(np.random.default_rng([draw.seed, number]))
-        for fault in judged(argv, room):
+        argv = draw_command(np.random.default_rng([draw.seed, number]))
+        for fault in run_and_check(argv, workplace):
             faults.setdefault(fault.cause, []).append(f"number {number}, {ascii(argv)[:300]}: {fault.detail}")
-    assert not faults, f"\n{told(faults)}"
+    assert not faults, f"\n{format_faults(faults)}"
 
 
 EXAMPLES = [
@@ -234,16 +235,16 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("argv", EXAMPLES, ids=lambda argv: ascii(" ".join(argv))[1:50])
-def test_what_was_found_once_is_refused_before_any_work(argv, room):
-    assert not judged(argv, room)
-    before = tree(room)
-    assert run(argv, room)[0] == 2
-    assert not [path for path in tree(room) - before if not path.startswith("home")]
+def test_what_was_found_once_is_refused_before_any_work(argv, workplace):
+    assert not run_and_check(argv, workplace)
+    before = list_tree(workplace)
+    assert run(argv, workplace)[0] == 2
+    assert not [path for path in list_tree(workplace) - before if not path.startswith("home")]
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_so_it_is_in_a_process_of_its_own(number, draw, room):
-    """Where the locale knows no such letters, stderr is closed, or a signal comes."""
+def test_hostile_arguments_are_refused_in_a_separate_process_too(number, draw, workplace):
+    """Where the locale lacks the letters, stdout or stderr is closed, or the environment is wrong."""
     if number >= (10 if draw.large else 2):
         pytest.skip("with -m fuzz")
     cases: list[tuple[list[str], dict[str, str], str]] = [
@@ -260,12 +261,12 @@ def test_so_it_is_in_a_process_of_its_own(number, draw, room):
     ]
     argv, environment, closed = cases[number]
     command = [sys.executable, "-m", "jclt.cli", *argv]
-    given = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path.cwd()), **environment}
-    before = tree(room)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path.cwd()), **environment}
+    earlier = list_tree(workplace)
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
-    done = subprocess.run(shell, cwd=room / "work", env=given, capture_output=True, timeout=120)
-    err = done.stderr.decode()
-    assert done.returncode == 2, err
+    process = subprocess.run(shell, cwd=workplace / "work", env=env, capture_output=True, timeout=120)
+    err = process.stderr.decode()
+    assert process.returncode == 2, err
     if not closed.startswith("2"):
         assert err.count("\n") == 1 and err.startswith("jclt: ") and check_line(err.rstrip("\n")) is None, err
-    assert tree(room) == before
+    assert list_tree(workplace) == earlier

@@ -1,4 +1,4 @@
-"""Every reader of files, on damaged ones: it refuses them in one line that names the file, or reads what is there."""
+"""Every reader, on damaged files: it refuses them in one line that names the file, or reads the undamaged content."""
 
 import gzip
 import json
@@ -17,8 +17,8 @@ import pytest
 from graph_lists import replace_lists
 from numpy.random import Generator
 
-from fuzz.limits import Fault, check_line, fault_of, filled_later, limited, told, tree
-from fuzz.mutations import BYTES, DEEP, LONG, archive, bomb, members, mutations_of, pick, stored
+from fuzz.limits import Fault, check_line, describe_error, fill_pipe_later, format_faults, limit_resources, list_tree
+from fuzz.mutations import BYTES, DEEP, LONG, archive, bomb, members, mutations_of, pick, store_member
 from fuzz.samples import SAMPLES, Sample, annotated_graph
 from jclt.attribution.many_prompts import read_prompts
 from jclt.data.load_tokens import load_tokens
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.fuzz
 
 
 @dataclass(frozen=True)
-class Sound:
-    """A sample as it lies on disk, and what is read of it."""
+class StoredSample:
+    """A sample on disk, and the numbers that are read from it."""
 
     sample: Sample
     folder: Path
@@ -38,8 +38,8 @@ class Sound:
     numbers: Any
 
     def restore(self) -> None:
-        """As it was made; no file is written over, since an earlier reader may still have it mapped."""
-        for name in tree(self.folder.parent) - {"cache", "cache/jclt"}:
+        """Writes the sample's files again. Removes the old files first, since an earlier reader may still map one."""
+        for name in list_tree(self.folder.parent) - {"cache", "cache/jclt"}:
             path = self.folder.parent / name
             if path.is_symlink() or not path.is_dir():
                 path.unlink(missing_ok=True)
@@ -51,41 +51,41 @@ class Sound:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sound]:
-    """Makes a sample where it is asked for, once."""
-    made: dict[str, Sound] = {}
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], StoredSample]:
+    """Makes each sample once, when it is first needed."""
+    samples: dict[str, StoredSample] = {}
 
-    def find(name: str) -> Sound:
-        if name not in made:
+    def find(name: str) -> StoredSample:
+        if name not in samples:
             folder = tmp_path_factory.mktemp(name) / "layer_0"  # some layouts take the layer from the path
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
                 sample = SAMPLES[name]
                 sample.make(folder)
                 files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-                found = sample.read(folder)  # and whatever is imported late is there now
-                made[name] = Sound(sample, folder, files, sample.numbers and sample.numbers(found))
-        return made[name]
+                loaded = sample.read(folder)  # this also imports whatever is imported late
+                samples[name] = StoredSample(sample, folder, files, sample.numbers and sample.numbers(loaded))
+        return samples[name]
 
     return find
 
 
 def test_every_sound_file_is_read(sound):
     for name in SAMPLES:
-        made = sound(name)
-        made.restore()
-        again = made.sample.read(made.folder)
-        assert made.sample.numbers is None or same(made.sample.numbers(again), made.numbers)
+        stored = sound(name)
+        stored.restore()
+        again = stored.sample.read(stored.folder)
+        assert stored.sample.numbers is None or are_equal(stored.sample.numbers(again), stored.numbers)
 
 
-def same(a: Any, b: Any) -> bool:
+def are_equal(a: Any, b: Any) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind == "f") if isinstance(x, np.ndarray) else x == y
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
-# What lies in a file's place.
+# What a path may hold in place of a file.
 
 
 def nothing(path: Path) -> None:
@@ -116,10 +116,10 @@ def unreadable(path: Path) -> None:
 PLACES: tuple[Callable[[Path], None], ...] = (nothing, folder, pipe, link_to_itself, link_to_nothing, unreadable)
 
 
-def damage(rng: Generator, made: Sound) -> tuple[str, str, bool]:
-    """Damages one file of the folder: which, how, and whether just its bytes were hit."""
-    name = pick(rng, sorted(made.files))
-    path, content = made.folder / name, made.files[name]
+def damage(rng: Generator, stored: StoredSample) -> tuple[str, str, bool]:
+    """Damages one file of the folder. Returns which and how, and whether only its bytes were changed."""
+    name = pick(rng, sorted(stored.files))
+    path, content = stored.folder / name, stored.files[name]
     path.unlink()
     kind = rng.random()
     if kind < 0.06:
@@ -127,8 +127,8 @@ def damage(rng: Generator, made: Sound) -> tuple[str, str, bool]:
         place(path)
         return name, place.__name__, False
     if kind < 0.08:
-        other = pick(rng, sorted(made.files))
-        path.write_bytes(made.files[other])
+        other = pick(rng, sorted(stored.files))
+        path.write_bytes(stored.files[other])
         return name, f"content of {other}", False
     change = pick(rng, mutations_of(name) if len(content) > 1 else BYTES[:1])
     damaged = change(rng, content)
@@ -136,61 +136,63 @@ def damage(rng: Generator, made: Sound) -> tuple[str, str, bool]:
     return name, change.__name__, change in BYTES and len(damaged) > 0
 
 
-def examine(made: Sound, name: str, bytes_alone: bool = False) -> list[Fault]:
-    """What is wrong with how the folder is read, in which this file is damaged."""
-    before, found, faults, waited = tree(made.folder.parent), None, [], []
+def examine(stored: StoredSample, name: str, bytes_alone: bool = False) -> list[Fault]:
+    """The faults in reading the folder, in which this file is damaged."""
+    earlier, loaded, faults, waited = list_tree(stored.folder.parent), None, [], []
     try:
-        with filled_later(made.folder / name) as waited, limited(made.sample.memory) as faults:
-            found = made.sample.read(made.folder)
-            if made.sample.numbers is not None:
-                found = made.sample.numbers(found)
+        with fill_pipe_later(stored.folder / name) as waited, limit_resources(stored.sample.memory) as faults:
+            loaded = stored.sample.read(stored.folder)
+            if stored.sample.numbers is not None:
+                loaded = stored.sample.numbers(loaded)
     except UserError as error:
-        fault = check_line(str(error), str(made.folder), "memory://tokens", *(Path(own).name for own in made.files))
+        fault = check_line(
+            str(error), str(stored.folder), "memory://tokens", *(Path(part).name for part in stored.files)
+        )
         faults += [fault] if fault else []
-    except Exception as error:  # it is what is looked for
-        faults.append(fault_of(error))
+    except Exception as error:  # the tests look for these
+        faults.append(describe_error(error))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | pytest.exit.Exception):
             raise
-        faults.append(fault_of(error))  # a hang, or a panic of a library in Rust
+        faults.append(describe_error(error))  # a hang, or a panic of a library in Rust
     else:
-        if bytes_alone and name.endswith(made.sample.checked) and not same(found, made.numbers):
+        if bytes_alone and name.endswith(stored.sample.checked) and not are_equal(loaded, stored.numbers):
             faults.append(Fault("read as other numbers", "though a checksum tells"))
-    may = [f"layer_0/{own}" for own in made.sample.writes] + [*made.sample.writes]
-    for path in sorted(tree(made.folder.parent) - before):
-        if not any(path.startswith(own) or own.startswith(path) for own in may):
+    allowed = [f"layer_0/{part}" for part in stored.sample.writes] + [*stored.sample.writes]
+    for path in sorted(list_tree(stored.folder.parent) - earlier):
+        if not any(path.startswith(part) or part.startswith(path) for part in allowed):
             faults.append(Fault("something is written", path))
     return faults + waited
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_damaged_files_are_refused_in_one_line_or_read(name, sound, draw, monkeypatch):
-    made = sound(name)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(made.folder.parent / "cache"))
-    count = max(1, round(draw.inputs * made.sample.share / sum(sample.share for sample in SAMPLES.values())))
+    stored = sound(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(stored.folder.parent / "cache"))
+    count = max(1, round(draw.inputs * stored.sample.share / sum(sample.share for sample in SAMPLES.values())))
     faults: dict[str, list[str]] = {}
     for number in range(count) if draw.only is None else [draw.only]:
         rng = np.random.default_rng([draw.seed, zlib.crc32(name.encode()), number])
-        made.restore()
-        file, how, bytes_alone = damage(rng, made)
-        for fault in examine(made, file, bytes_alone):
+        stored.restore()
+        file, how, bytes_alone = damage(rng, stored)
+        for fault in examine(stored, file, bytes_alone):
             faults.setdefault(fault.cause, []).append(f"number {number}, {file}, {how}: {fault.detail}")
-    made.restore()
-    assert not faults, f"\n{told(faults)}"
+    stored.restore()
+    assert not faults, f"\n{format_faults(faults)}"
 
 
-# What was found once.
+# Inputs that once caused a fault.
 
 
 def header(**entries: Any) -> Callable[[bytes], bytes]:
-    """Safetensors whose header says this of its first tensor."""
+    """Changes these fields of the first tensor in a header of safetensors."""
 
     def change(data: bytes) -> bytes:
         length = int.from_bytes(data[:8], "little")
-        found = json.loads(data[8 : 8 + length])
-        first = next(name for name in found if name != "__metadata__")
-        found[first] = found[first] | entries
-        text = json.dumps(found).encode()
+        header_fields = json.loads(data[8 : 8 + length])
+        first = next(name for name in header_fields if name != "__metadata__")
+        header_fields[first] = header_fields[first] | entries
+        text = json.dumps(header_fields).encode()
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
     return change
@@ -205,11 +207,11 @@ def raw(text: str) -> Callable[[bytes], bytes]:
 
 
 def in_archive(name: str, content: bytes) -> Callable[[bytes], bytes]:
-    """With this in place of a member, or beside the others."""
+    """Replaces a member of the archive, or adds one."""
 
     def change(data: bytes) -> bytes:
         others = [part for part in members(data) if part.name != name.encode()]
-        return archive([*others, stored(name.encode(), content)])
+        return archive([*others, store_member(name.encode(), content)])
 
     return change
 
@@ -218,7 +220,7 @@ def with_bomb(data: bytes) -> bytes:
     return archive([*members(data), bomb()])
 
 
-def flipped(share: float) -> Callable[[bytes], bytes]:
+def flip_bit(share: float) -> Callable[[bytes], bytes]:
     def change(data: bytes) -> bytes:
         at = int(share * len(data))
         return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
@@ -264,7 +266,7 @@ EXAMPLES: list[tuple[str, str, Callable[[bytes], bytes] | str]] = [
     ("coder-circuit-tracer-clt", "config.yaml", raw("scan: 0001-99-99")),
     ("coder-saelens", "layer_0/cfg.json", values(metadata="text")),
     ("coder-saelens", "layer_0/cfg.json", values(architecture={"a": 1})),
-    ("coder-gemma-scope", "layer_0/params.npz", flipped(0.2)),
+    ("coder-gemma-scope", "layer_0/params.npz", flip_bit(0.2)),
     ("coder-gemma-scope", "layer_0/params.npz", lambda data: data[: len(data) // 2]),
     ("coder-gemma-scope", "layer_0/params.npz", with_bomb),
     ("graph-npz", "graph.npz", in_archive("bias.npy", b"no array")),
@@ -281,7 +283,7 @@ EXAMPLES: list[tuple[str, str, Callable[[bytes], bytes] | str]] = [
     ("tokens", "manifest.json", values(shards={})),
     ("tokens", "manifest.json", raw(DEEP)),
     ("tokens", "tokens-00000.npy", lambda data: b"\x93NUMPY\1\0\4\0{{{("),
-    ("tokens", "tokens-00000.npy", flipped(0.99)),
+    ("tokens", "tokens-00000.npy", flip_bit(0.99)),
     ("tokens", "tokens-00000.npy", lambda data: data[:-2] + (60_000).to_bytes(2, "little")),
     ("documents-jsonl", "text.jsonl", raw(DEEP)),
     ("run", "config.json", raw(DEEP)),
@@ -298,7 +300,7 @@ EXAMPLES: list[tuple[str, str, Callable[[bytes], bytes] | str]] = [
         for place in (folder, pipe, link_to_itself)
     ),
 ]
-"""Sample, file, and what becomes of it, each of which ended in a traceback, a hang, or wrong numbers once."""
+"""Sample, file, and its change. Each of them once caused a traceback, a hang or wrong numbers."""
 PASSED_OVER: list[tuple[str, str, Callable[[bytes], bytes] | str]] = [
     ("model-gpt2", "tokenizer.json", lambda data: b"\xef\xbb\xbf" + data),
     ("graph-npz", "graph.npz", with_bomb),
@@ -312,7 +314,7 @@ PASSED_OVER: list[tuple[str, str, Callable[[bytes], bytes] | str]] = [
     ("run", "metrics.jsonl", "folder"),
     ("run", "metrics.jsonl", "pipe"),
 ]
-"""The same of what may as well be read: members or lines that mean nothing are left out."""
+"""The same for changes that may also be read: unknown members or lines are ignored."""
 
 
 def label(value: Any) -> str:
@@ -321,42 +323,42 @@ def label(value: Any) -> str:
 
 @pytest.mark.parametrize(("name", "file", "change"), [*EXAMPLES, *PASSED_OVER], ids=label)
 def test_what_was_found_once_is_refused(name, file, change, sound, monkeypatch):
-    made = sound(name)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(made.folder.parent / "cache"))
-    made.restore()
-    path = made.folder / file
+    stored = sound(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(stored.folder.parent / "cache"))
+    stored.restore()
+    path = stored.folder / file
     path.unlink()
     if isinstance(change, str):
         next(place for place in PLACES if place.__name__ == change)(path)
     else:
-        path.write_bytes(change(made.files[file]))
-    faults = examine(made, file, bytes_alone=True)
+        path.write_bytes(change(stored.files[file]))
+    faults = examine(stored, file, bytes_alone=True)
     if not faults and (name, file, change) in EXAMPLES:
         with pytest.raises(UserError):
-            made.sample.read(made.folder)
-    made.restore()
+            stored.sample.read(stored.folder)
+    stored.restore()
     assert not faults
 
 
 def test_a_manifest_writes_nowhere_but_into_the_cache(sound, monkeypatch, tmp_path):
-    """The names of a remote folder's shards are file names, and no paths."""
+    """The shards of a remote folder have file names, not paths."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache" / "within"))
-    made = sound("tokens-remote")
+    stored = sound("tokens-remote")
     for name in (str(tmp_path / "outside.npy"), "../../../../outside.npy", "..", "a/b.npy", "", "a\x1b[31m\nb"):
-        made.restore()
-        manifest = json.loads(made.files["manifest.json"])
+        stored.restore()
+        manifest = json.loads(stored.files["manifest.json"])
         old, manifest["shards"][0]["name"] = manifest["shards"][0]["name"], name
         memory = fsspec.filesystem("memory")
         memory.store.clear()
-        for path, content in made.files.items():
+        for path, content in stored.files.items():
             memory.pipe_file(f"/tokens/{path}", content)
         memory.pipe_file("/tokens/manifest.json", json.dumps(manifest).encode())
         if Path(name).name not in ("", ".."):  # folders
-            memory.pipe_file(os.path.normpath(f"/tokens/{name}"), made.files[old])
+            memory.pipe_file(os.path.normpath(f"/tokens/{name}"), stored.files[old])
         with pytest.raises(UserError) as error:
             load_tokens("memory://tokens", 7)
         assert check_line(str(error.value), "tokens") is None
-        assert not [path for path in tree(tmp_path) if "outside" in path or path.endswith("b.npy")]
+        assert not [path for path in list_tree(tmp_path) if "outside" in path or path.endswith("b.npy")]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -384,7 +386,7 @@ def test_a_graph_of_nodes_that_cannot_be_is_not_loaded(change, tmp_path):
 
 
 def _refused_graph(graph: Graph, folder: Path) -> None:
-    """Whoever wrote the file; our own writer may refuse it as well."""
+    """Either the writer or the reader refuses the graph."""
     with pytest.raises(UserError) as error:
         graph.save(folder / "graph.npz")
         load_graph(folder / "graph.npz")

@@ -1,4 +1,4 @@
-"""Reference checkpoints: small random models of every supported family, with what transformers computes from them.
+"""Reference checkpoints: small random models of every supported family, and their results in transformers.
 
     python tests/golden/make_golden.py
 
@@ -37,7 +37,7 @@ ADDED = {"gemma3": {"sliding_window_pattern": 3}}
 
 
 def cases() -> dict[str, hf.PretrainedConfig]:
-    """One configuration per case; between them every option that changes the numbers leaves its default."""
+    """One configuration per case. Each option that changes the numbers differs from its default in some case."""
     special = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
     gpt2 = {**special, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 32}
     neox = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, **special}
@@ -80,7 +80,7 @@ def cases() -> dict[str, hf.PretrainedConfig]:
 
 
 def options() -> dict[str, list[dict]]:
-    """Per case, changes of the configuration each of which has to change the logits of the same weights."""
+    """For each case, changes of the configuration. Each must change the logits of the same weights."""
     plain, no_bias, epsilon = {"rope_scaling": None}, {"attention_bias": False}, {"layer_norm_epsilon": 1e-5}
     grouped, no_window = [{"rms_norm_eps": 1e-6}, {"rope_theta": 1e4}], {"sliding_window": 99}
     gemma = [*grouped, no_bias, {"query_pre_attn_scalar": 8}, {"final_logit_softcapping": None}]
@@ -108,7 +108,7 @@ def build(config: hf.PretrainedConfig) -> hf.PreTrainedModel:
 
 
 def load(folder: Path) -> hf.PreTrainedModel:
-    """The model of a folder, as every comparison uses it."""
+    """The model of a folder, with the settings of every comparison."""
     return hf.AutoModelForCausalLM.from_pretrained(folder, **EAGER).eval()
 
 
@@ -151,14 +151,14 @@ def reference(model: hf.PreTrainedModel, tokens: np.ndarray) -> dict[str, np.nda
 
 @torch.no_grad()
 def change(model: hf.PreTrainedModel, tokens: np.ndarray, **changes) -> float:
-    """The largest difference of the logits that a change of the configuration makes to the same weights."""
+    """The largest difference of the logits between two configurations with the same weights."""
     other = build(type(model.config).from_dict({**model.config.to_dict(), **changes}))
     other.load_state_dict(model.state_dict(), strict=False)
     return (other(torch.from_numpy(tokens)).logits - model(torch.from_numpy(tokens)).logits).abs().max().item()
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """Words and nothing else; a sequence begins with <bos>."""
+    """A tokenizer of whole words; a sequence begins with <bos>."""
     words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"word{i}" for i in range(4, VOCAB))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

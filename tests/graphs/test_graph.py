@@ -25,7 +25,7 @@ from jclt.graphs.paths import between_supernodes, describe, name_of, path_length
 
 
 def dense_influence(graph: Graph) -> np.ndarray:
-    """By the inverse of I - A, in plain code."""
+    """The influence, by the inverse of I - A."""
     sizes = np.abs(graph.adjacency)
     mass = sizes.sum(axis=1) + graph.rest_mass
     shares = np.divide(sizes, mass[:, None], out=np.zeros_like(sizes), where=mass[:, None] > 0)
@@ -36,14 +36,14 @@ def dense_influence(graph: Graph) -> np.ndarray:
 def all_paths(graph: Graph, starts: np.ndarray) -> list[tuple[float, tuple[int, ...]]]:
     """Every walk that ends at a node without inputs, from the source up, with its share."""
     shares = compute_edge_shares(graph.edges)
-    found, open_paths = [], [(float(start), (node,)) for node, start in enumerate(starts) if start > 0]
+    closed_paths, open_paths = [], [(float(start), (node,)) for node, start in enumerate(starts) if start > 0]
     while open_paths:
         share, path = open_paths.pop()
         sources = np.flatnonzero(shares[path[0]])
         if not len(sources) and len(path) > 1:
-            found.append((share, path))
+            closed_paths.append((share, path))
         open_paths += [(share * shares[path[0], source], (int(source), *path)) for source in sources]
-    return sorted(found, reverse=True)
+    return sorted(closed_paths, reverse=True)
 
 
 def assert_same_graph(got: Graph, want: Graph):
@@ -67,11 +67,11 @@ def test_influence_and_scores_of_a_small_graph_have_these_values():
     expected = 0.5 * np.array([3 / 8, 3 / 4, 3 / 8, 3 / 32, 1 / 4 + 9 / 32, 0])
     np.testing.assert_allclose(graph.influence, expected, rtol=1e-6)
     assert graph.influence.dtype == np.float32 and compute_edge_shares(graph.edges).dtype == np.float32
-    found = graph.scores
-    assert found.replacement == pytest.approx(5 / 8)
+    scores = graph.scores
+    assert scores.replacement == pytest.approx(5 / 8)
     visits = 1 + 3 / 4 + 3 / 8 + 3 / 8 + 5 / 8
-    assert found.completeness == pytest.approx(1 - 3 / 4 * 1 / 2 / visits)
-    assert found.replacement_interval == pytest.approx((5 / 8, 5 / 8)) and graph.missing == 0
+    assert scores.completeness == pytest.approx(1 - 3 / 4 * 1 / 2 / visits)
+    assert scores.replacement_interval == pytest.approx((5 / 8, 5 / 8)) and graph.missing == 0
 
 
 def test_what_comes_from_outside_the_graph_is_missing():
@@ -79,15 +79,15 @@ def test_what_comes_from_outside_the_graph_is_missing():
     rest_mass = np.array([0, 4, 0, 0, 0, 0], np.float32)  # as much again as f1 gets within the graph
     graph = replace(graph, rest_mass=rest_mass, rest=-rest_mass)
     assert graph.missing == pytest.approx(3 / 8)
-    found = graph.scores
-    tokens, error, left = 1 / 4 + 3 / 16, 3 / 16, 3 / 8
-    assert found.replacement == pytest.approx(tokens / (tokens + error + left))
-    assert found.replacement_interval == pytest.approx((tokens, tokens + left))
+    scores = graph.scores
+    tokens, error, missing = 1 / 4 + 3 / 16, 3 / 16, 3 / 8
+    assert scores.replacement == pytest.approx(tokens / (tokens + error + missing))
+    assert scores.replacement_interval == pytest.approx((tokens, tokens + missing))
     visits = 1 + 3 / 4 + 3 / 16 + tokens + error
-    assert found.completeness == pytest.approx((visits - 3 / 16 - left) / visits)
-    further = left * 3  # layers 1 and 0, and an embedding or error
+    assert scores.completeness == pytest.approx((visits - 3 / 16 - missing) / visits)
+    further = missing * 3  # layers 1 and 0, and an embedding or error
     low, high = (visits - 3 / 16) / (visits + further), (visits - 3 / 16 + further) / (visits + further)
-    assert found.completeness_interval == pytest.approx((low, high))
+    assert scores.completeness_interval == pytest.approx((low, high))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,35 +121,35 @@ def test_an_empty_graph_explains_nothing():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_whole_graph_lies_within_the_intervals(seed):
-    whole = random_graph(seed, features=30, layers=4, density=0.3)
+    full_graph = random_graph(seed, features=30, layers=4, density=0.3)
     random = np.random.default_rng(seed)
-    nodes = np.ones(len(whole), bool)
+    nodes = np.ones(len(full_graph), bool)
     nodes[:30] = random.random(30) < random.uniform(0.1, 0.9)
     edges = None
     if seed % 2:  # errors and single edges may be missing too
-        nodes[whole.nodes.find("error")] = random.random(16) < 0.5
-        edges = random.random(whole.adjacency.shape) < 0.9
-    part = whole.keep(nodes, edges)
-    want, got = whole.scores, part.scores
+        nodes[full_graph.nodes.find("error")] = random.random(16) < 0.5
+        edges = random.random(full_graph.adjacency.shape) < 0.9
+    part = full_graph.keep(nodes, edges)
+    want, got = full_graph.scores, part.scores
     assert part.missing > 0
     for name in ("replacement", "completeness"):
         low, high = getattr(got, name + "_interval")
         assert low - 1e-12 <= getattr(want, name) <= high + 1e-12
         assert 0 <= low < high <= 1
-    kept = nodes | whole.nodes.is_kind("token", "position", "output")
-    gained = (whole.influence[kept] - part.influence) / whole.logit_probabilities.sum()
+    is_kept = nodes | full_graph.nodes.is_kind("token", "position", "output")
+    gained = (full_graph.influence[is_kept] - part.influence) / full_graph.logit_probabilities.sum()
     assert gained.min() > -1e-12 and gained.max() <= part.missing + 1e-12 and gained.max() > 0
 
 
 @pytest.mark.parametrize(("source", "end"), [("token", 1), ("error", 0)])
 def test_the_bounds_of_replacement_are_met_by_graphs_that_go_one_way(source, end):
-    """What is missing can be all embeddings or all errors."""
-    whole = random_graph(7, features=12, layers=2)
-    whole = replace_lists(whole, features=whole.features + np.array([2, 0, 0]), layers=4)  # above all errors
-    whole.adjacency[:12] = np.isin(np.arange(len(whole)), whole.nodes.find(source))
-    part = whole.keep(np.arange(len(whole)) >= 6)
-    assert whole.scores.replacement == pytest.approx(part.scores.replacement_interval[end])
-    assert 0.1 < whole.scores.replacement < 0.9 and part.missing > 0.1
+    """The missing contributions may be all embeddings or all errors."""
+    full = random_graph(7, features=12, layers=2)
+    full = replace_lists(full, features=full.features + np.array([2, 0, 0]), layers=4)  # above all errors
+    full.adjacency[:12] = np.isin(np.arange(len(full)), full.nodes.find(source))
+    part = full.keep(np.arange(len(full)) >= 6)
+    assert full.scores.replacement == pytest.approx(part.scores.replacement_interval[end])
+    assert 0.1 < full.scores.replacement < 0.9 and part.missing > 0.1
 
 
 @pytest.mark.parametrize("rule", ["paper", "circuit-tracer"])
@@ -160,25 +160,25 @@ def test_pruning_keeps_the_law(rule, rest):
     assert len(pruned) < len(graph) and np.abs(pruned.residual).max() < 1e-12
     assert np.abs(pruned.rest).sum() > np.abs(graph.rest).sum() and pruned.rest_mass.sum() > graph.rest_mass.sum()
     total = np.abs(pruned.adjacency).sum(axis=1) + pruned.rest_mass
-    whole = (np.abs(graph.adjacency).sum(axis=1) + graph.rest_mass)[graph.masks(0.7, 0.9, rule).nodes]
-    np.testing.assert_allclose(total, whole, rtol=1e-12)
+    mass = (np.abs(graph.adjacency).sum(axis=1) + graph.rest_mass)[graph.masks(0.7, 0.9, rule).nodes]
+    np.testing.assert_allclose(total, mass, rtol=1e-12)
 
 
 def test_nodes_are_kept_up_to_the_threshold():
     graph = random_graph(2, features=40)
-    found = graph.masks(0.6, 1.0, "circuit-tracer")
+    masks = graph.masks(0.6, 1.0, "circuit-tracer")
     influence = dense_influence(graph)
     order = np.argsort(-influence)
     needed = order[: np.searchsorted(np.cumsum(influence[order]) / influence.sum(), 0.6) + 1]
-    assert set(np.flatnonzero(found.nodes)) <= set(needed) | set(graph.nodes.find("token", "output"))
-    np.testing.assert_allclose(found.cumulative[order], np.cumsum(influence[order]) / influence.sum(), rtol=1e-10)
-    assert found.nodes[graph.nodes.find("token", "output")].all()
+    assert set(np.flatnonzero(masks.nodes)) <= set(needed) | set(graph.nodes.find("token", "output"))
+    np.testing.assert_allclose(masks.cumulative[order], np.cumsum(influence[order]) / influence.sum(), rtol=1e-10)
+    assert masks.nodes[graph.nodes.find("token", "output")].all()
 
 
 def slow_edge_mask(graph: Graph, nodes: np.ndarray, threshold: float) -> np.ndarray:
     """The edges that carry this share of the influence among these nodes, one by one from the strongest."""
-    alone = replace(graph, adjacency=graph.adjacency * nodes[:, None] * nodes)
-    flow = compute_edge_shares(alone.edges) * (dense_influence(alone) + graph.output_weights)[:, None]
+    subgraph = replace(graph, adjacency=graph.adjacency * nodes[:, None] * nodes)
+    flow = compute_edge_shares(subgraph.edges) * (dense_influence(subgraph) + graph.output_weights)[:, None]
     mask, carried = np.zeros(flow.shape, bool), 0.0
     for place in np.argsort(-flow, axis=None):
         if carried >= threshold * flow.sum():
@@ -191,7 +191,7 @@ def slow_edge_mask(graph: Graph, nodes: np.ndarray, threshold: float) -> np.ndar
 @pytest.mark.parametrize("seed", range(4))
 def test_edges_are_kept_up_to_the_threshold(seed):
     graph = random_graph(seed, features=40, rest=0.3)
-    found = graph.masks(1.0, 0.8, "paper")
+    masks = graph.masks(1.0, 0.8, "paper")
     nodes = (dense_influence(graph) > 0) | graph.nodes.is_kind("error", "token", "output")
     want = slow_edge_mask(graph, nodes, 0.8)
     features = graph.nodes.is_kind("feature")
@@ -201,12 +201,12 @@ def test_edges_are_kept_up_to_the_threshold(seed):
             break
         nodes &= ~dead
         want &= nodes[:, None] & nodes
-    np.testing.assert_array_equal(found.edges, want)
-    np.testing.assert_array_equal(found.nodes, nodes)
+    np.testing.assert_array_equal(masks.edges, want)
+    np.testing.assert_array_equal(masks.nodes, nodes)
 
 
 def peak_of(function, *arguments) -> int:
-    """Bytes taken at most beyond those that were taken before."""
+    """The peak of memory during the call, beyond the memory in use before it, in bytes."""
     tracemalloc.start()
     try:
         function(*arguments)
@@ -223,8 +223,8 @@ def test_blocks_of_rows_change_nothing(rest, monkeypatch):
         monkeypatch.setattr(influence_module, "BLOCK", size)
         for name in ("replacement", "completeness", "replacement_interval", "completeness_interval"):
             assert getattr(graph.scores, name) == pytest.approx(getattr(want, name), rel=1e-12)
-        found = graph.masks()
-        assert (found.nodes == masked.nodes).all() and (found.edges == masked.edges).all()
+        masks = graph.masks()
+        assert (masks.nodes == masked.nodes).all() and (masks.edges == masked.edges).all()
         np.testing.assert_allclose(graph.prune().rest_mass, pruned.rest_mass, rtol=1e-12)
 
 
@@ -245,13 +245,15 @@ def test_a_pruned_graph_keeps_the_shares_and_scores_of_the_whole():
     shares = compute_cumulative_shares(graph.influence)
     once = graph.prune(0.8, 0.95)
     twice = once.prune(0.6, 0.95)
-    found = graph.masks(0.8, 0.95).nodes
-    np.testing.assert_array_equal(once.whole_shares, shares[found])
-    np.testing.assert_array_equal(twice.whole_shares, shares[found][once.masks(0.6, 0.95).nodes])
+    node_mask = graph.masks(0.8, 0.95).nodes
+    np.testing.assert_array_equal(once.whole_shares, shares[node_mask])
+    np.testing.assert_array_equal(twice.whole_shares, shares[node_mask][once.masks(0.6, 0.95).nodes])
     assert not np.allclose(compute_cumulative_shares(once.influence), once.whole_shares)
-    kept = np.arange(len(graph)) % 2 == 0
-    part = graph.keep(kept)
-    np.testing.assert_array_equal(part.whole_shares, shares[kept | graph.nodes.is_kind("token", "position", "output")])
+    is_kept = np.arange(len(graph)) % 2 == 0
+    part = graph.keep(is_kept)
+    np.testing.assert_array_equal(
+        part.whole_shares, shares[is_kept | graph.nodes.is_kind("token", "position", "output")]
+    )
     assert once.provenance["whole_graph_scores"] == twice.provenance["whole_graph_scores"] == graph.scores.both
     assert graph.whole_shares is None and "whole_graph_scores" not in graph.provenance
 
@@ -275,10 +277,10 @@ def test_equal_influences_stay_or_go_together():
 
 def test_errors_stay_under_the_papers_rule_alone():
     graph = random_graph(4, features=60)
-    ours, theirs = (
+    by_paper, by_circuit_tracer = (
         graph.masks(0.5, 0.9, rule).nodes[graph.nodes.find("error")] for rule in ("paper", "circuit-tracer")
     )
-    assert ours.all() and not theirs.all()
+    assert by_paper.all() and not by_circuit_tracer.all()
     with_places = random_graph(4, features=60, positions=True)
     assert with_places.masks(0.0, 0.0, "circuit-tracer").nodes[with_places.nodes.find("token", "position")].all()
 
@@ -286,20 +288,20 @@ def test_errors_stay_under_the_papers_rule_alone():
 def test_features_that_lose_their_inputs_go():
     graph = hand_graph()
     adjacency = graph.adjacency.copy()
-    adjacency[5, 0] = 0.01  # f0 feeds the output too, but its own inputs fall below the edges' threshold
+    adjacency[5, 0] = 0.01  # f0 also feeds the output, but its inputs are below the edges' threshold
     adjacency[1, 0] = 0.01
     graph = replace_lists(graph, adjacency=adjacency, values=adjacency.sum(axis=1))
-    found = graph.masks(1.0, 0.98)
-    assert found.nodes.tolist() == [False, True, True, True, True, True] and not found.edges[:, 0].any()
+    masks = graph.masks(1.0, 0.98)
+    assert masks.nodes.tolist() == [False, True, True, True, True, True] and not masks.edges[:, 0].any()
 
 
 def test_at_threshold_one_all_that_has_influence_stays():
     graph = random_graph(5, density=1.0)
     graph = replace(graph, adjacency=graph.adjacency.astype(np.float32))
-    found = graph.masks(1.0, 1.0, "circuit-tracer")
-    has = graph.influence > 0
+    masks = graph.masks(1.0, 1.0, "circuit-tracer")
+    has_influence = graph.influence > 0
     np.testing.assert_array_equal(
-        found.nodes, has & (~graph.nodes.is_kind("output")) | graph.nodes.is_kind("token", "output")
+        masks.nodes, has_influence & (~graph.nodes.is_kind("output")) | graph.nodes.is_kind("token", "output")
     )
     graph = hand_graph()
     graph.adjacency[1, 0] = 1e-9  # lost beside the others in a sum in single precision
@@ -354,10 +356,10 @@ def test_the_strongest_paths_are_those_of_all_paths(seed, count):
     tokens = set(graph.nodes.find("token"))
     paths = all_paths(graph, np.r_[np.zeros(len(graph) - 2), weights])
     want = [(share, path) for share, path in paths if path[0] in tokens][:count]
-    found = strongest_paths(graph, count)
-    assert [path.nodes for path in found] == [path for _, path in want] and len(found) == count
-    np.testing.assert_allclose([path.share for path in found], [share for share, _ in want], rtol=1e-12)
-    for path in found:
+    strongest = strongest_paths(graph, count)
+    assert [path.nodes for path in strongest] == [path for _, path in want] and len(strongest) == count
+    np.testing.assert_allclose([path.share for path in strongest], [share for share, _ in want], rtol=1e-12)
+    for path in strongest:
         assert path.sign == np.prod([np.sign(graph.adjacency[b, a]) for a, b in pairwise(path.nodes)])
     assert max(len(path.nodes) for path in strongest_paths(graph, 25)) > 2
 
@@ -366,10 +368,10 @@ def test_the_strongest_paths_lead_to_the_target_asked_for():
     graph = random_graph(8, features=10)
     target = int(np.flatnonzero(np.abs(graph.adjacency[:10]).sum(axis=1) * graph.features[:, 0])[-1])
     want = all_paths(graph, np.eye(len(graph))[target])[:6]
-    found = strongest_paths(graph, 6, target, ("token", "error", "feature"))
-    ends = [path for path in found if path.nodes[0] >= 10]
-    assert {path.nodes for path in ends} <= {path for _, path in want} and all(p.nodes[-1] == target for p in found)
-    assert any(path.nodes[0] < 10 for path in found) and all(len(path.nodes) > 1 for path in found)
+    paths = strongest_paths(graph, 6, target, ("token", "error", "feature"))
+    ends = [path for path in paths if path.nodes[0] >= 10]
+    assert {path.nodes for path in ends} <= {path for _, path in want} and all(p.nodes[-1] == target for p in paths)
+    assert any(path.nodes[0] < 10 for path in paths) and all(len(path.nodes) > 1 for path in paths)
     output = int(graph.nodes.find("output")[1])
     assert {path.nodes[-1] for path in strongest_paths(graph, 5, output)} == {output}
     with pytest.raises(UserError, match=r"node 99: expected a number from 0 to \d+"):
@@ -410,8 +412,8 @@ def test_edges_between_supernodes():
     np.testing.assert_allclose(edges, [[1 / 3, -1 / 6, 0], [0, 0, 0], [3 / 4, 1 / 4, 0]], atol=1e-6)
     names, edges = between_supernodes(graph, others=True)
     assert names[3:] == ['error of layer 1 at " Creek" (1)'] and edges[0, 3] == pytest.approx(-1 / 3)
-    alone = between_supernodes(replace(graph, supernodes={}), others=True)[1]
-    np.testing.assert_allclose(np.abs(alone), compute_edge_shares(graph.edges), rtol=1e-6)
+    without_groups = between_supernodes(replace(graph, supernodes={}), others=True)[1]
+    np.testing.assert_allclose(np.abs(without_groups), compute_edge_shares(graph.edges), rtol=1e-6)
     pruned = graph.keep(np.array([False, True, True, True, True, True]))
     assert between_supernodes(pruned)[1][2, 0] == pytest.approx(3 / 4)
 
@@ -519,22 +521,22 @@ def test_words_for_nodes_hold_no_signs_that_do_not_print():
     assert all(name_of(graph, node).isprintable() for node in range(6))
 
 
-def damaged(path, change):
-    """The saved file with one array changed, or dropped where the change gives none."""
+def damage_file(path, change):
+    """Changes the arrays of a saved file."""
     arrays = dict(np.load(path))
     change(arrays)
     np.savez_compressed(path, **arrays)
 
 
-def about(**said):
+def about(**fields):
     def change(arrays):
-        content = json.loads(arrays["about"].tobytes()) | said
+        content = json.loads(arrays["about"].tobytes()) | fields
         arrays["about"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
 
     return change
 
 
-def put(name, place, value):
+def set_item(name, place, value):
     def change(arrays):
         arrays[name] = arrays[name].copy()
         arrays[name][place] = value
@@ -567,22 +569,22 @@ def put(name, place, value):
         (about(supernodes={"a": 5}), "supernode 'a' names nodes that are not there"),
         (about(layers=10**15), "1000000000000000 layers, expected 0 to 10000"),
         (about(layers=2), "array 'features, layer' holds 2, expected 0 to 1"),
-        (put("bias", 2, np.nan), "array 'bias' holds nan, expected numbers"),
-        (put("values", 0, np.inf), "array 'values' holds inf"),
-        (put("rest_mass", 0, -1), "array 'rest_mass' holds -1.0, expected at least 0"),
-        (put("activations", 0, np.nan), "array 'activations' holds nan"),
-        (put("edges", 3, np.nan), "the edge .* -> .* is not finite"),
-        (put("logit_probabilities", 0, -0.5), "array 'logit_probabilities' holds -0.5, expected at least 0"),
-        (put("logit_probabilities", 0, 1.5), "array 'logit_probabilities of tokens' holds 1.5, expected 0 to 1.0"),
-        (put("features", (0, 0), -5), "array 'features, layer' holds -5, expected 0 to 2"),
-        (put("features", (0, 1), 10**6), "array 'features, position' holds 1000000, expected 0 to 1"),
-        (put("features", (1, 2), -1), "array 'features, feature' holds -1"),
-        (put("errors", (0, 0), 3), "array 'errors, layer' holds 3"),
-        (put("errors", (0, 1), 2), "array 'errors, position' holds 2"),
-        (put("logit_positions", 0, 2), "array 'logit_positions' holds 2, expected 0 to 1"),
-        (put("tokens", 0, -2), "array 'tokens' holds -2"),
+        (set_item("bias", 2, np.nan), "array 'bias' holds nan, expected numbers"),
+        (set_item("values", 0, np.inf), "array 'values' holds inf"),
+        (set_item("rest_mass", 0, -1), "array 'rest_mass' holds -1.0, expected at least 0"),
+        (set_item("activations", 0, np.nan), "array 'activations' holds nan"),
+        (set_item("edges", 3, np.nan), "the edge .* -> .* is not finite"),
+        (set_item("logit_probabilities", 0, -0.5), "array 'logit_probabilities' holds -0.5, expected at least 0"),
+        (set_item("logit_probabilities", 0, 1.5), "array 'logit_probabilities of tokens' holds 1.5, expected 0 to 1.0"),
+        (set_item("features", (0, 0), -5), "array 'features, layer' holds -5, expected 0 to 2"),
+        (set_item("features", (0, 1), 10**6), "array 'features, position' holds 1000000, expected 0 to 1"),
+        (set_item("features", (1, 2), -1), "array 'features, feature' holds -1"),
+        (set_item("errors", (0, 0), 3), "array 'errors, layer' holds 3"),
+        (set_item("errors", (0, 1), 2), "array 'errors, position' holds 2"),
+        (set_item("logit_positions", 0, 2), "array 'logit_positions' holds 2, expected 0 to 1"),
+        (set_item("tokens", 0, -2), "array 'tokens' holds -2"),
         (
-            put("features", (0, 0), 2),
+            set_item("features", (0, 0), 2),
             'the edge layer 2 feature 17 at " South" .* leads from layer 2 to 2, expected into a',
         ),
         (lambda arrays: arrays.update(logit_weights=np.array([-1.0])), "array 'logit_weights' holds -1.0"),
@@ -593,7 +595,7 @@ def put(name, place, value):
 def test_damaged_files_are_told_in_one_line(change, message, tmp_path):
     path = tmp_path / "graph.npz"
     hand_graph().save(path)
-    damaged(path, change)
+    damage_file(path, change)
     with pytest.raises(UserError, match=message) as error:
         load_graph(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
@@ -611,7 +613,7 @@ def test_damaged_files_are_told_in_one_line(change, message, tmp_path):
 def test_a_small_file_takes_little_memory(name, array, fails, tmp_path):
     path = tmp_path / "graph.npz"
     hand_graph().save(path)
-    damaged(path, lambda arrays: arrays.update({name: array}))
+    damage_file(path, lambda arrays: arrays.update({name: array}))
     assert path.stat().st_size < 400_000
 
     def load():
@@ -635,10 +637,10 @@ def test_a_graph_larger_than_memory_is_refused_at_once(tmp_path, monkeypatch):
 def test_files_that_are_no_archives_are_told_in_one_line(read, tmp_path):
     path = tmp_path / "graph"
     hand_graph().save(path)
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 3] ^= 255
-    for content in (b"", b"text", whole[: len(whole) // 2], bytes(flipped), pickle.dumps(1), None):
+    archive_bytes = path.read_bytes()
+    flipped = bytearray(archive_bytes)
+    flipped[len(archive_bytes) // 3] ^= 255
+    for content in (b"", b"text", archive_bytes[: len(archive_bytes) // 2], bytes(flipped), pickle.dumps(1), None):
         path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(UserError, match=f"{path}: ") as error:
             read(path)
@@ -675,7 +677,7 @@ def test_no_pickle_is_run(content, message, tmp_path, capsys):
 
 
 def tensor_bytes(shape, strides, offset, numbers) -> bytes:
-    """A dictionary with one tensor, as torch pickles it, written out by hand."""
+    """A dictionary with one tensor, as torch pickles it, written byte by byte."""
 
     def number(n: int) -> bytes:
         return b"J" + n.to_bytes(4, "little", signed=True)
@@ -684,7 +686,7 @@ def tensor_bytes(shape, strides, offset, numbers) -> bytes:
         return b"X" + len(s).to_bytes(4, "little") + s.encode()
 
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(numbers) + b"tQ"
-    axes = b"".join(b"(" + b"".join(map(number, given)) + b"t" for given in (shape, strides))
+    axes = b"".join(b"(" + b"".join(map(number, sizes)) + b"t" for sizes in (shape, strides))
     start = b"\x80\x02}" + text("a") + b"ctorch._utils\n_rebuild_tensor_v2\n("
     return start + storage + number(offset) + axes + b"I00\nccollections\nOrderedDict\n)RtRs."
 
@@ -721,15 +723,15 @@ def test_tensors_take_no_more_than_the_file(tmp_path):
 @pytest.mark.parametrize("folder", GRAPHS)
 def test_reference_graphs_are_explained_pruned_and_saved(folder, tmp_path):
     graph = golden_graph(folder)
-    found = graph.scores
-    assert 0 < found.replacement < found.completeness < 1 and graph.missing == 0
+    scores = graph.scores
+    assert 0 < scores.replacement < scores.completeness < 1 and graph.missing == 0
     pruned = graph.prune()
     assert graph.counts["error"] == pruned.counts["error"]
     assert 5 * np.count_nonzero(pruned.adjacency) < np.count_nonzero(graph.adjacency)
     assert np.abs(pruned.residual).max() < 1e-5 * np.abs(graph.values).max()
     for name in ("replacement", "completeness"):
         low, high = getattr(pruned.scores, name + "_interval")
-        assert low < getattr(found, name) < high
+        assert low < getattr(scores, name) < high
     assert path_lengths(graph).sum() == pytest.approx(1)
     best = strongest_paths(graph, 3)
     assert len(best) == 3 and describe(graph, best[0]).startswith('"<')

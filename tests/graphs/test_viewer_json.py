@@ -1,4 +1,4 @@
-"""Viewers' files keep all that a graph says, are read back without loss, and a graph can be drawn without a viewer."""
+"""Files for viewers keep all of a graph and are read without loss, and a graph can be drawn without a viewer."""
 
 import gzip
 import json
@@ -27,9 +27,8 @@ from jclt.viewer import draw_graph, summarize_graph, write_graph, write_viewer_j
 from jclt.viewer.picture import _do_overlap, _draw_labels, _draw_outputs, _lay_out
 from jclt.world import TASKS
 
-PUBLISHED = Path(__file__).parents[3] / "shared/datasets/graphs"
-NAMES = ("dallas-austin-gemma-2-2b-clt", "dollar-gemma-2-2b", "meow-gemma-2-2b-clt")
-needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason=f"{PUBLISHED} with published graphs is not here")
+PUBLISHED = Path(__file__).parents[1] / "golden" / "published_graphs"
+NAMES = ("dallas-austin-gemma-2-2b-clt", "dollar-gemma-2-2b-part", "meow-gemma-2-2b-clt")
 
 NODE_FIELDS = {
     *("node_id", "feature", "layer", "ctx_idx", "feature_type", "token_prob", "is_target_logit"),
@@ -74,8 +73,8 @@ def small_graph(**changes) -> Graph:
     return replace_lists(graph, **changes)
 
 
-def published(name: str) -> dict:
-    return json.loads((PUBLISHED / f"{name}.json").read_text())
+def read_published(name: str) -> dict:
+    return json.loads(gzip.decompress((PUBLISHED / f"{name}.json.gz").read_bytes()))
 
 
 def write(path: Path, **changes) -> Path:
@@ -135,8 +134,8 @@ def test_links_metadata_and_view_are_written():
     assert {"source": "E_50_1", "target": "1_90000_2", "weight": 0.33333334} in links
 
     metadata = content["metadata"]
-    wanted = {"slug": "own", "scan": "tiny", "schema_version": 1, "title_prefix": "A title", "node_threshold": 0.8}
-    assert wanted.items() <= metadata.items()
+    expected = {"slug": "own", "scan": "tiny", "schema_version": 1, "title_prefix": "A title", "node_threshold": 0.8}
+    assert expected.items() <= metadata.items()
     assert metadata["prompt_tokens"] == ["<bos>", "The", " cat"] and metadata["prompt"] == "<bos>The cat"
     assert metadata["info"]["generator"] == {"name": "jclt", "version": jclt.__version__}
     assert metadata["info"]["description"] == "someone/coder"
@@ -161,14 +160,15 @@ def test_influence_is_the_share_of_all_that_matters_at_least_as_much():
 
 
 def distinct_graph(seed: int, **options) -> Graph:
-    """A random graph whose features all have other numbers."""
+    """A random graph whose features all have different numbers."""
     graph = random_graph(seed, **options)
     numbers = 100 + np.arange(len(graph.features))  # larger than any layer, so that no error has a feature's id
     return replace_lists(graph, features=np.column_stack([graph.features[:, :2], numbers]))
 
 
-def shown(content: dict, threshold: float | None = None) -> set[str]:
-    """What circuit-tracer's viewer shows, errors by the same rule as features; its slider begins at the graph's own."""
+def shown_ids(content: dict, threshold: float | None = None) -> set[str]:
+    """The ids of the nodes that circuit-tracer's viewer shows. Errors follow the same rule as features. The slider
+    begins at the graph's threshold."""
     threshold = content["metadata"]["node_threshold"] if threshold is None else threshold
     return {
         node["node_id"]
@@ -181,14 +181,14 @@ def shown(content: dict, threshold: float | None = None) -> set[str]:
 @pytest.mark.parametrize("threshold", [0.5, 0.8123456789, 1.0])
 def test_viewers_show_all_that_pruning_kept(rule, threshold):
     graph = distinct_graph(3, features=60, layers=4)
-    whole = {node["node_id"]: node["influence"] for node in export_json(graph)["nodes"]}
+    full_influence = {node["node_id"]: node["influence"] for node in export_json(graph)["nodes"]}
     for small in (once := graph.prune(threshold, rule=rule), once.prune(0.9, rule=rule), once.prune(0.2, rule=rule)):
         content = export_json(small)
-        assert len(content["nodes"]) == len(small) and len(shown(content)) == len(small)
+        assert len(content["nodes"]) == len(small) and len(shown_ids(content)) == len(small)
         limit = content["metadata"]["node_threshold"]
-        own = {node["node_id"]: node["influence"] for node in content["nodes"] if node["influence"] is not None}
-        assert own == {node_id: min(whole[node_id], limit) for node_id in own}
-    assert 0 < len(shown(export_json(once), threshold / 2)) < len(once)  # and fewer where the user asks for fewer
+        influence = {node["node_id"]: node["influence"] for node in content["nodes"] if node["influence"] is not None}
+        assert influence == {node_id: min(full_influence[node_id], limit) for node_id in influence}
+    assert 0 < len(shown_ids(export_json(once), threshold / 2)) < len(once)  # and fewer where the user asks for fewer
     assert all(type(node["influence"]) in (float, type(None)) for node in export_json(once)["nodes"])
 
 
@@ -200,7 +200,7 @@ def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
     small = graph.prune()
     assert write_graph(graph, small, tmp_path, task) == task
     content = json.loads((tmp_path / f"{task}.json").read_text())
-    assert len(shown(content)) == len(small) and len(small.features) >= 9
+    assert len(shown_ids(content)) == len(small) and len(small.features) >= 9
     index = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
     assert index == [content["metadata"]] and index[0]["slug"] == task and index[0]["scan"] == "demo"
     metadata = content["metadata"]
@@ -217,7 +217,9 @@ def test_a_file_that_is_pruned_after_it_was_read_is_shown_whole(tmp_path):
     export_json(distinct_graph(3, features=60), tmp_path / "one.json")
     small = import_json(tmp_path / "one.json").prune(0.7)
     content = export_json(small)
-    assert content["metadata"]["node_threshold"] == 0.7 and len(shown(content)) == len(content["nodes"]) == len(small)
+    assert content["metadata"]["node_threshold"] == 0.7 and len(shown_ids(content)) == len(content["nodes"]) == len(
+        small
+    )
 
 
 def test_only_tokens_are_shown_with_probabilities(tmp_path):
@@ -335,7 +337,7 @@ def test_a_folder_of_saved_graphs_becomes_a_viewers(tmp_path):
     index = json.loads((tmp_path / "graph-metadata.json").read_text())["graphs"]
     assert [entry["slug"] for entry in index] == ["000000", "000001"] and index[0]["node_threshold"] == 0.8
     content = json.loads((tmp_path / "000000.json").read_text())
-    assert len(shown(content)) == len(content["nodes"]) == len(distinct_graph(0).prune())
+    assert len(shown_ids(content)) == len(content["nodes"]) == len(distinct_graph(0).prune())
 
 
 def test_cantor_numbers_tell_layers_and_features_apart():
@@ -394,7 +396,7 @@ def test_what_cannot_be_written_is_said():
         export_json(small_graph(features=np.array([[0, 2, 1], [1, 2, 7], [1, 2, 7]])))
 
 
-def timed(function):
+def time_call(function):
     start = time.process_time()
     return function(), time.process_time() - start
 
@@ -432,13 +434,13 @@ def test_a_large_graph_is_written_small_and_fast(tmp_path):
         layers=26,
     )
     path = tmp_path / "large.json"
-    _, writing = timed(lambda: export_json(graph, path))
-    content, parsing = timed(lambda: json.loads(path.read_bytes()))
-    _, dumping = timed(lambda: json.dumps(content))
+    _, writing = time_call(lambda: export_json(graph, path))
+    content, parsing = time_call(lambda: json.loads(path.read_bytes()))
+    _, dumping = time_call(lambda: json.dumps(content))
     assert writing < 10 * dumping  # twice, as measured
     assert path.stat().st_size - len(json.dumps(content["nodes"])) < 75 * 500_000  # 117 B a link as published
     del content
-    back, reading = timed(lambda: import_json(path))
+    back, reading = time_call(lambda: import_json(path))
     assert reading < 30 * parsing  # 4 to 7 times, as measured
     assert np.array_equal(back.adjacency, adjacency) and back.adjacency.dtype == np.float32
 
@@ -446,11 +448,10 @@ def test_a_large_graph_is_written_small_and_fast(tmp_path):
 # Published files.
 
 
-@needs_published
 @pytest.mark.parametrize("name", NAMES)
 def test_published_files_survive_a_round_trip(name, tmp_path):
-    before = published(name)
-    graph = import_json(PUBLISHED / f"{name}.json")
+    before = read_published(name)
+    graph = import_json(PUBLISHED / f"{name}.json.gz")
     export_json(graph, tmp_path / "one.json")
     after = json.loads((tmp_path / "one.json").read_text())
     assert graph.layers == 26 and graph.adjacency.dtype == np.float32
@@ -471,9 +472,8 @@ def test_published_files_survive_a_round_trip(name, tmp_path):
     assert export_json(import_json(tmp_path / "one.json")) == after
 
 
-@needs_published
 def test_a_shared_id_is_told_apart():
-    graph = import_json(PUBLISHED / "dollar-gemma-2-2b.json")
+    graph = import_json(PUBLISHED / "dollar-gemma-2-2b-part.json.gz")
     nodes = graph.annotations["nodes"]
     feature = next(i for i, node in enumerate(nodes) if node["node_id"] == "0_2_1")
     error = next(i for i, node in enumerate(nodes) if node["node_id"] == "err_2_1")
@@ -485,16 +485,15 @@ def test_a_shared_id_is_told_apart():
     assert graph.nodes.layer[np.flatnonzero(graph.adjacency[:, error])].min() > 2
 
 
-@needs_published
 def test_a_pruned_file_keeps_its_nodes_fields():
-    graph = import_json(PUBLISHED / "meow-gemma-2-2b-clt.json")
-    kept = np.ones(len(graph), bool)
-    kept[:10] = False
+    graph = import_json(PUBLISHED / "meow-gemma-2-2b-clt.json.gz")
+    is_kept = np.ones(len(graph), bool)
+    is_kept[:10] = False
     before = export_json(graph)
-    after = export_json(graph.keep(kept))
+    after = export_json(graph.keep(is_kept))
     assert after["nodes"] == before["nodes"][10:]
-    left = {node["node_id"] for node in after["nodes"]}
-    assert after["links"] == [link for link in before["links"] if {link["source"], link["target"]} <= left]
+    remaining = {node["node_id"] for node in after["nodes"]}
+    assert after["links"] == [link for link in before["links"] if {link["source"], link["target"]} <= remaining]
 
 
 # Read.
@@ -706,8 +705,8 @@ def test_neither_features_nor_labels_cover_features():
     axes = Figure().add_axes((0, 0, 1, 1))
     names = ["the first", *(f"feature {i}" for i in range(1, len(crowd)))]
     _draw_labels(axes, names, np.arange(n, 0, -1.0), plan, boxes[: len(crowd)])
-    written = [text.get_text() for text in axes.texts]
-    assert written[0] == "the first" and 4 <= len(set(written)) == len(written) < len(crowd)  # others find no room
+    labels = [text.get_text() for text in axes.texts]
+    assert labels[0] == "the first" and 4 <= len(set(labels)) == len(labels) < len(crowd)  # others find no room
     for text in axes.texts:
         assert not any(
             left < text.get_position()[0] < right and low < text.get_position()[1] < high

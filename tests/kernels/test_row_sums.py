@@ -1,4 +1,4 @@
-"""Each form of the sums over active pairs, beside the products of whole matrices."""
+"""Each form of the sums over active pairs, compared with products of full matrices."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ def to_float32(x: np.ndarray) -> Any:
 
 
 def check(form: Any, tokens: int, features: int, lengths: tuple[int, ...], width: int, share: float) -> None:
-    """Layers whose features write to so many layers from their own on, and the errors of all of them."""
+    """Compares the sums of layers whose features write to so many layers, from their layer on, with products."""
     layers = [random_layer(tokens, features, length, width, share, seed) for seed, length in enumerate(lengths)]
     errors = np.random.default_rng(9).standard_normal((tokens, 3, width))
     by_token = [
@@ -49,11 +49,11 @@ def check(form: Any, tokens: int, features: int, lengths: tuple[int, ...], width
         for i, layer in enumerate(layers)
     ]
 
-    written = form.sum_rows(by_token, [layer.values for layer in layers], lengths[0])
+    sums = form.sum_rows(by_token, [layer.values for layer in layers], lengths[0])
     wanted = np.zeros((tokens, lengths[0], width))
     for i, layer in enumerate(layers):
         wanted[:, i : i + lengths[i]] += np.einsum("nf,frd->nrd", layer.x, layer.table)
-    np.testing.assert_allclose(written, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sums, wanted, rtol=1e-4, atol=1e-4)
 
     for i, (layer, products) in enumerate(zip(layers, form.dot_rows(by_token, to_float32(errors)), strict=True)):
         count = int(layer.pairs.total[0])

@@ -41,8 +41,8 @@ def test_cached_generation_equals_generation_without_cache(case):
     for _ in range(6):
         logits, _ = jclt.run(model, tokens)
         tokens = np.concatenate([tokens, np.asarray(logits[:, -1].argmax(-1))[:, None]], axis=1)
-    grown = jclt.generate(model, reference(case)["tokens"], 6, stop_tokens=())
-    assert grown.tolist() == tokens.tolist()
+    generated = jclt.generate(model, reference(case)["tokens"], 6, stop_tokens=())
+    assert generated.tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("case", ["llama3", "gemma2"])
@@ -56,7 +56,7 @@ def test_bfloat16_stays_near_float32(case):
 
 @pytest.mark.parametrize("case", ["gpt2", "gemma3"])
 def test_float64_is_float64_throughout(case):
-    """Nothing on the way is rounded to float32: the float32 pass differs from it by its own rounding only."""
+    """Nothing is rounded to float32: the float32 pass differs only by its rounding."""
     rough, _ = jclt.run(golden_model(case), reference(case)["tokens"])
     with jax.enable_x64():
         exact = jclt.load_model(FOLDER / case, dtype="float64")
@@ -91,14 +91,14 @@ def test_sharded_over_devices_equals_one_device(case):
     assert len(got.sharding.device_set) == 8 and not got.sharding.is_fully_replicated
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
     np.testing.assert_allclose(seen_sharded["resid_mid"], seen["resid_mid"], atol=1e-5, rtol=1e-5)
-    alone, _ = jclt.run(model, tokens[0])  # a batch that does not divide is kept whole
-    np.testing.assert_allclose(alone, want[0], atol=1e-5, rtol=0)
+    single, _ = jclt.run(model, tokens[0])  # a batch that does not divide is kept whole
+    np.testing.assert_allclose(single, want[0], atol=1e-5, rtol=0)
 
 
 def test_stories_agree_with_their_source():
     folder, golden = SHARED / "models" / "stories260K", SHARED / "golden" / "stories260K"
     if not folder.exists():
-        pytest.skip("stories260K is not at hand")
+        pytest.skip("stories260K (1 MB) is too large for tests/golden and ../shared/models is not here")
     model, want = jclt.load_model(folder), np.load(golden / "reference.npz")
     logits, seen = jclt.run(model, want["tokens"], capture=("resid_pre", "resid_final"))
     hidden = np.concatenate([seen["resid_pre"], seen["resid_final"][None]])

@@ -51,13 +51,13 @@ def test_edits_that_change_nothing_change_no_bit(model, tokens, unroll):
 
 
 def test_layers_say_of_which_layers_the_values_are(model, tokens, captured):
-    """In any order, scanned and unrolled alike; the layers that are not named stay as they are."""
+    """In any order, scanned and unrolled; the other layers do not change."""
     new = 2 * captured["mlp_out"]
     everywhere = Replace({"mlp_out": new}, {"mlp_out": jnp.asarray([True, False, True])[:, None, None, None]})
-    chosen = Replace({"mlp_out": new[jnp.asarray([2, 0])]}, layers=(2, 0))
+    replacement = Replace({"mlp_out": new[jnp.asarray([2, 0])]}, layers=(2, 0))
     want, want_seen = jclt.run(model, tokens, capture=("mlp_out",), edit=everywhere)
     for unroll in (False, True):
-        got, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=chosen, unroll=unroll)
+        got, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=replacement, unroll=unroll)
         np.testing.assert_allclose(got, want, atol=1e-5)
         np.testing.assert_allclose(seen["mlp_out"], want_seen["mlp_out"], atol=1e-5)
         np.testing.assert_array_equal(seen["mlp_out"][0], new[0])
@@ -86,7 +86,7 @@ def test_compose_applies_edits_in_the_order_given(model, tokens, captured):
 
 
 def test_freeze_stops_gradients_and_replace_does_not(model, tokens, captured):
-    """Two ways from the embedding to the logits: past the frozen site there is no other, so the gradient is 0."""
+    """Every path from the embedding to the logits passes the frozen site, so the gradient is 0."""
     embedding = jclt.run(model, tokens, capture=("token_embedding",))[1]["token_embedding"]
 
     def loss(embedding, *edits):
@@ -103,14 +103,14 @@ def test_freeze_stops_gradients_and_replace_does_not(model, tokens, captured):
     partly = gradient(embedding, Freeze(("pattern", "attn_denominator")))
     assert float(abs(partly).max()) > 1e-3 and float(abs(partly - gradient(embedding)).max()) > 1e-3
 
-    def of_values(values):
+    def loss_of_frozen(values):
         return loss(embedding, Freeze({"mlp_out": values}))
 
-    def of_replaced(values):
+    def loss_of_replaced(values):
         return loss(embedding, Replace({"mlp_out": values}))
 
-    assert not np.asarray(jax.grad(of_values)(captured["mlp_out"])).any()
-    assert float(abs(jax.grad(of_replaced)(captured["mlp_out"])).max()) > 1e-3
+    assert not np.asarray(jax.grad(loss_of_frozen)(captured["mlp_out"])).any()
+    assert float(abs(jax.grad(loss_of_replaced)(captured["mlp_out"])).max()) > 1e-3
 
 
 def test_a_single_block_takes_values_without_a_layer_axis(captured):

@@ -77,8 +77,8 @@ def test_one_definition_reads_a_new_family(folder):
     file = SafetensorsFile(folder / "model.safetensors")
     np.testing.assert_array_equal(model.params["token_embedding"], file.read_tensor("net.embed").T)
     for part, name in enumerate(("query", "key", "value")):
-        stored = file.read_tensor("net.layers.1.qkv").reshape(3, 2, 4, 8)[part]
-        np.testing.assert_array_equal(model.params[name][1], stored.transpose(2, 0, 1))
+        tensor = file.read_tensor("net.layers.1.qkv").reshape(3, 2, 4, 8)[part]
+        np.testing.assert_array_equal(model.params[name][1], tensor.transpose(2, 0, 1))
     tokens = np.arange(6)
     logits, _ = jclt.run(model, tokens)
     same = Model(replace(config, family="llama"), model.params, None, "the same arithmetic under another name")

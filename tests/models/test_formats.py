@@ -1,4 +1,4 @@
-"""Models on disk: what is written reads back, and what is wrong is said in one line."""
+"""Models on disk: saved models load again, and wrong files are refused in one line."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from jclt.models.formats.weights import load_config
 
 @pytest.fixture
 def broken(tmp_path):
-    """A copy of a checkpoint to spoil."""
+    """A copy of a checkpoint, for tests that damage it."""
     folder = tmp_path / "model"
     shutil.copytree(FOLDER / "llama3", folder)
     return folder
@@ -41,7 +41,7 @@ def tensors_of(path: Path) -> dict[str, dict]:
 
 
 def write(path: Path, tensors: dict[str, dict]) -> None:
-    """One after the other, as the format wants them."""
+    """Writes the tensors one after another, as the format requires."""
     header, end = {}, 0
     for name, entry in tensors.items():
         data_offsets = [end, end + len(entry["data"])]
@@ -125,24 +125,27 @@ def test_wrong_shape(broken):
 def test_wrong_configuration(broken):
     raw = json.loads((broken / "config.json").read_text())
 
-    def refused(changes: dict) -> str:
-        kept = {key: value for key, value in (raw | changes).items() if value is not ...}
-        (broken / "config.json").write_text(json.dumps(kept))
+    def get_refusal(changes: dict) -> str:
+        settings = {key: value for key, value in (raw | changes).items() if value is not ...}
+        (broken / "config.json").write_text(json.dumps(settings))
         with pytest.raises(UserError) as error:
             jclt.load_model(broken)
         return str(error.value).removeprefix(f"{broken}/config.json: ")
 
-    assert refused({"model_type": "lama"}) == "architecture 'lama' is unknown; did you mean 'llama'?"
-    assert refused({"hidden_size": ...}) == "'hidden_size' is missing, expected of every llama model"
-    assert refused({"hidden_size": "big"}) == "'hidden_size' is 'big', expected a positive whole number"
-    assert refused({"rms_norm_eps": "small"}) == "'rms_norm_eps' is 'small', expected a number"
-    assert refused({"hidden_act": "gelo"}) == "activation 'gelo' is unknown; did you mean 'gelu'?"
-    assert refused({"hidden_act": None}).startswith("the activation is None, expected one of: gelu, ")
-    assert refused({"num_attention_heads": 0}) == "'num_attention_heads' is 0, expected a positive whole number"
-    assert refused({"num_key_value_heads": 3}) == "model: kv_heads=3, expected a divisor of heads=4"
+    assert get_refusal({"model_type": "lama"}) == "architecture 'lama' is unknown; did you mean 'llama'?"
+    assert get_refusal({"hidden_size": ...}) == "'hidden_size' is missing, expected of every llama model"
+    assert get_refusal({"hidden_size": "big"}) == "'hidden_size' is 'big', expected a positive whole number"
+    assert get_refusal({"rms_norm_eps": "small"}) == "'rms_norm_eps' is 'small', expected a number"
+    assert get_refusal({"hidden_act": "gelo"}) == "activation 'gelo' is unknown; did you mean 'gelu'?"
+    assert get_refusal({"hidden_act": None}).startswith("the activation is None, expected one of: gelu, ")
+    assert get_refusal({"num_attention_heads": 0}) == "'num_attention_heads' is 0, expected a positive whole number"
+    assert get_refusal({"num_key_value_heads": 3}) == "model: kv_heads=3, expected a divisor of heads=4"
     yarn = {"rope_type": "yarn", "factor": 2.0}
-    assert refused({"rope_scaling": yarn}) == "rope scaling 'yarn' is unknown; expected one of: default, linear, llama3"
-    assert "q_proj.weight' has shape [32, 24], expected (H K) D with {'H': 8, 'K': 8}" in refused(
+    assert (
+        get_refusal({"rope_scaling": yarn})
+        == "rope scaling 'yarn' is unknown; expected one of: default, linear, llama3"
+    )
+    assert "q_proj.weight' has shape [32, 24], expected (H K) D with {'H': 8, 'K': 8}" in get_refusal(
         {"num_attention_heads": 8}
     )
 
@@ -253,20 +256,20 @@ def test_weights_lie_where_the_rules_say():
 
 
 def test_a_hub_name_is_found_in_the_cache(tmp_path):
-    """Laid out as huggingface_hub keeps its files, read in a process that finds no network."""
+    """In the layout of huggingface_hub's cache, read in a process without network."""
     cached = tmp_path / "hub" / "models--me--tiny"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
     shutil.copytree(FOLDER / "llama3", cached / "snapshots" / "abc")
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     code = "import jclt; print(jclt.load_model('me/tiny').config.family); jclt.load_model('me/other')"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
     )
-    assert done.stdout == "llama\n"
+    assert process.stdout == "llama\n"
     assert (
         "jclt.errors.UserError: model 'me/other': no such folder, not in the local cache, and not reachable"
-        in done.stderr
+        in process.stderr
     )
 
 
@@ -299,11 +302,11 @@ def test_peak_host_memory_stays_below_the_weights_and_a_shard(tmp_path):
     shards = [path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors")]
     assert len(shards) >= 4
     root = str(Path(__file__).parents[2])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "m"), root], capture_output=True, text=True, check=True
     )
-    grown, held = map(int, done.stdout.split())
-    assert grown < held + 1.3 * max(shards), (grown, held, max(shards))
+    growth, size = map(int, process.stdout.split())
+    assert growth < size + 1.3 * max(shards), (growth, size, max(shards))
 
 
 # Damage of every kind: one line, at once.
@@ -369,7 +372,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path):
     raw = json.loads(index.read_text())
     shutil.copy(tmp_path / "model" / "model-00002-of-00002.safetensors", tmp_path / "x.safetensors")
 
-    def refused(weight_map: object) -> str:
+    def get_refusal(weight_map: object) -> str:
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(UserError) as error:
             jclt.load_model(tmp_path / "model")
@@ -377,9 +380,9 @@ def test_an_index_names_files_beside_it_alone(tmp_path):
 
     first = next(iter(raw["weight_map"]))
     for name in ("../x.safetensors", "/etc/x.safetensors", "..", 3, {"a": 1}, "a\0.safetensors"):
-        assert refused(raw["weight_map"] | {first: name}).startswith(f"tensor '{first}' is in ")
-    assert refused(list(raw["weight_map"])).startswith("'weight_map' is [")
-    assert refused({}) == "'weight_map' is {}, expected each tensor's file"
+        assert get_refusal(raw["weight_map"] | {first: name}).startswith(f"tensor '{first}' is in ")
+    assert get_refusal(list(raw["weight_map"])).startswith("'weight_map' is [")
+    assert get_refusal({}) == "'weight_map' is {}, expected each tensor's file"
 
 
 def test_a_tensor_in_two_files_is_refused(broken):
@@ -411,26 +414,26 @@ def test_weights_of_whole_numbers_are_refused(broken):
 
 
 def test_what_is_no_plain_file_gets_one_line(broken):
-    kept = {path.name: path.read_bytes() for path in broken.iterdir()}
+    contents = {path.name: path.read_bytes() for path in broken.iterdir()}
 
-    def refused(name: str) -> str:
+    def get_refusal(name: str) -> str:
         with pytest.raises(UserError) as error:
             jclt.load_model(broken)
         path = broken / name
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        path.write_bytes(kept[name])
+        path.write_bytes(contents[name])
         return str(error.value)
 
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (broken / name).unlink()
         (broken / name).mkdir()
-        assert f"{name}: is a folder, expected a" in refused(name)
+        assert f"{name}: is a folder, expected a" in get_refusal(name)
         (broken / name).unlink()
         (broken / name).symlink_to(name)
-        assert f"{name}: cannot be read (" in refused(name)
+        assert f"{name}: cannot be read (" in get_refusal(name)
         (broken / name).unlink()
         os.mkfifo(broken / name)
-        assert f"{name}: is no plain file" in refused(name)
+        assert f"{name}: is no plain file" in get_refusal(name)
     jclt.load_model(broken)
 
 

@@ -74,7 +74,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("name, changes", VARIANTS)
 def test_variants_there_and_back(name, changes, tmp_path):
-    """Options that the cases leave on, switched off, and layers all of one kind."""
+    """Options that are on in the cases are switched off here, and all layers are of one kind."""
     config = type(CASES[name]).from_dict({**CASES[name].to_dict(), **changes})
     peer, tokens = golden.random_model(config, SEED), golden.tokens_for(config, SEED)
     want = golden.reference(peer, tokens)["logits"]

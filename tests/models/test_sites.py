@@ -1,4 +1,4 @@
-"""The laws that patching, relevance and edge scores stand on, for every family and every site."""
+"""The laws that patching, relevance and edge scores rely on, for every family and every site."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ FAMILIES = [case for case in CASES if case not in ("gpt2_scaled", "gpt2_unscaled
 
 
 def sites_of(case: str) -> list[str]:
-    """The sites that this model has, found by asking for each."""
+    """The sites that this model has."""
     tokens = jnp.asarray(reference(case)["tokens"], jnp.int32)
     model = golden_model(case)
     seen = jax.eval_shape(lambda: forward(model.config, model.params, tokens, capture=tuple(SITES))[1])
@@ -25,11 +25,11 @@ def two_prompts(case: str) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:1], tokens[1:2]
 
 
-def masks(seen: dict, chosen: str, here=True) -> dict:
-    """One mask a site, all of them false but that of the chosen one: one compiled program serves every site."""
+def build_masks(seen: dict, site: str, mask=True) -> dict:
+    """One mask for each site, true only at this site. So one compiled program serves every site."""
     none = {name: jnp.zeros((1,) * value.ndim, bool) for name, value in seen.items()}
-    full = {name: jnp.broadcast_to(mask, seen[name].shape) for name, mask in none.items()}
-    return full | {chosen: jnp.broadcast_to(jnp.asarray(here), seen[chosen].shape)}
+    full = {name: jnp.broadcast_to(empty, seen[name].shape) for name, empty in none.items()}
+    return full | {site: jnp.broadcast_to(jnp.asarray(mask), seen[site].shape)}
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -41,12 +41,12 @@ def test_putting_back_what_was_captured_changes_no_bit(case):
     assert set(seen) == set(sites)
     np.testing.assert_array_equal(logits, plain)
     for name in sites:
-        again, _ = jclt.run(model, tokens, edit=Replace(seen, masks(seen, name)))
+        again, _ = jclt.run(model, tokens, edit=Replace(seen, build_masks(seen, name)))
         np.testing.assert_array_equal(again, plain, err_msg=name)
 
 
 def test_putting_back_a_single_site_changes_no_bit():
-    """The same law where the compiler sees one site only, and may fuse all the rest as it likes."""
+    """The same law if the compiler sees only one site, and may fuse everything else."""
     model, (tokens, _) = golden_model("gemma2"), two_prompts("gemma2")
     plain, _ = jclt.run(model, tokens)
     for name in sites_of("gemma2"):
@@ -62,12 +62,12 @@ def test_replacing_a_layer_cut_gives_the_other_prompts_logits(case):
     # In a parallel block the stream does not pass through resid_mid.
     cuts = ["resid_pre", "resid_post", "resid_final", *([] if model.config.parallel else ["resid_mid"])]
     want, seen = jclt.run(model, others, capture=cuts)
-    mine, _ = jclt.run(model, tokens)
-    assert float(abs(mine - want).max()) > 1e-2
+    unchanged, _ = jclt.run(model, tokens)
+    assert float(abs(unchanged - want).max()) > 1e-2
     for name in seen:
         for layer in range(model.config.layers) if name in LAYER_SITES else [None]:
-            here = True if layer is None else (jnp.arange(model.config.layers) == layer)[:, None, None, None]
-            got, _ = jclt.run(model, tokens, edit=Replace(seen, masks(seen, name, here)))
+            mask = True if layer is None else (jnp.arange(model.config.layers) == layer)[:, None, None, None]
+            got, _ = jclt.run(model, tokens, edit=Replace(seen, build_masks(seen, name, mask)))
             np.testing.assert_allclose(got, want, atol=1e-5, rtol=0, err_msg=f"{name} {layer}")
 
 
@@ -82,9 +82,9 @@ def test_a_change_never_moves_an_earlier_position(case):
     moved = {}
     for name in sites:
         axis = SITES[name].split(":")[0].split().index("T") + (name in LAYER_SITES)
-        here = jnp.arange(seen[name].shape[axis]) == position
-        here = here.reshape([-1 if i == axis else 1 for i in range(seen[name].ndim)])
-        changed, after = jclt.run(model, tokens, ("resid_post",), edit=Replace(strange, masks(seen, name, here)))
+        mask = jnp.arange(seen[name].shape[axis]) == position
+        mask = mask.reshape([-1 if i == axis else 1 for i in range(seen[name].ndim)])
+        changed, after = jclt.run(model, tokens, ("resid_post",), edit=Replace(strange, build_masks(seen, name, mask)))
         np.testing.assert_array_equal(changed[:, :position], plain[:, :position], err_msg=name)
         np.testing.assert_array_equal(after["resid_post"][:, :, :position], seen["resid_post"][:, :, :position])
         moved[name] = float(abs(changed[:, position:] - plain[:, position:]).max())
@@ -93,8 +93,8 @@ def test_a_change_never_moves_an_earlier_position(case):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_with_patterns_and_denominators_frozen_and_mlps_constant_the_model_is_linear(case):
-    """The Jacobian-vector product of the frozen model equals the finite difference of the model with those values put
-    back, at any step size; the free model fails the same comparison."""
+    """The Jacobian-vector product of the frozen model equals the finite difference of the model with these values
+    replaced, at any step size; the free model fails this comparison."""
     model, (tokens, _) = golden_model(case), two_prompts(case)
     frozen = [name for name in sites_of(case) if name in PATTERNS_AND_DENOMINATORS]
     _, seen = jclt.run(model, tokens, capture=[*frozen, "mlp_out", "token_embedding"])
@@ -119,11 +119,11 @@ def test_the_mlp_is_an_argument():
     want, seen = jclt.run(model, others, capture=("mlp_out", "mlp_in", "mlp_normalized", "resid_mid"))
     reads_seen = {}
 
-    def recorded(layer, reads, true):
+    def record_reads(layer, reads, true):
         reads_seen.update(reads)
         return true()
 
-    same, _ = jclt.run(model, others, mlp=recorded)
+    same, _ = jclt.run(model, others, mlp=record_reads)
     np.testing.assert_array_equal(same, want)
     assert set(reads_seen) == {"resid_mid", "mlp_normalized", "mlp_in"}
     silent, silent_seen = jclt.run(
@@ -133,8 +133,8 @@ def test_the_mlp_is_an_argument():
         mlp=lambda layer, reads, true: jnp.zeros_like(reads["mlp_in"]),
     )
     np.testing.assert_array_equal(silent_seen["resid_post"], silent_seen["resid_mid"])
-    given, _ = jclt.run(model, others, mlp=lambda layer, reads, true: seen["mlp_out"][layer])
-    np.testing.assert_array_equal(given, want)
+    replaced, _ = jclt.run(model, others, mlp=lambda layer, reads, true: seen["mlp_out"][layer])
+    np.testing.assert_array_equal(replaced, want)
 
 
 def test_an_edit_is_any_function_of_site_layer_and_value():
@@ -149,7 +149,7 @@ def test_an_edit_is_any_function_of_site_layer_and_value():
 
 
 def test_capture_costs_nothing_when_not_asked_for():
-    """The program without capture holds no barrier beyond the norms' own, and none of the captured outputs."""
+    """The program without capture has no barriers except those of the norms, and none of the captured outputs."""
     model, (tokens, _) = golden_model("llama3"), two_prompts("llama3")
     tokens = jnp.asarray(tokens, jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Planning for pods, as far as it goes without the TPU compiler: schedules are read rightly, links timed rightly."""
+"""Planning for pods without the TPU compiler: schedules are read correctly, and links are timed correctly."""
 
 import json
 import re
@@ -67,7 +67,7 @@ KERNELS = (Path(__file__).parents[1] / "golden" / "kernels.hlo").read_text()
 
 
 def test_kernels_take_what_moving_their_bytes_takes_and_sparse_cores_work_beside_the_rest():
-    """Of two branches the last counts, which `lax.cond` takes where its condition holds."""
+    """The last of two branches counts: `lax.cond` takes it if its condition holds."""
     line, chip = simulate_schedule(Program(KERNELS), NETWORK), CHIPS["v5e"]
     beside = 600_000 / chip.clock
     gathers, products = 8.2e8 / chip.bandwidth, 4.1e8 / chip.bandwidth
@@ -92,23 +92,23 @@ def test_groups_are_read_from_all_their_forms(written, group):
 
 
 def test_rings_slices_and_hosts_decide_what_links_carry():
-    whole = Network(CHIPS["v5e"], (16, 16), tuple((i % 16, i // 16) for i in range(256)), (0,) * 256, (0,) * 256)
+    pod = Network(CHIPS["v5e"], (16, 16), tuple((i % 16, i // 16) for i in range(256)), (0,) * 256, (0,) * 256)
     size = 10**9
     both = 2 * (size * 255 / 256 / (2 * 9e10) + 16e-6)
-    assert whole.estimate_seconds("all-reduce", size, range(256)) == pytest.approx(both)
-    assert whole.estimate_seconds("all-gather", size, range(256), one_ring=True) == pytest.approx(
+    assert pod.estimate_seconds("all-reduce", size, range(256)) == pytest.approx(both)
+    assert pod.estimate_seconds("all-gather", size, range(256), one_ring=True) == pytest.approx(
         size * 255 / 256 / 9e10 + 128e-6
     )
-    assert whole.estimate_seconds("all-reduce", size, range(16)) == pytest.approx(2 * (size * 15 / 16 / 9e10 + 8e-6))
-    assert whole.estimate_seconds("all-reduce", size, [3]) == 0
+    assert pod.estimate_seconds("all-reduce", size, range(16)) == pytest.approx(2 * (size * 15 / 16 / 9e10 + 8e-6))
+    assert pod.estimate_seconds("all-reduce", size, [3]) == 0
     two = Network(CHIPS["v5e"], (1, 4), tuple((0, i % 4) for i in range(8)), (0,) * 4 + (1,) * 4, (0,) * 4 + (1,) * 4)
-    # Four chips of a host share its network; each sends its own half of what two slices add up.
+    # Four chips of a host share its network; each sends half of what two slices add up.
     assert two.estimate_seconds("all-reduce", size, [0, 4]) == pytest.approx(2 * size / 2 / (2.5e10 / 4))
 
 
 def test_collectives_that_run_beside_work_count_once():
-    found = find_collectives(TEXT)
-    assert [(one.kind, one.size, one.one_ring) for one in found] == [
+    collectives = find_collectives(TEXT)
+    assert [(collective.kind, collective.size, collective.one_ring) for collective in collectives] == [
         ("all-reduce", 2**20, False),
         ("all-gather", 2**20, True),
     ]
@@ -121,8 +121,8 @@ def test_flags_are_set_once_and_the_users_own_come_last(monkeypatch):
     set_flags()
     import os
 
-    said = os.environ[VARIABLE].split()
-    assert said == [*(f"--{flag.name}={flag.value}" for flag in FLAGS), "--mine=1"]
+    flags = os.environ[VARIABLE].split()
+    assert flags == [*(f"--{flag.name}={flag.value}" for flag in FLAGS), "--mine=1"]
     assert all(flag.reason for flag in FLAGS)
 
 
@@ -131,7 +131,7 @@ def as_json(config: TrainConfig) -> dict:
 
 
 def with_defaults(settings: dict) -> dict:
-    """With those that have come since, at their defaults."""
+    """Adds the settings that are newer, with their defaults."""
     defaults = as_json(TrainConfig(CoderConfig()))
     return defaults | settings | {"coder": defaults["coder"] | settings["coder"]}
 
@@ -171,17 +171,17 @@ def test_a_plan_says_what_to_change_where_it_does_not_fit():
         "memory": {"limit": 15.75 * GIB, "parameters": GIB, "optimizer": GIB, "model": 0, "other": 0},
         "refused": "needs 20.00G, expected at most 15.75G",
     }
-    said = format_plan(config, refused)
-    assert "does not fit: needs 20.00G" in said and "micro_batches=" in said
+    advice = format_plan(config, refused)
+    assert "does not fit: needs 20.00G" in advice and "micro_batches=" in advice
     assert any("remat" in line for line in advise(config, refused))
 
 
 def test_a_sweep_goes_over_meshes_micro_batches_and_rematerialisation():
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
     config, pod = load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None)
-    found = list(list_variants(config, pod))
-    assert config in found and len({asdict(variant).__str__() for variant in found}) == len(found)
-    assert {variant.data_shards for variant in found} == {1, 2, 4} and {variant.remat for variant in found} == {
+    variants = list(list_variants(config, pod))
+    assert config in variants and len({asdict(variant).__str__() for variant in variants}) == len(variants)
+    assert {variant.data_shards for variant in variants} == {1, 2, 4} and {variant.remat for variant in variants} == {
         False,
         True,
     }
@@ -212,39 +212,39 @@ def test_launching_shows_its_commands_first(where):
     path = next(path for path in CONFIGS if "2x_v5e" in path.stem)
     script = path.parent / "launch.py"
     arguments = [where, str(path), "--bucket", "gs://mine", "--zone", "somewhere", "--spot", "--dry-run"]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert re.search(
-        rf"jclt train {path.name} --out gs://mine/runs/{path.stem} --set data=gs://mine/tokens", done.stdout
+        rf"jclt train {path.name} --out gs://mine/runs/{path.stem} --set data=gs://mine/tokens", process.stdout
     )
     if where == "vm":
-        assert "--accelerator-type v5litepod-256" in done.stdout and "--node-count 2" in done.stdout
+        assert "--accelerator-type v5litepod-256" in process.stdout and "--node-count 2" in process.stdout
     else:
-        start = done.stdout.index("{")
-        written, _ = json.JSONDecoder().raw_decode(done.stdout[start:])
-        (job,) = written["spec"]["replicatedJobs"]
+        start = process.stdout.index("{")
+        manifest, _ = json.JSONDecoder().raw_decode(process.stdout[start:])
+        (job,) = manifest["spec"]["replicatedJobs"]
         assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == 64
     assert jax.process_count() == 1
 
 
 def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
-    config, kept, said = load_settings(str(path), TrainConfig, {}), PLANS[path.stem], []
-    step = {name: value for name, value in kept.items() if name not in ("sparse", "graphs", "calibration")}
+    config, plan, messages = load_settings(str(path), TrainConfig, {}), PLANS[path.stem], []
+    step = {name: value for name, value in plan.items() if name not in ("sparse", "graphs", "calibration")}
     graphs = {"prompt_length": 64, "given": 1.0, "limit": 3.0, "fits": True, "total": 2.0}
     sparse = step | {"active": 100.0, "room": 3.0, "kernel_seconds": 0.0, "seconds": step["seconds"] / 2}
-    reports = {"step": step, "sparse": sparse, "graphs": graphs, "calibration": kept["calibration"]}
+    reports = {"step": step, "sparse": sparse, "graphs": graphs, "calibration": plan["calibration"]}
 
     def run_jobs(jobs):
         for number, name in enumerate(jobs):
-            assert len(said) == number
+            assert len(messages) == number
             yield name, reports[name]
 
     monkeypatch.setattr("jclt.pods.plan.run_jobs", run_jobs)
-    text, report = plan_run(config, load_pod(str(path), None, None), 64, 100.0, said.append)
-    assert text == "\n\n".join(said) and len(said) == 4 and report["sparse"] == sparse
-    assert said[1].startswith("sparse path") and "2.00 times as fast as the dense path" in said[1]
-    assert said[2].startswith("attribution       fits") and "a large product" in said[3]
+    text, report = plan_run(config, load_pod(str(path), None, None), 64, 100.0, messages.append)
+    assert text == "\n\n".join(messages) and len(messages) == 4 and report["sparse"] == sparse
+    assert messages[1].startswith("sparse path") and "2.00 times as fast as the dense path" in messages[1]
+    assert messages[2].startswith("attribution       fits") and "a large product" in messages[3]
 
 
 def test_workers_compile_two_at_a_time_and_end_with_the_one_who_asked(monkeypatch):

@@ -1,4 +1,4 @@
-"""The train step compiled for TPUs that are not here: it fits, and it sends what it should. Needs libtpu, no TPU."""
+"""The train step compiled for TPUs, without a TPU: it fits, and it sends what it should. Needs libtpu."""
 
 import json
 import os
@@ -33,9 +33,9 @@ needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_compiles_for_a_tpu_and_fits(case):
     command = [sys.executable, __file__, case]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    report = json.loads(process.stdout.splitlines()[-1])
     print(f"\n{case}: {report['memory']} GiB")
     print(*report["collectives"], sep="\n")
     memory = report["memory"]
@@ -46,12 +46,12 @@ def test_the_step_compiles_for_a_tpu_and_fits(case):
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_kernels_of_the_sparse_path_compile_for_each_chip(topology):
-    """Several lists for the TensorCore; a single one for SparseCores, which v5e has not."""
-    done = subprocess.run(
+    """Several lists for the TensorCore; one list for SparseCores, which v5e lacks."""
+    process = subprocess.run(
         [sys.executable, __file__, topology], env=os.environ | ENVIRONMENT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr[-4000:]
+    report = json.loads(process.stdout.splitlines()[-1])
     print(f"\n{topology}: {report}")
     on_tensor_core = {"kernels": ["row_sums", "row_products"], "on SparseCores": False}
     assert report["26 layers"] == on_tensor_core
@@ -62,11 +62,11 @@ def test_the_kernels_of_the_sparse_path_compile_for_each_chip(topology):
 @pytest.mark.parametrize("name", ["gpt2_small_300k_v5e_8", "llama_3p2_1b_524k_v5e_64"])
 def test_the_small_configurations_are_planned_as_their_table_says(name):
     path = Path(__file__).parents[2] / "tpu_configs" / f"{name}.py"
-    kept = json.loads(path.with_name("plans.json").read_text())[name]
+    plan = json.loads(path.with_name("plans.json").read_text())[name]
     report = plan_step(load_settings(str(path), TrainConfig, {}), load_pod(str(path), None, None))
     print(f"\n{name}: {report['seconds'] * 1e3:.1f} ms, {report['utilisation']:.1%}, {report['compile_seconds']:.0f} s")
     assert report["memory"]["headroom"] > 0.08
-    assert report["seconds"] == pytest.approx(kept["seconds"], rel=0.1)
+    assert report["seconds"] == pytest.approx(plan["seconds"], rel=0.1)
     assert report["floors"]["products"] < report["seconds"] and report["floors"]["memory"] < report["seconds"]
     assert sum(report["stages"].values()) + report["exposed_seconds"] == pytest.approx(report["seconds"])
 
@@ -94,8 +94,8 @@ def test_a_step_that_does_not_fit_is_refused_with_advice(capsys):
     settings = "coder.features=1048576 batch=32 length=64 compute=bfloat16".split()
     arguments = ["tiny", "--topology", "v5e:2x2", "--prompt-length", "0"]
     assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
-    said = capsys.readouterr().out
-    assert "does not fit: needs" in said and "to make it fit" in said
+    output = capsys.readouterr().out
+    assert "does not fit: needs" in output and "to make it fit" in output
 
 
 def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
@@ -119,10 +119,10 @@ def compile_case(layers: int, features: int, data: int, shards: int) -> dict:
         "temporary": used.temp_size_in_bytes,
         "program": used.generated_code_size_in_bytes,
     }
-    sent = check_step(compiled.as_text(), config, data, shards)
+    collectives = check_step(compiled.as_text(), config, data, shards)
     return {
         "memory": {name: round(size / 2**30, 3) for name, size in memory.items()},
-        "collectives": [str(one) for one in sent],
+        "collectives": [str(collective) for collective in collectives],
     }
 
 
@@ -137,26 +137,26 @@ def compile_kernels(topology: str) -> dict:
     from jclt.mesh import make_mesh
 
     jax.set_mesh(mesh := make_mesh(devices=get_topology_desc(topology, platform="tpu").devices[:1]))
-    tokens, features, width, entries = 2048, 384, 2304, 4096
+    tokens, features, width, pairs = 2048, 384, 2304, 4096
 
-    def given(dtype: Any, *shape: int) -> Any:
+    def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def sums_and_products(lists: list, values: Any, held: Any) -> Any:
+    def sums_and_products(lists: list, values: Any, rows: Any) -> Any:
         lists = [GroupedRows(*arrays, first) for first, arrays in enumerate(lists)]
-        return sum_rows(lists, [values] * len(lists), len(lists)), dot_rows(lists, held)
+        return sum_rows(lists, [values] * len(lists), len(lists)), dot_rows(lists, rows)
 
-    def compiled(layers: int) -> dict:
+    def compile_layers(layers: int) -> dict:
         lists = [
-            (given(jnp.int32, tokens + 1), given(jnp.int32, entries), given(jnp.float32, features, layers - i, width))
+            (array(jnp.int32, tokens + 1), array(jnp.int32, pairs), array(jnp.float32, features, layers - i, width))
             for i in range(layers)
         ]
-        inputs = lists, given(jnp.float32, entries), given(jnp.bfloat16, tokens, layers, width)
+        inputs = lists, array(jnp.float32, pairs), array(jnp.bfloat16, tokens, layers, width)
         text = jax.jit(sums_and_products).lower(*inputs).compile().as_text()
         calls = re.findall(r"%(\w+?)[.\d]* = .*custom-call.*tpu_custom_call", text)
         return {"kernels": sorted(set(calls), reverse=True), "on SparseCores": "sparsecore" in text}
 
-    return {"26 layers": compiled(26), "one layer": compiled(1)}
+    return {"26 layers": compile_layers(26), "one layer": compile_layers(1)}
 
 
 if __name__ == "__main__":

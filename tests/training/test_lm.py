@@ -36,7 +36,7 @@ TINY = LmConfig(
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """A text with a rule: every word is followed by the next one of a circle of twenty."""
+    """A text with a rule: after every word comes the next one of a cycle of twenty."""
     words = [f"word{i}" for i in range(10, 30)]
     rng = np.random.default_rng(0)
     lines = []
@@ -53,11 +53,11 @@ def config(text) -> LmConfig:
 
 
 def test_every_epoch_is_a_permutation_and_the_batch_a_function_of_the_step():
-    drawn = np.concatenate([batch_rows(10, 3, step, 4) for step in range(5)])
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10].tolist() != drawn[10:].tolist()
-    np.testing.assert_array_equal(batch_rows(10, 3, 2, 4), drawn[8:12])
-    assert batch_rows(10, 4, 0, 4).tolist() != drawn[:4].tolist()
+    numbers = np.concatenate([batch_rows(10, 3, step, 4) for step in range(5)])
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    assert numbers[:10].tolist() != numbers[10:].tolist()
+    np.testing.assert_array_equal(batch_rows(10, 3, 2, 4), numbers[8:12])
+    assert batch_rows(10, 4, 0, 4).tolist() != numbers[:4].tolist()
 
 
 def test_the_loss_is_the_weighted_mean_of_cross_entropies():
@@ -66,14 +66,14 @@ def test_the_loss_is_the_weighted_mean_of_cross_entropies():
     tokens = jax.random.randint(jax.random.key(2), (2, 6), 0, 7, jnp.int32)
     weights = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (2, 6)), jnp.float32)
     logits = np.asarray(jax.jit(partial(forward, config))(params, tokens)[0], np.float64)
-    total = counted = 0.0
+    total = weight = 0.0
     for row in range(2):
         for t in range(1, 6):
             z = logits[row, t - 1]
             total += float(weights[row, t]) * (np.log(np.exp(z).sum()) - z[int(tokens[row, t])])
-            counted += float(weights[row, t])
+            weight += float(weights[row, t])
     loss = jax.jit(next_token_loss, static_argnums=(0, 1))(config, False, params, tokens, weights)
-    assert float(loss) == pytest.approx(total / counted, rel=1e-5)
+    assert float(loss) == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_rematerialisation_changes_no_gradient():
@@ -118,8 +118,8 @@ def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
                 assert placements == {state.params["query"].sharding}
         return seen
 
-    alone = losses(make_mesh(1, 1))
-    np.testing.assert_allclose(losses(make_mesh(*shape)), alone, rtol=1e-5)
+    single = losses(make_mesh(1, 1))
+    np.testing.assert_allclose(losses(make_mesh(*shape)), single, rtol=1e-5)
 
 
 def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
@@ -138,7 +138,7 @@ def start(config: LmConfig, folder: Path, **environment: str) -> subprocess.Pope
 
 
 def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
-    """Two processes of one run, of two devices each."""
+    """Starts two processes of one run, with two devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -151,8 +151,8 @@ def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
-        done = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-        if done and max(done) >= step:
+        steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+        if steps and max(steps) >= step:
             return
         time.sleep(0.01)
     raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1]}")
@@ -177,14 +177,14 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(config, tmp_path):
     newest = max(int(p.name) for p in (tmp_path / "killed" / "checkpoints").glob("*") if p.name.isdigit())
     wait_for_step(tmp_path / "killed", newest + 20, stopped)
     stopped.send_signal(signal.SIGTERM)
-    _, said = stopped.communicate(timeout=deadline - time.time())
-    assert stopped.returncode == os.EX_TEMPFAIL and "the same command goes on from there" in said, said
+    _, output = stopped.communicate(timeout=deadline - time.time())
+    assert stopped.returncode == os.EX_TEMPFAIL and "the same command goes on from there" in output, output
 
-    done = subprocess.run(command(config, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and "resuming at step" in done.stderr, done.stderr
-    whole, resumed = final_params(tmp_path / "whole"), final_params(tmp_path / "killed")
-    for name in whole:
-        np.testing.assert_array_equal(resumed[name], whole[name], err_msg=name)
+    process = subprocess.run(command(config, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == 0 and "resuming at step" in process.stderr, process.stderr
+    uninterrupted, resumed = final_params(tmp_path / "whole"), final_params(tmp_path / "killed")
+    for name in uninterrupted:
+        np.testing.assert_array_equal(resumed[name], uninterrupted[name], err_msg=name)
 
     def curve(run: str) -> list[tuple[int, float]]:
         lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
@@ -196,22 +196,22 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(config, tmp_path):
 def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_path):
     config = replace(config, steps=8)
     for process in start_two(config, tmp_path / "run"):
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-    alone = train_lm(config, tmp_path / "alone").params
+        _, output = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    single = train_lm(config, tmp_path / "alone").params
     for name, value in final_params(tmp_path / "run").items():
-        np.testing.assert_allclose(value, alone[name], atol=1e-5)
+        np.testing.assert_allclose(value, single[name], atol=1e-5)
     # Only the first looks at the folder, and the other one learns of it.
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     for process in start_two(config, tmp_path / "full"):
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 2 and "exists and is not a run of jclt, expected" in said, said
-        assert "Traceback" not in said
+        _, output = process.communicate(timeout=300)
+        assert process.returncode == 2 and "exists and is not a run of jclt, expected" in output, output
+        assert "Traceback" not in output
 
 
 def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
-    whole = train_lm(config, tmp_path / "whole")
+    uninterrupted = train_lm(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / "24"
     for path in newest.rglob("*"):
@@ -220,8 +220,8 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
     shutil.rmtree(tmp_path / "damaged" / "model")
     again = train_lm(config, tmp_path / "damaged")
     assert "checkpoint of step 24 cannot be read, passing over it" in caplog.text
-    for name in whole.params:
-        np.testing.assert_array_equal(again.params[name], whole.params[name])
+    for name in uninterrupted.params:
+        np.testing.assert_array_equal(again.params[name], uninterrupted.params[name])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):

@@ -1,4 +1,4 @@
-"""A run's folder and what is kept in it: checkpoints that are what was saved, rows, settings, metrics, a lock."""
+"""A run's folder: its checkpoints, rows, settings, metrics and lock."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ RUN = replace(CONFIG, coder=CoderConfig(features=64).fit_to_model(MODEL, "demo",
 # Checkpoints.
 
 LOADS_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-"""Where one array cannot be loaded Orbax leaves the others' loads behind, which find its loop closed."""
+"""If one array cannot be loaded, Orbax leaves the loads of the others, whose event loop is then closed."""
 
 
 def weights(seed: float, mesh: jax.sharding.Mesh | None = None) -> dict[str, Array]:
@@ -58,24 +58,24 @@ def weights(seed: float, mesh: jax.sharding.Mesh | None = None) -> dict[str, Arr
     return {"w": jax.device_put(x, placed), "low": jnp.asarray(x[0], jnp.bfloat16), "n": jnp.int32(seed)}
 
 
-def saved(path: Path, *seeds: int, mesh: jax.sharding.Mesh | None = None) -> None:
+def save_steps(path: Path, *seeds: int, mesh: jax.sharding.Mesh | None = None) -> None:
     with Checkpoints(str(path)) as checkpoints:
         for seed in seeds:
             checkpoints.save(seed, weights(seed, mesh))
 
 
-def same(a: dict[str, Array], b: dict[str, Array]) -> bool:
+def are_equal(a: dict[str, Array], b: dict[str, Array]) -> bool:
     return all(np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes() for name in b)
 
 
 def numbers_of(path: Path) -> list[Path]:
-    """The files of a checkpoint that hold its numbers."""
+    """The files with the arrays of a checkpoint."""
     return sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name == "d")
 
 
 @LOADS_LEFT
 def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
-    saved(tmp_path / "whole", 1, 2)
+    save_steps(tmp_path / "whole", 1, 2)
     rng, passed_over = random.Random(0), 0
     for number in range(40):
         damaged = tmp_path / str(number)
@@ -86,8 +86,8 @@ def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
         file.write_bytes(content)
         with Checkpoints(str(damaged)) as checkpoints:
             restored = checkpoints.restore(weights(0))
-        assert restored is not None and (same(restored, weights(1)) or same(restored, weights(2))), file
-        passed_over += same(restored, weights(1))
+        assert restored is not None and (are_equal(restored, weights(1)) or are_equal(restored, weights(2))), file
+        passed_over += are_equal(restored, weights(1))
         shutil.rmtree(damaged)
     assert passed_over > 5
     assert "checkpoint of step 2 cannot be read, passing over it" in caplog.text
@@ -97,22 +97,22 @@ def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
 def test_sums_are_the_same_on_any_mesh_and_what_was_saved_without_them_is_said(tmp_path, caplog):
     two, eight = make_mesh(1, 2), make_mesh(1, 8)
     with jax.set_mesh(two):
-        saved(tmp_path / "run", 3, mesh=two)
+        save_steps(tmp_path / "run", 3, mesh=two)
     with jax.set_mesh(eight), Checkpoints(str(tmp_path / "run")) as checkpoints:
         restored = checkpoints.restore(weights(0, eight))
-    assert restored is not None and same(restored, weights(3)) and len(restored["w"].sharding.device_set) == 8
+    assert restored is not None and are_equal(restored, weights(3)) and len(restored["w"].sharding.device_set) == 8
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     with ocp.training.Checkpointer(str(tmp_path / "old")) as checkpointer:
         checkpointer.save(4, {"state": weights(4)}, force=True)
     with Checkpoints(str(tmp_path / "old")) as checkpoints:
         restored = checkpoints.restore(weights(0))
-    assert restored is not None and same(restored, weights(4))
+    assert restored is not None and are_equal(restored, weights(4))
     assert "checkpoint of step 4 was saved without sums: nothing can tell whether it is damaged" in caplog.text
 
 
 @LOADS_LEFT
 def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew(tmp_path, monkeypatch):
-    saved(tmp_path / "run", 1, 2)
+    save_steps(tmp_path / "run", 1, 2)
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
     other = weights(0) | {"more": jnp.zeros(3)}
     with Checkpoints(str(tmp_path / "run")) as checkpoints, pytest.raises(UserError) as error:
@@ -141,11 +141,11 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
 
         monkeypatch.setattr(checkpoints.checkpointer, "save_async", full)
         checkpoints.save(2, weights(2))
-    said = "a checkpoint cannot be written (No space left on device); the newest checkpoint is of step 1"
-    assert str(error.value) == f"{tmp_path / 'run'}: {said}"
+    message = "a checkpoint cannot be written (No space left on device); the newest checkpoint is of step 1"
+    assert str(error.value) == f"{tmp_path / 'run'}: {message}"
     with Checkpoints(str(tmp_path / "run")) as checkpoints:
         restored = checkpoints.restore(weights(0))
-    assert restored is not None and same(restored, weights(1))
+    assert restored is not None and are_equal(restored, weights(1))
 
 
 # The loop.
@@ -155,8 +155,8 @@ class Counting(NamedTuple):
     step: Array
 
 
-def counted(tmp_path: Path, steps: int = 4, **options):
-    """A run that only counts; the entries that it logs."""
+def count_steps(tmp_path: Path, steps: int = 4, **options):
+    """Runs a loop whose state only counts steps. Returns the entries of its log."""
 
     def advance(step: int, state: Counting, _: int) -> tuple[Counting, dict[str, Array]]:
         return Counting(state.step + 1), {"loss": jnp.float32(step), **options.get("metrics", {})}
@@ -192,7 +192,7 @@ def test_an_evaluation_comes_after_the_checkpoint_and_may_fail(tmp_path, caplog)
             raise ZeroDivisionError("division\nby zero")
         return {"agreement": 0.5}
 
-    entries = counted(tmp_path, 8, evaluate=evaluate, evaluate_every=2, save_every=2)
+    entries = count_steps(tmp_path, 8, evaluate=evaluate, evaluate_every=2, save_every=2)
     assert seen == [(2, True), (4, True), (6, True)]
     assert [entry["step"] for entry in entries if "agreement" in entry] == [4, 6]
     assert "step 2 could not be evaluated, the run goes on without (division)" in caplog.text
@@ -202,59 +202,61 @@ def test_an_evaluation_comes_after_the_checkpoint_and_may_fail(tmp_path, caplog)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        counted(tmp_path / "other", 8, evaluate=stop, evaluate_every=2, save_every=2)
+        count_steps(tmp_path / "other", 8, evaluate=stop, evaluate_every=2, save_every=2)
     # What ended between its checkpoint and the evaluation is evaluated when it goes on.
-    entries = counted(tmp_path / "other", 8, evaluate=lambda state: {"agreement": 1.0}, evaluate_every=2, save_every=2)
+    entries = count_steps(
+        tmp_path / "other", 8, evaluate=lambda state: {"agreement": 1.0}, evaluate_every=2, save_every=2
+    )
     assert [entry["step"] for entry in entries if "agreement" in entry] == [2, 4, 6]
 
 
 def test_only_the_loss_and_the_gradient_stop_a_run(tmp_path):
-    entries = counted(tmp_path, metrics={"nmse": jnp.float32(np.nan), "layers_nmse": jnp.array([1.0, np.inf])})
+    entries = count_steps(tmp_path, metrics={"nmse": jnp.float32(np.nan), "layers_nmse": jnp.array([1.0, np.inf])})
     assert [entry["nmse"] for entry in entries] == [None] * 4 and entries[0]["layers_nmse"] == [1.0, None]
     with pytest.raises(UserError, match="gradient_norm is inf at step 1; no checkpoint has been saved yet"):
-        counted(tmp_path / "other", metrics={"gradient_norm": jnp.float32(np.inf)})
+        count_steps(tmp_path / "other", metrics={"gradient_norm": jnp.float32(np.inf)})
 
 
 def test_metrics_on_a_full_disk_say_which_checkpoint_there_is(tmp_path, monkeypatch):
-    counted(tmp_path, 2)
-    opened = Path.open
-    full = lambda path, mode="r", *a, **k: opened(Path("/dev/full") if mode == "a" else path, mode, *a, **k)  # noqa: E731
+    count_steps(tmp_path, 2)
+    open_file = Path.open
+    full = lambda path, mode="r", *a, **k: open_file(Path("/dev/full") if mode == "a" else path, mode, *a, **k)  # noqa: E731
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UserError) as error:
-        counted(tmp_path, 4)
-    said = "metrics.jsonl: cannot be written (No space left on device); the newest checkpoint is of step 2"
-    assert str(error.value) == f"{tmp_path}/{said}"
+        count_steps(tmp_path, 4)
+    message = "metrics.jsonl: cannot be written (No space left on device); the newest checkpoint is of step 2"
+    assert str(error.value) == f"{tmp_path}/{message}"
 
 
 def test_a_signal_is_noted_and_a_second_one_obeyed():
-    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as asked:
-        assert not asked(0)
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as should_stop:
+        assert not should_stop(0)
         signal.raise_signal(signal.SIGINT)
-        assert asked(1)
+        assert should_stop(1)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one has no effect")
     # Two that come while no handler runs are two all the same.
-    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as asked:
+    with pytest.raises(KeyboardInterrupt), catch_stop_signals() as should_stop:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         os.kill(os.getpid(), signal.SIGINT)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         os.kill(os.getpid(), signal.SIGINT)
-        asked(1)
+        should_stop(1)
         pytest.fail("the second one has no effect")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_thread_has_no_signals_of_its_own():
-    said: list[bool] = []
+    answers: list[bool] = []
 
     def work() -> None:
-        with catch_stop_signals() as asked:
-            said.append(asked(0))
+        with catch_stop_signals() as should_stop:
+            answers.append(should_stop(0))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert said == [False]
+    assert answers == [False]
 
 
 def test_a_file_of_logs_gets_lines_and_no_bar(capsys, caplog):
@@ -339,8 +341,8 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
         assert not is_begun(home.folder, RUN)  # the lock is nobody's work
         with pytest.raises(UserError) as error, lock_place(tmp_path / "run"):
             pass
-        said = f"in use by another run (process {os.getpid()} of {socket.gethostname()}), expected it to end first"
-        assert str(error.value) == f"{tmp_path / 'run'}: {said}"
+        message = f"in use by another run (process {os.getpid()} of {socket.gethostname()}), expected it to end first"
+        assert str(error.value) == f"{tmp_path / 'run'}: {message}"
     assert not (tmp_path / "run").exists()  # nothing was begun
     with lock_place(tmp_path / "run") as home:
         write_json(home.folder / "config.json", asdict(RUN))
@@ -358,8 +360,8 @@ def test_a_run_of_other_settings_is_named_by_the_one_that_differs(tmp_path):
     write_json(tmp_path / "config.json", asdict(RUN))
     with pytest.raises(UserError) as error:
         is_begun(tmp_path, replace(RUN, coder=replace(RUN.coder, features=128)))
-    said = "holds a run with coder.features=64, expected coder.features=128"
-    assert str(error.value) == f"{tmp_path}: {said}"
+    message = "holds a run with coder.features=64, expected coder.features=128"
+    assert str(error.value) == f"{tmp_path}: {message}"
     with pytest.raises(UserError, match="the weights of model 'demo' are others than when the run began"):
         is_begun(tmp_path, replace(RUN, coder=replace(RUN.coder, model_fingerprint="b" * 16)))
     older = asdict(RUN)
@@ -376,8 +378,8 @@ def test_a_run_begun_with_a_setting_that_was_removed_goes_on_if_it_had_its_prese
     write_json(tmp_path / "config.json", older | {"density_decay": 0.9})
     with pytest.raises(UserError) as error:
         is_begun(tmp_path, RUN)
-    said = "holds a run with density_decay=0.9, expected density_decay=0.99, a constant by now"
-    assert str(error.value) == f"{tmp_path}: {said}"
+    message = "holds a run with density_decay=0.9, expected density_decay=0.99, a constant by now"
+    assert str(error.value) == f"{tmp_path}: {message}"
     assert "density_decay = 0.9" in inspect_run(tmp_path)
     write_json(tmp_path / "config.json", older | {"initial": "january", "optimizer": "lion"})
     with pytest.raises(UserError, match="holds a run with initial=january, expected initial=clt$"):
@@ -440,8 +442,8 @@ def test_nothing_of_a_run_that_is_not_the_one_at_the_url_is_kept(tmp_path, monke
             (home.folder / name).write_text(name)
         home.publish()
         system, path = fsspec.url_to_fs(url)
-        there = {name.removeprefix(f"{path}/") for name in system.find(path)}
-        assert there == {"config.json", "coder/W"}
+        names = {name.removeprefix(f"{path}/") for name in system.find(path)}
+        assert names == {"config.json", "coder/W"}
         with pytest.raises(UserError, match="in use by another run"), lock_place(url):
             pass
     assert (find_place(url).folder / "data" / "tokens.npy").exists()
@@ -588,8 +590,8 @@ def test_a_run_on_a_bucket_keeps_its_small_files_there(tmp_path, monkeypatch):
         (place.folder / name).write_text(name)
     place.publish()
     system, path = fsspec.url_to_fs(url)
-    there = {name.removeprefix(f"{path.rstrip('/')}/") for name in system.find(path)}
-    assert there == {"config.json", "metrics.jsonl", "coder/W.safetensors"}
+    names = {name.removeprefix(f"{path.rstrip('/')}/") for name in system.find(path)}
+    assert names == {"config.json", "metrics.jsonl", "coder/W.safetensors"}
     # Whatever this host kept, the files in the bucket count: another host can have written them.
     system.pipe_file(f"{path}/config.json", b"newer")
     assert (find_place(url).folder / "config.json").read_text() == "newer"

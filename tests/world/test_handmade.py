@@ -102,8 +102,8 @@ def test_expected_edges_are_what_each_source_contributes(name, city):
     for position in range(3):
         effects["token", position] = complete - measure(token_embedding=seen["token_embedding"].at[position].set(0))
     for layer, position, index in np.argwhere(np.asarray(seen["mlp_neurons"])).tolist():
-        written = seen["mlp_neurons"][layer, position, index] * model.params["down"][layer, index]
-        without = measure(mlp_out=seen["mlp_out"].at[layer, position].add(-written))
+        contribution = seen["mlp_neurons"][layer, position, index] * model.params["down"][layer, index]
+        without = measure(mlp_out=seen["mlp_out"].at[layer, position].add(-contribution))
         effects["feature", layer, position, index] = complete - without
     effects["bias",] = complete - sum(effects.values())
 
@@ -122,7 +122,7 @@ def test_expected_edges_are_what_each_source_contributes(name, city):
 
 
 def answers(model, coder=None, push=None) -> np.ndarray:
-    """The answers of the model, or of its replacement, with something added to the stream between the layers."""
+    """The answers of the model, or of its replacement, with a vector added to the stream between the layers."""
     replace = CoderReplacement(coder) if coder is not None else lambda site, layer, value: value
 
     def edit(site, layer, value):
@@ -142,8 +142,8 @@ def test_all_coders_reconstruct_exactly_and_the_unfaithful_one_with_a_single_fea
     _, seen = jclt.run(model, TOKENS, capture=(coder.config.reads, coder.config.writes))
     reads = seen[coder.config.reads]
     activations = [coder.encode(layer, reads[layer]) for layer in range(2)]
-    written = jnp.stack([coder.write(layer, activations, reads[layer]) for layer in range(2)])
-    assert float(abs(written - seen[coder.config.writes]).max()) <= (0.0 if name == "plain" else 3e-6)
+    reconstruction = jnp.stack([coder.write(layer, activations, reads[layer]) for layer in range(2)])
+    assert float(abs(reconstruction - seen[coder.config.writes]).max()) <= (0.0 if name == "plain" else 3e-6)
     active = [int((np.asarray(a)[:, LAST] > 0).sum(-1).max()) for a in activations]
     assert active == ([1, 0] if make is unfaithful_coder else [1, 1])
     assert not any((np.asarray(a)[:, :LAST] > 0).any() for a in activations)

@@ -1,4 +1,4 @@
-"""The measures show nothing for an untrained model, and find what is planted."""
+"""The measures show nothing for an untrained model, and find planted effects."""
 
 import jax
 import numpy as np
@@ -27,17 +27,17 @@ def test_an_untrained_model_answers_nothing(untrained):
 
 def test_padding_does_not_change_answers(untrained):
     examples = TASKS["induction"].examples("report", 20, seed=0)
-    together = answer_examples(untrained, examples)
-    alone = [answer_examples(untrained, [example])[0] for example in examples]
-    assert [a.predicted for a in together] == [a.predicted for a in alone]
-    np.testing.assert_allclose([a.probability for a in together], [a.probability for a in alone], rtol=1e-4)
+    batched = answer_examples(untrained, examples)
+    separate = [answer_examples(untrained, [example])[0] for example in examples]
+    assert [a.predicted for a in batched] == [a.predicted for a in separate]
+    np.testing.assert_allclose([a.probability for a in batched], [a.probability for a in separate], rtol=1e-4)
 
 
 def test_swaps_cover_every_layer_and_move_nothing_here(untrained):
-    found = measure_swaps(untrained, partners=1)
-    assert {swap.layer for swap in found} == set(range(untrained.config.layers))
-    assert len(found) == 3 * untrained.config.layers
-    assert all(swap.moved < 0.3 for swap in found)
+    swaps = measure_swaps(untrained, partners=1)
+    assert {swap.layer for swap in swaps} == set(range(untrained.config.layers))
+    assert len(swaps) == 3 * untrained.config.layers
+    assert all(swap.moved < 0.3 for swap in swaps)
 
 
 def test_probe_finds_what_is_there():

@@ -1,4 +1,4 @@
-"""The shipped coder keeps what its model knows, by the bars it was chosen for, on prompts withheld from training."""
+"""The shipped coder keeps its model's knowledge: it meets its bars on prompts withheld from training."""
 
 import numpy as np
 import pytest
@@ -29,23 +29,23 @@ def test_it_is_small_and_what_the_preset_makes(coder):
 
 def test_it_is_sparse_and_faithful_on_text_of_another_seed(model, coder):
     rows = make_corpus(1600, 64, seed=7, vocabulary=model.tokenizer.backend.get_vocab()).tokens
-    found = evaluate_reconstruction(model, coder, rows)
-    assert found.l0.sum() <= 24
-    assert found.nmse.mean() <= 0.02
-    assert np.mean(found.density == 0) <= 0.15
+    figures = evaluate_reconstruction(model, coder, rows)
+    assert figures.l0.sum() <= 24
+    assert figures.nmse.mean() <= 0.02
+    assert np.mean(figures.density == 0) <= 0.15
 
 
 def test_the_replacement_model_answers_as_the_model_does(model, coder):
-    found = measure_world_agreement(model, coder, 150, split="report")
-    assert found.overall.agreement >= 0.98
-    assert found.tasks[found.weakest()].agreement >= 0.90
-    assert found.overall.ablated_agreement < 0.1
+    figures = measure_world_agreement(model, coder, 150, split="report")
+    assert figures.overall.agreement >= 0.98
+    assert figures.tasks[figures.weakest()].agreement >= 0.90
+    assert figures.overall.ablated_agreement < 0.1
 
 
 @pytest.mark.parametrize("relation", ["capital", "river"])
 def test_exchanging_a_states_features_moves_the_answer(model, coder, relation):
-    """Of all layers but the last. Chosen by what they do for the capital, they move the river too: they are the
-    state's."""
-    found = exchange_states(model, coder, layers=(0, 1, 2), size=16, relation=relation)
-    assert found.moved >= 0.85 and found.control < 0.1
-    assert all(len(features) <= 16 for features in found.features.values())
+    """The features of all layers but the last. They are chosen by their effect on the capital, but move the river too:
+    so they represent the state."""
+    exchange = exchange_states(model, coder, layers=(0, 1, 2), size=16, relation=relation)
+    assert exchange.moved >= 0.85 and exchange.control < 0.1
+    assert all(len(features) <= 16 for features in exchange.features.values())

@@ -38,13 +38,13 @@ def test_every_task_is_known(shipped):
 
 
 def test_cities_are_answered_in_two_hops(shipped):
-    """Where a probe can first read the state, before the last layer, another city of the same state serves as well and
-    one of another state does not; where the state is not yet, or no longer, an exchange moves nothing."""
-    found = measure_swaps(shipped)
-    right = find_state_swap(found, probe_states(shipped))
+    """At the first place where a probe can read the state, before the last layer, the stream of another city of the
+    same state keeps the answer and that of another state does not. Elsewhere an exchange has no effect."""
+    swaps = measure_swaps(shipped)
+    right = find_state_swap(swaps, probe_states(shipped))
     assert right.layer < shipped.config.layers - 1
     assert right.kept >= KEPT and right.moved >= MOVED
-    elsewhere = {(swap.layer, swap.where): swap.moved for swap in found}
+    elsewhere = {(swap.layer, swap.where): swap.moved for swap in swaps}
     assert elsewhere[right.layer - 1, "end"] < 0.3
     assert elsewhere[right.layer, "city"] < 0.1
 
@@ -59,5 +59,5 @@ def test_text_goes_in_and_comes_out(shipped):
     assert jclt.generate(shipped, "calc: 36+59=", max_new_tokens=2) == "calc: 36+59=95"
     example = TASKS["two_hop"].examples("report", 1, seed=3)[0]
     assert jclt.generate(shipped, example.prompt, max_new_tokens=1) == example.prompt + example.answers[0]
-    drawn = {jclt.generate(shipped, "calc: 36+59=", 1, temperature=5.0, seed=seed) for seed in range(8)}
-    assert len(drawn) > 1
+    samples = {jclt.generate(shipped, "calc: 36+59=", 1, temperature=5.0, seed=seed) for seed in range(8)}
+    assert len(samples) > 1

@@ -173,8 +173,8 @@ def test_concepts_stand_where_they_are_said_to(task):
             assert 0 < concept.position < len(tokens)
             assert all(known[parent].position <= concept.position for parent in concept.parents)
             if not concept.parents and not (task.name == "successor" and concept.name in ("list", "start", "step")):
-                written = "".join(tokens[: concept.position + 1])
-                assert written.removeprefix(BOS).endswith(concept.value)
+                text = "".join(tokens[: concept.position + 1])
+                assert text.removeprefix(BOS).endswith(concept.value)
             known[concept.name] = concept
         answer = known["answer"]
         if task.list_answers is None:
@@ -193,7 +193,8 @@ def test_every_pair_of_words_is_a_city_and_every_state_has_its_share():
 
 
 def test_the_state_is_not_a_sum_of_what_the_two_words_say():
-    """Ridge regression from the two words to the state: chance on other cities, well short of all on its own."""
+    """Ridge regression from the two words to the state: at chance on other cities, and far from perfect on its training
+    cities."""
     one_hot = np.zeros((100, 21))
     one_hot[:, 20] = 1
     states = np.array([facts.STATES.index(facts.STATE_OF[city]) for city in facts.CITIES])

@@ -1,1 +1,1 @@
-"""Sparse coders on disk: our own layout and those that others publish."""
+"""Sparse coders on disk: jclt's layout and those that others publish."""

@@ -1,4 +1,4 @@
-"""Our own layout and circuit-tracer's. Ours is theirs plus a `config.json` with all settings of the coder.
+"""jclt's layout and circuit-tracer's. jclt's is the same plus a `config.json` with all settings of the coder.
 
 - `W_enc_{i}.safetensors` and `W_dec_{i}.safetensors`: a layer of a cross-layer transcoder.
 - `layer_{i}.safetensors`: a layer of any other coder.

@@ -112,7 +112,7 @@ def read_gemma_scope_2(folder: Path) -> StoredCoder:
 
 
 def _open_clt_layer(folder: Path, number: int) -> StoredLayer:
-    """The files hold decoder rows for every layer; those before the feature's own layer have no meaning."""
+    """The files hold decoder rows for every layer; those before the feature's layer have no meaning."""
     file = open_file(folder / f"params_layer_{number}.safetensors")
     return StoredLayer(number, (file,), GEMMA_SCOPE_2_CLT, clip_threshold_at_zero, first_row=number)
 

@@ -1,4 +1,4 @@
-"""Loading and saving coders: in our own folder, which circuit-tracer loads too, and in the layouts that others publish.
+"""Loading and saving coders: in jclt's layout, which circuit-tracer loads too, and in the layouts that others publish.
 
 How to add a coder format, say "mylab" (`gemma_scope.py` is a short example, a test in
 tests/coders/test_add_a_coder_format.py follows these steps):
@@ -120,8 +120,8 @@ def find_coder(name: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise UserError(f"coder '{name}': cannot be read ({first_line(error)})") from None
     if not is_folder:
-        found = "is a file" if os.path.lexists(folder) else "no such folder"
-        raise UserError(f"coder '{name}': {found}, expected 'demo' or the folder that holds the coder's files")
+        problem = "is a file" if os.path.lexists(folder) else "no such folder"
+        raise UserError(f"coder '{name}': {problem}, expected 'demo' or the folder that holds the coder's files")
     inner = folder / "coder"
     return inner if circuit_tracer.is_jclt_folder(inner) and not circuit_tracer.is_jclt_folder(folder) else folder
 

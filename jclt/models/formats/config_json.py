@@ -92,7 +92,7 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         local = [
             "sliding_attention" if layer in config.local_layers else "full_attention" for layer in range(config.layers)
         ]
-        # Gemma's own code computes the sliding mask even if no layer uses it.
+        # Gemma's published code computes the sliding mask even if no layer uses it.
         raw["sliding_window"] = config.window or (4096 if family.window_rule in ("even", "pattern") else None)
         raw |= {"layer_types": local} if family.window_rule != "all" else {}
         raw |= {"use_sliding_window": bool(config.local_layers)} if family.window_rule == "upper" else {}

@@ -33,11 +33,11 @@ def activate_dense(
     # A feature's score is its activation times the norm of all its decoders together (ByteDance's joint TopK).
     scores = tuple(jax.lax.stop_gradient(a_ * norm[None]) for a_, norm in zip(a, norms, strict=True))
     threshold = batch_threshold(scores, coder.config.k)
-    kept = (
+    masked = (
         jnp.where((score >= threshold) & (score > 0), a_, jnp.zeros_like(a_))
         for a_, score in zip(a, scores, strict=True)
     )
-    return tuple(kept), threshold
+    return tuple(masked), threshold
 
 
 def to_inference_form(coder: SparseCoder, running: Float[Array, ""]) -> SparseCoder:

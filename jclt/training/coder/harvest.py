@@ -15,7 +15,10 @@ from jclt.shapes import Array, DTypeLike, Float, Params, Tokens
 
 
 class Harvest(eqx.Module):
-    """Activations at the two sites that a coder reads and writes, split over all chips as the model's tokens are."""
+    """Activations at the two sites that a coder reads and writes, split over all chips as the model's tokens are.
+
+    *R: in a shuffle buffer its batches, else no axis. Batches from a store are `[B, L, T, D]` (`harvest_batch`).
+    """
 
     reads: Float[Array, "*R L B T D"]
     writes: Float[Array, "*R L B T D"]
@@ -87,7 +90,8 @@ def _replace_zeros(scale: Array) -> Array:
 
 
 def find_silent_layers(scaling: Scaling) -> list[int]:
-    """The covered layers that wrote only one constant vector while scales were measured; none if they were not."""
+    """The indices of covered layers that wrote only zeros while scales were measured, or under `standardize` only one
+    constant vector; none if scales were not measured."""
     scales = np.stack([np.asarray(jax.device_get(x)) for x in (scaling.read_scale, scaling.write_scale)])
     if np.all(scales == 1):  # they were not measured
         return []

@@ -1,4 +1,4 @@
-"""The initial weights of a coder, as published, and encoder biases calibrated on data."""
+"""The initial weights of a coder, as in Circuit Tracing (2025) or Gemma Scope 2, and encoder biases fitted to data."""
 
 import equinox as eqx
 import jax

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jclt.shapes import Array, Bool, Float
 
 
-def squared_error(written: Float[Array, "N D"], target: Float[Array, "N D"]) -> Float[Array, ""]:
+def squared_error(reconstruction: Float[Array, "N D"], target: Float[Array, "N D"]) -> Float[Array, ""]:
     """||y - y'||^2 of one layer. The loss is the sum over layers (Circuit Tracing, 2025)."""
-    return jnp.sum(jnp.square(written - target)) / target.shape[0]
+    return jnp.sum(jnp.square(reconstruction - target)) / target.shape[0]
 
 
 def tanh_penalty(a: Float[Array, "*A"], norms: Float[Array, "*#A"], scale: float, tokens: int) -> Float[Array, ""]:

@@ -14,13 +14,13 @@ first and the second, and so on, by the running average."""
 
 
 def compute_metrics(
-    config: TrainConfig, state: CoderState, report: dict[str, Any], norm: Array, ramp: Array
+    config: TrainConfig, state: CoderState, report: dict[str, Any], gradient_norm: Array, ramp: Array
 ) -> dict[str, Any]:
     """The metrics of a step: numbers over all layers, and lists with one number per layer.
 
     1. spread = sum of (y - mean of y)^2, over the tokens of this step
     2. nmse = ||y - y'||^2 / spread
-    3. explained = 1 - (||y - y'||^2 - the constant part of the error) / spread
+    3. explained = 1 - (||y - y'||^2 - ||mean of y - y'||^2) / spread: as if the decoder bias were the best one
 
     A layer without spread has an error of 0 and does not count in the means over layers. The share of dead features is
     NaN until there have been as many tokens as a feature must be silent for.
@@ -47,7 +47,7 @@ def compute_metrics(
         "l0": jnp.sum(l0),
         "dead": jnp.mean(dead),
         "penalty": report["penalty"],
-        "gradient_norm": norm,
+        "gradient_norm": gradient_norm,
         "ramp": ramp,
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,

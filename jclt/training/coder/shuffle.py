@@ -46,9 +46,9 @@ def fill_buffer(harvest: Callable[[int], Harvest], step: int, ages: int, seed: i
     """
     first = harvest(step)
     buffer = jax.tree.map(lambda x: jnp.zeros((ages, *x.shape), x.dtype, out_sharding=_add_age_axis(x)), first)
-    put = jax.jit(lambda buffer, fresh, number: mix_batches(buffer, fresh, number, seed)[0], donate_argnums=0)
+    add_batch = jax.jit(lambda buffer, fresh, number: mix_batches(buffer, fresh, number, seed)[0], donate_argnums=0)
     for number in range(step, step + ages - 1):
-        buffer = put(buffer, harvest(number), jnp.int32(number))
+        buffer = add_batch(buffer, harvest(number), jnp.int32(number))
     return buffer
 
 

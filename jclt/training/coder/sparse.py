@@ -155,8 +155,8 @@ def activate_sparse(
         return tuple(jnp.where(a_ >= bound, a_, 0.0) for a_, bound in zip(a, bounds, strict=True)), jnp.zeros(())
     scores = tuple(jax.lax.stop_gradient(a_ * norm) for a_, norm in zip(a, norms, strict=True))
     threshold = kth_largest(scores, config.k * tokens, (0,)).reshape(())
-    kept = (jnp.where((score >= threshold) & (score > 0), a_, 0.0) for a_, score in zip(a, scores, strict=True))
-    return tuple(kept), threshold
+    masked = (jnp.where((score >= threshold) & (score > 0), a_, 0.0) for a_, score in zip(a, scores, strict=True))
+    return tuple(masked), threshold
 
 
 def find_kth_of_tokens(pairs: ActivePairs, values: Float[Array, "E"], k: int) -> Float[Array, "N"]:

@@ -39,6 +39,7 @@ def measure_needed(config: TrainConfig, model: ModelConfig, state: CoderState, p
 def update_capacity(config: TrainConfig, mesh: AnyMesh, state: CoderState, measure: Callable[[], Array]) -> CoderState:
     """The state with the capacity for the pairs that `measure()` counts; with 0 where the dense path is faster."""
     features = config.coder.features // mesh.shape[FEATURES_AXIS]
+    # Where the sparse path was not measured, it has the limit of CPUs if the user asks for it.
     unmeasured = SPARSE_BELOW["cpu"] if config.path == "sparse" else 0.0
     limit = SPARSE_BELOW.get(jax.default_backend(), unmeasured) * features
     before, capacity, need = float(state.capacity), 0.0, 0.0
@@ -53,13 +54,13 @@ def update_capacity(config: TrainConfig, mesh: AnyMesh, state: CoderState, measu
     return state._replace(capacity=jnp.full_like(state.capacity, capacity))
 
 
-def choose_capacity(wanted: float, before: float = 0.0) -> float:
+def choose_capacity(need: float, present: float = 0.0) -> float:
     """The smallest capacity, out of a few, that is at least as large as wanted.
 
     The step is compiled for each capacity. So the capacities are powers of 2 and the numbers halfway between them, and
     the one from before is kept while it is enough and at most four times as much.
     """
-    if wanted <= before <= 4 * wanted:
-        return before
-    power = 2.0 ** math.floor(math.log2(max(wanted, LEAST_CAPACITY)))
-    return next(size for size in (power, 1.5 * power, 2 * power) if size >= wanted)
+    if need <= present <= 4 * need:
+        return present
+    power = 2.0 ** math.floor(math.log2(max(need, LEAST_CAPACITY)))
+    return next(size for size in (power, 1.5 * power, 2 * power) if size >= need)

@@ -11,11 +11,11 @@ from jclt.training.config import TrainConfig
 
 
 def count_coder_operations(coder: CoderConfig, tokens: int) -> float:
-    """Multiplications and additions of a dense step over B tokens.
+    """Multiplications and additions of a dense step over N tokens.
 
     1. For each layer two products with the encoder: forward, and its gradient.
     2. For each layer that it writes to three products with the decoder: forward, and the gradients of both factors.
-    3. For a cross-layer transcoder the sum is B d F L (3 L + 7).
+    3. For a cross-layer transcoder the sum is N D F L (3 L + 7).
     """
     products = sum(2 + 3 * coder.reach(layer) for layer in range(len(coder.covered)))
     skips = 2 * len(coder.covered) * coder.size if coder.skip else 0

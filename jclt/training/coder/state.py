@@ -12,9 +12,9 @@ from jclt.training.config import TrainConfig
 from jclt.training.optimizers import make_coder_optimizer
 
 DENSITY_DECAY = 0.99
-"""Of the average density of a feature, per step ("The Circuits Research Landscape", August 2025)."""
+"""The decay per step of a feature's average density ("The Circuits Research Landscape", August 2025)."""
 THRESHOLD_DECAY = 0.99
-"""Of BatchTopK's running threshold, per step."""
+"""The decay per step of BatchTopK's running threshold."""
 
 
 class CoderState(NamedTuple):

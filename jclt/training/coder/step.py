@@ -98,7 +98,7 @@ def compute_gradients(
     with jax.named_scope("reduce"):
         gradient = jax.tree.map(shard_like, gradient, weights)
     gradient, report = jax.tree.map(lambda x: x / config.micro_batches, (gradient, report))
-    # The gradient of a decoder bias is 2 * share * the mean error.
+    # The gradient of a decoder bias is 2 * share * the mean error, so `drift` is the square of the mean error.
     drift = [jnp.sum(jnp.square(layer.decoder_bias / (2 * share))) for layer in gradient.coder.layers]
     with jax.named_scope("spread"):
         spread = jnp.sum(compute_variance(harvest.writes) / jnp.square(state.scaling.write_scale), axis=1)

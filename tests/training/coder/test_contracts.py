@@ -1,4 +1,4 @@
-"""What the train step promises of its compiled program: what travels between devices, what is kept, what is traced."""
+"""The compiled train step: what it sends between devices, updates in place, and traces."""
 
 import math
 from dataclasses import replace
@@ -50,11 +50,11 @@ def test_the_step_sends_the_expected_few_things(program):
 def test_the_state_is_updated_in_place(program):
     shape, compiled = program
     state = jax.tree.leaves(make_step_inputs(config(), MODEL, make_mesh(*shape)).state)
-    kept = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
-    assert compiled.memory_analysis().alias_size_in_bytes == kept
+    state_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
+    assert compiled.memory_analysis().alias_size_in_bytes == state_bytes
 
 
-def encoded(settings: TrainConfig, with_penalties: bool) -> list[Collective]:
+def list_collectives(settings: TrainConfig, with_penalties: bool) -> list[Collective]:
     """The collectives of encoding one micro-batch on 8 feature shards."""
     mesh = make_mesh(1, 8)
     x = jax.ShapeDtypeStruct((48, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P()))
@@ -73,20 +73,22 @@ def encoded(settings: TrainConfig, with_penalties: bool) -> list[Collective]:
 
 @pytest.mark.parametrize("coder", [{}, {"activation": "relu"}, {"kind": "transcoder", "skip": True}])
 def test_encoding_has_no_collective(coder):
-    assert encoded(config(coder=coder), with_penalties=False) == []
+    assert list_collectives(config(coder=coder), with_penalties=False) == []
 
 
 def test_penalties_add_scalars_alone():
-    sent = encoded(config(), with_penalties=True)
-    assert {op.kind for op in sent} == {"all-reduce"} and len(sent) <= 2
-    assert all(op.largest == 1 for op in sent)
+    collectives = list_collectives(config(), with_penalties=True)
+    assert {op.kind for op in collectives} == {"all-reduce"} and len(collectives) <= 2
+    assert all(op.largest == 1 for op in collectives)
 
 
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_of_the_largest_activations_only_counts_travel(activation):
-    sent = encoded(config(coder={"activation": activation, "k": 24}, sparsity="none"), with_penalties=False)
-    assert {op.kind for op in sent} == {"all-reduce"} and len(sent) <= LAYERS
-    assert all(op.largest <= 48 for op in sent), sent  # op number for each token
+    collectives = list_collectives(
+        config(coder={"activation": activation, "k": 24}, sparsity="none"), with_penalties=False
+    )
+    assert {op.kind for op in collectives} == {"all-reduce"} and len(collectives) <= LAYERS
+    assert all(op.largest <= 48 for op in collectives), collectives  # op number for each token
 
 
 def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):

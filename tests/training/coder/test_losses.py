@@ -1,4 +1,4 @@
-"""What a coder's training is made of, each part against a closed form: losses, schedules, scales, starts, shuffling."""
+"""The parts of a coder's training against closed forms: losses, schedules, scales, initial weights, shuffling."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -123,11 +123,11 @@ def finite_differences(function, arguments: tuple[np.ndarray, ...], which: int) 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_penalty_is_its_closed_form_and_so_is_its_gradient(name, shape):
-    ours, formula, make = CASES[name]
+    penalty, formula, make = CASES[name]
     arguments = make(*shape)
     with jax.enable_x64():
         placed = tuple(jnp.asarray(x) for x in arguments)
-        value, slopes = jax.value_and_grad(ours, tuple(range(len(placed))))(*placed)
+        value, slopes = jax.value_and_grad(penalty, tuple(range(len(placed))))(*placed)
         assert value.dtype == jnp.float64
     assert float(value) == pytest.approx(formula(*arguments), rel=1e-12)
     for which, got in enumerate(slopes):
@@ -146,7 +146,7 @@ def test_the_end_to_end_loss_weighs_both_terms_alike():
 
 
 def random_coder(config: CoderConfig, seed: int = 0, dtype=np.float32) -> SparseCoder:
-    """Under JumpReLU with logarithms of thresholds, as it is while it is trained."""
+    """A random coder in its training form: JumpReLU has logarithms of thresholds."""
     rng = np.random.default_rng(seed)
     fill = lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), dtype)  # noqa: E731
     return jax.tree.map(fill, abstract_coder(config))
@@ -213,7 +213,7 @@ def test_the_auxiliary_loss_trains_dead_features_alone():
     for a, b in zip(jax.tree.leaves(alive), jax.tree.leaves(without), strict=True):
         np.testing.assert_array_equal(a, b)  # nothing is dead: nothing is added
     both, _ = gradient_of(config, 1.0, state_of(config, coder, silent=silent), harvest)
-    more = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), both, without)
+    difference = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), both, without)
 
     x, y = flat(harvest.reads), flat(harvest.writes).swapaxes(0, 1)
     h = [x_ @ np.float64(c.encoder).T + np.float64(c.encoder_bias) for x_, c in zip(x, coder.layers, strict=True)]
@@ -225,10 +225,12 @@ def test_the_auxiliary_loss_trains_dead_features_alone():
         wrote[:, source:] += np.einsum("nf,frd->nrd", a[source], np.float64(c.decoder))
         wrote[:, source] += np.float64(c.decoder_bias)
         tried[:, source:] += np.einsum("nf,frd->nrd", spare[source], np.float64(c.decoder))
-    left = 2 * 0.25 / len(y) * (tried - (y - wrote))
-    for source, (c, slope) in enumerate(zip(coder.layers, more.layers, strict=True)):
-        np.testing.assert_allclose(slope.decoder, np.einsum("nf,nrd->frd", spare[source], left[:, source:]), atol=1e-5)
-        to_h = np.einsum("nrd,frd->nf", left[:, source:], np.float64(c.decoder)) * (spare[source] > 0)
+    gradient = 2 * 0.25 / len(y) * (tried - (y - wrote))
+    for source, (c, slope) in enumerate(zip(coder.layers, difference.layers, strict=True)):
+        np.testing.assert_allclose(
+            slope.decoder, np.einsum("nf,nrd->frd", spare[source], gradient[:, source:]), atol=1e-5
+        )
+        to_h = np.einsum("nrd,frd->nf", gradient[:, source:], np.float64(c.decoder)) * (spare[source] > 0)
         np.testing.assert_allclose(slope.encoder, to_h.T @ x[source], atol=1e-5)
         np.testing.assert_allclose(slope.encoder_bias, to_h.sum(0), atol=1e-5)
         assert np.all(slope.threshold == 0) and np.all(slope.decoder_bias == 0)
@@ -269,10 +271,10 @@ def test_a_step_without_a_number_changes_nothing_but_its_count():
         state = step(state, batch)
         counts.append((int(state.step), int(state.skipped), int(state.skipped_in_row)))
         after = jax.device_get(state)
-        kept = [(old, new) for old, new in zip(before[1:7], after[1:7], strict=True)]
+        unchanged = [(old, new) for old, new in zip(before[1:7], after[1:7], strict=True)]
         same = [
             np.array_equal(a, b)
-            for old, new in kept
+            for old, new in unchanged
             for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         ]
         if batch is good:
@@ -337,7 +339,7 @@ def test_a_layer_that_writes_nothing_counts_in_no_mean_and_is_named():
 
 
 def test_muon_decays_what_adamw_decays_and_as_much():
-    """Without a gradient what moves is decayed: by rate times decay, Adam's weights under Muon at their share of it."""
+    """Without a gradient, only decay changes weights: by rate times decay, under Muon Adam's weights by their share."""
     model = ModelConfig("gpt2", 8, 4, 1, 2, 8, 8, norm="layer", gated=False, qkv_bias=True, mlp_bias=True)
     config = LmConfig(model, steps=50, warmup=0, learning_rate=0.1, weight_decay=0.2)
     params = {name: jnp.ones(weight.shape) for name, weight in declare(model).items()}
@@ -468,14 +470,14 @@ def test_the_first_moment_is_kept_in_its_type(name, dtype):
     state = rule.init(params)
     with jax.numpy_dtype_promotion("standard"):
         _, after = rule.update({"w": jnp.ones((6, 4))}, state, params)
-    for kept in (state, after):
-        sizes = [x.dtype for x in jax.tree.leaves(kept) if x.shape == (6, 4)]
+    for checked_state in (state, after):
+        sizes = [x.dtype for x in jax.tree.leaves(checked_state) if x.shape == (6, 4)]
         assert sizes.count(jnp.dtype(dtype)) >= 1
         assert dtype == "float32" or sizes.count(jnp.dtype("float32")) == len(sizes) - 1
 
 
 def test_gradients_are_clipped_to_their_length():
-    """Seen in the second moment, which is the mean of the squared gradients."""
+    """Checked by the second moment, which is the mean of the squared gradients."""
     config = replace(PLAIN, optimizer="adam", beta1=0.0, beta2=0.75, schedule="constant", clip=0.5)
     rule, params = make_coder_optimizer(config), {"w": jnp.zeros((2,))}
     for gradient, clipped in (([3.0, 4.0], [0.3, 0.4]), ([0.1, 0.2], [0.1, 0.2])):
@@ -488,7 +490,7 @@ def test_gradients_are_clipped_to_their_length():
 # Scales.
 
 
-def measured(normalize: str) -> tuple[Scaling, np.ndarray, np.ndarray]:
+def measure_batch(normalize: str) -> tuple[Scaling, np.ndarray, np.ndarray]:
     values = 3 * normal(4, 2, 2, 3, 5, 6) + normal(1, 2, 2, 1, 1, 6, seed=1)  # batch, site, layer, B, T, D
     values[:, 0, 1, :, :, 2] = 3.3  # a dimension that never changes
     batches = [Harvest(*(jnp.asarray(x, jnp.float32) for x in batch)) for batch in values]
@@ -498,7 +500,7 @@ def measured(normalize: str) -> tuple[Scaling, np.ndarray, np.ndarray]:
 
 
 def test_scales_bring_each_layers_mean_square_to_one():
-    scaling, reads, writes = measured("scale")
+    scaling, reads, writes = measure_batch("scale")
     for scale, mean, x in (
         (scaling.read_scale, scaling.read_mean, reads),
         (scaling.write_scale, scaling.write_mean, writes),
@@ -509,13 +511,13 @@ def test_scales_bring_each_layers_mean_square_to_one():
 
 
 def test_standardising_brings_each_dimension_to_mean_zero_and_variance_one():
-    scaling, reads, writes = measured("standardize")
+    scaling, reads, writes = measure_batch("standardize")
     np.testing.assert_allclose(scaling.read_mean, reads.mean(1), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(scaling.write_scale, writes.std(1), rtol=1e-4)
     want = reads.std(1)
     want[1, 2] = 1e-3 * want[1].max()  # the one that never changes is not blown up, nor a NaN
     np.testing.assert_allclose(scaling.read_scale, want, rtol=1e-3)
-    none = measured("none")[0]
+    none = measure_batch("none")[0]
     assert np.all(np.asarray(none.read_scale) == 1) and np.all(np.asarray(none.write_mean) == 0)
 
 
@@ -554,7 +556,7 @@ def test_a_folded_coder_does_on_raw_activations_what_it_does_on_scaled_ones(conf
 
 
 def is_uniform(x: np.ndarray, bound: float) -> bool:
-    """Within the bound, and at every tenth of it as many as there should be, to four deviations."""
+    """Whether all values are within the bound and each tenth holds its share, to four deviations."""
     shares = np.array([(np.asarray(x) < bound * (t / 5 - 1)).mean() for t in range(1, 10)])
     wanted = np.arange(1, 10) / 10
     near = np.abs(shares - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / x.size)
@@ -587,7 +589,7 @@ def test_initial_weights_are_the_published_ones(initial):
 
 @pytest.mark.parametrize("density", [0.001, 0.05, 0.5, 0.9])
 def test_calibrated_features_fire_on_just_the_asked_share_of_tokens(density):
-    """Also where pre-activations lie far from zero, and their differences are near their rounding."""
+    """Also if pre-activations are far from zero, so that their differences are close to the rounding."""
     for spread, offset in ((1.0, 0.0), (5.0, -300.0), (1e-3, 7.0)):
         h = np.float32(spread * normal(1000, 16) + offset)
         bias = np.asarray(calibrate_bias(jnp.asarray(h), jnp.full((16,), 0.03), density))
@@ -606,16 +608,16 @@ def test_batch_top_k_is_a_jump_relu_at_inference():
     coder = random_coder(config)
     x = [jnp.asarray(normal(40, 6, seed=layer), jnp.float32) for layer in range(2)]
     h = tuple(coder.compute_preactivation(layer, x_) for layer, x_ in enumerate(x))
-    kept, least = activate_dense(coder, h, tuple(layer_weights.norms for layer_weights in coder.layers))
+    activations, least = activate_dense(coder, h, tuple(layer_weights.norms for layer_weights in coder.layers))
     # The least of what is kept defines the threshold; a hair below it everything kept is above.
     after = to_inference_form(coder, least * (1 - 1e-6))
     assert after.config == replace(config, activation="jumprelu", k=None)
     for layer in range(2):
-        np.testing.assert_array_equal(after.encode(layer, x[layer]), kept[layer])
-    assert sum(int((a > 0).sum()) for a in kept) == 3 * 40
+        np.testing.assert_array_equal(after.encode(layer, x[layer]), activations[layer])
+    assert sum(int((a > 0).sum()) for a in activations) == 3 * 40
     # At the threshold itself nothing but that one value can differ: the gate is strict.
-    there = to_inference_form(coder, least)
-    differ = sum(int((there.encode(layer, x[layer]) != kept[layer]).sum()) for layer in range(2))
+    inference_coder = to_inference_form(coder, least)
+    differ = sum(int((inference_coder.encode(layer, x[layer]) != activations[layer]).sum()) for layer in range(2))
     assert differ <= 1
 
 
@@ -626,8 +628,8 @@ def test_a_cross_layer_transcoders_step_costs_so_many_operations(layers, width, 
     config = CoderConfig("clt", features, layers=tuple(range(layers)), width=width)
     assert count_coder_operations(config, tokens) == tokens * width * features * layers * (3 * layers + 7)
     # Encoder: forward and weights; each of the decoders: forward, activations and weights; 2 for each product.
-    counted = sum(2 * 2 + 3 * 2 * (layers - source) for source in range(layers)) * tokens * width * features
-    assert count_coder_operations(config, tokens) == counted
+    operations = sum(2 * 2 + 3 * 2 * (layers - source) for source in range(layers)) * tokens * width * features
+    assert count_coder_operations(config, tokens) == operations
     assert count_coder_operations(replace(config, kind="transcoder"), tokens) == tokens * width * features * layers * 10
 
 
@@ -636,20 +638,20 @@ def test_a_cross_layer_transcoders_step_costs_so_many_operations(layers, width, 
 AGES, POSITIONS = 3, 12
 
 
-def numbered(number: int) -> Harvest:
-    """Every token says of itself which batch, row and position it was, in both sites and in every layer."""
+def number_tokens(number: int) -> Harvest:
+    """A batch whose activations encode their batch, row and position, at both sites and in every layer."""
     b, t = np.meshgrid(np.arange(2), np.arange(POSITIONS), indexing="ij")
     tag = np.broadcast_to(np.stack([np.full_like(b, number), b, t], -1), (2, 2, POSITIONS, 3))
     return Harvest(jnp.asarray(tag, jnp.float32), jnp.asarray(10.0 + tag, jnp.float32))
 
 
-def shuffled(start: int, steps: int) -> tuple[list[Harvest], list[Harvest]]:
-    """What each step gets, and the buffer after it."""
-    put = jax.jit(mix_batches, static_argnums=3)
-    buffer, got, buffers = fill_buffer(numbered, start, AGES, seed=5), [], []
+def shuffle_batches(start: int, steps: int) -> tuple[list[Harvest], list[Harvest]]:
+    """The batch of each step, and the buffer after it."""
+    mix_step = jax.jit(mix_batches, static_argnums=3)
+    buffer, got, buffers = fill_buffer(number_tokens, start, AGES, seed=5), [], []
     for step in range(start, start + steps):
         number = step + AGES - 1
-        buffer, mix = put(buffer, numbered(number), jnp.int32(number), 5)
+        buffer, mix = mix_step(buffer, number_tokens(number), jnp.int32(number), 5)
         got.append(jax.device_get(mix))
         buffers.append(jax.device_get(buffer))
     return got, buffers
@@ -657,7 +659,7 @@ def shuffled(start: int, steps: int) -> tuple[list[Harvest], list[Harvest]]:
 
 def test_shuffling_hands_out_every_token_once_from_several_batches():
     steps = 8
-    got, _ = shuffled(0, steps)
+    got, _ = shuffle_batches(0, steps)
     counts: dict[tuple[int, ...], int] = {}
     for step, mix in enumerate(got):
         assert mix.reads.shape == (2, 2, POSITIONS, 3)
@@ -678,11 +680,11 @@ def test_shuffling_hands_out_every_token_once_from_several_batches():
 
 @pytest.mark.parametrize("start", [1, 2, 5])
 def test_a_refilled_buffer_goes_on_bit_for_bit(start):
-    got, buffers = shuffled(0, 7)
-    again, refilled = shuffled(start, 7 - start)
-    for mine, theirs in zip((*again, *refilled), (*got[start:], *buffers[start:]), strict=True):
-        np.testing.assert_array_equal(mine.reads, theirs.reads)
-        np.testing.assert_array_equal(mine.writes, theirs.writes)
+    got, buffers = shuffle_batches(0, 7)
+    again, refilled = shuffle_batches(start, 7 - start)
+    for actual, want in zip((*again, *refilled), (*got[start:], *buffers[start:]), strict=True):
+        np.testing.assert_array_equal(actual.reads, want.reads)
+        np.testing.assert_array_equal(actual.writes, want.writes)
 
 
 # The loop, when steps are no numbers.
@@ -717,8 +719,8 @@ def test_the_loop_stops_after_so_many_bad_steps_in_a_row_and_keeps_the_state_fro
                 save_every=100,
                 skips=3,
             )
-    said = "loss is nan at step 12, for the 4th step in a row; the newest checkpoint is of step 13"
-    assert str(error.value) == said
+    message = "loss is nan at step 12, for the 4th step in a row; the newest checkpoint is of step 13"
+    assert str(error.value) == message
     assert max(reached) <= 12  # metrics come one step late
     with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
         restored = checkpoints.restore(start)

@@ -1,4 +1,4 @@
-"""A planted dictionary is recovered by the training code; a better reconstruction without sparsity does not do it."""
+"""The training code recovers a planted dictionary; a better reconstruction without sparsity does not."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -38,8 +38,8 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Truth(NamedTuple):
-    """Features that read one direction of their layer and write to some of the layers from it on. Beside them every
-    layer writes something dense and small, which many features at once can follow better than few."""
+    """Features that read one direction of their layer and write to some of the layers from it on. Every layer also
+    writes a small dense part, which many features reconstruct better than few."""
 
     reads: np.ndarray  # [L, G, D]
     targets: np.ndarray  # [L, G, L], whether a feature of the first layer writes to the last
@@ -61,7 +61,7 @@ def plant(seed: int) -> Truth:
 
 @jax.jit
 def activations(truth: Truth, number: jax.Array) -> Harvest:
-    """What the layers read and write in the batch of this number, each `[B, L, T, D]`."""
+    """What the layers read and write in the batch with this number, each `[B, L, T, D]`."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(7), number), 3)
     shape = (LAYERS, ROWS, LENGTH)
     active = jax.random.bernoulli(keys[0], 0.04, (*shape, PLANTED)).astype(jnp.float32)
@@ -80,8 +80,8 @@ class Trained(NamedTuple):
 def train(config: TrainConfig, truth: Truth) -> Trained:
     mesh = make_mesh(1, 1)
     with jax.set_mesh(mesh):
-        put = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), truth)
-        batch = lambda number: activations(put, jnp.int32(number))  # noqa: E731
+        device_truth = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), truth)
+        batch = lambda number: activations(device_truth, jnp.int32(number))  # noqa: E731
         state = init_state(config, mesh, lambda number: jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch(number)))
         errors = []
         for step in range(config.steps):
@@ -128,7 +128,7 @@ def test_a_planted_dictionary_is_recovered_with_its_layer_pairs(truth, trained):
 
 
 def test_the_best_reconstruction_without_sparsity_fails_the_recovery(truth, trained):
-    """It reconstructs better than the sparse run, and better than the planted features themselves would."""
+    """It reconstructs better than the sparse run, and better than the planted features."""
     score = recovery(truth, trained["dense"].dictionary)
     assert not score.passes and score.cosine < 0.92, score
     assert trained["dense"].error < 0.8 * trained["sparse"].error
@@ -136,9 +136,9 @@ def test_the_best_reconstruction_without_sparsity_fails_the_recovery(truth, trai
 
 
 def error_of_the_truth(truth: Truth) -> float:
-    """What is left when every planted feature is written exactly: the dense part."""
-    put = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), truth)
-    writes = np.concatenate([activations(put, jnp.int32(number)).writes for number in range(20)])
+    """The error of the planted features themselves: the dense part."""
+    device_truth = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), truth)
+    writes = np.concatenate([activations(device_truth, jnp.int32(number)).writes for number in range(20)])
     variance = writes.var(axis=(0, 2)).sum(-1)
     return float(np.mean(WIDTH * NOISE**2 / variance))
 

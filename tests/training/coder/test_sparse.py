@@ -1,4 +1,4 @@
-"""The sparse path computes what the dense one does: gradients against the dense step, on every mesh, for every rule."""
+"""The sparse path equals the dense one: gradients against the dense step, on every mesh, for every rule."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ from jclt.training.metrics import read_metrics
 
 LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiled without the passes that make a program fast."""
+"""Compiler options without the optimisation passes."""
 RULES = {
     "relu": CoderConfig("sae", features=FEATURES, reads="mlp_out", activation="relu", tied=True),
     "jumprelu": CoderConfig(features=FEATURES, bandwidth=0.3),
@@ -79,7 +79,7 @@ def batch() -> Harvest:
 
 
 def state_of(config: TrainConfig, mesh: Any) -> CoderState:
-    """Weights with which about one feature in twenty is active."""
+    """A state whose weights make about one feature in twenty active."""
     scaling = Scaling(*(f((LAYERS, WIDTH)) for f in (jnp.zeros, jnp.ones) * 2))
     coder = make_initial_weights(config, mesh)
     layers = tuple(
@@ -94,7 +94,7 @@ def state_of(config: TrainConfig, mesh: Any) -> CoderState:
     return make_state(config, type(coder)(layers, coder.config), scaling)._replace(running=jnp.asarray(0.14))
 
 
-def computed(config: TrainConfig, capacity: float | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
+def compute_step(config: TrainConfig, capacity: float | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
     with jax.set_mesh(make_mesh(data, features)):
         state = state_of(config, make_mesh(data, features))
         harvest = jax.tree.map(lambda x: shard_by_axes(x, (None, "batch", None, None)), batch())
@@ -102,8 +102,8 @@ def computed(config: TrainConfig, capacity: float | None, data: int = 1, feature
         return jax.device_get(run(state, harvest, jnp.ones(()), capacity=capacity))
 
 
-def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
-    (gradient, report), (wanted, other) = ours, dense
+def assert_equal(sparse: Any, dense: Any, overflow: float = 0.0) -> None:
+    (gradient, report), (wanted, other) = sparse, dense
     assert report.pop("overflow") == overflow
     for (path, a), b in zip(
         jax.tree.leaves_with_path((gradient, report)), jax.tree.leaves((wanted, other)), strict=True
@@ -116,12 +116,12 @@ def assert_equal(ours: Any, dense: Any, overflow: float = 0.0) -> None:
 @pytest.mark.parametrize(("rule", "sparsity", "preactivation", "micro", "data", "features"), CASES)
 def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, micro, data, features):
     config = setting(rule, sparsity=sparsity, preactivation=preactivation, micro_batches=micro)
-    assert_equal(computed(config, 40.0, data, features), computed(config, None))
+    assert_equal(compute_step(config, 40.0, data, features), compute_step(config, None))
 
 
 def test_a_micro_batch_over_capacity_is_computed_densely_and_counted():
     config = setting("jumprelu")
-    assert_equal(computed(config, 1.0), computed(config, None), overflow=1.0)
+    assert_equal(compute_step(config, 1.0), compute_step(config, None), overflow=1.0)
 
 
 RUN = replace(CONFIG, save_every=25, headroom=1.5)
@@ -160,8 +160,8 @@ def test_a_run_resumed_across_the_change_ends_in_the_same_bits(run_sparsely, tmp
     for name in ("coder", "checkpoints/50"):
         shutil.rmtree(tmp_path / "run" / name)
     train_coder(RUN, tmp_path / "run", make_mesh(devices=jax.devices()[:1]))
-    ours, theirs = (load_coder(folder / "coder") for folder in (tmp_path / "run", run_sparsely))
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, theirs)))
+    resumed, uninterrupted = (load_coder(folder / "coder") for folder in (tmp_path / "run", run_sparsely))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, resumed, uninterrupted)))
 
 
 def test_a_setting_without_a_sparse_path_is_refused_in_one_line(tmp_path):

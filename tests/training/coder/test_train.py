@@ -1,4 +1,4 @@
-"""A coder's run from its settings to the saved coder: the same on every mesh, and whatever interrupts it."""
+"""A coder's run from its settings to the saved coder: the same on every mesh, and after any interruption."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def digest(folder: Path) -> str:
 
 
 def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess.Popen[str]:
-    """`jclt train` in a process of its own, on one virtual device unless the environment says otherwise."""
+    """Starts `jclt train` in a separate process, on one virtual device unless the environment sets another number."""
     file = folder.with_suffix(".py")
     file.write_text(SOURCE.format(config=config))
     variables = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment
@@ -48,7 +48,7 @@ def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess
 
 
 def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until a checkpoint of that step is complete."""
+    """Waits until a checkpoint of this step is complete."""
     for _ in range(1200):
         if (folder / "checkpoints" / str(step) / "commit_success.txt").exists():
             return
@@ -59,7 +59,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def one_device(tmp_path_factory) -> Path:
     """The run on one device."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     train_coder(CONFIG, folder, make_mesh(devices=jax.devices()[:1]), profile=2)
@@ -67,16 +67,16 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("data", "features"), [(1, 8), (2, 4)])
-def test_losses_are_the_same_on_every_mesh(alone, tmp_path, data, features):
+def test_losses_are_the_same_on_every_mesh(one_device, tmp_path, data, features):
     train_coder(replace(CONFIG, data_shards=data), tmp_path / "run", make_mesh(data, features))
-    np.testing.assert_allclose(read_losses(tmp_path / "run"), read_losses(alone), rtol=1e-5)
+    np.testing.assert_allclose(read_losses(tmp_path / "run"), read_losses(one_device), rtol=1e-5)
 
 
 SHARED = replace(CONFIG, data_shards=2, save_every=20)
 
 
-def together(folder: Path, config: TrainConfig, processes: int) -> list[subprocess.Popen[str]]:
-    """`jclt train` as so many processes that share a run, four devices in all."""
+def start_processes(folder: Path, config: TrainConfig, processes: int) -> list[subprocess.Popen[str]]:
+    """Starts `jclt train` as this number of processes, which share a run and have four devices in all."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -99,22 +99,22 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def two_processes(tmp_path_factory) -> Path:
     """The run on two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    finish(together(folder, SHARED, 2))
+    finish(start_processes(folder, SHARED, 2))
     return folder
 
 
-def test_losses_are_the_same_on_two_processes(alone, two):
-    np.testing.assert_allclose(read_losses(two), read_losses(alone), rtol=1e-5)
-    coder = load_coder(two / "coder")
-    for a, b in zip(jax.tree.leaves(coder), jax.tree.leaves(load_coder(alone / "coder")), strict=True):
+def test_losses_are_the_same_on_two_processes(one_device, two_processes):
+    np.testing.assert_allclose(read_losses(two_processes), read_losses(one_device), rtol=1e-5)
+    coder = load_coder(two_processes / "coder")
+    for a, b in zip(jax.tree.leaves(coder), jax.tree.leaves(load_coder(one_device / "coder")), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly_or_on_another_number(two, tmp_path):
-    first, second = together(tmp_path / "run", SHARED, 2)
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly_or_on_another_number(two_processes, tmp_path):
+    first, second = start_processes(tmp_path / "run", SHARED, 2)
     wait_for(tmp_path / "run", 20, first)
     second.send_signal(signal.SIGKILL)
     second.communicate()
@@ -122,20 +122,20 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly_or_on_a
     assert first.returncode != 0
     assert "cannot go on" in errors or "another task died" in errors, errors[-2000:]
     shutil.copytree(tmp_path / "run", tmp_path / "other")
-    finish(together(tmp_path / "run", SHARED, 2))
-    assert digest(tmp_path / "run") == digest(two)
-    finish(together(tmp_path / "other", SHARED, 1))
-    np.testing.assert_allclose(read_losses(tmp_path / "other"), read_losses(two), rtol=1e-5)
+    finish(start_processes(tmp_path / "run", SHARED, 2))
+    assert digest(tmp_path / "run") == digest(two_processes)
+    finish(start_processes(tmp_path / "other", SHARED, 1))
+    np.testing.assert_allclose(read_losses(tmp_path / "other"), read_losses(two_processes), rtol=1e-5)
 
 
-def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(alone):
-    entries = [entry for entry in read_metrics(alone / "metrics.jsonl") if "nmse" in entry]
+def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(one_device):
+    entries = [entry for entry in read_metrics(one_device / "metrics.jsonl") if "nmse" in entry]
     assert entries[-1]["nmse"] < 0.8 * entries[0]["nmse"]
     assert len(entries[-1]["layers_l0"]) == 2 and entries[-1]["tokens_per_second"] > 0
-    coder = load_coder(alone / "coder", model=jclt.load_model("demo"), check=False)
+    coder = load_coder(one_device / "coder", model=jclt.load_model("demo"), check=False)
     assert coder.config.activation == "jumprelu" and coder.config.covered == (0, 2)
-    assert (alone / "curves.png").exists()
-    assert list((alone / "profile").rglob("*.xplane.pb"))
+    assert (one_device / "curves.png").exists()
+    assert list((one_device / "profile").rglob("*.xplane.pb"))
 
 
 SHUFFLED = replace(
@@ -183,11 +183,11 @@ def test_a_signal_saves_and_ends_well(tmp_path):
     assert "checkpoints of steps" in inspect_run(tmp_path / "run")
 
 
-def test_stored_activations_train_as_harvested_ones_do(alone, tmp_path):
+def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
     train_coder(config, tmp_path / "run", make_mesh(2, 4))
     assert read_losses(tmp_path / "run")[0] == pytest.approx(
-        read_losses(alone)[0], rel=0.3
+        read_losses(one_device)[0], rel=0.3
     )  # other rows, the same model
     assert read_losses(tmp_path / "run")[-1] < 0.8 * read_losses(tmp_path / "run")[0]
     train_coder(replace(config, learning_rate=2e-3), tmp_path / "again", make_mesh(1, 8))  # reads what is there already
@@ -234,15 +234,16 @@ def test_what_cannot_work_is_said_in_one_line_before_anything_is_written(setting
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_and_inspect_print_what_they_find(alone, tmp_path, capsys):
+def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys):
     assert (
-        main(["eval", str(alone / "coder"), "--rows", "8", "--length", "32", "--json", str(tmp_path / "e.json")]) == 0
+        main(["eval", str(one_device / "coder"), "--rows", "8", "--length", "32", "--json", str(tmp_path / "e.json")])
+        == 0
     )
     text = capsys.readouterr().out
     assert "replacement" in text and "two_hop" in text
     figures = json.loads((tmp_path / "e.json").read_text())
     assert 0 < figures["reconstruction"]["nmse"] < 2
-    assert main(["inspect", str(alone)]) == 0
+    assert main(["inspect", str(one_device)]) == 0
     text = capsys.readouterr().out
     assert (
         "step 50 of 50" in text
