@@ -257,12 +257,11 @@ def parser() -> argparse.ArgumentParser:
         description="Compiles the run's own train step for a TPU slice that need not be at hand, with libtpu "
         "(pip install 'jclt[tpu]'), and prints what the compiler says of it: memory by kind, operations, the time of a "
         "step by its schedule beside what it can be no less than, traffic and how much of it work hides, tokens a "
-        "second, chip-hours, and what to change where it does not fit. An estimate, not a measurement. The program "
-        "that attribution graphs are made with is compiled too, for prompts of --prompt-length tokens. --active plans "
-        "the sparse path beside the dense one, which takes two to three times as long. Each part is printed as soon as "
-        "it is ready.",
+        "second, chip-hours, and what to change where it does not fit. An estimate, not a measurement. --prompt-length "
+        "also plans the program that attribution graphs are made with, and --active the sparse path beside the dense "
+        "one, which takes two to three times as long. Each part is printed as soon as it is ready.",
         epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x8; "
-        "jclt plan my_run.py --active 100",
+        "jclt plan my_run.py --prompt-length 64 --active 100",
     )
     command.add_argument(
         "config", metavar="CONFIG", help="a preset, or a .py file, which is run, that defines `config` and `pod`"
@@ -275,9 +274,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--prompt-length",
         type=at_least(0),
-        default=64,
+        default=0,
         metavar="T",
-        help="of the attribution program (default 64; 0: none)",
+        help="also plan the program that makes graphs, for prompts of so many tokens (default 0: not)",
     )
     command.add_argument(
         "--active",

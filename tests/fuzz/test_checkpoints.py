@@ -65,9 +65,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, draw) -> Run:
     """Of a model and data as small as can be, since what takes time is to compile; of so many features that a
     checkpoint's arrays lie in chunks of their own, which no checksum of the format protects."""
+    if not draw.large:
+        pytest.skip("a run is trained for -m fuzz alone; tests/test_runs.py flips bits and cuts checkpoints by default")
     home = tmp_path_factory.mktemp("undisturbed")
     save_model(random_model(GPT2), home / "model")
     (home / "text.txt").write_text("ab a b ab b ab ab a\n" * 200)
@@ -240,8 +242,6 @@ def finish(run: Run, folder: Path) -> None:
 
 def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed, draw, tmp_path):
     """Again and again, until it is done; then another one."""
-    if not draw.large:
-        pytest.skip("runs are killed by -m fuzz, and once by tests/test_coder_training.py")
     kills, most, number = [], max(1, draw.inputs // 50), 0
     while len(kills) < most:
         rng = np.random.default_rng([draw.seed, number])
