@@ -15,10 +15,10 @@ def add_command(commands: Subcommands) -> None:
         "(pip install 'jclt[tpu]'). Prints the compiler's figures: memory by kind, operations, the time of a step by "
         "its schedule and the least possible time, communication and how much of it overlaps with computation, tokens "
         "per second, chip-hours, and what to change if the run does not fit. These are estimates, not measurements. "
-        "Also compiles the attribution program, for prompts of --prompt-length tokens. --active also plans the sparse "
-        "path, which takes two to three times as long. Prints each part as soon as it is ready.",
+        "--prompt-length also plans the attribution program, and --active the sparse path, which takes two to three "
+        "times as long. Prints each part as soon as it is ready.",
         epilog="example: jclt plan tpu_configs/gpt2_small_300k_v5e_8.py; jclt plan my_run.py --topology v5p:4x4x8; "
-        "jclt plan my_run.py --active 100",
+        "jclt plan my_run.py --prompt-length 64 --active 100",
     )
     command.add_argument(
         "config", metavar="CONFIG", help="a preset, or a .py file that defines `config` and `pod`; the file is executed"
@@ -33,9 +33,9 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--prompt-length",
         type=make_int_parser(0),
-        default=64,
+        default=0,
         metavar="T",
-        help="tokens per prompt of the attribution program (default 64; 0: do not compile it)",
+        help="also plan the attribution program, for prompts of this many tokens (default 0: no)",
     )
     command.add_argument(
         "--active",

@@ -66,9 +66,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, draw) -> Run:
     """A run that nothing disturbs. Model and data are minimal, since compilation takes most of the time. There are so
     many features that a checkpoint's arrays have separate chunk files, which no checksum of the format protects."""
+    if not draw.large:
+        pytest.skip("only -m fuzz trains a run for this; tests/training/test_run_folder.py damages small checkpoints")
     home = tmp_path_factory.mktemp("undisturbed")
     save_model(random_model(GPT2), home / "model")
     (home / "text.txt").write_text("ab a b ab b ab ab a\n" * 200)
@@ -241,8 +243,6 @@ def finish(run: Run, folder: Path) -> None:
 
 def test_a_run_that_is_killed_ends_in_the_same_bits(undisturbed_run, draw, tmp_path):
     """Kills each run several times before it may finish."""
-    if not draw.large:
-        pytest.skip("runs are killed by -m fuzz, and once by tests/training/coder/test_train.py")
     kills, most, number = [], max(1, draw.inputs // 50), 0
     while len(kills) < most:
         rng = np.random.default_rng([draw.seed, number])
