@@ -54,7 +54,8 @@ def as_a_user(tmp_path, monkeypatch):
 def check_road(names: Names) -> None:
     assert names["graph"].logit_names == (" Denver",)
     assert jclt.import_json("denver.json").logit_names == (" Denver",)
-    assert names["drop"] > 10 * abs(names["control"])
+    assert f"{names['drop']:.1f} of {names['before']:.1f}" in EXAMPLES["README.md", 0]
+    assert names["drop"] > 1 and f"the least: {abs(names['control']):.1f}" in EXAMPLES["README.md", 0]
 
 
 def check_models(names: Names) -> None:
