@@ -175,7 +175,7 @@ def test_conservation_holds_and_pruning_files_and_json_keep_it(case: Case, tmp_p
 
 def test_a_prompt_has_the_same_graph_alone_and_among_others(case: Case, draw: Draw):
     if not draw.large:
-        pytest.skip("with -m fuzz; a few are compared in tests/test_attribution.py")
+        pytest.skip("with -m fuzz; a few are compared in tests/attribution/test_many_prompts.py")
     rng = np.random.default_rng(case.number)
     others = [rng.integers(0, case.model.config.vocabulary, int(rng.integers(1, 9))) for _ in range(2)]
     prompts = [others[0], np.array(case.tokens), others[1]]
@@ -206,7 +206,7 @@ def test_a_coder_is_the_same_in_every_layout_that_can_say_it(case: Case, kind: s
             if layout == "jclt":
                 assert again.config == coder.config
                 same_weights(again, coder)
-            for name in ("encoder", "encoder_bias", "threshold", "rows", "decoder_bias", "skip"):
+            for name in ("encoder", "encoder_bias", "threshold", "decoder_rows", "decoder_bias", "skip"):
                 for got, want in zip(again.layers, coder.layers, strict=True):
                     np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=f"{layout} {name}")
             for name in SAID:
