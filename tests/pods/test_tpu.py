@@ -74,7 +74,8 @@ def test_the_small_configurations_are_planned_as_their_table_says(name):
 @needs_libtpu
 def test_a_plan_from_the_command_line(tmp_path, capsys):
     settings = "coder.features=16384 batch=32 length=128 micro_batches=2 compute=bfloat16".split()
-    arguments = ["tiny", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json"), "--prompt-length", "16"]
+    arguments = ["tiny", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json")]
+    arguments += ["--prompt-length", "16", "--active", "100"]
     assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 2
     assert "expected at most 64" in capsys.readouterr().err  # the model's context
     settings[2] = "length=64"
@@ -92,7 +93,7 @@ def test_a_plan_from_the_command_line(tmp_path, capsys):
 @needs_libtpu
 def test_a_step_that_does_not_fit_is_refused_with_advice(capsys):
     settings = "coder.features=1048576 batch=32 length=64 compute=bfloat16".split()
-    arguments = ["tiny", "--topology", "v5e:2x2", "--prompt-length", "0"]
+    arguments = ["tiny", "--topology", "v5e:2x2"]
     assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
     output = capsys.readouterr().out
     assert "does not fit: needs" in output and "to make it fit" in output
