@@ -1,9 +1,10 @@
 """Every test runs with strict types and ranks, on several virtual CPU devices."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax
 import pytest
@@ -34,8 +35,21 @@ def draw(pytestconfig):
     return read_options(pytestconfig)
 
 
+@pytest.fixture
+def compile_quickly():
+    """For programs that run once, on a few numbers, where no test asks how they are compiled."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+MANY_MAPS = 20_000
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Each compiled program holds memory maps. Their number per process is limited, and a full run would need more."""
+    """Each compiled program holds memory maps. Linux allows a process 65,530 of them; a full run would need more."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()

@@ -42,7 +42,7 @@ def test_every_single_bit_changes_the_sums(dtype):
 def test_sums_are_the_same_on_every_mesh():
     x = numbers("float32", (16, 8))
     full_sums = np.asarray(sum_bits({"x": jnp.asarray(x)})["x"])
-    for shape in ((1, 8), (2, 4), (8, 1)):
+    for shape in ((1, 4), (2, 2), (4, 1)):
         mesh = jclt.make_mesh(*shape)
         for axes in (("tokens", "features"), ("batch", None), (None, "features")):
             placed = jax.device_put(x, make_sharding(mesh, x.shape, axes))

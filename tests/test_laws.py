@@ -21,18 +21,10 @@ from jclt.graphs import Graph, export_json, import_json, load_graph
 from jclt.graphs.graph import Kind
 from jclt.models import LAYER_SITES, Model, Replace, check_sites
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("compile_quickly")]
 
 FEW = 1
 """Cases of the default run; with the flag there is one for each hundred damaged files."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Programs run once, on a few numbers."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ from jclt.graphs.graph import Kind
 from jclt.models import Model
 from jclt.world.handmade import ANSWERS, PROMPTS, build_two_hop
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 DOUBLE = {
     "gemma2": "neurons",
     "gemma3": "skip",
@@ -36,14 +38,6 @@ DOUBLE = {
 LAW = sorted({(name, kind) for name in DOUBLE for kind in ("clt", "skip", "neurons", DOUBLE[name])})
 SINGLE = dict(zip(DOUBLE, ("clt", "neurons", "skip") * 3, strict=True))
 """In addition to the graphs of circuit-tracer's models."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_quickly():
-    """Programs run once, on a few numbers."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("name", CASES)

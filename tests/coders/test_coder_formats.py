@@ -377,14 +377,14 @@ def test_activations_are_those_of_circuit_tracer(case, tmp_path):
 
 @pytest.mark.parametrize("layout", ["jclt", "gemma-scope-2", "saelens"])
 def test_loading_onto_a_mesh(layout, tmp_path):
-    mesh = jclt.make_mesh(data=2, features=4)
+    mesh = jclt.make_mesh(data=2, features=2)
     config = replace(CLT if layout == "jclt" else PLT, skip=True, **HF)
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved", layout)
     placed = jclt.load_coder(tmp_path / "saved", mesh=mesh)
     for got, target in zip(jax.tree.leaves(placed), jax.tree.leaves(abstract_coder(config, mesh)), strict=True):
         assert got.sharding == target.sharding
-    assert {shard.data.shape[0] for shard in placed.layers[0].decoder.addressable_shards} == {4}
+    assert {shard.data.shape[0] for shard in placed.layers[0].decoder.addressable_shards} == {8}
     for got, want in zip(jax.tree.leaves(placed), jax.tree.leaves(coder), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -903,7 +903,7 @@ def test_fit_is_that_of_what_the_coder_writes(config, mesh):
     x, y = (np.asarray(seen[site])[list(config.covered), 1:] for site in ("mlp_in", "mlp_out"))
     activations, reconstruction = compute_outputs(coder, x)
     if mesh:
-        devices = jclt.make_mesh(data=2, features=4)
+        devices = jclt.make_mesh(data=2, features=2)
         coder = jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), coder, abstract_coder(coder.config, devices))
     error, active = measure_fit(coder, model)
     spread = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))

@@ -97,11 +97,11 @@ def test_it_learns_the_rule_of_its_text(config, tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
 def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
     rows = read_text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length, ())[0]
 
-    config = replace(config, optimizer="muon" if shape == (2, 4) else "adamw")
+    config = replace(config, optimizer="muon" if shape == (2, 2) else "adamw")
 
     def losses(mesh) -> list[float]:
         placed = make_sharding(mesh, (8, 16), ("batch", None))
@@ -242,7 +242,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
             {"tokenizer": None},
             "setting 'tokenizer': missing, expected a folder with tokenizer.json for data that are text",
         ),
-        ({"batch": 12}, "setting 'batch': 12, expected a multiple of 8, the number of devices"),
+        ({"batch": 10}, "setting 'batch': 10, expected a multiple of 4, the number of devices"),
         (
             {"model": replace(MODEL, attn_softcap=3.0)},
             "family llama: attn_softcap=3.0 cannot be written in its layout, expected None",

@@ -97,12 +97,12 @@ def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
 
 
 def test_sums_are_the_same_on_any_mesh_and_what_was_saved_without_them_is_said(tmp_path, caplog):
-    two, eight = make_mesh(1, 2), make_mesh(1, 8)
+    two, four = make_mesh(1, 2), make_mesh(1, 4)
     with jax.set_mesh(two):
         save_steps(tmp_path / "run", 3, mesh=two)
-    with jax.set_mesh(eight), Checkpoints(str(tmp_path / "run")) as checkpoints:
-        restored = checkpoints.restore(weights(0, eight))
-    assert restored is not None and are_equal(restored, weights(3)) and len(restored["w"].sharding.device_set) == 8
+    with jax.set_mesh(four), Checkpoints(str(tmp_path / "run")) as checkpoints:
+        restored = checkpoints.restore(weights(0, four))
+    assert restored is not None and are_equal(restored, weights(3)) and len(restored["w"].sharding.device_set) == 4
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     with ocp.training.Checkpointer(str(tmp_path / "old")) as checkpointer:
         checkpointer.save(4, {"state": weights(4)}, force=True)
@@ -511,7 +511,7 @@ def test_a_store_is_known_by_the_models_weights(tmp_path, monkeypatch):
         raise UserError(json.dumps(description))
 
     monkeypatch.setattr("jclt.training.coder.batches.create_store", refuse)
-    model = load_model("demo", mesh=make_mesh(1, 8))
+    model = load_model("demo", mesh=make_mesh(1, 4))
     coder = CONFIG.coder.fit_to_model(model.config, "demo", model.fingerprint)
     config = replace(CONFIG, coder=coder, store=str(tmp_path / "store"))
     rows = TokenRows(np.zeros((8, 16), np.uint16), np.ones((8, 16), np.float16))
@@ -553,18 +553,18 @@ def test_settings_that_cannot_work_are_refused(change, line):
     others = {name: value for name, value in change.items() if name not in sites}
     config = replace(CONFIG, coder=replace(CONFIG.coder, **sites), **others)
     with pytest.raises(UserError) as error:
-        complete_config(config, MODEL, make_mesh(1, 8))
+        complete_config(config, MODEL, make_mesh(1, 4))
     assert str(error.value).startswith(line)
 
 
 def test_a_coder_that_no_memory_holds_is_refused():
     config = replace(RUN, coder=replace(RUN.coder, features=8_000_000_000))
     with pytest.raises(UserError) as error:
-        check_state_memory(config, make_mesh(1, 8))
+        check_state_memory(config, make_mesh(1, 4))
     assert "setting 'coder.features': 8000000000 of 4 layers: needs" in str(error.value)
     fits = int(str(error.value).split("; ")[1].split(" ")[0].replace(",", ""))
     assert 1000 < fits < 8_000_000_000
-    check_state_memory(replace(config, coder=replace(config.coder, features=512)), make_mesh(1, 8))
+    check_state_memory(replace(config, coder=replace(config.coder, features=512)), make_mesh(1, 4))
 
 
 def test_a_run_ends_with_its_coder_whatever_its_evaluation_does_and_can_be_made_longer(tmp_path, monkeypatch, caplog):
@@ -576,10 +576,10 @@ def test_a_run_ends_with_its_coder_whatever_its_evaluation_does_and_can_be_made_
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate_replacement", fails)
-        training.train_coder(short, tmp_path / "run", make_mesh(1, 8))
+        training.train_coder(short, tmp_path / "run", make_mesh(1, 4))
     assert "step 3 could not be evaluated, the run goes on without (list index out of range)" in caplog.text
     before = (tmp_path / "run" / "coder" / "W_enc_0.safetensors").read_bytes()
-    training.train_coder(replace(short, steps=6), tmp_path / "run", make_mesh(1, 8))
+    training.train_coder(replace(short, steps=6), tmp_path / "run", make_mesh(1, 4))
     assert "evaluating the replacement model" in caplog.text and "agrees with the model on" in caplog.text
     entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6, 6] and "agreement" in entries[-1]

@@ -66,7 +66,7 @@ def one_device(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("data", "features"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize(("data", "features"), [(1, 4), (2, 2)])
 def test_losses_are_the_same_on_every_mesh(one_device, tmp_path, data, features):
     train_coder(replace(CONFIG, data_shards=data), tmp_path / "run", make_mesh(data, features))
     np.testing.assert_allclose(read_losses(tmp_path / "run"), read_losses(one_device), rtol=1e-5)
@@ -185,15 +185,15 @@ def test_a_signal_saves_and_ends_well(tmp_path):
 
 def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
-    train_coder(config, tmp_path / "run", make_mesh(2, 4))
+    train_coder(config, tmp_path / "run", make_mesh(2, 2))
     assert read_losses(tmp_path / "run")[0] == pytest.approx(
         read_losses(one_device)[0], rel=0.3
     )  # other rows, the same model
     assert read_losses(tmp_path / "run")[-1] < 0.8 * read_losses(tmp_path / "run")[0]
-    train_coder(replace(config, learning_rate=2e-3), tmp_path / "again", make_mesh(1, 8))  # reads what is there already
+    train_coder(replace(config, learning_rate=2e-3), tmp_path / "again", make_mesh(1, 4))  # reads what is there already
     with pytest.raises(UserError, match="was made with reads=mlp_in, expected reads=mlp_normalized"):
         other = replace(config.coder, reads="mlp_normalized")
-        train_coder(replace(config, coder=other), tmp_path / "other", make_mesh(1, 8))
+        train_coder(replace(config, coder=other), tmp_path / "other", make_mesh(1, 4))
 
 
 def test_the_end_to_end_phase_lowers_the_divergence(tmp_path):
@@ -210,11 +210,11 @@ WRONG = {
     "coder.activation=topk": "setting 'coder.k': None, expected a number of active features under activation 'topk'",
     "coder.layers=(0, 9)": "setting 'coder.layers': (0, 9), expected layers from 0 to 3, in order",
     "coder.reads=mlp_inn": "site 'mlp_inn' does not exist; did you mean 'mlp_in'?",
-    "coder.features=65": "setting 'coder.features': 65, expected a multiple of 8 shards",
+    "coder.features=65": "setting 'coder.features': 65, expected a multiple of 4 shards",
     "coder.tied=true": "setting 'coder.tied': expected false, a clt writes elsewhere than it reads",
     "micro_batches=3": "setting 'micro_batches': 3, expected a divisor of length=16",
     "length=640": "setting 'length': 640, expected at most 64, the model's",
-    "batch=7": "setting 'batch': 7, expected a multiple of 8, the number of devices",
+    "batch=7": "setting 'batch': 7, expected a multiple of 4, the number of devices",
     "warmup=-1": "setting 'warmup': -1, expected at least 0",
     "coder.features=8000000000": "setting 'coder.features': 8000000000 of 2 layers: needs",
     "coder.reads=queries": "setting 'coder.reads': queries is no vector of the model's width",
