@@ -1,4 +1,4 @@
-"""A coder's run of a few seconds, and the losses in its log."""
+"""A coder's run of a few seconds, without an evaluation at its end, and the losses in its log."""
 
 from pathlib import Path
 
@@ -18,6 +18,7 @@ CONFIG = TrainConfig(
     sparsity_weight=0.1,
     save_every=50,
     log_every=1,
+    evaluate_every=-1,
 )
 
 

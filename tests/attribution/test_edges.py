@@ -35,7 +35,8 @@ DOUBLE = {
     "qwen3": "clt",
 }
 """Each family with one coder; the other cases differ from these only in the attention patterns."""
-LAW = sorted({(name, kind) for name in DOUBLE for kind in ("clt", "skip", "neurons", DOUBLE[name])})
+LAW = sorted({*DOUBLE.items(), ("gemma2", "clt"), ("gemma2", "skip"), ("gpt2", "skip"), ("neox", "clt")})
+"""Every family, every kind of coder, and CLTs and skips with each kind of block: post-norms, parallel, neither."""
 SINGLE = dict(zip(DOUBLE, ("clt", "neurons", "skip") * 3, strict=True))
 """In addition to the graphs of circuit-tracer's models."""
 

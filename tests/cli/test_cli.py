@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graph_lists import build_graph
+from transcripts import check_transcript, find_transcript
 
 import jclt
 from jclt.cli.main import build_parser, main
@@ -20,10 +21,17 @@ from jclt.files import read_json
 from jclt.viewer import find_free_name
 from jclt.world.tasks import TASKS
 
+ROOT = Path(__file__).parents[2]
 
-def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path):
-    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    *blocks, last = capsys.readouterr().out.split("\n\n")
+
+def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    printed = capsys.readouterr().out
+    shown = find_transcript((ROOT / "README.md").read_text(), ["demo"])
+    assert len(shown) == 3
+    check_transcript(shown, printed)
+    *blocks, last = printed.split("\n\n")
     by_task = {block.split(":")[0]: block.splitlines() for block in blocks}
     assert set(by_task) == set(TASKS)
     right = sum(lines[0].endswith(" right") for lines in by_task.values())

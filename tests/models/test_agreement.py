@@ -10,6 +10,8 @@ from golden_cases import CASES, FOLDER, golden_model, reference
 
 import jclt
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 
 
@@ -37,11 +39,12 @@ def test_text_is_encoded_as_its_tokenizer_says():
 
 @pytest.mark.parametrize("case", ["llama3", "gemma3", "gpt2"])
 def test_cached_generation_equals_generation_without_cache(case):
-    model, tokens = golden_model(case), reference(case)["tokens"]
-    for _ in range(6):
+    model, prompts = golden_model(case), reference(case)["tokens"]
+    tokens = np.pad(prompts, ((0, 0), (0, 6)))  # what stands later changes nothing, so one length serves all steps
+    for position in range(prompts.shape[1], tokens.shape[1]):
         logits, _ = jclt.run(model, tokens)
-        tokens = np.concatenate([tokens, np.asarray(logits[:, -1].argmax(-1))[:, None]], axis=1)
-    generated = jclt.generate(model, reference(case)["tokens"], 6, stop_tokens=())
+        tokens[:, position] = logits[:, position - 1].argmax(-1)
+    generated = jclt.generate(model, prompts, 6, stop_tokens=())
     assert generated.tolist() == tokens.tolist()
 
 
@@ -65,12 +68,10 @@ def test_float64_is_float64_throughout(case):
         np.testing.assert_allclose(seen["pattern"].sum(-1), 1.0, atol=1e-14)
         np.testing.assert_allclose(logits, rough, atol=1e-4, rtol=0)
         tokens = jclt.generate(exact, reference(case)["tokens"][0], 4, stop_tokens=())
-    assert (
-        tokens.tolist() == jclt.generate(golden_model(case), reference(case)["tokens"][0], 4, stop_tokens=()).tolist()
-    )
+    assert tokens.tolist() == [*reference(case)["tokens"][0], *reference(case)["greedy"][:4]]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["gpt2_scaled", "gemma2", "gemma3", "neox", "qwen3"])
 def test_unrolled_layers_equal_scanned_ones(case):
     model, tokens = golden_model(case), reference(case)["tokens"]
     scanned, seen = jclt.run(model, tokens, capture=("resid_post", "pattern"))

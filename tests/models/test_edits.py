@@ -50,6 +50,7 @@ def test_edits_that_change_nothing_change_no_bit(model, tokens, unroll):
         np.testing.assert_array_equal(again, plain, err_msg=name)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_layers_say_of_which_layers_the_values_are(model, tokens, captured):
     """In any order, scanned and unrolled; the other layers do not change."""
     new = 2 * captured["mlp_out"]
@@ -65,6 +66,7 @@ def test_layers_say_of_which_layers_the_values_are(model, tokens, captured):
         jclt.run(model, tokens, edit=Replace({"mlp_out": new}, layers=(0, 1)))
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_values_of_size_one_are_repeated(model, tokens):
     mean = jnp.arange(2 * model.config.width, dtype=jnp.float32).reshape(2, 1, 1, -1)
     _, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=Replace({"mlp_out": mean}, layers=(0, 1)))
@@ -72,6 +74,7 @@ def test_values_of_size_one_are_repeated(model, tokens):
     assert not np.array_equal(seen["mlp_out"][2, 0, 0], seen["mlp_out"][2, 0, 1])
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_compose_applies_edits_in_the_order_given(model, tokens, captured):
     def add_one(site, layer, value):
         return value + 1 if site == "mlp_out" else value
@@ -85,15 +88,17 @@ def test_compose_applies_edits_in_the_order_given(model, tokens, captured):
     assert (np.asarray(see(Compose((replace, add_one)), add_one)) == 2).all()
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_freeze_stops_gradients_and_replace_does_not(model, tokens, captured):
     """Every path from the embedding to the logits passes the frozen site, so the gradient is 0."""
     embedding = jclt.run(model, tokens, capture=("token_embedding",))[1]["token_embedding"]
 
+    @eqx.filter_jit
     def loss(embedding, *edits):
         edit = Compose((Replace({"token_embedding": embedding}), *edits))
         return jnp.sum(jnp.square(forward(model.config, model.params, jnp.asarray(tokens), edit=edit)[0]))
 
-    gradient = jax.grad(loss)
+    gradient = eqx.filter_jit(jax.grad(loss))
     assert float(abs(gradient(embedding)).max()) > 1e-3
     cut = {"resid_post": jclt.run(model, tokens, capture=("resid_post",))[1]["resid_post"]}
     for edit in (Freeze(("resid_post",)), Freeze("resid_post"), Freeze(cut)):
@@ -109,8 +114,8 @@ def test_freeze_stops_gradients_and_replace_does_not(model, tokens, captured):
     def loss_of_replaced(values):
         return loss(embedding, Replace({"mlp_out": values}))
 
-    assert not np.asarray(jax.grad(loss_of_frozen)(captured["mlp_out"])).any()
-    assert float(abs(jax.grad(loss_of_replaced)(captured["mlp_out"])).max()) > 1e-3
+    assert not np.asarray(jax.jit(jax.grad(loss_of_frozen))(captured["mlp_out"])).any()
+    assert float(abs(jax.jit(jax.grad(loss_of_replaced))(captured["mlp_out"])).max()) > 1e-3
 
 
 def test_a_single_block_takes_values_without_a_layer_axis(captured):
@@ -120,6 +125,7 @@ def test_a_single_block_takes_values_without_a_layer_axis(captured):
     assert edit("mlp_in", None, value) is value
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_one_program_serves_edits_of_other_values(model, tokens, captured):
     """The arrays of an edit are arguments of the program; its layers and sites are part of the program."""
     traces = []

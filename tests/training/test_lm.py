@@ -148,49 +148,30 @@ def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
     return [start(config, folder, **place, JCLT_PROCESS=str(process)) for process in range(2)]
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        steps = [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-        if steps and max(steps) >= step:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1]}")
-
-
 def final_params(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in jclt.load_model(folder / "model").params.items()}
 
 
-def test_a_run_killed_and_resumed_ends_in_the_same_bits(config, tmp_path):
-    config = replace(config, steps=400, save_every=20)
-    subprocess.run(command(config, tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+def read_curve(folder: Path) -> list[tuple[int, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
 
-    killed = start(config, tmp_path / "killed")
-    wait_for_step(tmp_path / "killed", 20, killed)
-    killed.kill()
-    killed.communicate()
-    assert not (tmp_path / "killed" / "model").exists()
 
-    stopped = start(config, tmp_path / "killed")
-    deadline = time.time() + 60
-    newest = max(int(p.name) for p in (tmp_path / "killed" / "checkpoints").glob("*") if p.name.isdigit())
-    wait_for_step(tmp_path / "killed", newest + 20, stopped)
-    stopped.send_signal(signal.SIGTERM)
-    _, output = stopped.communicate(timeout=deadline - time.time())
-    assert stopped.returncode == os.EX_TEMPFAIL and "the same command goes on from there" in output, output
-
-    process = subprocess.run(command(config, tmp_path / "killed"), env=ENVIRONMENT, capture_output=True, text=True)
-    assert process.returncode == 0 and "resuming at step" in process.stderr, process.stderr
-    uninterrupted, resumed = final_params(tmp_path / "whole"), final_params(tmp_path / "killed")
-    for name in uninterrupted:
-        np.testing.assert_array_equal(resumed[name], uninterrupted[name], err_msg=name)
-
-    def curve(run: str) -> list[tuple[int, float]]:
-        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
-
-    assert curve("killed") == curve("whole")
+def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path, caplog):
+    """Here on another number of devices; the next test compares bits."""
+    caplog.set_level("INFO")
+    config = replace(config, steps=400, save_every=400)
+    process = start(config, tmp_path / "run")
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == os.EX_TEMPFAIL and "the same command goes on from there" in output, output
+    assert not (tmp_path / "run" / "model").exists()
+    train_lm(config, tmp_path / "run")
+    assert "resuming at step" in caplog.text and (tmp_path / "run" / "model").exists()
+    assert [step for step, _ in read_curve(tmp_path / "run")] == list(range(1, 401))
 
 
 def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_path):
@@ -210,7 +191,7 @@ def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_
         assert "Traceback" not in output
 
 
-def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bits(config, tmp_path, caplog):
     uninterrupted = train_lm(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / "24"
@@ -222,6 +203,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
     assert "checkpoint of step 24 cannot be read, passing over it" in caplog.text
     for name in uninterrupted.params:
         np.testing.assert_array_equal(again.params[name], uninterrupted.params[name])
+    assert read_curve(tmp_path / "damaged") == read_curve(tmp_path / "whole")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):

@@ -60,9 +60,9 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory) -> Path:
-    """The run on one device."""
+    """The run on one device, with an evaluation."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train_coder(CONFIG, folder, make_mesh(devices=jax.devices()[:1]), profile=2)
+    train_coder(replace(CONFIG, evaluate_every=0), folder, make_mesh(devices=jax.devices()[:1]), profile=2)
     return folder
 
 
@@ -100,9 +100,9 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> Path:
-    """The run on two processes."""
+    """The run on two processes, with an evaluation."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    finish(start_processes(folder, SHARED, 2))
+    finish(start_processes(folder, replace(SHARED, evaluate_every=0), 2))
     return folder
 
 
@@ -143,7 +143,6 @@ SHUFFLED = replace(
     steps=40,
     save_every=10,
     shuffle=4,
-    evaluate_every=-1,
     sparsity="tanh",
     coder=CoderConfig(features=32, activation="batchtopk", k=8),
 )
