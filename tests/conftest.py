@@ -1,10 +1,20 @@
-"""Every test runs with strict types and ranks, on several virtual CPU devices."""
+"""Every test runs with strict types and ranks, on several virtual CPU devices.
+
+Programs run once or twice here, on a few numbers, so most of the time would go into compiling them. They are compiled
+without most optimizations, and without XLA's newer code generator, which is slow when these are off. Tests of bits and
+of what the compiler makes of a program are marked `optimized`: they have all optimizations, and `.ci/run` repeats them
+with the newer generator.
+"""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
+if "fusion_emitters" not in os.environ["XLA_FLAGS"] and version("jaxlib") < "0.12":  # an unknown flag ends the process
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
@@ -35,12 +45,14 @@ def draw(pytestconfig):
     return read_options(pytestconfig)
 
 
-@pytest.fixture
-def compile_quickly():
-    """For programs that run once, on a few numbers, where no test asks how they are compiled."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before fixtures, which compile too; the processes that a test starts compile as it does."""
+    optimized = item.get_closest_marker("optimized") is not None
+    if optimized == jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # no program of the other kind is used again
+        jax.config.update("jax_disable_most_optimizations", not optimized)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
 
 
 MANY_MAPS = 20_000

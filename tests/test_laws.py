@@ -21,7 +21,7 @@ from jclt.graphs import Graph, export_json, import_json, load_graph
 from jclt.graphs.graph import Kind
 from jclt.models import LAYER_SITES, Model, Replace, check_sites
 
-pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("compile_quickly")]
+pytestmark = pytest.mark.fuzz
 
 FEW = 1
 """Cases of the default run; with the flag there is one for each hundred damaged files."""

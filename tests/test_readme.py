@@ -168,7 +168,7 @@ def test_a_command_line_parses(page, line):
 
 def test_the_readme_is_short_and_names_the_commands_that_ci_runs():
     assert README.count("\n") <= MOST_LINES
-    assert {"pip install . && jclt demo", "pip install -e '.[test]' && pytest"} <= set(README.splitlines())
+    assert {"pip install . && jclt demo", "pip install -e '.[test]' && pytest -n 2"} <= set(README.splitlines())
     assert len(COMMANDS) > 15  # commands are found at all
 
 

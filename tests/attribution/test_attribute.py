@@ -31,8 +31,6 @@ attributing = sys.modules["jclt.attribution.attribute"]  # the package has a fun
 
 CASE = ("llama3", "clt", "float32")
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 @cache
 def demo():

@@ -21,8 +21,6 @@ from jclt.graphs.graph import Kind
 from jclt.models import Model
 from jclt.world.handmade import ANSWERS, PROMPTS, build_two_hop
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 DOUBLE = {
     "gemma2": "neurons",
     "gemma3": "skip",

@@ -19,8 +19,6 @@ from jclt.kernels.matmuls import _decode_target, apply_weight, decode
 from jclt.mesh import make_mesh, make_sharding, shard_by_axes
 from jclt.training.coder.forms import activate_dense
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 CLT = CoderConfig("clt", 10, layers=(0, 1, 2), width=6)
 PLT = replace(CLT, kind="transcoder")
 SAE = replace(PLT, kind="sae", reads="resid_post", writes="resid_post")

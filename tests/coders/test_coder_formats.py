@@ -30,8 +30,6 @@ from jclt.coders import (
 from jclt.coders.model_fit import _get_probe_tokens
 from jclt.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 RNG = np.random.default_rng(0)
 
 

@@ -43,8 +43,6 @@ from jclt.world.facts import STATES
 from jclt.world.handmade import PROMPTS, build_two_hop
 from jclt.world.measure import pad_prompts
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 BATCH = 16
 MEASURES = (evaluate_reconstruction, evaluate_replacement)
 

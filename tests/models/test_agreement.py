@@ -10,8 +10,6 @@ from golden_cases import CASES, FOLDER, golden_model, reference
 
 import jclt
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SHARED = Path(__file__).parents[2] / ".." / "shared"
 
 

@@ -30,6 +30,7 @@ def captured(model, tokens):
     return jclt.run(model, tokens, capture=SITES)[1]
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("unroll", [False, True])
 def test_edits_that_change_nothing_change_no_bit(model, tokens, unroll):
     plain, captured = jclt.run(model, tokens, capture=SITES, unroll=unroll)
@@ -50,7 +51,6 @@ def test_edits_that_change_nothing_change_no_bit(model, tokens, unroll):
         np.testing.assert_array_equal(again, plain, err_msg=name)
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_layers_say_of_which_layers_the_values_are(model, tokens, captured):
     """In any order, scanned and unrolled; the other layers do not change."""
     new = 2 * captured["mlp_out"]
@@ -66,7 +66,6 @@ def test_layers_say_of_which_layers_the_values_are(model, tokens, captured):
         jclt.run(model, tokens, edit=Replace({"mlp_out": new}, layers=(0, 1)))
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_values_of_size_one_are_repeated(model, tokens):
     mean = jnp.arange(2 * model.config.width, dtype=jnp.float32).reshape(2, 1, 1, -1)
     _, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=Replace({"mlp_out": mean}, layers=(0, 1)))
@@ -74,7 +73,6 @@ def test_values_of_size_one_are_repeated(model, tokens):
     assert not np.array_equal(seen["mlp_out"][2, 0, 0], seen["mlp_out"][2, 0, 1])
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_compose_applies_edits_in_the_order_given(model, tokens, captured):
     def add_one(site, layer, value):
         return value + 1 if site == "mlp_out" else value
@@ -88,7 +86,6 @@ def test_compose_applies_edits_in_the_order_given(model, tokens, captured):
     assert (np.asarray(see(Compose((replace, add_one)), add_one)) == 2).all()
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_freeze_stops_gradients_and_replace_does_not(model, tokens, captured):
     """Every path from the embedding to the logits passes the frozen site, so the gradient is 0."""
     embedding = jclt.run(model, tokens, capture=("token_embedding",))[1]["token_embedding"]
@@ -125,7 +122,6 @@ def test_a_single_block_takes_values_without_a_layer_axis(captured):
     assert edit("mlp_in", None, value) is value
 
 
-@pytest.mark.usefixtures("compile_quickly")
 def test_one_program_serves_edits_of_other_values(model, tokens, captured):
     """The arrays of an edit are arguments of the program; its layers and sites are part of the program."""
     traces = []

@@ -32,6 +32,7 @@ def build_masks(seen: dict, site: str, mask=True) -> dict:
     return full | {site: jnp.broadcast_to(jnp.asarray(mask), seen[site].shape)}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", FAMILIES)
 def test_putting_back_what_was_captured_changes_no_bit(case):
     model, (tokens, _) = golden_model(case), two_prompts(case)
@@ -45,6 +46,7 @@ def test_putting_back_what_was_captured_changes_no_bit(case):
         np.testing.assert_array_equal(again, plain, err_msg=name)
 
 
+@pytest.mark.optimized
 def test_putting_back_a_single_site_changes_no_bit():
     """The same law if the compiler sees only one site, and may fuse everything else: for a site of each kind."""
     model, (tokens, _) = golden_model("gemma2"), two_prompts("gemma2")
@@ -56,22 +58,7 @@ def test_putting_back_a_single_site_changes_no_bit():
         np.testing.assert_array_equal(again, plain, err_msg=name)
 
 
-@pytest.mark.usefixtures("compile_quickly")
-@pytest.mark.parametrize("case", FAMILIES)
-def test_replacing_a_layer_cut_gives_the_other_prompts_logits(case):
-    model, (tokens, others) = golden_model(case), two_prompts(case)
-    # In a parallel block the stream does not pass through resid_mid.
-    cuts = ["resid_pre", "resid_post", "resid_final", *([] if model.config.parallel else ["resid_mid"])]
-    want, seen = jclt.run(model, others, capture=cuts)
-    unchanged, _ = jclt.run(model, tokens)
-    assert float(abs(unchanged - want).max()) > 1e-2
-    for name in seen:
-        for layer in range(model.config.layers) if name in LAYER_SITES else [None]:
-            mask = True if layer is None else (jnp.arange(model.config.layers) == layer)[:, None, None, None]
-            got, _ = jclt.run(model, tokens, edit=Replace(seen, build_masks(seen, name, mask)))
-            np.testing.assert_allclose(got, want, atol=1e-5, rtol=0, err_msg=f"{name} {layer}")
-
-
+@pytest.mark.optimized
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_change_never_moves_an_earlier_position(case):
     """Every site is changed at one position; all before it must keep every bit."""
@@ -92,7 +79,21 @@ def test_a_change_never_moves_an_earlier_position(case):
     assert min(moved.values()) > 1e-6, moved
 
 
-@pytest.mark.usefixtures("compile_quickly")
+@pytest.mark.parametrize("case", FAMILIES)
+def test_replacing_a_layer_cut_gives_the_other_prompts_logits(case):
+    model, (tokens, others) = golden_model(case), two_prompts(case)
+    # In a parallel block the stream does not pass through resid_mid.
+    cuts = ["resid_pre", "resid_post", "resid_final", *([] if model.config.parallel else ["resid_mid"])]
+    want, seen = jclt.run(model, others, capture=cuts)
+    unchanged, _ = jclt.run(model, tokens)
+    assert float(abs(unchanged - want).max()) > 1e-2
+    for name in seen:
+        for layer in range(model.config.layers) if name in LAYER_SITES else [None]:
+            mask = True if layer is None else (jnp.arange(model.config.layers) == layer)[:, None, None, None]
+            got, _ = jclt.run(model, tokens, edit=Replace(seen, build_masks(seen, name, mask)))
+            np.testing.assert_allclose(got, want, atol=1e-5, rtol=0, err_msg=f"{name} {layer}")
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 def test_with_patterns_and_denominators_frozen_and_mlps_constant_the_model_is_linear(case):
     """The Jacobian-vector product of the frozen model equals the finite difference of the model with these values

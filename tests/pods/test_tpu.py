@@ -26,6 +26,7 @@ CASES = {
     "by source on two data shards": (2, 20_480, 2, 8),
 }
 TOPOLOGY, MEMORY = "v5e:4x4", 15.75
+pytestmark = pytest.mark.optimized
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is missing: pip install 'jclt[tpu]'")
 
 

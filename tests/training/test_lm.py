@@ -129,7 +129,8 @@ def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
     return [sys.executable, "-m", "jclt.cli", "train-lm", str(file), "--out", str(folder), *extra]
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+FLAGS = os.environ["XLA_FLAGS"].partition(" ")[2]  # without the number of devices
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
 
 
 def start(config: LmConfig, folder: Path, **environment: str) -> subprocess.Popen:

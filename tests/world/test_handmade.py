@@ -19,8 +19,6 @@ from jclt.world.handmade import (
     build_two_hop,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 MODELS = {
     "plain": {},
     "rotated": {"basis_seed": 1},

@@ -24,6 +24,8 @@ from jclt.training.coder.prepare import init_state
 from jclt.training.coder.step import train_step
 from jclt.training.config import TrainConfig
 
+pytestmark = pytest.mark.optimized
+
 # Sizes that meet in no other role, so that a shape says what its axes are.
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 40, 32)
 FEATURES, BATCH, LENGTH, MICRO = 1024, 8, 12, 2

@@ -35,8 +35,6 @@ from jclt.training.optimizers import (
 )
 from jclt.training.presets import CODER_PRESETS, LM_PRESETS
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 MODEL = ModelConfig("llama", 8, 6, 2, 1, 8, 16)  # never run: the batches are activations
 PLAIN = TrainConfig(
     CoderConfig("clt", 8, layers=(0, 1), width=6),
