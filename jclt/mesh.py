@@ -155,9 +155,9 @@ def shard_by_axes(x: Array, axes: Sequence[str | None]) -> Array:
 
 
 def shard_like(x: Array, like: Array) -> Array:
-    """The array resharded as another array of its shape. A sum that is still unreduced is reduced."""
+    """The array resharded as another array of its shape; unchanged without a mesh. Sums still unreduced are reduced."""
     sharding = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == sharding else jax.reshard(x, sharding.spec)
+    return x if sharding.mesh.empty or jax.typeof(x).sharding == sharding else jax.reshard(x, sharding.spec)
 
 
 def defer_gradient_sum(x: Array) -> Array:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
-if "fusion_emitters" not in os.environ["XLA_FLAGS"] and version("jaxlib") < "0.12":  # an unknown flag ends the process
+if "fusion_emitters" not in os.environ["XLA_FLAGS"] and version("jaxlib") < "0.11":  # an unknown flag ends the process
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -1,6 +1,6 @@
-"""Graphs built from one list of nodes per kind, and two small examples."""
+"""Graphs built from one list of nodes per kind, two small examples, and the comparison of two graphs."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -86,3 +86,18 @@ def hand_graph() -> Graph:
         logit_probabilities=np.array([0.5], np.float32),
         layers=3,
     )
+
+
+def assert_same_graph(got: Graph, want: Graph):
+    for field in fields(Graph):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        if field.name == "nodes":
+            for name in ("kind", "layer", "position", "index", "value"):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+            continue
+        if isinstance(b, np.ndarray):
+            assert isinstance(a, np.ndarray), field.name
+            assert a.dtype == b.dtype, field.name
+            np.testing.assert_array_equal(a, b, err_msg=field.name)
+        else:
+            assert a == b, field.name

@@ -35,8 +35,8 @@ DOUBLE = {
 """Each family with one coder; the other cases differ from these only in the attention patterns."""
 LAW = sorted({*DOUBLE.items(), ("gemma2", "clt"), ("gemma2", "skip"), ("gpt2", "skip"), ("neox", "clt")})
 """Every family, every kind of coder, and CLTs and skips with each kind of block: post-norms, parallel, neither."""
-SINGLE = dict(zip(DOUBLE, ("clt", "neurons", "skip") * 3, strict=True))
-"""In addition to the graphs of circuit-tracer's models."""
+SINGLE = {"gemma3": "neurons", "neox": "skip", "qwen3": "clt"}
+"""In addition to the graphs of circuit-tracer's models: post-norms, parallel blocks, norms of queries and keys."""
 
 
 @pytest.mark.parametrize("name", CASES)

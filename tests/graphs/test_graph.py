@@ -5,13 +5,13 @@ import json
 import pickle
 import tracemalloc
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from golden_graphs import GRAPHS, golden_graph
-from graph_lists import hand_graph, random_graph, replace_lists
+from graph_lists import assert_same_graph, hand_graph, random_graph, replace_lists
 
 from jclt.errors import UserError
 from jclt.graphs import influence as influence_module
@@ -44,21 +44,6 @@ def all_paths(graph: Graph, starts: np.ndarray) -> list[tuple[float, tuple[int, 
             closed_paths.append((share, path))
         open_paths += [(share * shares[path[0], source], (int(source), *path)) for source in sources]
     return sorted(closed_paths, reverse=True)
-
-
-def assert_same_graph(got: Graph, want: Graph):
-    for field in fields(Graph):
-        a, b = getattr(got, field.name), getattr(want, field.name)
-        if field.name == "nodes":
-            for name in ("kind", "layer", "position", "index", "value"):
-                np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-            continue
-        if isinstance(b, np.ndarray):
-            assert isinstance(a, np.ndarray), field.name
-            assert a.dtype == b.dtype, field.name
-            np.testing.assert_array_equal(a, b, err_msg=field.name)
-        else:
-            assert a == b, field.name
 
 
 def test_influence_and_scores_of_a_small_graph_have_these_values():

@@ -26,8 +26,6 @@ from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
 
 LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options without the optimisation passes."""
 RULES = {
     "relu": CoderConfig("sae", features=FEATURES, reads="mlp_out", activation="relu", tied=True),
     "jumprelu": CoderConfig(features=FEATURES, bandwidth=0.3),
@@ -36,11 +34,11 @@ RULES = {
     "batchtopk": CoderConfig(features=FEATURES, activation="batchtopk", k=6),
 }
 CASES = [  # the rule, the two penalties, the micro-batches, the mesh
-    ("relu", "tanh", "threshold", 1, 8, 1),
-    ("jumprelu", "l0", "zero", 2, 2, 4),
+    ("relu", "tanh", "threshold", 1, 4, 1),
+    ("jumprelu", "l0", "zero", 2, 2, 2),
     ("jumprelu threshold", "kl", "threshold", 1, 1, 1),
-    ("topk", "tanh", "threshold", 1, 2, 4),
-    ("batchtopk", "l1", "none", 1, 1, 8),
+    ("topk", "tanh", "threshold", 1, 2, 2),
+    ("batchtopk", "l1", "none", 1, 1, 4),
 ]
 
 
@@ -98,7 +96,7 @@ def compute_step(config: TrainConfig, capacity: float | None, data: int = 1, fea
     with jax.set_mesh(make_mesh(data, features)):
         state = state_of(config, make_mesh(data, features))
         harvest = jax.tree.map(lambda x: shard_by_axes(x, (None, "batch", None, None)), batch())
-        run = jax.jit(partial(compute_gradients, config, 1.0), static_argnames="capacity", compiler_options=QUICKLY)
+        run = jax.jit(partial(compute_gradients, config, 1.0), static_argnames="capacity")
         return jax.device_get(run(state, harvest, jnp.ones(()), capacity=capacity))
 
 
