@@ -172,7 +172,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path
     assert not (tmp_path / "run" / "model").exists()
     train_lm(config, tmp_path / "run")
     assert "resuming at step" in caplog.text and (tmp_path / "run" / "model").exists()
-    assert [step for step, _ in read_curve(tmp_path / "run")] == list(range(1, 401))
+    assert [step for step, _ in read_curve(tmp_path / "run")] == [1, *range(10, 401, 10)]
 
 
 def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_path):

@@ -17,6 +17,8 @@ from jclt.training.coder.step import train_step
 from jclt.training.coder.train import finish_coder
 from jclt.training.config import TrainConfig
 
+pytestmark = pytest.mark.optimized  # the steps take longer than their compilation
+
 LAYERS, WIDTH, PLANTED, FEATURES, ROWS, LENGTH = 3, 48, 36, 64, 16, 24
 MODEL = ModelConfig("llama", 8, WIDTH, LAYERS, 1, 8, LENGTH)  # never run: the batches are activations
 SPARSE = TrainConfig(
