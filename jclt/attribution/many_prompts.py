@@ -45,7 +45,7 @@ def attribute_file(
     options: Options,
     batch: int = BATCH,
     share: tuple[int, int] = (0, 1),
-    also: Callable[[Graph, str], None] | None = None,
+    visit: Callable[[Graph, str], None] | None = None,
 ) -> tuple[int, int]:
     """Writes the graph of each line of `prompts` to `out/NUMBER.npz`, and an entry for each to `out/graphs.jsonl`;
     returns the number of graphs and the number of prompts that failed.
@@ -53,7 +53,7 @@ def attribute_file(
     A prompt that cannot be traced is logged, written to `out/failed.jsonl`, and passed over. Graphs that are in the
     folder already are not written again: after an interruption the same command continues, and the folder ends up with
     the same bytes. Of several processes, process i of n handles `share=(i, n)`; they do not communicate, and the last
-    one lists the graphs of all. `also` is called with each graph and its number as a name, those in the folder first.
+    one lists the graphs of all. `visit` is called with each graph and its number as a name, those in the folder first.
     """
     lines = read_prompts(prompts)
     check_coder(model, coder)
@@ -64,7 +64,7 @@ def attribute_file(
     process, processes = share
     process_lines = [line for line in lines if line.number % processes == process]
     done = {line.number for line in process_lines if graph_path(out, line.number).exists()}
-    encoded = encode_lines(model, options, out, process_lines, done, also)
+    encoded = encode_lines(model, options, out, process_lines, done, visit)
     finished = len(process_lines) - sum(line.number not in done for line, _ in encoded)
     traced = trace_lines(model, coder, options, batch, encoded, done)
     for line, graph in show_progress(traced, finished, len(process_lines)):
@@ -72,8 +72,8 @@ def attribute_file(
             record_failure(out, line, graph)
         else:
             graph.save(graph_path(out, line.number))
-            if also is not None:
-                also(graph, graph_path(out, line.number).stem)
+            if visit is not None:
+                visit(graph, graph_path(out, line.number).stem)
     return write_lists(out, lines)
 
 
@@ -87,16 +87,16 @@ def encode_lines(
     out: Path,
     lines: Sequence[Line],
     done: set[int],
-    also: Callable[[Graph, str], None] | None,
+    visit: Callable[[Graph, str], None] | None,
 ) -> Encoded:
     """Encodes the prompts of all lines, and records those that are no prompts. Of lines that are `done`, with the graph
-    in the folder, `also` gets the graph; of the others an earlier failure is forgotten."""
+    in the folder, `visit` gets the graph; of the others an earlier failure is forgotten."""
     encoded: Encoded = []
     for line in lines:
         if line.number not in done:
             failure_path(out, line.number).unlink(missing_ok=True)
-        elif also is not None:
-            also(load_graph(graph_path(out, line.number)), graph_path(out, line.number).stem)
+        elif visit is not None:
+            visit(load_graph(graph_path(out, line.number)), graph_path(out, line.number).stem)
         try:
             encoded.append((line, encode_prompt(model, line.prompt, options.conventions)))
         except UserError as error:

@@ -107,9 +107,9 @@ def run(arguments: argparse.Namespace) -> int:
         def write_json(graph: "Graph", name: str) -> None:
             write_viewer_json(graph, out, name)
 
-        also = write_json if arguments.json else None
+        visit = write_json if arguments.json else None
         written, failed = attribute_file(
-            model, coder, arguments.prompts, out, options, arguments.batch, process_and_count, also=also
+            model, coder, arguments.prompts, out, options, arguments.batch, process_and_count, visit=visit
         )
         if arguments.json:
             write_index(out)

@@ -13,7 +13,7 @@ from jclt.shapes import Array
 FEISTEL_ROUNDS = 6
 
 
-def batch_rows(count: int, seed: int, step: int, batch: int) -> np.ndarray:
+def choose_batch_rows(count: int, seed: int, step: int, batch: int) -> np.ndarray:
     """The numbers of the rows, out of `count`, in the batch of this step. Each epoch is another permutation of all.
 
         n = step * batch + i        epoch = n // count

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jclt.coders import Coder
-from jclt.data.batches import batch_rows
+from jclt.data.batches import choose_batch_rows
 from jclt.data.load_tokens import is_token_folder, load_shards, tokenize_file
 from jclt.data.token_rows import count_reserved, cut_reserved_rows
 from jclt.errors import UserError
@@ -68,4 +68,4 @@ def find_evaluation_rows(model: Model, data: str, rows: int, length: int, seed: 
         total = sum(map(len, shards))
         left = f"training leaves out the last {count_reserved(total)} of {total} tokens"
         raise UserError(f"data '{data}': {left}, expected {length} of them together (one row)")
-    return token_rows[batch_rows(len(token_rows), seed, 0, min(rows, len(token_rows)))]
+    return token_rows[choose_batch_rows(len(token_rows), seed, 0, min(rows, len(token_rows)))]

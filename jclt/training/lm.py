@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jclt.data.batches import batch_rows, place_rows
+from jclt.data.batches import choose_batch_rows, place_rows
 from jclt.data.load_tokens import fetch_tokens, is_token_folder
 from jclt.data.token_rows import TokenRows
 from jclt.errors import UserError
@@ -111,7 +111,7 @@ def _train(config: LmConfig, place: Place) -> Model:
     batch_sharding = make_sharding(mesh, (config.batch, config.length), ("batch", None))
 
     def read_batch(step: int) -> tuple[Array, Array]:
-        return place_rows(rows.read, batch_rows(len(rows), config.seed, step, config.batch), batch_sharding)
+        return place_rows(rows.read, choose_batch_rows(len(rows), config.seed, step, config.batch), batch_sharding)
 
     with jax.set_mesh(mesh), Checkpoints(place.checkpoints, place.publish) as checkpoints:
         state = init_state(config, mesh)

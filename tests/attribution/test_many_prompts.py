@@ -155,11 +155,11 @@ def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
         {"prompt": ids, "targets": [10**6]},
     ]
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
-    also = []
+    visited = []
     call = (*shipped, path, out, Options(["93"], 5))
-    assert attribute_file(*call, also=lambda graph, name: also.append((name, graph.logit_names))) == (4, 1)
+    assert attribute_file(*call, visit=lambda graph, name: visited.append((name, graph.logit_names))) == (4, 1)
     want = [("000001", ("95",)), ("000003", ("95 - 94",)), ("000005", ("94", "95 - 94")), ("000007", ("93",))]
-    assert sorted(also) == want
+    assert sorted(visited) == want
     loaded = jclt.load_graph(out / "000005.npz")
     assert loaded.provenance["settings"]["targets"] == ["94", ["95", "94"]]
     listed = [json.loads(line) for line in (out / "graphs.jsonl").read_text().splitlines()]
@@ -170,9 +170,9 @@ def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
     assert listed[1]["probabilities"] == [0]
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert failed[0]["line"] == 9 and "expected a token id" in failed[0]["error"]
-    also.clear()  # those there already are given as well
-    attribute_file(*call, also=lambda graph, name: also.append((name, graph.logit_names)))
-    assert sorted(also) == want
+    visited.clear()  # those there already are given as well
+    attribute_file(*call, visit=lambda graph, name: visited.append((name, graph.logit_names)))
+    assert sorted(visited) == want
     lines[0]["targets"] = "94"
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     with pytest.raises(jclt.UserError, match="begun with prompts"):

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.data.activation_store import create_store
-from jclt.data.batches import batch_rows, permute, place_rows
+from jclt.data.batches import choose_batch_rows, permute, place_rows
 from jclt.data.token_rows import TokenRows
 from jclt.mesh import DATA_AXIS, FEATURES_AXIS, make_mesh, make_sharding
 
@@ -46,7 +46,7 @@ def test_billions_of_rows_take_no_longer_than_a_few():
     count = 3_000_000_000_000
     rows = TokenRows(np.broadcast_to(np.uint16(1), (count, 4)), np.broadcast_to(np.float16(1), (count, 4)))
     began = time.perf_counter()
-    numbers = np.concatenate([batch_rows(len(rows), 0, step, 1024) for step in (0, 1, count // 1024 - 1)])
+    numbers = np.concatenate([choose_batch_rows(len(rows), 0, step, 1024) for step in (0, 1, count // 1024 - 1)])
     assert time.perf_counter() - began < 0.5
     assert len(set(numbers.tolist())) == 3 * 1024 and 0 <= numbers.min() and numbers.max() < count
     assert abs(numbers.mean() / count - 0.5) < 0.05
@@ -55,7 +55,7 @@ def test_billions_of_rows_take_no_longer_than_a_few():
 def test_each_device_gets_its_rows_and_each_row_is_read_once():
     mesh = make_mesh(2, 2)
     rows = TokenRows(np.arange(400, dtype=np.uint16).reshape(50, 8), np.linspace(0, 1, 400).reshape(50, 8))
-    index = batch_rows(len(rows), 0, 3, 16)
+    index = choose_batch_rows(len(rows), 0, 3, 16)
     indices_read: list[np.ndarray] = []
 
     def read(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import pytest
 from golden_cases import FOLDER
 
 import jclt
-from jclt.data.batches import batch_rows
+from jclt.data.batches import choose_batch_rows
 from jclt.data.load_tokens import read_text_rows
 from jclt.errors import UserError
 from jclt.mesh import make_mesh, make_sharding
@@ -53,11 +53,11 @@ def config(text) -> LmConfig:
 
 
 def test_every_epoch_is_a_permutation_and_the_batch_a_function_of_the_step():
-    numbers = np.concatenate([batch_rows(10, 3, step, 4) for step in range(5)])
+    numbers = np.concatenate([choose_batch_rows(10, 3, step, 4) for step in range(5)])
     assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
     assert numbers[:10].tolist() != numbers[10:].tolist()
-    np.testing.assert_array_equal(batch_rows(10, 3, 2, 4), numbers[8:12])
-    assert batch_rows(10, 4, 0, 4).tolist() != numbers[:4].tolist()
+    np.testing.assert_array_equal(choose_batch_rows(10, 3, 2, 4), numbers[8:12])
+    assert choose_batch_rows(10, 4, 0, 4).tolist() != numbers[:4].tolist()
 
 
 def test_the_loss_is_the_weighted_mean_of_cross_entropies():

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jclt.data.activation_store import ActivationStore, create_store
-from jclt.data.batches import batch_rows, place_rows
+from jclt.data.batches import choose_batch_rows, place_rows
 from jclt.data.token_rows import TokenRows
 from jclt.mesh import make_sharding
 from jclt.models import Model, ModelConfig
@@ -29,7 +29,7 @@ def make_token_reader(config: TrainConfig, model: Model, rows: TokenRows, count:
     assert model.mesh is not None
     placement = make_sharding(model.mesh, (config.batch, config.length), ("batch", None))
     return lambda number: place_rows(
-        lambda index: rows.read(index)[0], batch_rows(count, config.seed, number, config.batch), placement
+        lambda index: rows.read(index)[0], choose_batch_rows(count, config.seed, number, config.batch), placement
     )
 
 
@@ -51,7 +51,7 @@ def make_store_reader(config: TrainConfig, model: Model, rows: TokenRows, count:
     fill_store(config, model, rows, store)
     placement = make_sharding(model.mesh, (config.batch, *shape), ("batch", None, None, None))
     return lambda number: Harvest(
-        *place_rows(store.read, batch_rows(count, config.seed, number, config.batch), placement)
+        *place_rows(store.read, choose_batch_rows(count, config.seed, number, config.batch), placement)
     )
 
 

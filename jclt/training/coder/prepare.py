@@ -141,7 +141,9 @@ def init_state(config: TrainConfig, mesh: Mesh, harvest: Callable[[int], Harvest
     scaling = measure_scaling(harvest, SCALING_BATCHES, config.normalize, (len(c.covered), c.size))
     for index in find_silent_layers(scaling):
         layer = c.covered[index]
-        log.warning("layer %d writes one constant vector to %s: there is nothing to learn of it", layer, c.writes)
+        log.warning(
+            "layer %d writes only zeros or one constant vector to %s: there is nothing to learn", layer, c.writes
+        )
     weights = make_initial_weights(config, mesh)
 
     @jax.jit
