@@ -45,9 +45,9 @@ ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 TRAIN = """
 import sys
 import jclt.training.coder.train
-from jclt.cli import main
+from jclt.cli.main import main
 
-jclt.training.coder.train.machine_rate = lambda *_: 1e12
+jclt.training.coder.train.measure_machine_rate = lambda *_: 1e12
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 VOLATILE = ("seconds", "tokens_per_second", "matmul_fraction")
