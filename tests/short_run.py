@@ -1,5 +1,6 @@
-"""A coder's run of a few seconds, without an evaluation at its end, and the losses in its log."""
+"""A coder's run of a few seconds without an evaluation, the environment of one device, and the losses in a log."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ CONFIG = TrainConfig(
     log_every=1,
     evaluate_every=-1,
 )
+
+ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].partition(" ")[2]}
+"""The environment of a process that has one device unless told otherwise: conftest's flags but for the first."""
 
 
 def read_losses(folder: Path) -> np.ndarray:

@@ -367,7 +367,7 @@ def test_a_graph_whose_numbers_are_none_is_not_loaded(name, bad, tmp_path):
     graph = annotated_graph()
     array = getattr(graph, name).copy()
     array.flat[np.flatnonzero(array)[0] if array.any() else 0] = bad
-    _refused_graph(replace_lists(graph, **{name: array}), tmp_path)
+    check_refused(replace_lists(graph, **{name: array}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -382,10 +382,10 @@ def test_a_graph_whose_numbers_are_none_is_not_loaded(name, bad, tmp_path):
     ids=lambda change: next(iter(change)),
 )
 def test_a_graph_of_nodes_that_cannot_be_is_not_loaded(change, tmp_path):
-    _refused_graph(replace_lists(annotated_graph(), **change), tmp_path)
+    check_refused(replace_lists(annotated_graph(), **change), tmp_path)
 
 
-def _refused_graph(graph: Graph, folder: Path) -> None:
+def check_refused(graph: Graph, folder: Path) -> None:
     """Either the writer or the reader refuses the graph."""
     with pytest.raises(UserError) as error:
         graph.save(folder / "graph.npz")

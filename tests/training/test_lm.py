@@ -1,6 +1,5 @@
 """Training a language model: it learns, resumes to the bit, and computes the same on any mesh."""
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import FOLDER
+from short_run import ONE_DEVICE, read_losses
 
 import jclt
 from jclt.data.batches import choose_batch_rows
@@ -26,6 +26,7 @@ from jclt.mesh import make_mesh, make_sharding
 from jclt.models import ModelConfig, forward
 from jclt.training.config import LmConfig
 from jclt.training.lm import init_state, next_token_loss, train_lm, train_step
+from jclt.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
@@ -92,7 +93,7 @@ def test_it_learns_the_rule_of_its_text(config, tmp_path):
     assert jclt.generate(model, "word10 word11 word12", 3) == "word10 word11 word12 word13 word14 word15"
     again = jclt.load_model(tmp_path / "run" / "model")
     assert jclt.generate(again, "word28 word29", 2) == "word28 word29 word10 word11"
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = read_losses(tmp_path / "run")
     assert losses[0] > 3.5 and losses[-1] < 1.0
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
@@ -129,8 +130,7 @@ def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
     return [sys.executable, "-m", "jclt.cli", "train-lm", str(file), "--out", str(folder), *extra]
 
 
-FLAGS = os.environ["XLA_FLAGS"].partition(" ")[2]  # without the number of devices
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | ONE_DEVICE | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def start(config: LmConfig, folder: Path, **environment: str) -> subprocess.Popen:
@@ -154,8 +154,7 @@ def final_params(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_curve(folder: Path) -> list[tuple[int, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+    return [(entry["step"], entry["loss"]) for entry in read_metrics(folder / "metrics.jsonl")]
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path, caplog):

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from short_run import CONFIG, read_losses
+from short_run import CONFIG, ONE_DEVICE, read_losses
 
 import jclt
 from jclt.cli.main import main
@@ -42,7 +42,7 @@ def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess
     """Starts `jclt train` in a separate process, on one virtual device unless the environment sets another number."""
     file = folder.with_suffix(".py")
     file.write_text(SOURCE.format(config=config))
-    variables = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].partition(" ")[2]} | environment  # of one device
+    variables = os.environ | ONE_DEVICE | environment
     arguments = [sys.executable, "-m", "jclt.cli", "train", str(file), "--out", str(folder)]
     return subprocess.Popen(arguments, env=variables, stderr=subprocess.PIPE, text=True)
 
