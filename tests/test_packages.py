@@ -12,7 +12,7 @@ ORDER = [
     *("errors", "shapes", "interrupts", "config", "files", "array_files", "memory", "fingerprints", "numerics"),
     *("mesh", "hosts"),
     *("graphs", "models", "data", "world", "kernels", "coders", "attribution", "evaluation", "training", "pods"),
-    *("viewer", "cli", "start"),
+    *("viewer", "cli", "__main__"),
 ]
 """Each imports only from those before it, and from itself."""
 

@@ -147,7 +147,7 @@ def test_text_is_utf_8_in_any_locale():
 
 def test_closed_streams_lead_nowhere_and_what_a_terminal_cannot_show_is_escaped(tmp_path):
     code = (
-        "from jclt.start import open_streams; open_streams(); import sys; print('gone', file=sys.stderr);"
+        "from jclt.__main__ import open_streams; open_streams(); import sys; print('gone', file=sys.stderr);"
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print(file.fileno() > 2, '\\xfc')"
     )
     surroundings = os.environ | {"PYTHONIOENCODING": "ascii"}

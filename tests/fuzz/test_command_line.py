@@ -260,7 +260,7 @@ def test_hostile_arguments_are_refused_in_a_separate_process_too(number, draw, w
         (["train", "tiny", "--out", "\udcff", "--set", "seed=-1"], {}, ""),
     ]
     argv, environment, closed = cases[number]
-    command = [sys.executable, "-m", "jclt.start", *argv]
+    command = [sys.executable, "-m", "jclt", *argv]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path.cwd()), **environment}
     earlier = list_tree(workplace)
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]

@@ -127,7 +127,7 @@ def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
     file = folder.parent / "tiny.py"
     source = f"from jclt.models import ModelConfig\nfrom jclt.training.config import LmConfig\nconfig = {config!r}\n"
     file.write_text(source)
-    return [sys.executable, "-m", "jclt.cli", "train-lm", str(file), "--out", str(folder), *extra]
+    return [sys.executable, "-m", "jclt", "train-lm", str(file), "--out", str(folder), *extra]
 
 
 ENVIRONMENT = os.environ | ONE_DEVICE | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

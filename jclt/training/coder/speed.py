@@ -1,6 +1,7 @@
 """The operations of a step, and the matmul rate of this machine to compare its speed with."""
 
 import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def count_step_operations(config: TrainConfig, model: ModelConfig) -> float:
 
 def measure_matmul_rate(dtype: str = "float32", size: int | None = None, repeats: int = 5) -> float:
     """Operations per second of one large matmul on one device."""
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    size = size or (1024 if jax.default_backend() == "cpu" else 8192)
     multiply = jax.jit(lambda a, b: jnp.dot(a, b, precision="highest" if dtype == "float32" else None))
     left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
     jax.block_until_ready(multiply(left, right))
@@ -49,6 +50,10 @@ def measure_matmul_rate(dtype: str = "float32", size: int | None = None, repeats
     return 2 * size**3 / min(times)
 
 
+@cache
 def measure_machine_rate(dtype: str) -> float:
-    """Operations per second of large matmuls on all devices. Virtual devices of a CPU share its cores."""
+    """Operations per second of large matmuls on all devices, measured once in a process.
+
+    Virtual devices of a CPU share its cores.
+    """
     return measure_matmul_rate(dtype) * (1 if jax.default_backend() == "cpu" else jax.device_count())

@@ -43,7 +43,7 @@ def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess
     file = folder.with_suffix(".py")
     file.write_text(SOURCE.format(config=config))
     variables = os.environ | ONE_DEVICE | environment
-    arguments = [sys.executable, "-m", "jclt.cli", "train", str(file), "--out", str(folder)]
+    arguments = [sys.executable, "-m", "jclt", "train", str(file), "--out", str(folder)]
     return subprocess.Popen(arguments, env=variables, stderr=subprocess.PIPE, text=True)
 
 

@@ -1,4 +1,4 @@
-"""The `jclt` command as a program: usable standard streams, and Ctrl-C handled before anything large is imported."""
+"""The program `jclt`, or `python -m jclt`: opens closed streams, handles Ctrl-C, and only then imports the command."""
 
 import os
 import sys
