@@ -71,7 +71,16 @@ def score_features(
         with on_mesh(model):
             rows = make_one_batch(model, form.tokens)
             within = np.pad(is_known, (0, len(rows) - len(is_known)))
-            arguments = (model.config, model.params, coder, layers, rows, within, form.end, list_values(model))
+            arguments = (
+                model.config,
+                model.params,
+                coder,
+                layers,
+                rows,
+                within,
+                np.int32(form.end),
+                list_values(model),
+            )
             effects = np.asarray(measure_effects(*arguments))
         means = average_states(form.activations, known)
         others = (np.sum(means, axis=0) - means) / (len(STATES) - 1)

@@ -1,7 +1,5 @@
 """Reads features in the true model, and runs it with features set to other values."""
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -90,7 +88,7 @@ def measure_effects(
     layers: tuple[int, ...],
     tokens: Tokens,
     kept: Bool[ArrayLike, "B"],
-    end: int,
+    end: Int[ArrayLike, ""],
     words: Int[ArrayLike, "W"],
 ) -> Float[Array, "W l T F"]:
     """d (a word's logit at `end` - mean of the words' logits) / d activation, averaged over the rows that are kept."""
@@ -98,10 +96,11 @@ def measure_effects(
     everywhere, words = jnp.ones_like(activations, bool), jnp.asarray(words)
     weight = jnp.asarray(kept, jnp.float32) / jnp.sum(jnp.asarray(kept, jnp.float32))
 
-    def raise_logit(more: Float[Array, "l T F"], word: Array) -> Float[Array, ""]:
+    def average_logits(more: Float[Array, "l T F"]) -> Float[Array, "W"]:
         logits = run_with_features(config, params, coder, layers, tokens, activations + more[:, None], everywhere)
         word_logits = shard_by_axes(logits[:, end], (None, None))[:, words].astype(jnp.float32)
-        return jnp.sum(weight * (word_logits @ word - jnp.mean(word_logits, axis=1)))
+        return weight @ (word_logits - jnp.mean(word_logits, axis=1, keepdims=True))
 
-    nothing = jnp.zeros_like(activations[:, 0])
-    return jax.lax.map(partial(jax.grad(raise_logit), nothing), jnp.eye(words.shape[0], dtype=jnp.float32))
+    # One forward pass, and one backward pass for each word.
+    logits, differentiate = jax.vjp(average_logits, jnp.zeros_like(activations[:, 0]))
+    return jax.lax.map(lambda word: differentiate(word)[0], jnp.eye(len(logits), dtype=jnp.float32))

@@ -178,7 +178,7 @@ WAITING = {
 def test_an_interrupt_ends_a_command_in_one_line_wherever_it_is(where, tmp_path):
     code, seconds = WAITING[where]
     program = (
-        "import signal, sys; import jclt.cli.main; from jclt import interrupts, start\n"
+        "import signal, sys; import jclt.cli.main; from jclt import __main__ as start, interrupts\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may ignore it
         f"def run():\n  exec({code!r}, {{'interrupts': interrupts}})\n"
         "jclt.cli.main.main = run\nsys.exit(start.main())"
