@@ -42,6 +42,9 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--seed", type=make_int_parser(0), default=1, help="seed of the rows (default 1); they are never training rows"
     )
+    command.add_argument(
+        "--tasks", type=make_int_parser(1), default=200, help="prompts of each task of the small world (default 200)"
+    )
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.set_defaults(function=run)
 
@@ -59,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
             check_fit(coder, model, arguments.coder)
         except UserError as error:  # the figures show how well it fits
             log.warning("%s", error)
-    words, figures = evaluate(model, coder, arguments.data, arguments.rows, arguments.length, arguments.seed)
+    sizes = arguments.rows, arguments.length, arguments.seed, arguments.tasks
+    words, figures = evaluate(model, coder, arguments.data, *sizes)
     print(words)
     if arguments.json:
         write_json(arguments.json, figures)

@@ -93,17 +93,18 @@ def find_tokenizer(config: LmConfig) -> Tokenizer:
     return tokenizer
 
 
-def train_lm(config: LmConfig, out: str | Path) -> Model:
+def train_lm(config: LmConfig, out: str | Path, mesh: Mesh | None = None) -> Model:
     """Trains a language model, from the start or from the newest checkpoint of the run in `out`, a folder or a URL.
 
-    The model is saved in `out/model`.
+    The model is saved in `out/model`. Without a mesh all devices are used, `config.data_shards` of them along its data
+    axis.
     """
     with lock_place(out) as place:
-        return _train(config, place)
+        return _train(config, place, mesh or make_mesh(config.data_shards))
 
 
-def _train(config: LmConfig, place: Place) -> Model:
-    folder, mesh = place.folder, make_mesh(config.data_shards)
+def _train(config: LmConfig, place: Place, mesh: Mesh) -> Model:
+    folder = place.folder
     check_settings(config, config.model.context, mesh)
     write_config(config.model, "float32")  # raises if the family cannot express the model: it could not be saved
     tokenizer = run_on_every_host(lambda: find_tokenizer(config))

@@ -30,6 +30,7 @@ from jclt.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
+ONE = make_mesh(devices=jax.devices()[:1])
 TINY = LmConfig(
     MODEL, data="text.txt", tokenizer=str(FOLDER / "llama3"), steps=24, batch=8, length=16, warmup=4, save_every=7
 )
@@ -89,7 +90,7 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_it_learns_the_rule_of_its_text(config, tmp_path):
-    model = train_lm(replace(config, steps=150, learning_rate=1e-2), tmp_path / "run")
+    model = train_lm(replace(config, steps=150, learning_rate=1e-2), tmp_path / "run", ONE)
     assert jclt.generate(model, "word10 word11 word12", 3) == "word10 word11 word12 word13 word14 word15"
     again = jclt.load_model(tmp_path / "run" / "model")
     assert jclt.generate(again, "word28 word29", 2) == "word28 word29 word10 word11"
@@ -192,14 +193,14 @@ def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bits(config, tmp_path, caplog):
-    uninterrupted = train_lm(config, tmp_path / "whole")
+    uninterrupted = train_lm(config, tmp_path / "whole", ONE)
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / "24"
     for path in newest.rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     shutil.rmtree(tmp_path / "damaged" / "model")
-    again = train_lm(config, tmp_path / "damaged")
+    again = train_lm(config, tmp_path / "damaged", ONE)
     assert "checkpoint of step 24 cannot be read, passing over it" in caplog.text
     for name in uninterrupted.params:
         np.testing.assert_array_equal(again.params[name], uninterrupted.params[name])
@@ -210,7 +211,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
     with pytest.raises(
         UserError, match=r"(loss|gradient_norm) is (nan|inf) at step \d+; no checkpoint has been saved yet"
     ):
-        train_lm(replace(config, steps=60, learning_rate=1e38, clip=1e38, warmup=12), tmp_path / "run")
+        train_lm(replace(config, steps=60, learning_rate=1e38, clip=1e38, warmup=12), tmp_path / "run", ONE)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +242,9 @@ def test_what_cannot_work_is_refused(config, tmp_path, change, line):
 
 
 def test_a_folder_of_another_run_is_refused(config, tmp_path):
-    train_lm(config, tmp_path / "run")
+    train_lm(replace(config, steps=2), tmp_path / "run", ONE)
     with pytest.raises(UserError, match="holds a run with seed=0, expected seed=1"):
-        train_lm(replace(config, seed=1), tmp_path / "run")
+        train_lm(replace(config, seed=1, steps=2), tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(UserError, match="exists and is not a run of jclt"):

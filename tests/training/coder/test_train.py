@@ -20,6 +20,7 @@ import jclt
 from jclt.cli.main import main
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
+from jclt.evaluation import exchange
 from jclt.mesh import make_mesh
 from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
@@ -98,34 +99,25 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
         assert process.returncode == 0, errors
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
-    """The run on two processes."""
-    folder = tmp_path_factory.mktemp("two") / "run"
-    finish(start_processes(folder, SHARED, 2))
-    return folder
-
-
-def test_losses_are_the_same_on_two_processes(one_device, two_processes):
-    np.testing.assert_allclose(read_losses(two_processes), read_losses(one_device), rtol=1e-5)
-    coder = load_coder(two_processes / "coder")
-    for a, b in zip(jax.tree.leaves(coder), jax.tree.leaves(load_coder(one_device / "coder")), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
-
-
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly_or_on_another_number(two_processes, tmp_path):
-    first, second = start_processes(tmp_path / "run", SHARED, 2)
-    wait_for(tmp_path / "run", 20, first)
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_with_as_many_or_with_another_number(
+    one_device, tmp_path
+):
+    """In the end it is the run of one device."""
+    first, second = start_processes(tmp_path / "two", SHARED, 2)
+    wait_for(tmp_path / "two", 20, first)
     second.send_signal(signal.SIGKILL)
     second.communicate()
     _, errors = first.communicate(timeout=60)
     assert first.returncode != 0
     assert "cannot go on" in errors or "another task died" in errors, errors[-2000:]
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    finish(start_processes(tmp_path / "run", SHARED, 2))
-    assert digest(tmp_path / "run") == digest(two_processes)
-    train_coder(SHARED, tmp_path / "other", make_mesh(2, 2))
-    np.testing.assert_allclose(read_losses(tmp_path / "other"), read_losses(two_processes), rtol=1e-5)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    finish(start_processes(tmp_path / "two", SHARED, 2))
+    train_coder(SHARED, tmp_path / "one", make_mesh(2, 2))
+    coder = load_coder(one_device / "coder")
+    for folder in (tmp_path / "two", tmp_path / "one"):
+        np.testing.assert_allclose(read_losses(folder), read_losses(one_device), rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(load_coder(folder / "coder")), jax.tree.leaves(coder), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(one_device):
@@ -149,7 +141,7 @@ SHUFFLED = replace(
 
 
 def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
-    straight = command(tmp_path / "straight", SHUFFLED)
+    train_coder(SHUFFLED, tmp_path / "straight", make_mesh(devices=jax.devices()[:1]))
     killed = command(tmp_path / "killed", SHUFFLED)
     wait_for(tmp_path / "killed", 20, killed)
     killed.send_signal(signal.SIGKILL)
@@ -162,8 +154,6 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     resumed = command(tmp_path / "killed", SHUFFLED)
     _, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0 and f"checkpoint of step {newest.name} cannot be read" in errors
-    _, errors = straight.communicate(timeout=300)
-    assert straight.returncode == 0, errors
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
     assert read_losses(tmp_path / "killed").tolist() == read_losses(tmp_path / "straight").tolist()
     assert not any("agreement" in entry for entry in read_metrics(tmp_path / "killed" / "metrics.jsonl"))
@@ -233,9 +223,24 @@ def test_what_cannot_work_is_said_in_one_line_before_anything_is_written(setting
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys):
+def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys, monkeypatch):
+    read_forms = exchange.read_forms  # of the question about a state one form is enough here
+    monkeypatch.setattr(exchange, "read_forms", lambda *arguments: read_forms(*arguments)[:1])
     assert (
-        main(["eval", str(one_device / "coder"), "--rows", "8", "--length", "32", "--json", str(tmp_path / "e.json")])
+        main(
+            [
+                "eval",
+                str(one_device / "coder"),
+                "--rows",
+                "8",
+                "--length",
+                "32",
+                "--tasks",
+                "10",
+                "--json",
+                str(tmp_path / "e.json"),
+            ]
+        )
         == 0
     )
     text = capsys.readouterr().out
