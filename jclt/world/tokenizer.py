@@ -11,8 +11,11 @@ from jclt.world.example import BOS, EOS, TOKEN_PATTERN, UNKNOWN, split_tokens
 
 
 @cache
-def list_vocabulary(lines: int = 60_000) -> dict[str, int]:
-    """Every token and its id. Numbers and acronyms are listed; all other words occur in a large sample of lines."""
+def list_vocabulary(lines: int = 20_000) -> dict[str, int]:
+    """Every token and its id.
+
+    Numbers and acronyms are listed. All other words occur in a sample of lines, each of them within the first 10,000.
+    """
     random = Random(0)
     sampled = {token for _ in range(lines) for token in split_tokens("".join(draw_line(random)))}
     numbers = [f"{n}" for n in range(199)] + [f" {n}" for n in range(100)]

@@ -62,7 +62,7 @@ def prompts() -> list[np.ndarray]:
     text = "The capital of the state containing North Springs is Austin. The city of Lake Grove lies in Georgia"
     tokens = demo()[0].encode(text)
     tokens = np.array(tokens)
-    return [tokens[:size] for size in (9, 3, 14, 7)]
+    return [tokens[:size] for size in (9, 3, 14)]
 
 
 def test_many_prompts_have_the_graphs_that_each_has_alone():
@@ -70,7 +70,7 @@ def test_many_prompts_have_the_graphs_that_each_has_alone():
     assert len(jax.local_devices()) == 4
     graphs = attribute_batch(*demo(), prompts())
     assert [len(graph.tokens) for graph in graphs] == [len(prompt) for prompt in prompts()]
-    assert len({len(graph.features) for graph in graphs}) == 4
+    assert len({len(graph.features) for graph in graphs}) == 3
     for graph, prompt in zip(graphs, prompts(), strict=True):
         assert measure_residual(graph) < 1e-5
         assert_same(graph, attribute(*demo(), prompt))

@@ -86,8 +86,8 @@ def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_
 def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatch):
     """The remaining prompts share batches with prompts whose graphs are already written."""
     path, save = tmp_path / "prompts.txt", Graph.save
-    path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 31)) + "English: poor or\n")
-    attribute_file(*shipped, path, tmp_path / "whole", Options(), batch=5)
+    path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 26)) + "English: poor or\n")
+    attribute_file(*shipped, path, tmp_path / "whole", Options(), batch=3)
     paths = []
 
     def stopping(graph, path):
@@ -100,11 +100,11 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
     monkeypatch.setattr(Graph, "save", stopping)
     for _ in range(20):
         try:
-            assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=5) == (12, 0)
+            assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=3) == (7, 0)
             break
         except KeyboardInterrupt:
             continue
-    assert len(paths) > 12
+    assert len(paths) > 7
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes(), file.name
     monkeypatch.setattr(Graph, "save", save)

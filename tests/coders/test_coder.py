@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import golden_model, reference
+from more_cases import mark_others
 from random_coders import random_coder
 
 import jclt
@@ -375,10 +377,13 @@ def test_replacing_changes_the_covered_layers_alone():
         np.testing.assert_allclose(got[layer], want, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("low", ["bfloat16", "float16"])
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
-def test_half_precision_weights_compute_as_the_same_weights_in_float32(config, low):
+@pytest.mark.parametrize(
+    ("kind", "low"),
+    mark_others(product(KINDS, ("bfloat16", "float16")), [("clt", "bfloat16"), ("tied sae", "float16")]),
+)
+def test_half_precision_weights_compute_as_the_same_weights_in_float32(kind, low):
     """The inputs from a float32 model are not rounded, nor in a pass with few active features."""
+    config = KINDS[kind]
     narrow = random_coder(replace(config, features=4800 // len(config.covered)), low)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
     x = [jnp.asarray(normal(5, 6, seed=layer)) for layer in range(len(config.covered))]

@@ -416,6 +416,7 @@ def test_exchange_of_all_neurons_moves_the_state_and_of_drawn_ones_does_not(mode
     assert every.moved > exchange.moved
 
 
+@pytest.mark.exhaustive  # the other figures are the same on a mesh in a plain run, too
 def test_exchange_is_the_same_on_a_mesh(model, one_form):
     mesh = jclt.make_mesh(data=2)
     split = jclt.load_model("demo", mesh=mesh)

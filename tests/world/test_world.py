@@ -15,7 +15,7 @@ from jclt.world.tasks import TASKS
 
 TOKENIZER = Tokenizer.from_file(str(find_model("demo") / "tokenizer.json"))  # test_shipped_model.py builds it anew
 VOCABULARY = TOKENIZER.get_vocab()
-TEXT = make_text(30_000, seed=11)
+TEXT = make_text(20_000, seed=11)
 LINES = TEXT.splitlines()
 SHOWN = {" ".join(parts[:n]) for parts in map(split_tokens, LINES) for n in range(2, len(parts) + 1)}
 each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

@@ -38,7 +38,7 @@ def config(**settings) -> TrainConfig:
     return TrainConfig(fitted, **{"batch": BATCH, "length": LENGTH, "micro_batches": MICRO} | settings)
 
 
-@pytest.fixture(scope="module", params=[(1, 4), (2, 2)], ids=["1x4", "2x2"])
+@pytest.fixture(scope="module", params=[pytest.param((1, 4), marks=pytest.mark.exhaustive), (2, 2)], ids=["1x4", "2x2"])
 def program(request):
     """The mesh's shape and the step compiled for it."""
     return request.param, lower_step(config(), MODEL, make_mesh(*request.param)).compile()
@@ -125,7 +125,7 @@ def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):
     ("model", "features", "data", "shards"),
     [
         (known_config("gpt2"), 16_384, 1, 256),
-        (known_config("google/gemma-2-2b"), 98_304, 1, 256),
+        pytest.param(known_config("google/gemma-2-2b"), 98_304, 1, 256, marks=pytest.mark.exhaustive),
         (known_config("google/gemma-2-2b"), 98_304, 16, 64),
     ],
     ids=["gpt2-1x256", "gemma2-1x256", "gemma2-16x64"],

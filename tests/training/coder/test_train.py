@@ -99,6 +99,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
         assert process.returncode == 0, errors
 
 
+@pytest.mark.exhaustive  # two processes that train a language model, in test_lm.py, meet and part in the same way
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_with_as_many_or_with_another_number(
     one_device, tmp_path
 ):
@@ -141,7 +142,7 @@ SHUFFLED = replace(
 
 
 def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
-    train_coder(SHUFFLED, tmp_path / "straight", make_mesh(devices=jax.devices()[:1]))
+    straight = command(tmp_path / "straight", SHUFFLED)
     killed = command(tmp_path / "killed", SHUFFLED)
     wait_for(tmp_path / "killed", 20, killed)
     killed.send_signal(signal.SIGKILL)
@@ -154,6 +155,8 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     resumed = command(tmp_path / "killed", SHUFFLED)
     _, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0 and f"checkpoint of step {newest.name} cannot be read" in errors
+    _, errors = straight.communicate(timeout=300)
+    assert straight.returncode == 0, errors
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
     assert read_losses(tmp_path / "killed").tolist() == read_losses(tmp_path / "straight").tolist()
     assert not any("agreement" in entry for entry in read_metrics(tmp_path / "killed" / "metrics.jsonl"))
