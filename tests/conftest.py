@@ -1,9 +1,9 @@
 """Every test runs with strict types and ranks, on several virtual CPU devices.
 
 Programs run once or twice here, on a few numbers, so most of the time would go into compiling them. They are compiled
-without most optimizations, and without XLA's newer code generator, which is slow when these are off. Tests of bits and
-of what the compiler makes of a program are marked `optimized`: they have all optimizations, and `.ci/run` repeats them
-with the newer generator.
+without most optimizations, in one piece, and without XLA's newer code generator, which is slow when these are off.
+Tests of bits and of what the compiler makes of a program are marked `optimized`: they have all optimizations, and
+`.ci/run` repeats them with the newer generator.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
 if "fusion_emitters" not in os.environ["XLA_FLAGS"] and version("jaxlib") < "0.11":  # an unknown flag ends the process
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
