@@ -57,6 +57,15 @@ def pytest_runtest_setup(item):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimized))
 
 
+@pytest.fixture
+def one_form(monkeypatch):
+    """Of the forms of the question about a state only the first."""
+    from jclt.evaluation import exchange
+
+    read_forms = exchange.read_forms
+    monkeypatch.setattr(exchange, "read_forms", lambda *arguments: read_forms(*arguments)[:1])
+
+
 MANY_MAPS = 20_000
 
 

@@ -1,10 +1,15 @@
-"""A nested function is checked whenever it is defined, though its checks are made once."""
+"""Calls of the package are checked, and those of a nested function whenever it is defined, though its checks are made
+once."""
+
+from typing import Any, cast
 
 import jax.numpy as jnp
 import pytest
 import type_checks
 from jaxtyping import Array, Float, TypeCheckError, jaxtyped
 from type_checks import check_types
+
+from jclt.attribution.sizes import round_up
 
 
 @jaxtyped(typechecker=check_types)
@@ -24,3 +29,9 @@ def test_nested_functions_are_checked_every_time():
         else:
             assert (double(jnp.ones(3), wrong) == 2).all()
     assert sum("double.<locals>.add" in key[1] for key in type_checks._made) == 2  # of its arguments and of its result
+
+
+def test_calls_of_the_package_are_checked():
+    assert round_up(5) == 6
+    with pytest.raises(TypeCheckError):
+        round_up(cast(Any, "5"))

@@ -65,22 +65,14 @@ def score_features(
 ) -> np.ndarray:
     """First-order effect on the logit of a state's capital of replacing each feature's mean activation in other states
     by its mean in this state: `[states, l, F]`, in the true model, on the known cities."""
-    is_known = np.isin(np.arange(len(CITIES)), known)
+    is_known, values = np.isin(np.arange(len(CITIES)), known), list_values(model)
     total = []
     for form in forms:
         with on_mesh(model):
             rows = make_one_batch(model, form.tokens)
             within = np.pad(is_known, (0, len(rows) - len(is_known)))
-            arguments = (
-                model.config,
-                model.params,
-                coder,
-                layers,
-                rows,
-                within,
-                np.int32(form.end),
-                list_values(model),
-            )
+            end = np.int32(form.end)  # an array, so that all forms share a program
+            arguments = (model.config, model.params, coder, layers, rows, within, end, values)
             effects = np.asarray(measure_effects(*arguments))
         means = average_states(form.activations, known)
         others = (np.sum(means, axis=0) - means) / (len(STATES) - 1)

@@ -24,7 +24,6 @@ from jclt.evaluation import (
     measure_mean_writes,
     measure_world_agreement,
 )
-from jclt.evaluation import exchange as exchange_module
 from jclt.evaluation.batches import LARGEST_BATCH as BATCHES
 from jclt.evaluation.batches import choose_batch_size
 from jclt.evaluation.evaluate import evaluate, find_evaluation_rows
@@ -398,13 +397,6 @@ def test_at_most_so_many_features_a_state_and_only_telling_ones():
     scores = np.array([[[3.0, 2.0], [2.0, -1.0]], [[0.0, -1.0], [-2.0, 5.0]]])
     selected = select_largest(scores, 2)
     assert selected.sum(axis=(1, 2)).tolist() == [2, 1] and selected[0, 0, 0] and selected[1, 1, 1]
-
-
-@pytest.fixture
-def one_form(monkeypatch):
-    """Of the forms of the question only the first."""
-    read_forms = exchange_module.read_forms
-    monkeypatch.setattr(exchange_module, "read_forms", lambda *arguments: read_forms(*arguments)[:1])
 
 
 def test_exchange_of_all_neurons_moves_the_state_and_of_drawn_ones_does_not(model, one_form):

@@ -160,7 +160,7 @@ def read_curve(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.exhaustive  # the coder's test of a signal runs the same loop
 def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path, caplog):
-    """Here on another number of devices; the next test compares bits."""
+    """Here on another number of devices; the test of a damaged checkpoint compares bits."""
     caplog.set_level("INFO")
     config = replace(config, steps=400, save_every=400)
     process = start(config, tmp_path / "run")

@@ -20,7 +20,6 @@ import jclt
 from jclt.cli.main import main
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
-from jclt.evaluation import exchange
 from jclt.mesh import make_mesh
 from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
@@ -76,21 +75,13 @@ def test_losses_are_the_same_on_every_mesh(one_device, tmp_path, data, features)
 SHARED = replace(CONFIG, data_shards=2, save_every=20)
 
 
-def start_processes(folder: Path, config: TrainConfig, processes: int) -> list[subprocess.Popen[str]]:
-    """Starts `jclt train` as this number of processes, which share a run and have four devices in all."""
+def start_processes(folder: Path, config: TrainConfig) -> list[subprocess.Popen[str]]:
+    """Starts `jclt train` as two processes, which share a run and have two devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    meeting = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": str(processes)} if processes > 1 else {}
-    return [
-        command(
-            folder,
-            config,
-            JAX_NUM_CPU_DEVICES=str(4 // processes),
-            **(meeting | {"JCLT_PROCESS": str(process)} if meeting else {}),
-        )
-        for process in range(processes)
-    ]
+    meeting = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "2"}
+    return [command(folder, config, **meeting, JCLT_PROCESS=str(process)) for process in range(2)]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
@@ -104,7 +95,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_with_as_many_or
     one_device, tmp_path
 ):
     """In the end it is the run of one device."""
-    first, second = start_processes(tmp_path / "two", SHARED, 2)
+    first, second = start_processes(tmp_path / "two", SHARED)
     wait_for(tmp_path / "two", 20, first)
     second.send_signal(signal.SIGKILL)
     second.communicate()
@@ -112,7 +103,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_with_as_many_or
     assert first.returncode != 0
     assert "cannot go on" in errors or "another task died" in errors, errors[-2000:]
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    finish(start_processes(tmp_path / "two", SHARED, 2))
+    finish(start_processes(tmp_path / "two", SHARED))
     train_coder(SHARED, tmp_path / "one", make_mesh(2, 2))
     coder = load_coder(one_device / "coder")
     for folder in (tmp_path / "two", tmp_path / "one"):
@@ -226,26 +217,9 @@ def test_what_cannot_work_is_said_in_one_line_before_anything_is_written(setting
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys, monkeypatch):
-    read_forms = exchange.read_forms  # of the question about a state one form is enough here
-    monkeypatch.setattr(exchange, "read_forms", lambda *arguments: read_forms(*arguments)[:1])
-    assert (
-        main(
-            [
-                "eval",
-                str(one_device / "coder"),
-                "--rows",
-                "8",
-                "--length",
-                "32",
-                "--tasks",
-                "10",
-                "--json",
-                str(tmp_path / "e.json"),
-            ]
-        )
-        == 0
-    )
+def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys, one_form):
+    sizes = ["--rows", "8", "--length", "32", "--tasks", "10"]
+    assert main(["eval", str(one_device / "coder"), *sizes, "--json", str(tmp_path / "e.json")]) == 0
     text = capsys.readouterr().out
     assert "replacement" in text and "two_hop" in text
     figures = json.loads((tmp_path / "e.json").read_text())
