@@ -6,6 +6,7 @@ Tests of bits and of what the compiler makes of a program are marked `optimized`
 `.ci/run` repeats them with the newer generator.
 """
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 from drawing import add_options, read_options
 from type_checks import check_calls
 
+gc.set_threshold(100_000, 20, 100)  # tracing makes many small objects: to look for cycles among them is 5% of the time
 check_calls()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
