@@ -1,4 +1,4 @@
-"""A coder's run of a few seconds without an evaluation, the environment of one device, and the losses in a log."""
+"""A coder's run of a few seconds without an evaluation, one device here or in another process, and a log's losses."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jclt.coders import CoderConfig
+from jclt.mesh import make_mesh
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
 
@@ -21,6 +22,9 @@ CONFIG = TrainConfig(
     log_every=1,
     evaluate_every=-1,
 )
+
+ONE = make_mesh(1, 1)
+"""Here, the mesh of one device."""
 
 ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].partition(" ")[2]}
 """The environment of a process that has one device unless told otherwise: conftest's flags but for the first."""

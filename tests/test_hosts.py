@@ -1,14 +1,17 @@
-"""The other hosts of a run are found by the environment's variables, or the error says which one is missing."""
+"""The other hosts of a run are found, or the error says which one is missing; what fails on one is raised on all."""
 
 import socket
 import threading
 import time
+from collections.abc import Callable
 
+import jax
+import numpy as np
 import pytest
 
 from jclt import hosts
 from jclt.errors import UserError
-from jclt.hosts import join_hosts, read_place_in_run
+from jclt.hosts import join_hosts, read_place_in_run, run_on_every_host
 
 ERRORS = {
     ("nonsense", "2", "0"): "JCLT_COORDINATOR: 'nonsense', expected host:port, a port from 1 to 65535",
@@ -78,3 +81,41 @@ def test_processes_meet_or_report_who_is_missing(monkeypatch):
     assert second.startswith("JCLT_COORDINATOR: process 1 did not meet all others at localhost:PORT within 2 s (")
     (of_first,) = meet(2, 1)
     assert "within 2 s (Connection refused), expected every process to be started" in of_first
+
+
+def test_what_fails_on_one_host_is_raised_on_all(monkeypatch):
+    """Two threads are the two hosts here."""
+    messages: dict[str, np.ndarray] = {}
+    both_have_sent = threading.Barrier(2)
+
+    def gather(message: np.ndarray) -> np.ndarray:
+        messages[threading.current_thread().name] = message
+        both_have_sent.wait(timeout=60)
+        return np.stack([messages["0"], messages["1"]])
+
+    def fail() -> str:
+        raise UserError("run: the folder is full")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "process_allgather", gather)
+
+    def run_both(*works: Callable[[], str]) -> list[str]:
+        results = ["", ""]
+
+        def run(number: int) -> None:
+            try:
+                results[number] = run_on_every_host(works[number])
+            except UserError as error:
+                results[number] = f"error: {error}"
+
+        threads = [threading.Thread(target=run, args=(number,), name=str(number)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    assert run_both(lambda: "first", lambda: "second") == ["first", "second"]
+    error = "error: run: the folder is full"
+    assert run_both(lambda: "first", fail) == ["error: process 1 of 2: run: the folder is full", error]
+    assert run_both(fail, lambda: "second") == [error, "error: process 0 of 2: run: the folder is full"]

@@ -148,7 +148,7 @@ def test_a_large_vocabulary_gets_wider_numbers(tmp_path):
 
 
 def test_a_killed_run_that_is_resumed_writes_the_same_bytes(tmp_path):
-    source = str(write_lines(tmp_path / "a.jsonl", make_texts(60_000)))
+    source = str(write_lines(tmp_path / "a.jsonl", make_texts(25_000)))
     command = [sys.executable, "-m", "jclt", "tokenize", source, "--tokenizer", str(TOKENIZER)]
     command += ["--shard-tokens", "20000", "--workers", "2", "--out"]
     tokenize([source], TOKENIZER, str(tmp_path / "whole"), shard_tokens=20_000)

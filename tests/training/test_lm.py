@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_cases import FOLDER
-from short_run import ONE_DEVICE, read_losses
+from more_cases import mark_others
+from short_run import ONE, ONE_DEVICE, read_losses
 
 import jclt
 from jclt.data.batches import choose_batch_rows
@@ -30,7 +31,6 @@ from jclt.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
-ONE = make_mesh(devices=jax.devices()[:1])
 TINY = LmConfig(
     MODEL, data="text.txt", tokenizer=str(FOLDER / "llama3"), steps=24, batch=8, length=16, warmup=4, save_every=7
 )
@@ -90,7 +90,7 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_it_learns_the_rule_of_its_text(config, tmp_path):
-    model = train_lm(replace(config, steps=150, learning_rate=1e-2), tmp_path / "run", ONE)
+    model = train_lm(replace(config, steps=150, save_every=150, learning_rate=1e-2), tmp_path / "run", ONE)
     assert jclt.generate(model, "word10 word11 word12", 3) == "word10 word11 word12 word13 word14 word15"
     again = jclt.load_model(tmp_path / "run" / "model")
     assert jclt.generate(again, "word28 word29", 2) == "word28 word29 word10 word11"
@@ -99,11 +99,11 @@ def test_it_learns_the_rule_of_its_text(config, tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
-def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
+@pytest.mark.parametrize(("data", "features"), mark_others([(1, 4), (2, 2)], [(2, 2)]))
+def test_the_same_steps_on_any_mesh_give_the_same_losses(config, data, features):
     rows = read_text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length, ())[0]
 
-    config = replace(config, optimizer="muon" if shape == (2, 2) else "adamw")
+    config = replace(config, optimizer="muon" if data == 2 else "adamw")
 
     def losses(mesh) -> list[float]:
         placed = make_sharding(mesh, (8, 16), ("batch", None))
@@ -120,8 +120,8 @@ def test_the_same_steps_on_any_mesh_give_the_same_losses(config, shape):
                 assert placements == {state.params["query"].sharding}
         return seen
 
-    single = losses(make_mesh(1, 1))
-    np.testing.assert_allclose(losses(make_mesh(*shape)), single, rtol=1e-5)
+    single = losses(ONE)
+    np.testing.assert_allclose(losses(make_mesh(data, features)), single, rtol=1e-5)
 
 
 def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
@@ -176,15 +176,19 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path
     assert [step for step, _ in read_curve(tmp_path / "run")] == [1, *range(10, 401, 10)]
 
 
-def test_two_processes_train_a_model_and_agree_on_what_fails_on_one(config, tmp_path):
-    config = replace(config, steps=8)
+def test_two_processes_train_a_model_as_one_does(config, tmp_path):
+    config = replace(config, save_every=config.steps)
     for process in start_two(config, tmp_path / "run"):
         _, output = process.communicate(timeout=300)
         assert process.returncode == 0, output
-    single = train_lm(config, tmp_path / "alone").params
+    single = train_lm(config, tmp_path / "alone", ONE).params
     for name, value in final_params(tmp_path / "run").items():
         np.testing.assert_allclose(value, single[name], atol=1e-5)
-    # Only the first looks at the folder, and the other one learns of it.
+
+
+@pytest.mark.exhaustive  # a step for two processes is agreed on in the same way, which the test above runs
+def test_two_processes_agree_on_what_fails_on_one(config, tmp_path):
+    """Only the first looks at the folder, and the other one learns of it."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     for process in start_two(config, tmp_path / "full"):
@@ -243,9 +247,9 @@ def test_what_cannot_work_is_refused(config, tmp_path, change, line):
 
 
 def test_a_folder_of_another_run_is_refused(config, tmp_path):
-    train_lm(replace(config, steps=2), tmp_path / "run", ONE)
+    train_lm(config, tmp_path / "run", ONE)
     with pytest.raises(UserError, match="holds a run with seed=0, expected seed=1"):
-        train_lm(replace(config, seed=1, steps=2), tmp_path / "run")
+        train_lm(replace(config, seed=1), tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(UserError, match="exists and is not a run of jclt"):

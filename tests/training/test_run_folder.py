@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from short_run import CONFIG
+from short_run import CONFIG, ONE
 
 import jclt.training.coder.train as training
 from jclt.coders import CoderConfig
@@ -576,10 +576,10 @@ def test_a_run_ends_with_its_coder_whatever_its_evaluation_does_and_can_be_made_
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate_replacement", fails)
-        training.train_coder(short, tmp_path / "run", make_mesh(1, 4))
+        training.train_coder(short, tmp_path / "run", ONE)
     assert "step 3 could not be evaluated, the run goes on without (list index out of range)" in caplog.text
     before = (tmp_path / "run" / "coder" / "W_enc_0.safetensors").read_bytes()
-    training.train_coder(replace(short, steps=6), tmp_path / "run", make_mesh(1, 4))
+    training.train_coder(replace(short, steps=6), tmp_path / "run", ONE)
     assert "evaluating the replacement model" in caplog.text and "agrees with the model on" in caplog.text
     entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6, 6] and "agreement" in entries[-1]

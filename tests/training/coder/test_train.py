@@ -10,18 +10,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from short_run import CONFIG, ONE_DEVICE, read_losses
+from more_cases import mark_others
+from short_run import CONFIG, ONE, ONE_DEVICE, read_losses
 
 import jclt
 from jclt.cli.main import main
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
 from jclt.mesh import make_mesh
-from jclt.training.coder.train import train_coder
+from jclt.training.coder import train as training
+from jclt.training.coder.train import Trainer, train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.inspect import inspect_run
 from jclt.training.metrics import read_metrics
@@ -62,11 +65,11 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
 def one_device(tmp_path_factory) -> Path:
     """The run on one device, with an evaluation."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train_coder(replace(CONFIG, evaluate_every=0), folder, make_mesh(devices=jax.devices()[:1]), profile=2)
+    train_coder(replace(CONFIG, evaluate_every=0), folder, ONE, profile=2)
     return folder
 
 
-@pytest.mark.parametrize(("data", "features"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("data", "features"), mark_others([(1, 4), (2, 2)], [(2, 2)]))
 def test_losses_are_the_same_on_every_mesh(one_device, tmp_path, data, features):
     train_coder(replace(CONFIG, data_shards=data), tmp_path / "run", make_mesh(data, features))
     np.testing.assert_allclose(read_losses(tmp_path / "run"), read_losses(one_device), rtol=1e-5)
@@ -132,8 +135,7 @@ SHUFFLED = replace(
 )
 
 
-def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
-    straight = command(tmp_path / "straight", SHUFFLED)
+def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path, caplog):
     killed = command(tmp_path / "killed", SHUFFLED)
     wait_for(tmp_path / "killed", 20, killed)
     killed.send_signal(signal.SIGKILL)
@@ -143,45 +145,52 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     newest = max(complete, key=lambda path: int(path.name))
     for file in (newest / "state" / "d").glob("*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    resumed = command(tmp_path / "killed", SHUFFLED)
-    _, errors = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0 and f"checkpoint of step {newest.name} cannot be read" in errors
-    _, errors = straight.communicate(timeout=300)
-    assert straight.returncode == 0, errors
+    train_coder(SHUFFLED, tmp_path / "killed", ONE)
+    assert f"checkpoint of step {newest.name} cannot be read" in caplog.text
+    train_coder(SHUFFLED, tmp_path / "straight", ONE)
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
     assert read_losses(tmp_path / "killed").tolist() == read_losses(tmp_path / "straight").tolist()
     assert not any("agreement" in entry for entry in read_metrics(tmp_path / "killed" / "metrics.jsonl"))
 
 
-def test_a_signal_saves_and_ends_well(tmp_path):
-    config = replace(SHUFFLED, steps=4000, save_every=4000)
-    process = command(tmp_path / "run", config)
-    for _ in range(600):
-        if (tmp_path / "run" / "metrics.jsonl").exists() and read_losses(tmp_path / "run").size > 2:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == os.EX_TEMPFAIL and "saved; the same command goes on" in errors
-    assert "checkpoints of steps" in inspect_run(tmp_path / "run")
+def test_a_signal_saves_and_the_same_command_goes_on_from_there(one_device, tmp_path, capsys, monkeypatch):
+    (tmp_path / "run.py").write_text(SOURCE.format(config=CONFIG))
+    command = ["train", str(tmp_path / "run.py"), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(training, "make_mesh", lambda _: ONE)
+    advance = Trainer.advance
+
+    def send_signal(self: Trainer, step: int, *inputs: Any) -> Any:
+        if step == 30:
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL  # it would end the tests
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, step, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", send_signal)
+        assert main(command) == os.EX_TEMPFAIL
+    assert "stopped at step 31, saved; the same command goes on from there" in capsys.readouterr().err
+    assert "checkpoints of steps 31" in inspect_run(tmp_path / "run")
+    assert main(command) == 0
+    assert read_losses(tmp_path / "run").tolist() == read_losses(one_device).tolist()
 
 
 def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
-    train_coder(config, tmp_path / "run", make_mesh(2, 2))
-    assert read_losses(tmp_path / "run")[0] == pytest.approx(
-        read_losses(one_device)[0], rel=0.3
-    )  # other rows, the same model
-    assert read_losses(tmp_path / "run")[-1] < 0.8 * read_losses(tmp_path / "run")[0]
-    train_coder(replace(config, learning_rate=2e-3), tmp_path / "again", make_mesh(2, 2))  # reads what is there already
+    train_coder(config, tmp_path / "run", ONE)
+    losses = read_losses(tmp_path / "run")
+    assert losses[0] == pytest.approx(read_losses(one_device)[0], rel=0.3)  # other rows, the same model
+    assert losses[-1] < 0.8 * losses[0]
+    train_coder(replace(config, save_every=25), tmp_path / "again", ONE)  # reads what is there already
+    assert read_losses(tmp_path / "again").tolist() == losses.tolist()
     with pytest.raises(UserError, match="was made with reads=mlp_in, expected reads=mlp_normalized"):
         other = replace(config.coder, reads="mlp_normalized")
-        train_coder(replace(config, coder=other), tmp_path / "other", make_mesh(2, 2))
+        train_coder(replace(config, coder=other), tmp_path / "other", ONE)
 
 
-def test_the_end_to_end_phase_lowers_the_divergence(tmp_path):
+@pytest.mark.parametrize("mesh", mark_others([ONE, make_mesh(2, 2)], [ONE]), ids=lambda mesh: f"{mesh.size} devices")
+def test_the_end_to_end_phase_lowers_the_divergence(mesh, tmp_path):
     config = replace(CONFIG, steps=60, end_to_end_steps=40, end_to_end_weight=4.0, learning_rate=3e-3)
-    train_coder(config, tmp_path / "run", make_mesh(2, 2))
+    train_coder(config, tmp_path / "run", mesh)
     divergences = [entry["kl"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "kl" in entry]
     assert len(divergences) == 40 and np.mean(divergences[-5:]) < 0.8 * np.mean(divergences[:5])
 
