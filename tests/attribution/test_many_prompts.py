@@ -16,7 +16,10 @@ from jclt.graphs import Graph
 
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
-PROMPTS = ["calc: 36+59=", "English: poor or", "Nest: « needle", "", "List: first third fifth"]
+SUM = "calc: 36+59="
+PROMPTS = ["Nest: « [ needle ]", SUM, "The city of Lake Grove lies in", "", "List: first third fifth second"]
+"""Programs are compiled for numbers of prompts, tokens and active features, rounded up. All tests have the same: these
+prompts, or ones much like them, one by one or in batches of three."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_each_line_gets_its_graph_and_bad_ones_are_reported_and_passed_over(ship
     np.testing.assert_allclose(loaded.adjacency, single.adjacency, atol=1e-5)
     lines = [json.loads(line) for line in (out / "graphs.jsonl").read_text().splitlines()]
     assert [line["line"] for line in lines] == [1, 2, 3, 5]
-    assert lines[1]["outputs"][0] == " rich" and 0 < lines[1]["replacement"] < lines[1]["completeness"] < 1
+    assert lines[1]["outputs"][0] == "95" and 0 < lines[1]["replacement"] < lines[1]["completeness"] < 1
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert [line["line"] for line in failed] == [6]  # the fourth is blank
     assert "at most" in failed[0]["error"] and "line 6: prompt: " in caplog.text
@@ -47,9 +50,9 @@ def test_each_line_gets_its_graph_and_bad_ones_are_reported_and_passed_over(ship
 
 def test_processes_take_shares_of_their_own_and_the_last_lists_all(shipped, prompts, tmp_path):
     out = tmp_path / "graphs"
-    assert attribute_file(*shipped, prompts, out, Options(), share=(1, 2)) == (1, 1)  # lines 2, 4 and 6
+    assert attribute_file(*shipped, prompts, out, Options(), batch=3, share=(1, 2)) == (1, 1)  # lines 2, 4 and 6
     assert sorted(path.name for path in out.glob("*.npz")) == ["000002.npz"]
-    assert attribute_file(*shipped, prompts, out, Options(), share=(0, 2)) == (4, 1)
+    assert attribute_file(*shipped, prompts, out, Options(), batch=3, share=(0, 2)) == (4, 1)
     assert len((out / "graphs.jsonl").read_text().splitlines()) == 4
 
 
@@ -73,6 +76,7 @@ def test_a_stopped_stream_goes_on_and_computes_nothing_twice(shipped, prompts, t
 
 
 def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_path):
+    prompts.write_text(SUM + "\n")
     attribute_file(*shipped, prompts, tmp_path / "graphs", Options())
     with pytest.raises(jclt.UserError, match="begun with settings"):
         attribute_file(*shipped, prompts, tmp_path / "graphs", Options(max_features=5))
@@ -86,7 +90,7 @@ def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_
 def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatch):
     """The remaining prompts share batches with prompts whose graphs are already written."""
     path, save = tmp_path / "prompts.txt", Graph.save
-    path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 26)) + "English: poor or\n")
+    path.write_text("".join(f"calc: {n}+{n + 17}=\n" for n in range(20, 24)) + PROMPTS[2] + "\n")
     attribute_file(*shipped, path, tmp_path / "whole", Options(), batch=3)
     paths = []
 
@@ -100,11 +104,11 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
     monkeypatch.setattr(Graph, "save", stopping)
     for _ in range(20):
         try:
-            assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=3) == (7, 0)
+            assert attribute_file(*shipped, path, tmp_path / "stopped", Options(), batch=3) == (5, 0)
             break
         except KeyboardInterrupt:
             continue
-    assert len(paths) > 7
+    assert len(paths) > 5
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "stopped" / file.name).read_bytes(), file.name
     monkeypatch.setattr(Graph, "save", save)
@@ -117,7 +121,7 @@ def test_a_stopped_stream_ends_with_the_same_bytes(shipped, tmp_path, monkeypatc
 
 def test_a_folder_of_other_weights_is_refused(shipped, tmp_path):
     path, out, (model, coder) = tmp_path / "prompts.txt", tmp_path / "graphs", shipped
-    path.write_text("calc: 1+2=\n")
+    path.write_text(SUM + "\n")
     attribute_file(model, coder, path, out, Options())
     retrained = jax.tree.map(lambda x: x * 1.5, coder)
     with pytest.raises(jclt.UserError, match=r"begun with another coder \(fingerprint \w{16}, now \w{16}\)$"):
@@ -136,28 +140,28 @@ def test_a_folder_of_other_weights_is_refused(shipped, tmp_path):
 
 def test_directions_are_told_apart_by_their_vectors(shipped, tmp_path):
     path, out = tmp_path / "prompts.txt", tmp_path / "graphs"
-    path.write_text("calc: 1+2=\n")
+    path.write_text(SUM + "\n")
     vector = np.ones(shipped[0].config.width)
-    attribute_file(*shipped, path, out, Options([jclt.Direction(vector)], 5))
+    attribute_file(*shipped, path, out, Options([jclt.Direction(vector)]))
     with pytest.raises(jclt.UserError, match="begun with settings"):
-        attribute_file(*shipped, path, out, Options([jclt.Direction(-vector)], 5))
+        attribute_file(*shipped, path, out, Options([jclt.Direction(-vector)]))
 
 
 def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
     model, _ = shipped
     path, out = tmp_path / "prompts.jsonl", tmp_path / "graphs"
-    ids = model.encode("calc: 36+59=")
+    ids = model.encode(SUM)
     lines = [
-        {"prompt": "calc: 36+59=", "targets": "95"},
+        {"prompt": SUM, "targets": "95"},
         {"prompt": ids, "target": ["95", "94"], "note": "passed over"},
-        {"prompt": "calc: 36+59=", "targets": ["94", ["95", "94"]]},
-        {"prompt": "calc: 36+59="},
+        {"prompt": SUM, "targets": ["94", ["95", "94"]]},
+        {"prompt": SUM},
         {"prompt": ids, "targets": [10**6]},
     ]
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     visited = []
-    call = (*shipped, path, out, Options(["93"], 5))
-    assert attribute_file(*call, visit=lambda graph, name: visited.append((name, graph.logit_names))) == (4, 1)
+    call = (*shipped, path, out, Options(["93"]))
+    assert attribute_file(*call, batch=3, visit=lambda graph, name: visited.append((name, graph.logit_names))) == (4, 1)
     want = [("000001", ("95",)), ("000003", ("95 - 94",)), ("000005", ("94", "95 - 94")), ("000007", ("93",))]
     assert sorted(visited) == want
     loaded = jclt.load_graph(out / "000005.npz")
@@ -171,7 +175,7 @@ def test_lines_bring_their_own_targets_and_token_ids(shipped, tmp_path):
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert failed[0]["line"] == 9 and "expected a token id" in failed[0]["error"]
     visited.clear()  # those there already are given as well
-    attribute_file(*call, visit=lambda graph, name: visited.append((name, graph.logit_names)))
+    attribute_file(*call, batch=3, visit=lambda graph, name: visited.append((name, graph.logit_names)))
     assert sorted(visited) == want
     lines[0]["targets"] = "94"
     path.write_text("".join(json.dumps(line) + "\n\n" for line in lines))
@@ -215,8 +219,8 @@ def test_a_line_that_makes_no_sense_is_named(tmp_path, line, says):
 
 def test_lists_are_written_whatever_became_of_the_files(shipped, tmp_path, monkeypatch):
     path, out = tmp_path / "prompts.txt", tmp_path / "graphs"
-    path.write_text("calc: 1+2=\ncalc: 3+4=\n" + "x " * 200 + "\n")
-    assert attribute_file(*shipped, path, out, Options(max_features=3)) == (2, 1)
+    path.write_text(f"{SUM}\n{SUM}\n" + "x " * 200 + "\n")
+    assert attribute_file(*shipped, path, out, Options(max_features=3), batch=1) == (2, 1)
     (out / "000002.npz").write_bytes(b"damaged")
     (out / "000003.failed").write_bytes(b"\xff")
     monkeypatch.setattr(streaming, "attribute_each", lambda *_: iter(()))
@@ -239,10 +243,10 @@ def test_lists_are_written_whatever_became_of_the_files(shipped, tmp_path, monke
 
 def test_without_a_terminal_lines_say_how_far_it_is(shipped, tmp_path, monkeypatch, caplog):
     path = tmp_path / "prompts.txt"
-    path.write_text("calc: 1+2=\ncalc: 3+4=\n")
+    path.write_text(f"{SUM}\n{SUM}\n")
     monkeypatch.setattr(streaming, "LOG_INTERVAL", 0.0)
     caplog.set_level("INFO", "jclt")
-    attribute_file(*shipped, path, tmp_path / "graphs", Options(max_features=3))
+    attribute_file(*shipped, path, tmp_path / "graphs", Options(max_features=3), batch=1)
     assert "2 of 2 graphs" in caplog.text
 
 
@@ -263,7 +267,7 @@ def test_a_batch_with_one_bad_prompt_keeps_the_others(shipped, monkeypatch):
         n for n, ids in enumerate(tokens) if len(ids) < longest
     }
     with pytest.raises(jclt.UserError, match="^prompt 0: no feature"):
-        jclt.attribute_batch(model, coder, tokens[:1])
+        jclt.attribute_batch(model, coder, tokens[2:])
     with pytest.raises(jclt.UserError, match="^batch=0: "):
         jclt.attribute_batch(model, coder, tokens, batch=0)
 
@@ -279,7 +283,7 @@ def test_json_lines_are_read_and_a_broken_one_is_named(tmp_path):
 
 def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
     out = tmp_path / "sum"
-    assert main(["attribute", "calc: 36+59=", "--out", str(out), "--target", "95~94"]) == 0
+    assert main(["attribute", SUM, "--out", str(out), "--target", "95~94"]) == 0
     output = capsys.readouterr().out
     assert "95 - 94" in output and "completeness" in output and "->" in output
     names = [f"calc-36-59.{suffix}" for suffix in ("json", "npz", "png")]
@@ -287,7 +291,7 @@ def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
     graph = jclt.load_graph(out / "calc-36-59.npz")
     assert graph.logit_tokens.tolist() == [-1]
     assert jclt.import_json(out / "calc-36-59.json").counts["output"] == 1
-    assert main(["attribute", "calc: 36+59=", "--out", str(out), "--target", "95"]) == 0  # another graph
+    assert main(["attribute", SUM, "--out", str(out), "--target", "95"]) == 0  # another graph
     assert "written: calc-36-59-2.npz, calc-36-59-2.json and calc-36-59-2.png" in capsys.readouterr().out
     assert jclt.load_graph(out / "calc-36-59.npz").logit_tokens.tolist() == [-1]
 
