@@ -2,8 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any, cast
 
 import jax
@@ -17,11 +17,11 @@ from traced_graphs import assert_close, make_case, measure_residual, trace_whole
 import jclt
 from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, sizes
 from jclt.attribution import schedule as tracing
-from jclt.attribution.options import Options
+from jclt.attribution.options import Options, count_silent_positions
 from jclt.attribution.prompts import encode_prompt, list_unknown_words
 from jclt.attribution.ranking import PromptRows
 from jclt.attribution.targets import choose_likeliest, parse_targets
-from jclt.coders import CoderConfig
+from jclt.coders import Coder, CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
 from jclt.graphs import Graph
@@ -30,12 +30,24 @@ from jclt.models import Tokenizer as ModelTokenizer
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
 CASE = ("llama3", "clt", "float32")
+"""Programs are compiled for numbers of prompts, tokens and active features, rounded up. Nearly all tests have the same:
+this model, with prompts of five tokens or some of them, one by one or in batches of three."""
 
 
-@cache
-def demo():
-    model = jclt.load_model("demo")
-    return model, jclt.load_coder("demo", model=model, check=False)
+def change_weights(coder: Coder, name: str, change: Callable[[np.ndarray], Any]) -> Coder:
+    """The coder with other arrays in place of those of this name."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.device_put(change(np.array(x))) if path[-1].name == name else x, coder
+    )
+
+
+def change_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Puts this value in place of an array's first entry or row."""
+    return lambda x: np.concatenate([np.full_like(x[:1], value), x[1:]])
+
+
+def convert(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x).astype(dtype)), tree)
 
 
 def weights_of(graph: Graph) -> np.ndarray:
@@ -56,33 +68,30 @@ def assert_same(got: Graph, want: Graph):
 # Many prompts.
 
 
-@cache
-def prompts() -> list[np.ndarray]:
-    """Prompts whose lengths are padded to 8 and 16 positions, not in order of length."""
-    text = "The capital of the state containing North Springs is Austin. The city of Lake Grove lies in Georgia"
-    tokens = demo()[0].encode(text)
-    tokens = np.array(tokens)
-    return [tokens[:size] for size in (9, 3, 14)]
+def draw_prompt(seed: int, length: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 96, length)
 
 
 def test_many_prompts_have_the_graphs_that_each_has_alone():
     """On four devices. The batches have fewer prompts than devices, and differ in length and number of prompts."""
     assert len(jax.local_devices()) == 4
-    graphs = attribute_batch(*demo(), prompts())
-    assert [len(graph.tokens) for graph in graphs] == [len(prompt) for prompt in prompts()]
+    model, coder, tokens = make_case(*CASE)
+    prompts = [draw_prompt(0, 9), tokens, draw_prompt(1, 10)]  # padded to 8 and 16 tokens, not in order of length
+    graphs = attribute_batch(model, coder, prompts)
+    assert [len(graph.tokens) for graph in graphs] == [len(prompt) for prompt in prompts]
     assert len({len(graph.features) for graph in graphs}) == 3
-    for graph, prompt in zip(graphs, prompts(), strict=True):
+    for graph, prompt in zip(graphs, prompts, strict=True):
         assert measure_residual(graph) < 1e-5
-        assert_same(graph, attribute(*demo(), prompt))
+        assert_same(graph, attribute(model, coder, prompt))
 
 
 def test_a_batch_may_be_smaller_than_the_prompts_or_empty(monkeypatch):
     monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 40)  # some prompts are done a round before others
     model, coder, tokens = make_case(*CASE)
-    others = [tokens[:2], tokens[::-1], tokens]
+    others = [tokens[:2], draw_prompt(0), tokens, draw_prompt(1)]
     assert attribute_batch(model, coder, []) == []
-    graphs = attribute_batch(model, coder, others, max_features=60, batch=2)
-    assert [len(graph.features) < 60 for graph in graphs] == [True, False, False]
+    graphs = attribute_batch(model, coder, others, max_features=60, batch=3)
+    assert [len(graph.features) < 60 for graph in graphs] == [True, False, False, False]
     for graph, prompt in zip(graphs, others, strict=True):
         np.testing.assert_array_equal(graph.tokens, prompt)
         assert measure_residual(graph) < 1e-5 and (len(graph.features) == 60) == bool(graph.rest.any())
@@ -99,7 +108,7 @@ def many_rounds(monkeypatch):
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
     want = attribute(*make_case(*CASE), max_features=45)
     monkeypatch.setattr("jclt.attribution.schedule.LEAST_WINDOWED", 0)
-    monkeypatch.setattr("jclt.attribution.schedule.WINDOWS", 3)
+    monkeypatch.setattr("jclt.attribution.schedule.WINDOWS", 2)
     monkeypatch.setattr("jclt.attribution.sizes.BLOCK_SIZE", {"cpu": 16})
     assert_same(attribute(*make_case(*CASE), max_features=45), want)
     full_graph = trace_whole_graph(*CASE)
@@ -205,7 +214,7 @@ def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypa
 
 def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypatch):
     model, coder, tokens = make_case(*CASE)
-    prompts = [tokens, tokens[::-1], tokens[:4], tokens[1:]]
+    prompts = [tokens, draw_prompt(0), draw_prompt(1)]
     want, batch_sizes, gather = attribute_batch(model, coder, prompts), [], tracing.gather_sources
     monkeypatch.setattr(
         tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[1].counts)), gather(*args))[1]
@@ -214,7 +223,7 @@ def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypa
     monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
     for got, expected in zip(attribute_batch(model, coder, prompts), want, strict=True):
         assert_same(got, expected)
-    assert batch_sizes == [1, 1, 1, 1]
+    assert batch_sizes == [1, 1, 1]
 
 
 def test_a_graph_that_does_not_fit_is_refused_before_it_is_traced(monkeypatch):
@@ -259,7 +268,7 @@ def test_memory_that_ends_ends_one_prompt(monkeypatch):
         return trace(setup, prompts, targets)
 
     monkeypatch.setattr(attributing, "trace_prompts", run_out)
-    results = dict(attribute_each(model, coder, [tokens, tokens[:4], tokens[::-1]], Options()))
+    results = dict(attribute_each(model, coder, [tokens, tokens[:4], draw_prompt(0)], Options()))
     assert isinstance(results[0], Graph) and isinstance(results[2], Graph)
     assert str(results[1]).startswith("prompt: not enough memory for the graph of its 4 tokens, expected")
     monkeypatch.setattr(attributing, "trace_prompts", trace)
@@ -282,33 +291,27 @@ def test_sizes_depend_on_content_alone():
 def test_half_precision_is_widened_before_anything_is_computed():
     """The graph of a coder and a model in bfloat16 is that of the same numbers in float32."""
     model, coder, tokens = make_case("llama3", "skip", "float32")
-    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)  # noqa: E731
-    model_half, coder_half = replace(model, params=narrow(dict(model.params))), narrow(coder)
-    same_model = replace(model, params=jax.tree.map(lambda x: x.astype(jnp.float32), dict(model_half.params)))
-    same_coder = jax.tree.map(lambda x: x.astype(jnp.float32), coder_half)
+    params_half, coder_half = convert((dict(model.params), coder), jnp.bfloat16)
+    params, same_coder = convert((params_half, coder_half), np.float32)
+    model_half, same_model = replace(model, params=params_half), replace(model, params=params)
     got, want = attribute(model_half, coder_half, tokens), attribute(same_model, same_coder, tokens)
     assert got.adjacency.dtype == np.float32 and measure_residual(got) < 1e-5
     assert_same(got, want)
     features = got.nodes.find("feature")
-    thresholds = np.array([same_coder.layers[layer].threshold[feature] for layer, _, feature in got.features])
-    assert (got.values[features] > thresholds).all()  # an activation is what the graph says reaches it
+    thresholds = np.stack([layer.threshold for layer in same_coder.layers])
+    # An activation is what the graph says reaches it.
+    assert (got.values[features] > thresholds[got.features[:, 0], got.features[:, 2]]).all()
     np.testing.assert_allclose(got.activations, got.values[features], rtol=1e-4, atol=1e-5)
 
 
 def test_a_float16_coder_of_large_numbers_is_finite():
     model, coder, tokens = make_case(*CASE)
-    large = jax.tree_util.tree_map_with_path(
-        lambda path, x: (jnp.full_like(x, 3e4) if path[-1].name == "encoder_bias" else x).astype(jnp.float16), coder
-    )
+    large = convert(change_weights(coder, "encoder_bias", lambda x: np.full_like(x, 3e4)), np.float16)
     attributing.check_finite(large)  # their sum is not
-    broken = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.at[0].set(jnp.nan) if path[-1].name == "threshold" else x, coder
-    )
+    broken = change_weights(coder, "threshold", change_first(np.nan))
     with pytest.raises(UserError, match="^coder: its thresholds hold NaN or -infinity, expected numbers$"):
         attribute(model, broken, tokens)
-    off = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.at[0].set(jnp.inf) if path[-1].name == "threshold" else x, coder
-    )
+    off = change_weights(coder, "threshold", change_first(np.inf))
     assert 0 not in attribute(model, off, tokens).features[:, 2]
 
 
@@ -331,8 +334,8 @@ def test_a_graph_says_which_weights_made_it():
 
 
 def test_under_circuit_tracers_conventions_prompts_begin_with_a_special_token():
-    model, coder, tokens = make_case("gpt2", "clt", "float32")
-    plain = replace(model, config=replace(model.config, bos_token=7, stop_tokens=(9,)))
+    model = make_case(*CASE).model
+    plain = replace(model, tokenizer=None, config=replace(model.config, bos_token=7, stop_tokens=(9,)))
     assert encode_prompt(plain, [3, 4]).tolist() == [3, 4]
     assert encode_prompt(plain, [3, 4], "circuit-tracer").tolist() == [7, 3, 4]
     assert encode_prompt(plain, [7, 4], "circuit-tracer").tolist() == [7, 4]
@@ -341,12 +344,9 @@ def test_under_circuit_tracers_conventions_prompts_begin_with_a_special_token():
     assert encode_prompt(ends, [3], "circuit-tracer").tolist() == [9, 3]
     none = replace(plain, config=replace(plain.config, bos_token=None, stop_tokens=()))
     assert encode_prompt(none, [3], "circuit-tracer").tolist() == [3]
-    graph = attribute(plain, coder, [3, 4, 5], conventions="circuit-tracer")
-    assert graph.tokens.tolist() == [7, 3, 4, 5] and set(graph.features[:, 1]) <= {1, 2, 3}
     with pytest.raises(UserError, match="tokens, expected at most"):
         encode_prompt(plain, [3] * plain.config.context, "circuit-tracer")
-    shipped = demo()[0]
-    assert encode_prompt(shipped, "calc: 1", "circuit-tracer").tolist() == shipped.encode("calc: 1")
+    assert encode_prompt(model, "word5", "circuit-tracer").tolist() == model.encode("word5") == [1, 5]
     special = Tokenizer(models.WordLevel({"a": 0, "[PAD]": 1, "[UNK]": 2}, unk_token="[UNK]"))
     special.add_special_tokens(["[PAD]", "[UNK]"])
     padded = replace(ends, tokenizer=ModelTokenizer(special))
@@ -354,9 +354,11 @@ def test_under_circuit_tracers_conventions_prompts_begin_with_a_special_token():
 
 
 def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
-    model, coder, _ = make_case("gemma3", "clt", "float32")
+    """It is known by its name."""
+    model, coder, _ = make_case(*CASE)
     wide = replace(model.config, vocabulary=2400)
-    params = {**model.params, "token_embedding": jnp.resize(model.params["token_embedding"], (2400, wide.width))}
+    table = jax.device_put(np.resize(model.params["token_embedding"], (2400, wide.width)))
+    params = {**model.params, "token_embedding": table}
     named = replace(model, config=wide, params=params, name="google/gemma-3-1b-it")
     prompt = [2, 105, 2364, 107, 5, 6, 7]
     graph = attribute(named, coder, prompt, conventions="circuit-tracer")
@@ -365,13 +367,16 @@ def test_an_instruction_tuned_gemma_3_has_four_silent_positions():
     assert not graph.adjacency[:, errors].any()
     with pytest.raises(UserError, match="^prompt: begins with the tokens .*, expected .2, 105, 2364, 107."):
         attribute(named, coder, prompt[1:], conventions="circuit-tracer")
-    assert attribute(named, coder, prompt[1:]).tokens.tolist() == prompt[1:]
+    assert encode_prompt(named, prompt[1:]).tolist() == prompt[1:]
+    assert count_silent_positions(named, Options()) == 0
 
 
 def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(monkeypatch):
     """Compared with circuit-tracer's loop, which runs here on the full graph's matrix."""
     model, coder, tokens = make_case(*CASE)
     full_graph = attribute(model, coder, tokens, conventions="circuit-tracer")
+    assert full_graph.tokens.tolist() == [model.config.bos_token, *tokens]
+    assert set(full_graph.features[:, 1]) == {1, 2, 3, 4, 5}  # no node at the first position
     count, outs, chances = len(full_graph.features), full_graph.nodes.find("output"), full_graph.logit_probabilities
     visited = np.zeros(count, bool)
     while visited.sum() < 50:
@@ -398,10 +403,9 @@ def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(mon
 
 
 def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
-    model, coder = demo()
-    prompt = prompts()[1]
-    graph = attribute(model, coder, prompt, targets=" Austin", max_features=3)
-    assert graph.logit_names == (" Austin",)
+    model, coder, prompt = make_case(*CASE)
+    graph = attribute(model, coder, prompt, targets=" word5", max_features=3)
+    assert graph.logit_names == (" word5",)
     token = np.int64(graph.logit_tokens[0])
     same = attribute(model, coder, prompt, targets=[token], max_features=3)
     np.testing.assert_array_equal(same.adjacency, graph.adjacency)
@@ -418,18 +422,18 @@ def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
 
 
 def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monkeypatch):
-    model, coder = demo()
+    model, coder, tokens = make_case(*CASE)
     monkeypatch.setattr(attributing, "trace_prompts", lambda *_: pytest.fail("computed"))
     twice = Direction(np.ones(model.config.width), name="d")
     for targets, says in (
-        ([" Austin", " Austin"], "^target ' Austin': given twice, expected different targets$"),
-        ([" Austin", model.encode(" Austin")[-1]], "given twice"),
+        ([" word5", " word5"], "^target ' word5': given twice, expected different targets$"),
+        ([" word5", model.encode(" word5")[-1]], "given twice"),
         ([(5, 6), (5, 6)], "given twice"),
         ([twice, twice], "^target 'd': given twice"),
         ([-1], "^target -1: expected a token id"),
     ):
         with pytest.raises(UserError, match=says):
-            attribute(model, coder, prompts()[1], targets=targets)
+            attribute(model, coder, tokens, targets=targets)
     for targets, says in (  # which types, checked in tests, let come no further
         ([1.5], "^target 1.5: expected a token"),
         ([True], "^target True: expected a token"),
@@ -445,35 +449,34 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monk
 
 
 def test_words_without_a_token_are_named(caplog):
-    model = demo()[0]
-    assert list_unknown_words(model, "calc: 1") == []
-    encode_prompt(model, "zzz is qqq zzz")
-    assert "model demo has no token for 'zzz', 'qqq'" in caplog.text and caplog.text.count("no token") == 1
+    model = replace(make_case(*CASE).model, name="small")
+    assert list_unknown_words(model, "word5 word6") == []
+    encode_prompt(model, "zzz word5 qqq zzz")
+    assert "model small has no token for 'zzz', 'qqq'" in caplog.text and caplog.text.count("no token") == 1
 
 
 def test_targets_are_tokens_differences_and_directions():
-    model, coder = demo()
-    tokens = prompts()[0]
+    model, coder, tokens = make_case(*CASE)
     logits, seen = jclt.run(model, tokens, capture=("mlp_in", "resid_final"))
     logits, reads, final = (np.asarray(x) for x in (logits, seen["mlp_in"], seen["resid_final"]))
-    first, second = model.encode(" Austin")[-1], model.encode(" Atlanta")[-1]
+    first, second = model.encode(" word5")[-1], model.encode(" word6")[-1]
     vector = np.random.default_rng(0).standard_normal(model.config.width).astype(np.float32)
     inner, outer = Direction(vector, 2, 3, "inner"), Direction(vector, name="outer")
-    earlier = Direction(vector, position=4)
-    targets = [" Austin", second, (" Austin", second), inner, outer, earlier]
+    earlier = Direction(vector, position=2)
+    targets = [" word5", second, (" word5", second), inner, outer, earlier]
     graph = attribute(model, coder, tokens, targets=targets, max_features=20)
     want = [
         *(logits[-1, token] - logits[-1].mean() for token in (first, second)),
         logits[-1, first] - logits[-1, second],
         vector @ reads[2, 3],
         vector @ final[-1],
-        vector @ final[4],
+        vector @ final[2],
     ]
     assert_close(graph.values[graph.nodes.find("output")], want, 1e-5)
     assert measure_residual(graph) < 1e-5
     assert graph.logit_tokens.tolist() == [first, second, -1, -1, -1, -1]
-    assert graph.logit_names == (" Austin", " Atlanta", " Austin -  Atlanta", "inner", "outer", "direction")
-    assert graph.logit_positions.tolist() == [len(tokens) - 1] * 3 + [3, len(tokens) - 1, 4]
+    assert graph.logit_names == (" word5", " word6", " word5 -  word6", "inner", "outer", "direction")
+    assert graph.logit_positions.tolist() == [len(tokens) - 1] * 3 + [3, len(tokens) - 1, 2]
     probability = np.exp(logits[-1] - logits[-1].max())
     weights = np.array([*(probability / probability.sum())[[first, second]], 1, 1, 1, 1])
     np.testing.assert_allclose(weights_of(graph), weights / weights.sum(), rtol=1e-4)
@@ -551,31 +554,31 @@ def far(layers: int) -> Direction:
 
 
 def test_a_target_of_several_tokens_is_refused():
-    model, coder = demo()
-    with pytest.raises(UserError, match=r"^target ' Austin Atlanta': 2 tokens of model demo, expected exactly one$"):
-        attribute(model, coder, prompts()[1], targets=[" Austin Atlanta"])
-    model, coder, tokens = make_case("gpt2", "clt", "float32")
+    model, coder, tokens = make_case(*CASE)
+    with pytest.raises(UserError, match=r"^target ' word5 word6': 2 tokens of model .*, expected exactly one$"):
+        attribute(model, coder, tokens, targets=[" word5 word6"])
+    nameless = replace(model, tokenizer=None)
     with pytest.raises(UserError, match="has no tokenizer, expected a token id"):
-        attribute(model, coder, tokens, targets=["a"])
+        attribute(nameless, coder, tokens, targets=["a"])
 
 
 def test_weights_that_are_no_numbers_and_coders_that_never_fire_are_refused():
     model, coder, tokens = make_case(*CASE)
-    broken = replace(model, params={**model.params, "down": model.params["down"].at[1, 0, 0].set(jnp.nan)})
+    down = np.array(model.params["down"])
+    down[1, 0, 0] = np.nan
+    broken = replace(model, params={**model.params, "down": jax.device_put(down)})
     with pytest.raises(UserError, match="its logits are not finite, expected weights without NaN or infinity"):
         attribute(broken, coder, tokens)
-    silent = jax.tree_util.tree_map_with_path(lambda path, x: x + 1e6 * (path[-1].name == "threshold"), coder)
+    silent = change_weights(coder, "threshold", lambda x: x + 1e6)
     with pytest.raises(UserError, match="^prompt: no feature of the coder is active on it, expected at least one$"):
         attribute(model, silent, tokens)
 
 
 def test_a_coder_whose_weights_are_no_numbers_is_refused():
     model, coder, tokens = make_case(*CASE)
-    broken = jax.tree_util.tree_map_with_path(lambda path, x: x * jnp.nan if path[-1].name == "decoder" else x, coder)
+    broken = change_weights(coder, "decoder", lambda x: x * np.nan)
     with pytest.raises(UserError, match="^coder: what its active features write is not finite, expected weights"):
         attribute(model, broken, tokens)
-    deaf = jax.tree_util.tree_map_with_path(
-        lambda path, x: x.at[0].set(jnp.nan) if path[-1].name == "encoder" else x, coder
-    )
+    deaf = change_weights(coder, "encoder", change_first(np.nan))
     with pytest.raises(UserError, match="^coder: its encoders are not finite, expected weights"):
         attribute(model, deaf, tokens)
