@@ -9,8 +9,7 @@ from jclt.coders import find_coder
 from jclt.evaluation import evaluate_reconstruction, exchange_states, measure_world_agreement
 from jclt.training.presets import CODER_PRESETS
 from jclt.world import make_corpus
-
-pytestmark = pytest.mark.optimized  # real sizes: more time goes into running programs than into compiling them
+from jclt.world.facts import ASKED
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,8 @@ def test_it_is_small_and_what_the_preset_makes(coder):
 
 
 def test_it_is_sparse_and_faithful_on_text_of_another_seed(model, coder):
-    rows = make_corpus(800, 64, seed=7, vocabulary=model.tokenizer.backend.get_vocab()).tokens
+    """With other rows of this number the L0 varies by 0.1, the error by 0.0003 and the dead share by 0.001."""
+    rows = make_corpus(128, 64, seed=7, vocabulary=model.tokenizer.backend.get_vocab()).tokens
     figures = evaluate_reconstruction(model, coder, rows)
     assert figures.l0.sum() <= 24
     assert figures.nmse.mean() <= 0.02
@@ -39,16 +39,23 @@ def test_it_is_sparse_and_faithful_on_text_of_another_seed(model, coder):
 
 
 def test_the_replacement_model_answers_as_the_model_does(model, coder):
+    """On 600 prompts an agreement of 0.98 has a standard error of 0.006."""
     figures = measure_world_agreement(model, coder, 60, split="report")
     assert figures.overall.agreement >= 0.98
     assert figures.tasks[figures.weakest()].agreement >= 0.90
     assert figures.overall.ablated_agreement < 0.1
 
 
-@pytest.mark.parametrize("relation", mark_others(["capital", "river"], ["river"]))
-def test_exchanging_a_states_features_moves_the_answer(model, coder, relation):
+CASES = [("river", 1), ("river", len(ASKED)), ("capital", len(ASKED))]
+
+
+@pytest.mark.parametrize(("relation", "forms"), mark_others(CASES, CASES[:1]))
+def test_exchanging_a_states_features_moves_the_answer(model, coder, relation, forms, monkeypatch):
     """The features of all layers but the last. They are chosen by their effect on the capital, but move the river too:
-    so they represent the state."""
+    so they represent the state.
+
+    A form of the question is asked with 180 exchanges, where a share of 0.85 has a standard error of 0.027."""
+    monkeypatch.setattr("jclt.evaluation.exchange.ASKED", ASKED[:forms])
     exchange = exchange_states(model, coder, layers=(0, 1, 2), size=16, relation=relation)
     assert exchange.moved >= 0.85 and exchange.control < 0.1
     assert all(len(features) <= 16 for features in exchange.features.values())
