@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-import jclt
-from jclt.models import Model, declare
+from jclt.models import Model, declare, find_model
+from jclt.models.tokenizer import load_tokenizer
 from jclt.training.presets import small_world
-from jclt.world.facts import CITIES, STATE_OF, STATES
+from jclt.world import measure
+from jclt.world.facts import ASKED, CITIES, STATE_OF, STATES
 from jclt.world.measure import answer_examples, measure_accuracy, measure_swaps, probe, probe_states
 from jclt.world.tasks import TASKS
 
@@ -17,23 +18,31 @@ def untrained() -> Model:
     config = small_world().model
     weights = declare(config)
     keys = jax.random.split(jax.random.key(0), len(weights))
-    params = {name: weight.init(key, np.float32) for key, (name, weight) in zip(keys, weights.items(), strict=True)}
-    return Model(config, params, jclt.load_model("demo").tokenizer, "untrained")
+
+    @jax.jit
+    def draw(keys):
+        return {name: weight.init(key, np.float32) for key, (name, weight) in zip(keys, weights.items(), strict=True)}
+
+    return Model(config, draw(list(keys)), load_tokenizer(find_model("demo")), "untrained")
 
 
-def test_an_untrained_model_answers_nothing(untrained):
+def test_an_untrained_model_answers_nothing(untrained, share_program):
+    share_program(30)
     assert all(share < 0.2 for name, share in measure_accuracy(untrained, count=30).items() if name != "greater_than")
 
 
 def test_padding_does_not_change_answers(untrained):
-    examples = TASKS["induction"].examples("report", 6, seed=0)
-    batched = answer_examples(untrained, examples)
+    by_length = {len(untrained.encode(e.prompt)): e for e in TASKS["induction"].examples("report", 6, seed=0)}
+    *examples, longest = [by_length[length] for length in sorted(by_length)[-3:]]
+    *batched, _ = answer_examples(untrained, [*examples, longest])
     separate = [answer_examples(untrained, [example])[0] for example in examples]
+    assert len(examples) == 2
     assert [a.predicted for a in batched] == [a.predicted for a in separate]
     np.testing.assert_allclose([a.probability for a in batched], [a.probability for a in separate], rtol=1e-4)
 
 
-def test_swaps_cover_every_layer_and_move_nothing_here(untrained):
+def test_swaps_cover_every_layer_and_move_nothing_here(untrained, monkeypatch):
+    monkeypatch.setattr(measure, "ASKED", ASKED[:1])
     swaps = measure_swaps(untrained, partners=1)
     assert {swap.layer for swap in swaps} == set(range(untrained.config.layers))
     assert len(swaps) == 3 * untrained.config.layers
