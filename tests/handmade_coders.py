@@ -1,12 +1,12 @@
 """A faithful and an unfaithful coder of the handmade model, and the edges that their graphs must have."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jclt
 from jclt.coders import CoderConfig, CoderLayer, SparseCoder
 from jclt.models import Model
-from jclt.shapes import Array
 from jclt.world.handmade import ANSWERS, PROMPTS, STATE_OF_CITY
 
 LAST = 2
@@ -16,8 +16,8 @@ Node = tuple
 
 def faithful_coder(model: Model) -> SparseCoder:
     """A ReLU CLT whose features are the neurons and write only to their layer. One is active in each layer."""
-    up, down = model.params["up"], model.params["down"]
-    return _coder(model, skipping=jnp.zeros_like(down[0]), read=up[1].T, write=down[1])
+    up, down = np.asarray(model.params["up"]), np.asarray(model.params["down"])
+    return _coder(model, skipping=np.zeros_like(down[0]), read=up[1].T, write=down[1])
 
 
 def unfaithful_coder(model: Model) -> SparseCoder:
@@ -25,26 +25,24 @@ def unfaithful_coder(model: Model) -> SparseCoder:
 
     On the prompts it reconstructs both layers with one active feature.
     """
-    up, down = model.params["up"], model.params["down"]
-    _, seen = jclt.run(model, np.asarray(PROMPTS), capture=("mlp_neurons", "mlp_out"))
+    up, down = np.asarray(model.params["up"]), np.asarray(model.params["down"])
+    _, seen = jax.device_get(jclt.run(model, np.asarray(PROMPTS), capture=("mlp_neurons", "mlp_out")))
     cities = np.arange(len(PROMPTS))
     active = seen["mlp_neurons"][0, cities, LAST, cities]
-    capitals = seen["mlp_out"][1, :, LAST] - model.params["down_bias"][1][None]
-    return _coder(
-        model, skipping=capitals / active[:, None], read=jnp.zeros_like(up[1].T), write=jnp.zeros_like(down[1])
-    )
+    capitals = seen["mlp_out"][1, :, LAST] - np.asarray(model.params["down_bias"])[1]
+    return _coder(model, skipping=capitals / active[:, None], read=np.zeros_like(up[1].T), write=np.zeros_like(down[1]))
 
 
-def _coder(model: Model, *, skipping: Array, read: Array, write: Array) -> SparseCoder:
+def _coder(model: Model, *, skipping: np.ndarray, read: np.ndarray, write: np.ndarray) -> SparseCoder:
     """The features of layer 0 are its neurons and also write `skipping` to layer 1; those of layer 1 read `read`."""
-    p = model.params
+    p = jax.device_get(model.params)
     bias, constant = p["up_bias"], p["down_bias"]
     layers = (
-        CoderLayer(p["up"][0].T, bias[0], None, jnp.stack([p["down"][0], skipping], axis=1), constant[0], None),
-        CoderLayer(read, bias[1], None, write[:, None], constant[1], None),
+        (p["up"][0].T, bias[0], None, np.stack([p["down"][0], skipping], axis=1), constant[0], None),
+        (read, bias[1], None, write[:, None], constant[1], None),
     )
     config = CoderConfig("clt", model.config.mlp_width, "relu").fit_to_model(model.config, model.name)
-    return SparseCoder(layers, config)
+    return SparseCoder(tuple(CoderLayer(*jax.tree.map(jnp.asarray, layer)) for layer in layers), config)
 
 
 def nodes(city: int) -> tuple[Node, Node, Node]:

@@ -1,6 +1,8 @@
 """The handmade model does what its docstring says, in any basis and with norms. Its exact edges are checked by removing
 one source at a time, without attribution code."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from more_cases import mark_others
 
 import jclt
 from jclt.coders import CoderReplacement, neurons
-from jclt.models import Replace, save_model
+from jclt.models import Compose, Replace, save_model
 from jclt.world.handmade import (
     ANSWERS,
     CAPITAL_OF,
@@ -46,9 +48,9 @@ def preactivations(model, seen) -> np.ndarray:
 @each_model
 def test_every_city_is_answered_with_its_capital(name):
     logits, seen = jclt.run(MODEL[name], TOKENS, capture=("pattern",))
-    assert np.argmax(logits[:, LAST], -1).tolist() == list(ANSWERS)
+    assert np.asarray(logits)[:, LAST].argmax(-1).tolist() == list(ANSWERS)
     previous = np.asarray([[1, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
-    np.testing.assert_array_equal(seen["pattern"][0, :, 0], np.broadcast_to(previous, (12, 3, 3)))
+    np.testing.assert_array_equal(np.asarray(seen["pattern"])[0, :, 0], np.broadcast_to(previous, (12, 3, 3)))
 
 
 @each_model
@@ -74,13 +76,13 @@ def test_logits_are_as_stated():
 @pytest.mark.parametrize("plain", ["plain", "norms"])
 def test_a_random_basis_changes_no_logit(plain):
     rotated = MODEL[f"rotated {plain}".removesuffix(" plain")]
-    assert float(abs(rotated.params["down"] - MODEL[plain].params["down"]).max()) > 0.1
+    assert np.abs(np.subtract(rotated.params["down"], MODEL[plain].params["down"])).max() > 0.1
     np.testing.assert_allclose(jclt.run(rotated, TOKENS)[0], jclt.run(MODEL[plain], TOKENS)[0], atol=1e-5)
 
 
 def targets(model, logits, seen, city: int) -> np.ndarray:
     """The values of all features at the last position, before activation, and of the answer's logit."""
-    h = preactivations(model, {"mlp_in": seen["mlp_in"][:, None]})[:, 0, LAST]
+    h = preactivations(model, {"mlp_in": np.asarray(seen["mlp_in"])[:, None]})[:, 0, LAST]
     return np.append(h.ravel(), deviation(logits)[ANSWERS[city]])
 
 
@@ -91,21 +93,29 @@ def test_expected_edges_are_what_each_source_contributes(name, city):
     model = MODEL[name]
     frozen = ("pattern", "attn_denominator", "mlp_denominator", "final_denominator", "mlp_out", "token_embedding")
     sites = (*frozen, "mlp_in", "mlp_neurons")
-    _, seen = jclt.run(model, TOKENS[city], capture=sites)
+    _, seen = jax.device_get(jclt.run(model, TOKENS[city], capture=sites))
+    down = np.asarray(model.params["down"])
 
     def measure(**changed) -> np.ndarray:
         values = {site: seen[site] for site in frozen} | changed
         logits, got = jclt.run(model, TOKENS[city], capture=("mlp_in",), edit=Replace(values))
         return targets(model, logits, got, city)
 
+    def without(site: str, *place: int, part: float | np.ndarray) -> np.ndarray:
+        """A site's values without a part of those at a place."""
+        values = seen[site].copy()
+        values[place] -= part
+        return values
+
     complete = measure()
     effects = {}
     for position in range(3):
-        effects["token", position] = complete - measure(token_embedding=seen["token_embedding"].at[position].set(0))
-    for layer, position, index in np.argwhere(np.asarray(seen["mlp_neurons"])).tolist():
-        contribution = seen["mlp_neurons"][layer, position, index] * model.params["down"][layer, index]
-        without = measure(mlp_out=seen["mlp_out"].at[layer, position].add(-contribution))
-        effects["feature", layer, position, index] = complete - without
+        changed = without("token_embedding", position, part=seen["token_embedding"][position])
+        effects["token", position] = complete - measure(token_embedding=changed)
+    for layer, position, index in np.argwhere(seen["mlp_neurons"]).tolist():
+        contribution = seen["mlp_neurons"][layer, position, index] * down[layer, index]
+        changed = without("mlp_out", layer, position, part=contribution)
+        effects["feature", layer, position, index] = complete - measure(mlp_out=changed)
     effects["bias",] = complete - sum(effects.values())
 
     hop, state, logit = nodes(city)
@@ -122,17 +132,28 @@ def test_expected_edges_are_what_each_source_contributes(name, city):
     assert {source for _, source in want} <= set(effects)
 
 
-def answers(model, coder=None, push=None) -> np.ndarray:
+class Push(eqx.Module):
+    """Adds a vector to the stream between the layers, at the last position."""
+
+    vector: jax.Array
+
+    def __call__(self, site, layer, value):
+        return value.at[:, LAST].add(self.vector) if (site, layer) == ("resid_post", 0) else value
+
+
+def answers(model, coder=None, push=0.0) -> np.ndarray:
     """The answers of the model, or of its replacement, with a vector added to the stream between the layers."""
-    replace = CoderReplacement(coder) if coder is not None else lambda site, layer, value: value
+    edits = [] if coder is None else [CoderReplacement(coder)]
+    push = Push(np.broadcast_to(np.float32(push), (len(TOKENS), model.config.width)))
+    logits, _ = jclt.run(model, TOKENS, edit=Compose([*edits, push]), unroll=True)
+    return np.asarray(logits)[:, LAST].argmax(-1)
 
-    def edit(site, layer, value):
-        value = replace(site, layer, value)
-        if push is not None and (site, layer) == ("resid_post", 0):
-            value = value.at[:, LAST].add(push)
-        return value
 
-    return np.argmax(jclt.run(model, TOKENS, edit=edit, unroll=True)[0][:, LAST], -1)
+@jax.jit
+def encode(coder, reads):
+    """The activations and the reconstructions of both layers."""
+    activations = [coder.encode(layer, reads[layer]) for layer in range(2)]
+    return activations, jnp.stack([coder.write(layer, activations, reads[layer]) for layer in range(2)])
 
 
 @each_model
@@ -141,13 +162,11 @@ def test_all_coders_reconstruct_exactly_and_the_unfaithful_one_with_a_single_fea
     model = MODEL[name]
     coder = make(model)
     _, seen = jclt.run(model, TOKENS, capture=(coder.config.reads, coder.config.writes))
-    reads = seen[coder.config.reads]
-    activations = [coder.encode(layer, reads[layer]) for layer in range(2)]
-    reconstruction = jnp.stack([coder.write(layer, activations, reads[layer]) for layer in range(2)])
-    assert float(abs(reconstruction - seen[coder.config.writes]).max()) <= (0.0 if name == "plain" else 3e-6)
-    active = [int((np.asarray(a)[:, LAST] > 0).sum(-1).max()) for a in activations]
+    activations, reconstruction = jax.device_get(encode(coder, seen[coder.config.reads]))
+    assert np.abs(reconstruction - np.asarray(seen[coder.config.writes])).max() <= (0.0 if name == "plain" else 3e-6)
+    active = [int((a[:, LAST] > 0).sum(-1).max()) for a in activations]
     assert active == ([1, 0] if make is unfaithful_coder else [1, 1])
-    assert not any((np.asarray(a)[:, :LAST] > 0).any() for a in activations)
+    assert not any((a[:, :LAST] > 0).any() for a in activations)
     np.testing.assert_array_equal(answers(model, coder), ANSWERS)
 
 
@@ -156,7 +175,7 @@ def test_another_state_between_the_layers_moves_all_but_the_unfaithful_replaceme
     model = MODEL[name]
     directions, state = np.asarray(model.params["token_embedding"])[list(STATE_TOKENS)], np.asarray(STATE_OF_CITY)
     other = (state + 1) % len(STATE_TOKENS)
-    push = jnp.asarray(directions[other] - directions[state])
+    push = directions[other] - directions[state]
     moved = np.asarray(CAPITAL_TOKENS)[np.asarray(CAPITAL_OF)[other]]
     np.testing.assert_array_equal(answers(model, push=push), moved)
     np.testing.assert_array_equal(answers(model, faithful_coder(model), push), moved)
