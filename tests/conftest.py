@@ -64,8 +64,7 @@ def one_form(monkeypatch):
     """Of the forms of the question about a state only the first."""
     from jclt.evaluation import exchange
 
-    read_forms = exchange.read_forms
-    monkeypatch.setattr(exchange, "read_forms", lambda *arguments: read_forms(*arguments)[:1])
+    monkeypatch.setattr(exchange, "ASKED", exchange.ASKED[:1])
 
 
 MANY_MAPS = 20_000

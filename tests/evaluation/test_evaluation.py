@@ -27,7 +27,7 @@ from jclt.evaluation import (
 from jclt.evaluation.batches import LARGEST_BATCH as BATCHES
 from jclt.evaluation.batches import choose_batch_size
 from jclt.evaluation.evaluate import evaluate, find_evaluation_rows
-from jclt.evaluation.exchange import select_largest
+from jclt.evaluation.exchange import score_features, select_largest
 from jclt.evaluation.features import run_with_features
 from jclt.evaluation.reconstruction import Moments, measure_moments, merge_moments
 from jclt.evaluation.world import (
@@ -37,7 +37,7 @@ from jclt.evaluation.world import (
     measure_task_agreement,
 )
 from jclt.mesh import make_sharding
-from jclt.models import Model, Replace
+from jclt.models import Model, Replace, declare
 from jclt.world import TASKS, make_corpus
 from jclt.world.facts import STATES
 from jclt.world.handmade import PROMPTS, build_two_hop
@@ -58,6 +58,22 @@ def prompts(model) -> tuple[np.ndarray, np.ndarray]:
     examples = [example.prompt for task in TASKS.values() for example in task.examples("choose", 2, seed=0)]
     tokens, ends = pad_prompts(model, examples)
     return tokens, np.arange(tokens.shape[1])[None] <= ends[:, None]
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Model, np.ndarray, np.ndarray]:
+    """A model of two layers, a few tokens and three positions; its prompts, and a mask that leaves out some tokens."""
+    tokens = np.asarray(PROMPTS, np.int32)
+    mask = np.ones(tokens.shape, bool)
+    mask[::3, 2], mask[4, 1:] = False, False
+    return build_two_hop(), tokens, mask
+
+
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """Small batches of prompts, all of one length, so that a program with little work serves all tasks."""
+    monkeypatch.setattr("jclt.evaluation.world.PROMPTS_AT_ONCE", 8)
+    monkeypatch.setattr("jclt.evaluation.world.LENGTH_MULTIPLE", 32)
 
 
 def random_coder(model: Model, mesh=None, **settings) -> SparseCoder:
@@ -86,7 +102,8 @@ def constant_coder(model: Model, writes: np.ndarray) -> SparseCoder:
 def test_moments_of_parts_join_to_those_of_the_whole():
     x = np.random.default_rng(0).normal(100, 1, (2, 6, 5, 3)).astype(np.float32)
     mask = np.random.default_rng(1).random((6, 5)) < 0.7
-    parts = [measure_moments(jnp.asarray(x[:, part]), jnp.asarray(mask[part])) for part in (slice(0, 1), slice(1, 6))]
+    measure = jax.jit(measure_moments)
+    parts = [measure(x[:, part], mask[part]) for part in (slice(0, 1), slice(1, 6))]
     merged = merge_moments(*(Moments(*(np.asarray(leaf, np.float64) for leaf in part)) for part in parts))
     unmasked = x[:, mask].astype(np.float64)
     assert merged.number == mask.sum()
@@ -114,25 +131,28 @@ def test_figures_follow_from_the_sums():
     assert len(figures.table().splitlines()) == 4
 
 
-def test_a_constant_offset_costs_error_but_no_explained_variance(model, prompts):
+def test_a_constant_offset_costs_error_but_no_explained_variance(small):
+    model, tokens, mask = small
     basis = neurons(model)
     shifted = Neurons({**basis.params, "down_bias": basis.params["down_bias"] + 1.0}, basis.model, basis.config)
-    figures = evaluate_reconstruction(model, shifted, *prompts[:1], mask=prompts[1], batch=BATCH)
+    figures = evaluate_reconstruction(model, shifted, tokens, mask=mask)
     np.testing.assert_allclose(figures.error, figures.tokens * model.config.width, rtol=1e-4)
     np.testing.assert_allclose(figures.explained_variance, 1, atol=1e-6)
 
 
-def test_planted_densities_are_found_whatever_the_batches_and_the_padding(model, prompts):
-    coder = random_coder(model)
-    bias = jnp.concatenate([jnp.full(16, -1e4), jnp.full(16, 1e4), jnp.zeros(32)])
-    coder = declare_coder(coder.config, lambda name, shape: {"encoder_bias": bias}.get(name, jnp.full(shape, 0.1)))
-    tokens, mask = prompts
-    figures = evaluate_reconstruction(model, coder, tokens, mask=mask, batch=BATCH)
+def test_planted_densities_are_found_whatever_the_batches_and_the_padding(small):
+    model, tokens, mask = small
+    bias = jnp.asarray(np.repeat([-1e4, 1e4, 0], [16, 16, 32]), jnp.float32)
+    config = CoderConfig(features=64).fit_to_model(model.config, "demo")
+    coder = declare_coder(
+        config, lambda name, shape: bias if name == "encoder_bias" else jnp.asarray(np.full(shape, 0.1, np.float32))
+    )
+    figures = evaluate_reconstruction(model, coder, tokens, mask=mask, batch=8)
     assert figures.tokens == mask.sum()
     assert (figures.density[:, :16] == 0).all() and (figures.density[:, 16:32] == 1).all()
     assert (figures.dead >= 0.25).all()
     np.testing.assert_allclose(figures.mean_activation[:, 16:32], 1e4, rtol=0.01)
-    junk = np.where(mask, tokens, 7)
+    junk = np.where(mask, tokens, 0)
     again = evaluate_reconstruction(model, coder, junk, mask=mask, batch=5)
     np.testing.assert_allclose(again.density, figures.density)
     np.testing.assert_allclose(again.nmse, figures.nmse, rtol=1e-5)
@@ -151,10 +171,11 @@ def test_neurons_make_no_error(model, prompts):
     assert "recovered" in figures.table()
 
 
-def test_replacement_figures_are_those_of_the_logits(model, prompts):
-    tokens, mask = prompts
+def test_replacement_figures_are_those_of_the_logits(small):
+    model, tokens, mask = small
     coder = random_coder(model, kind="transcoder", activation="topk", k=4)
-    figures = evaluate_replacement(model, coder, tokens, mask=mask, batch=BATCH)
+    figures = evaluate_replacement(model, coder, tokens, mask=mask, batch=8)
+    assert 0 < figures.agreement < 1
     logits = np.asarray(jclt.run(model, tokens)[0], np.float64)
     replaced = np.asarray(
         jax.jit(lambda t: compute_replaced_logits(model.config, model.params, coder, t))(tokens), np.float64
@@ -168,25 +189,27 @@ def test_replacement_figures_are_those_of_the_logits(model, prompts):
         assert loss == pytest.approx(-chosen_log[followed].mean(), rel=1e-4)
 
 
-def test_a_coder_that_writes_the_mean_is_the_control(model, prompts):
-    tokens, mask = prompts
-    means = measure_mean_writes(model, neurons(model).config, tokens, mask=mask, batch=BATCH)
-    figures = evaluate_replacement(model, constant_coder(model, means), tokens, mask=mask, batch=BATCH)
+def test_a_coder_that_writes_the_mean_is_the_control(small):
+    model, tokens, mask = small
+    means = measure_mean_writes(model, neurons(model).config, tokens, mask=mask, batch=8)
+    figures = evaluate_replacement(model, constant_coder(model, means), tokens, mask=mask, batch=8)
     assert figures.agreement == figures.ablated_agreement and figures.recovered == pytest.approx(0, abs=1e-5)
     silent = constant_coder(model, np.zeros_like(means))
-    zeros = evaluate_replacement(model, silent, tokens, mask=mask, means=np.zeros_like(means), batch=BATCH)
+    zeros = evaluate_replacement(model, silent, tokens, mask=mask, means=np.zeros_like(means), batch=8)
     assert zeros.agreement == zeros.ablated_agreement and zeros.replaced_loss == pytest.approx(zeros.ablated_loss)
 
 
-def test_mesh_gives_the_figures_of_one_device(model, prompts):
-    tokens, mask = prompts
+def test_mesh_gives_the_figures_of_one_device(small):
+    model, tokens, mask = small
     mesh = jclt.make_mesh(data=2)
-    split = jclt.load_model("demo", mesh=mesh)
+    axes = {name: weight.axes for name, weight in declare(model.config).items()}
+    split = {name: jax.device_put(x, make_sharding(mesh, x.shape, axes[name])) for name, x in model.params.items()}
     for measure in (evaluate_reconstruction, evaluate_replacement):
-        single = measure(model, random_coder(model, skip=True), tokens, mask=mask, batch=24).summary()
-        coder = random_coder(model, mesh, skip=True)
+        single = measure(model, random_coder(model, features=16, skip=True), tokens, mask=mask, batch=5).summary()
+        coder = random_coder(model, mesh, features=16, skip=True)
         assert "features" in str(coder.layers[0].encoder.sharding.spec)
-        for name, figure in measure(split, coder, tokens, mask=mask, batch=24).summary().items():
+        summary = measure(replace(model, params=split), coder, tokens, mask=mask, batch=5).summary()
+        for name, figure in summary.items():
             assert figure == pytest.approx(single[name], rel=1e-4, abs=1e-6), name
 
 
@@ -203,23 +226,17 @@ def test_unusable_rows_are_named(model):
 # ---------------------------------------------------------------- what cannot be measured
 
 
-@pytest.fixture(scope="module")
-def small() -> tuple[Model, np.ndarray]:
-    """A model of two layers, a few tokens and three positions, and its prompts."""
-    return build_two_hop(), np.asarray(PROMPTS, np.int32)
-
-
 def with_nan(model: Model, name: str) -> Model:
     return replace(model, params=model.params | {name: model.params[name].at[0].set(jnp.nan)})
 
 
-def test_what_is_not_finite_is_named(small, model):
-    small, rows = small
+def test_what_is_not_finite_is_named(small, model, few_at_once):
+    small, rows, _ = small
     broken = with_nan(small, "token_embedding")
     with pytest.raises(
         UserError, match="^model handmade two-hop: what its layers write at 'mlp_raw_out' is not finite"
     ):
-        evaluate_reconstruction(broken, neurons(small), rows[:, [1, 0]])
+        evaluate_reconstruction(broken, neurons(small), rows)
     with pytest.raises(
         UserError, match="^model handmade two-hop: what its layers write at 'mlp_raw_out' is not finite"
     ):
@@ -238,7 +255,7 @@ def test_what_is_not_finite_is_named(small, model):
 
 
 def test_fewer_rows_at_once_give_the_same_figures(small, monkeypatch):
-    small, rows = small
+    small, rows, _ = small
     coder = random_coder(small, features=16, skip=True)
     assert choose_batch_size(small, coder.config, rows, None) == BATCHES
     measured = [(f(small, coder, rows).summary(), f(small, coder, rows, batch=1).summary()) for f in MEASURES]
@@ -253,14 +270,14 @@ def test_fewer_rows_at_once_give_the_same_figures(small, monkeypatch):
 
 
 def test_rows_of_one_token_have_no_loss_to_recover(small):
-    small, rows = small
+    small, rows, _ = small
     figures = evaluate_replacement(small, neurons(small), rows[:, :1])
     assert np.isnan(figures.recovered) and "recovered" not in figures.summary()
     assert figures.table().endswith("cross-entropy recovered: the control loses none")
 
 
 def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
-    small, rows = small
+    small, rows, _ = small
     coder = random_coder(small, reads="resid_post", features=8)
     line = "^coder: reads 'resid_post', which comes after 'mlp_out', expected a coder that reads before it writes"
     for measure in (evaluate_replacement, lambda model, coder, rows: measure_world_agreement(model, coder)):
@@ -271,7 +288,7 @@ def test_a_coder_that_reads_after_it_writes_has_no_replacement_model(small):
 
 
 def test_a_layer_that_writes_nothing_has_no_ratios(small):
-    small, rows = small
+    small, rows, _ = small
     silent = replace(small, params=small.params | {n: small.params[n].at[1].set(0.0) for n in ("down", "down_bias")})
     figures = evaluate_reconstruction(silent, neurons(silent), rows)
     assert np.isnan(figures.nmse[1]) and figures.nmse[0] < 1e-9
@@ -350,7 +367,7 @@ def test_rows_that_cannot_be_are_refused_before_anything_is_measured(model, chan
 # ---------------------------------------------------------------- the small world
 
 
-def test_neurons_keep_all_of_the_world_and_means_nothing(model):
+def test_neurons_keep_all_of_the_world_and_means_nothing(model, few_at_once):
     figures = measure_world_agreement(model, neurons(model), count=6)
     assert set(figures.tasks) == set(TASKS)
     assert all(task.agreement == 1 and task.accuracy == task.model_accuracy for task in figures.tasks.values())
@@ -360,7 +377,7 @@ def test_neurons_keep_all_of_the_world_and_means_nothing(model):
     assert figures.summary()["weakest_agreement"] == 1 and "two_hop" in figures.table()
 
 
-def test_means_keep_as_much_of_a_task_as_the_control(model):
+def test_means_keep_as_much_of_a_task_as_the_control(model, few_at_once):
     examples = TASKS["closing"].examples("report", 20, seed=0)
     means = measure_mean_prompt_writes(model, neurons(model), [example.prompt for example in examples])
     figures = measure_task_agreement(model, constant_coder(model, means), means, examples)
@@ -376,19 +393,22 @@ def test_two_right_answers_agree():
 def test_set_features_move_what_layers_write(model):
     """A feature of layer 0 is set to 3: its rows for both frozen layers are added three times, and no others."""
     coder = random_coder(model)
-    tokens = jnp.asarray([model.encode("calc: 36+59=")], jnp.int32)
+    tokens = np.asarray([model.encode("calc: 36+59=")], np.int32)
     where = np.zeros((2, 1, tokens.shape[1], 64), bool)
     values = np.full(where.shape, 3.0, np.float32)
-    plain, seen = jclt.run(model, tokens, capture=("mlp_in", "mlp_out"))
-    change = 3.0 - coder.encode(0, seen["mlp_in"][0])[0, -1, 5]
-    writes = seen["mlp_out"].at[:2, 0, -1].add(change * coder.decoder_rows(0)[5, :2])
-    frozen = jnp.arange(4)[:, None, None, None] < 2
+    plain, seen = jax.device_get(jclt.run(model, tokens, capture=("mlp_in", "mlp_out")))
+    activations, rows = jax.device_get(
+        eqx.filter_jit(lambda x: (coder.encode(0, x), coder.decoder_rows(0)))(seen["mlp_in"][0])
+    )
+    writes = seen["mlp_out"].copy()
+    writes[:2, 0, -1] += (3.0 - activations[0, -1, 5]) * rows[5, :2]
+    frozen = np.arange(4)[:, None, None, None] < 2
     expected, _ = jclt.run(model, tokens, edit=Replace({"mlp_out": writes}, {"mlp_out": frozen}))
     result = eqx.filter_jit(run_with_features)
-    untouched = result(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
+    untouched = result(model.config, model.params, coder, (0, 1), tokens, values, where)
     np.testing.assert_allclose(untouched, plain, atol=1e-4)
     where[0, 0, -1, 5] = True
-    moved = result(model.config, model.params, coder, (0, 1), tokens, jnp.asarray(values), jnp.asarray(where))
+    moved = result(model.config, model.params, coder, (0, 1), tokens, values, where)
     np.testing.assert_allclose(moved, expected, atol=1e-4)
     assert np.abs(moved - plain).max() > 0.01
 
@@ -399,7 +419,15 @@ def test_at_most_so_many_features_a_state_and_only_telling_ones():
     assert selected.sum(axis=(1, 2)).tolist() == [2, 1] and selected[0, 0, 0] and selected[1, 1, 1]
 
 
-def test_exchange_of_all_neurons_moves_the_state_and_of_drawn_ones_does_not(model, one_form):
+def test_exchange_of_all_neurons_moves_the_state_and_of_drawn_ones_does_not(model, one_form, monkeypatch):
+    computed = []
+
+    def score_once(*arguments):
+        if not computed:
+            computed.append(score_features(*arguments))
+        return computed[0]
+
+    monkeypatch.setattr("jclt.evaluation.exchange.score_features", score_once)
     exchange = exchange_states(model, neurons(model), split="choose")
     assert exchange.unmoved == 1 and exchange.control < 0.1 and 0.1 < exchange.moved
     assert list(exchange.features) == list(STATES)
