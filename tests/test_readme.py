@@ -46,8 +46,9 @@ Names = dict[str, Any]
 
 @pytest.fixture
 def as_a_user(tmp_path, monkeypatch):
-    """An empty working folder, and JAX with the settings that users have."""
+    """An empty working folder, and JAX with the settings and the one device that most users have."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from graph_lists import build_graph
@@ -25,7 +27,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path, monkeypatch):
+    """On one device, with prompts of one length and pictures of few dots: with few programs and little work."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    for module in ("attribute", "schedule"):
+        monkeypatch.setattr(import_module(f"jclt.attribution.{module}"), "round_up_length", lambda length: 24)
+    monkeypatch.setattr("jclt.viewer.picture.DOTS_PER_INCH", 50)
     assert main(["demo"]) == 0
     printed = capsys.readouterr().out
     shown = find_transcript((ROOT / "README.md").read_text(), ["demo"])
@@ -40,6 +47,9 @@ def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path
         assert "active features: completeness" in lines[2] and sum("->" in line for line in lines[3:]) == 3
         for suffix in ("npz", "json", "png"):
             assert (tmp_path / "demo" / f"{task}.{suffix}").stat().st_size > 1000
+        content = read_json(tmp_path / "demo" / f"{task}.json")
+        influences = [node["influence"] for node in content["nodes"] if node["influence"] is not None]
+        assert len(influences) >= 9 and max(influences) <= content["metadata"]["node_threshold"]  # so viewers show all
     index = read_json(tmp_path / "demo" / "graph-metadata.json")["graphs"]
     assert {entry["slug"] for entry in index} == set(TASKS)
 
