@@ -17,18 +17,16 @@ from jclt.training.coder.step import train_step
 from jclt.training.coder.train import finish_coder
 from jclt.training.config import TrainConfig
 
-pytestmark = pytest.mark.optimized  # the steps take longer than their compilation
-
 LAYERS, WIDTH, PLANTED, FEATURES, ROWS, LENGTH = 3, 48, 36, 64, 16, 24
 MODEL = ModelConfig("llama", 8, WIDTH, LAYERS, 1, 8, LENGTH)  # never run: the batches are activations
 SPARSE = TrainConfig(
     CoderConfig("clt", FEATURES, layers=(0, 1, 2), width=WIDTH),
-    steps=800,
+    steps=450,
     batch=ROWS,
     length=LENGTH,
     sparsity_weight=1.5,
     initial_density=0.3,
-    learning_rate=4e-3,
+    learning_rate=6e-3,
     warmup=20,
 )
 DENSE = replace(SPARSE, sparsity_weight=1e-4)
@@ -58,17 +56,19 @@ def plant(seed: int) -> Truth:
             targets[source, feature, rng.choice(later, rng.integers(1, len(later) + 1), replace=False)] = True
     writes = unit(rng.standard_normal((LAYERS, PLANTED, LAYERS, WIDTH))) * targets[..., None]
     reads = unit(rng.standard_normal((LAYERS, PLANTED, WIDTH)))
-    return Truth(reads, targets, writes, np.linalg.qr(rng.standard_normal((LAYERS, WIDTH, WIDTH)))[0])
+    dense = np.linalg.qr(rng.standard_normal((LAYERS, WIDTH, WIDTH)))[0]
+    return Truth(np.float32(reads), targets, np.float32(writes), np.float32(dense))
 
 
-@jax.jit
-def activations(truth: Truth, number: jax.Array) -> Harvest:
+def activations(truth: Truth, number: int) -> Harvest:
     """What the layers read and write in the batch with this number, each `[B, L, T, D]`."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(7), number), 3)
-    shape = (LAYERS, ROWS, LENGTH)
-    active = jax.random.bernoulli(keys[0], 0.04, (*shape, PLANTED)).astype(jnp.float32)
-    active = active * jax.random.uniform(keys[1], (*shape, PLANTED), minval=0.5, maxval=1.5)
-    dense = NOISE * jax.random.normal(keys[2], (*shape, WIDTH))
+    rng, shape = np.random.default_rng(number), (LAYERS, ROWS, LENGTH)
+    active = (0.5 + rng.random((*shape, PLANTED), np.float32)) * (rng.random((*shape, PLANTED), np.float32) < 0.04)
+    return compute_activations(truth, active, NOISE * rng.standard_normal((*shape, WIDTH), np.float32))
+
+
+@jax.jit  # numpy draws: to compile jax.random takes longer than all of it
+def compute_activations(truth: Truth, active: jax.Array, dense: jax.Array) -> Harvest:
     reads = jnp.einsum("lbtf,lfd->bltd", active, truth.reads) + jnp.moveaxis(dense, 0, 1)
     writes = jnp.einsum("sbtf,sfld->bltd", active, truth.writes) + jnp.einsum("lbtd,lde->blte", dense, truth.dense)
     return Harvest(reads, writes)
@@ -82,12 +82,10 @@ class Trained(NamedTuple):
 def train(config: TrainConfig, truth: Truth) -> Trained:
     mesh = make_mesh(1, 1)
     with jax.set_mesh(mesh):
-        device_truth = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), truth)
-        batch = lambda number: activations(device_truth, jnp.int32(number))  # noqa: E731
-        state = init_state(config, mesh, lambda number: jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), batch(number)))
+        state = init_state(config, mesh, lambda i: jax.tree.map(lambda x: x.swapaxes(0, 1), activations(truth, i)))
         errors = []
         for step in range(config.steps):
-            state, _, values = train_step(config, MODEL, False, state, None, {}, batch(step))
+            state, _, values = train_step(config, MODEL, False, state, None, {}, activations(truth, step))
             errors.append(values["nmse"])
         coder = finish_coder(state)
     rows = [np.pad(layer.decoder_rows, ((0, 0), (source, 0), (0, 0))) for source, layer in enumerate(coder.layers)]
@@ -139,8 +137,7 @@ def test_the_best_reconstruction_without_sparsity_fails_the_recovery(truth, trai
 
 def error_of_the_truth(truth: Truth) -> float:
     """The error of the planted features themselves: the dense part."""
-    device_truth = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), truth)
-    writes = np.concatenate([activations(device_truth, jnp.int32(number)).writes for number in range(20)])
+    writes = np.concatenate([activations(truth, number).writes for number in range(20)])
     variance = writes.var(axis=(0, 2)).sum(-1)
     return float(np.mean(WIDTH * NOISE**2 / variance))
 
