@@ -1,13 +1,15 @@
 """The parts of a coder's training against closed forms: losses, schedules, scales, initial weights, shuffling."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from more_cases import mark_others
 
 from jclt.coders import CoderConfig, SparseCoder, abstract_coder
 from jclt.errors import UserError
@@ -19,6 +21,7 @@ from jclt.training.coder import losses
 from jclt.training.coder.forms import activate_dense, exponentiate_thresholds, to_inference_form
 from jclt.training.coder.harvest import Harvest, Scaling, find_silent_layers, fold_scaling, measure_scaling
 from jclt.training.coder.initial import calibrate_bias, make_initial_weights
+from jclt.training.coder.objective import encode_dense, prepare_weights
 from jclt.training.coder.shuffle import fill_buffer, mix_batches
 from jclt.training.coder.speed import count_coder_operations
 from jclt.training.coder.state import CoderState
@@ -43,6 +46,19 @@ PLAIN = TrainConfig(
     preactivation="none",
     normalize="none",
     warmup=0,
+)
+
+
+STEP = replace(  # one program for what is claimed of any step
+    PLAIN,
+    coder=replace(PLAIN.coder, skip=True),
+    batch=4,
+    length=10,
+    dead_density=1e-2,
+    sparsity="tanh",
+    sparsity_ramp=0.5,
+    optimizer="adam",
+    beta1=0.9,
 )
 
 
@@ -120,15 +136,27 @@ def finite_differences(function, arguments: tuple[np.ndarray, ...], which: int) 
     return slopes
 
 
+@cache
+def differentiate_penalties(*shape: int) -> dict[str, tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """The value and the gradients of each penalty, from one program."""
+
+    def differentiate(arguments: dict[str, tuple[jax.Array, ...]]) -> dict[str, Any]:
+        return {
+            name: jax.value_and_grad(CASES[name][0], tuple(range(len(placed))))(*placed)
+            for name, placed in arguments.items()
+        }
+
+    with jax.enable_x64():
+        return jax.device_get(jax.jit(differentiate)({name: make(*shape) for name, (*_, make) in CASES.items()}))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_penalty_is_its_closed_form_and_so_is_its_gradient(name, shape):
-    penalty, formula, make = CASES[name]
+    _, formula, make = CASES[name]
     arguments = make(*shape)
-    with jax.enable_x64():
-        placed = tuple(jnp.asarray(x) for x in arguments)
-        value, slopes = jax.value_and_grad(penalty, tuple(range(len(placed))))(*placed)
-        assert value.dtype == jnp.float64
+    value, slopes = differentiate_penalties(*shape)[name]
+    assert value.dtype == np.float64
     assert float(value) == pytest.approx(formula(*arguments), rel=1e-12)
     for which, got in enumerate(slopes):
         np.testing.assert_allclose(got, finite_differences(formula, arguments, which), rtol=1e-6, atol=1e-8)
@@ -136,9 +164,8 @@ def test_a_penalty_is_its_closed_form_and_so_is_its_gradient(name, shape):
 
 
 def test_the_end_to_end_loss_weighs_both_terms_alike():
-    balance = losses.balance_kl(jnp.asarray(3.0), jnp.asarray(0.2))
+    balance, by_kl = jax.jit(jax.value_and_grad(losses.balance_kl, 1))(jnp.asarray(3.0), jnp.asarray(0.2))
     assert float(balance) * 0.2 == pytest.approx(3.0)
-    by_kl = jax.grad(lambda kl: losses.balance_kl(jnp.asarray(3.0), kl))(jnp.asarray(0.2))
     assert float(by_kl) == 0, "the balance is a constant to the gradient"
 
 
@@ -148,34 +175,45 @@ def test_the_end_to_end_loss_weighs_both_terms_alike():
 def random_coder(config: CoderConfig, seed: int = 0, dtype=np.float32) -> SparseCoder:
     """A random coder in its training form: JumpReLU has logarithms of thresholds."""
     rng = np.random.default_rng(seed)
-    fill = lambda leaf: jnp.asarray(0.5 * rng.standard_normal(leaf.shape), dtype)  # noqa: E731
+    fill = lambda leaf: jnp.asarray((0.5 * rng.standard_normal(leaf.shape)).astype(dtype))  # noqa: E731
     return jax.tree.map(fill, abstract_coder(config))
 
 
 def identity(config: CoderConfig) -> Scaling:
     shape = (len(config.covered), config.size)
-    return Scaling(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(shape), jnp.ones(shape))
+    return Scaling(*(jnp.asarray(np.full(shape, value, np.float32)) for value in (0, 1) * 2))
 
 
 def state_of(config: TrainConfig, coder: SparseCoder, step: int = 0, silent=None) -> CoderState:
-    c = config.coder
-    return CoderState(
-        step=jnp.int32(step),
+    """All that an optimizer keeps begins at 0."""
+    c, rule = config.coder, make_coder_optimizer(config)
+    state = CoderState(
+        step=np.int32(step),
         coder=coder,
-        optimizer=make_coder_optimizer(config).init(coder),
+        optimizer=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(rule.init, coder)),
         scaling=identity(c),
-        density=tuple(jnp.zeros(c.features) for _ in c.covered),
-        silent=silent or tuple(jnp.zeros(c.features, jnp.int32) for _ in c.covered),
-        running=jnp.zeros(()),
-        skipped=jnp.int32(0),
-        skipped_in_row=jnp.int32(0),
-        capacity=jnp.float32(0),
+        density=tuple(np.zeros(c.features, np.float32) for _ in c.covered),
+        silent=silent or tuple(np.zeros(c.features, np.int32) for _ in c.covered),
+        running=np.float32(0),
+        skipped=np.int32(0),
+        skipped_in_row=np.int32(0),
+        capacity=np.float32(0),
     )
+    return jax.device_put(state)
 
 
 def harvest_of(config: CoderConfig, seed: int = 0) -> Harvest:
     shape = (len(config.covered), 4, 10, config.size)
-    return Harvest(*(jnp.asarray(normal(*shape, seed=2 * seed + i), jnp.float32) for i in range(2)))
+    return Harvest(*(jnp.asarray(np.float32(normal(*shape, seed=2 * seed + i))) for i in range(2)))
+
+
+def batch_of(config: CoderConfig) -> Harvest:
+    """The same as a batch from a store."""
+    return with_rows_first(harvest_of(config))
+
+
+def with_rows_first(harvest: Harvest) -> Harvest:
+    return jax.tree.map(lambda x: jnp.asarray(np.moveaxis(x, 1, 0)), jax.device_get(harvest))
 
 
 def flat(x: jax.Array) -> np.ndarray:
@@ -186,13 +224,18 @@ def gradient_of(config: TrainConfig, share: float, state: CoderState, harvest: H
     return jax.jit(compute_gradients, static_argnums=(0, 1))(config, share, state, harvest, jnp.float32(1))
 
 
-@pytest.mark.parametrize("target", [1.0, 12.0])
-def test_the_l0_penalty_moves_thresholds_towards_its_target(target):
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_the_l0_penalty_moves_thresholds_towards_its_target(shift):
+    target = 4.0
     config = replace(PLAIN, sparsity="l0", target_l0=target, sparsity_weight=2.0)
-    state, harvest = state_of(config, random_coder(config.coder)), harvest_of(config.coder)
-    got, report = gradient_of(config, 0.0, state, harvest)
-    active = float(sum(jnp.sum(fired) for fired in report["fired"]))
-    assert 2 < active < 11
+    coder, harvest = random_coder(config.coder), harvest_of(config.coder)
+    layers = tuple(
+        replace(layer, threshold=jnp.asarray(np.asarray(layer.threshold) + np.float32(shift))) for layer in coder.layers
+    )
+    state = state_of(config, SparseCoder(layers, coder.config))
+    got, report = jax.device_get(gradient_of(config, 0.0, state, harvest))
+    active = float(sum(fired.sum() for fired in report["fired"]))
+    assert (2 < active < 3) if shift > 0 else (5 < active < 6)
     for layer, slope, x in zip(state.coder.layers, got.layers, flat(harvest.reads), strict=True):
         h, t = x @ np.float64(layer.encoder).T + np.float64(layer.encoder_bias), np.exp(np.float64(layer.threshold))
         share_near = (np.abs(h - t) < 0.5).mean(0)
@@ -205,9 +248,9 @@ def test_the_auxiliary_loss_trains_dead_features_alone():
     config = replace(PLAIN, auxiliary_weight=0.25, auxiliary_k=2, dead_density=1e-3)
     dead = np.zeros((2, 8), bool)
     dead[0, [1, 4, 6]] = dead[1, [0, 2, 7]] = True
-    silent = tuple(jnp.asarray(np.where(is_dead, 1000, 999), jnp.int32) for is_dead in dead)
+    silent = tuple(np.where(is_dead, 1000, 999).astype(np.int32) for is_dead in dead)
     coder, harvest = random_coder(config.coder), harvest_of(config.coder)
-    none = tuple(jnp.full(8, 999) for _ in range(2))
+    none = tuple(np.full(8, 999, np.int32) for _ in range(2))
     without, _ = gradient_of(replace(config, auxiliary_weight=0.0), 1.0, state_of(config, coder), harvest)
     alive, _ = gradient_of(config, 1.0, state_of(config, coder, silent=none), harvest)
     for a, b in zip(jax.tree.leaves(alive), jax.tree.leaves(without), strict=True):
@@ -238,10 +281,10 @@ def test_the_auxiliary_loss_trains_dead_features_alone():
         assert np.all(moved[~dead[source]] == 0) and np.all(moved[dead[source]] > 1e-4)
 
 
-@pytest.mark.parametrize(("ramp", "at_half"), [(1.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize(("ramp", "at_half"), mark_others([(1.0, 0.5), (0.5, 1.0)], [(0.5, 1.0)]))
 def test_sparsity_grows_from_nothing_over_its_share_of_the_run(ramp, at_half):
-    config = replace(PLAIN, sparsity="tanh", sparsity_ramp=ramp)
-    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(config.coder))
+    config = replace(STEP, sparsity_ramp=ramp)
+    batch = batch_of(config.coder)
     seen = {}
     for step in (0, 4, 9):
         state = state_of(config, random_coder(config.coder), step)
@@ -257,17 +300,18 @@ def test_sparsity_grows_from_nothing_over_its_share_of_the_run(ramp, at_half):
 
 
 def test_a_step_without_a_number_changes_nothing_but_its_count():
-    config = replace(PLAIN, sparsity="tanh", optimizer="adam", beta1=0.9, coder=replace(PLAIN.coder, skip=True))
-    good = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(config.coder))
-    bad = Harvest(good.reads.at[1, 0, 3, 2].set(jnp.nan), good.writes)
+    good = batch_of(STEP.coder)
+    bad, infinite = np.array(good.reads), np.array(good.writes)
+    bad[1, 0, 3, 2], infinite[0, 0, 0, 0] = np.nan, np.inf
+    bad, infinite = Harvest(jnp.asarray(bad), good.writes), Harvest(good.reads, jnp.asarray(infinite))
 
     def step(state: CoderState, batch: Harvest) -> CoderState:
-        return train_step(config, MODEL, False, state, None, {}, batch)[0]
+        return train_step(STEP, MODEL, False, state, None, {}, batch)[0]
 
-    state = step(state_of(config, random_coder(config.coder)), good)
+    state = step(state_of(STEP, random_coder(STEP.coder)), good)
     before = jax.device_get(state)
     counts = []
-    for batch in (bad, bad, good, bad, Harvest(good.reads, good.writes.at[0, 0, 0, 0].set(jnp.inf))):
+    for batch in (bad, bad, good, bad, infinite):
         state = step(state, batch)
         counts.append((int(state.step), int(state.skipped), int(state.skipped_in_row)))
         after = jax.device_get(state)
@@ -289,39 +333,37 @@ def test_a_step_without_a_number_changes_nothing_but_its_count():
 
 
 def test_a_feature_is_dead_when_it_was_silent_for_so_many_tokens_and_unknown_before():
-    config = replace(PLAIN, batch=4, length=10, dead_density=1e-2)
-    coder = random_coder(config.coder)
+    def move_biases(coder: SparseCoder, by: np.ndarray) -> SparseCoder:
+        layers = (
+            replace(layer, encoder_bias=jnp.asarray(np.asarray(layer.encoder_bias) + np.float32(by)))
+            for layer in coder.layers
+        )
+        return SparseCoder(tuple(layers), coder.config)
+
     never, always = -1e4 * (np.arange(8) == 3), 1e4 * (np.arange(8) == 5)
-    layers = tuple(
-        replace(layer, encoder_bias=layer.encoder_bias + jnp.float32(never + always)) for layer in coder.layers
-    )
-    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(config.coder))
-    state, dead = state_of(config, SparseCoder(layers, coder.config)), []
+    coder, batch = random_coder(STEP.coder), batch_of(STEP.coder)
+    state, dead = state_of(STEP, move_biases(coder, never + always)), []
     for tokens in (40, 80, 100, 100):
-        state, _, values = train_step(config, MODEL, False, state, None, {}, batch)
-        assert all(silence[3] == tokens and silence[5] == 0 for silence in state.silent)
+        state, _, values = train_step(STEP, MODEL, False, state, None, {}, batch)
+        silent = jax.device_get(state.silent)
+        assert all(silence[3] == tokens and silence[5] == 0 for silence in silent)
         dead.append(float(values["dead"]))
         # Its density is known from the first step on, and so is that of the one that always fires.
         histogram = np.asarray(values["density_histogram"])
         assert histogram[0] >= 1 / 8 and histogram[-1] >= 1 / 8 and histogram.sum() == pytest.approx(1)
-    assert (
-        np.isnan(dead[:2]).all()
-        and dead[2] == dead[3] == float(np.mean([silence >= 100 for silence in state.silent])) > 0
-    )
+    assert np.isnan(dead[:2]).all() and dead[2] == dead[3] == float(np.mean([silence >= 100 for silence in silent])) > 0
     # A dead feature that fires again is none.
-    layers = tuple(replace(layer, encoder_bias=layer.encoder_bias.at[3].set(1e4)) for layer in state.coder.layers)
-    state, _, _ = train_step(
-        config, MODEL, False, state._replace(coder=SparseCoder(layers, coder.config)), None, {}, batch
-    )
-    assert all(silence[3] == 0 for silence in state.silent)
+    again = state._replace(coder=move_biases(state.coder, -2 * never))
+    state, _, _ = train_step(STEP, MODEL, False, again, None, {}, batch)
+    assert all(silence[3] == 0 for silence in jax.device_get(state.silent))
 
 
 # Layers that write nothing.
 
 
 def test_a_layer_that_writes_nothing_counts_in_no_mean_and_is_named():
-    harvest = harvest_of(PLAIN.coder)
-    harvest = Harvest(harvest.reads, harvest.writes.at[1].set(0.0))
+    harvest = harvest_of(STEP.coder)
+    harvest = Harvest(harvest.reads, jnp.asarray(np.asarray(harvest.writes) * np.float32([[[[1]]], [[[0]]]])))
     for normalize in ("scale", "standardize"):
         scaling = measure_scaling(lambda _: harvest, 2, normalize, (2, 6))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(scaling)) and np.all(
@@ -329,8 +371,8 @@ def test_a_layer_that_writes_nothing_counts_in_no_mean_and_is_named():
         )
         assert np.all(np.asarray(scaling.write_scale[1]) == 1) and find_silent_layers(scaling) == [1]
     assert find_silent_layers(identity(PLAIN.coder)) == []  # none was measured
-    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest)
-    values = train_step(PLAIN, MODEL, False, state_of(PLAIN, random_coder(PLAIN.coder)), None, {}, batch)[2]
+    state, batch = state_of(STEP, random_coder(STEP.coder)), with_rows_first(harvest)
+    values = jax.device_get(train_step(STEP, MODEL, False, state, None, {}, batch)[2])
     assert values["layers_nmse"][1] == 0 and values["nmse"] == values["layers_nmse"][0] > 0
     assert values["explained"] == values["layers_explained"][0] < 1
 
@@ -342,13 +384,18 @@ def test_muon_decays_what_adamw_decays_and_as_much():
     """Without a gradient, only decay changes weights: by rate times decay, under Muon Adam's weights by their share."""
     model = ModelConfig("gpt2", 8, 4, 1, 2, 8, 8, norm="layer", gated=False, qkv_bias=True, mlp_bias=True)
     config = LmConfig(model, steps=50, warmup=0, learning_rate=0.1, weight_decay=0.2)
-    params = {name: jnp.ones(weight.shape) for name, weight in declare(model).items()}
+    params = {name: np.ones(weight.shape, np.float32) for name, weight in declare(model).items()}
     shrunk = {}
     for name in ("adamw", "muon"):
         rule = make_lm_optimizer(replace(config, optimizer=name))
+
+        @jax.jit
+        def move(params: Any, rule: Any = rule) -> Any:
+            return rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)[0]
+
         with jax.numpy_dtype_promotion("standard"):
-            moved, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
-        shrunk[name] = {weight: -float(jnp.max(jnp.abs(x))) for weight, x in moved.items()}
+            moved = jax.device_get(move(params))
+        shrunk[name] = {weight: -float(np.abs(x).max()) for weight, x in moved.items()}
     assert {weight for weight, x in shrunk["muon"].items() if x == 0} == {
         weight for weight, x in shrunk["adamw"].items() if x == 0
     }
@@ -416,10 +463,16 @@ def test_what_runs_can_work_with_passes():
 def test_the_largest_activations_pay_no_penalty_unless_asked():
     assert (TOPK.sparsity_term, replace(TOPK, sparsity="l1").sparsity_term) == ("none", "l1")
     assert replace(PLAIN, sparsity="auto").sparsity_term == "tanh"
-    batch = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), harvest_of(TOPK.coder))
-    for config, pays in ((TOPK, False), (replace(TOPK, sparsity="tanh"), True)):
-        values = train_step(config, MODEL, False, state_of(config, random_coder(config.coder)), None, {}, batch)[2]
-        assert (values["penalty"] > 0) == pays
+    x = tuple(jnp.asarray(np.float32(normal(40, 6, seed=layer))) for layer in range(2))
+    silent = tuple(jnp.asarray(np.zeros(8, np.int32)) for _ in x)
+
+    @jax.jit
+    def compute_penalties(coder: SparseCoder) -> list[jax.Array]:
+        weights, ramp, configs = prepare_weights(coder), jnp.ones(()), (TOPK, replace(TOPK, sparsity="tanh"))
+        return [encode_dense(config, weights, x, silent, ramp).penalty for config in configs]
+
+    unasked, asked = compute_penalties(random_coder(TOPK.coder))
+    assert unasked == 0 and asked > 0.1
 
 
 @pytest.mark.parametrize(
@@ -449,14 +502,19 @@ OPTIMIZERS = ["adam", "adamw", "adafactor"]
 def test_every_optimizer_lowers_a_quadratic(name, beta1):
     config = replace(PLAIN, optimizer=name, beta1=beta1, learning_rate=0.02, schedule="constant", weight_decay=0.0)
     rule = make_coder_optimizer(config)
-    target = jnp.asarray(normal(6, 4), jnp.float32)
-    params = {"w": target + jnp.asarray(np.sign(normal(6, 4, seed=1)), jnp.float32)}
-    state, seen = rule.init(params), []
-    with jax.numpy_dtype_promotion("standard"):
+    target = np.float32(normal(6, 4))
+
+    @jax.jit
+    def descend(params: Any) -> list[jax.Array]:
+        state, seen = rule.init(params), []
         for _ in range(5):
-            seen.append(float(jnp.sum((params["w"] - target) ** 2)))
+            seen.append(jnp.sum((params["w"] - target) ** 2))
             moved, state = rule.update({"w": 2 * (params["w"] - target)}, state, params)
             params = optax.apply_updates(params, moved)
+        return seen
+
+    with jax.numpy_dtype_promotion("standard"):
+        seen = jax.device_get(descend({"w": target + np.float32(np.sign(normal(6, 4, seed=1)))}))
     assert np.all(np.diff(seen) < -1e-4 * seen[0])
     assert seen[0] == pytest.approx(24)
 
@@ -465,11 +523,11 @@ def test_every_optimizer_lowers_a_quadratic(name, beta1):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_moment_is_kept_in_its_type(name, dtype):
     config = replace(PLAIN, optimizer=name, beta1=0.9, moment_dtype=dtype)
-    params = {"w": jnp.ones((6, 4))}
+    params = {"w": jax.ShapeDtypeStruct((6, 4), jnp.float32)}
     rule = make_coder_optimizer(config)
-    state = rule.init(params)
+    state = jax.eval_shape(rule.init, params)
     with jax.numpy_dtype_promotion("standard"):
-        _, after = rule.update({"w": jnp.ones((6, 4))}, state, params)
+        _, after = jax.eval_shape(rule.update, params, state, params)
     for checked_state in (state, after):
         sizes = [x.dtype for x in jax.tree.leaves(checked_state) if x.shape == (6, 4)]
         assert sizes.count(jnp.dtype(dtype)) >= 1
@@ -479,10 +537,11 @@ def test_the_first_moment_is_kept_in_its_type(name, dtype):
 def test_gradients_are_clipped_to_their_length():
     """Checked by the second moment, which is the mean of the squared gradients."""
     config = replace(PLAIN, optimizer="adam", beta1=0.0, beta2=0.75, schedule="constant", clip=0.5)
-    rule, params = make_coder_optimizer(config), {"w": jnp.zeros((2,))}
+    rule, params = make_coder_optimizer(config), {"w": np.zeros(2, np.float32)}
+    update = jax.jit(lambda gradient: rule.update({"w": gradient}, rule.init(params), params))
     for gradient, clipped in (([3.0, 4.0], [0.3, 0.4]), ([0.1, 0.2], [0.1, 0.2])):
         with jax.numpy_dtype_promotion("standard"):
-            _, state = rule.update({"w": jnp.asarray(gradient)}, rule.init(params), params)
+            _, state = update(np.float32(gradient))
         (moment,) = [x for x in jax.tree.leaves(state) if x.shape == (2,)]
         np.testing.assert_allclose(moment, 0.25 * np.square(clipped), rtol=1e-6)
 
@@ -493,7 +552,7 @@ def test_gradients_are_clipped_to_their_length():
 def measure_batch(normalize: str) -> tuple[Scaling, np.ndarray, np.ndarray]:
     values = 3 * normal(4, 2, 2, 3, 5, 6) + normal(1, 2, 2, 1, 1, 6, seed=1)  # batch, site, layer, B, T, D
     values[:, 0, 1, :, :, 2] = 3.3  # a dimension that never changes
-    batches = [Harvest(*(jnp.asarray(x, jnp.float32) for x in batch)) for batch in values]
+    batches = [Harvest(*(jnp.asarray(x) for x in batch)) for batch in np.float32(values)]
     scaling = measure_scaling(lambda i: batches[i], len(batches), normalize, (2, 6))
     reads, writes = np.moveaxis(values, 1, 0).swapaxes(1, 2).reshape(2, 2, -1, 6)
     return scaling, reads, writes
@@ -521,6 +580,15 @@ def test_standardising_brings_each_dimension_to_mean_zero_and_variance_one():
     assert np.all(np.asarray(none.read_scale) == 1) and np.all(np.asarray(none.write_mean) == 0)
 
 
+@jax.jit
+def fold_and_run(coder: SparseCoder, scaling: Scaling, raw: list[jax.Array], scaled: list[jax.Array]) -> tuple:
+    """The folded coder, the activations of both coders, and what both write."""
+    coders, xs = (fold_scaling(coder, scaling), coder), (raw, scaled)
+    a = [[c.encode(layer, x_) for layer, x_ in enumerate(x)] for c, x in zip(coders, xs, strict=True)]
+    written = [[c.write(i, a_, x_) for i, x_ in enumerate(x)] for c, a_, x in zip(coders, a, xs, strict=True)]
+    return coders[0], a, written
+
+
 @pytest.mark.parametrize("means", [False, True])
 @pytest.mark.parametrize(
     "config",
@@ -533,22 +601,21 @@ def test_standardising_brings_each_dimension_to_mean_zero_and_variance_one():
 )
 def test_a_folded_coder_does_on_raw_activations_what_it_does_on_scaled_ones(config, means):
     layers = len(config.covered)
+    parts = [np.exp(normal(layers, 6, seed=i)) if i % 2 else means * normal(layers, 6, seed=i) for i in range(4)]
+    read_mean, read_scale, write_mean, write_scale = parts
+    raw = 2 * normal(layers, 20, 6, seed=9) + read_mean[:, None]
+    scaled = (raw - read_mean[:, None]) / read_scale[:, None]
     with jax.enable_x64():
         coder = exponentiate_thresholds(random_coder(config, dtype=np.float64))
-        parts = [np.exp(normal(layers, 6, seed=i)) if i % 2 else means * normal(layers, 6, seed=i) for i in range(4)]
-        read_mean, read_scale, write_mean, write_scale = parts
-        folded = fold_scaling(coder, Scaling(*(jnp.asarray(part) for part in parts)))
-        raw = 2 * normal(layers, 20, 6, seed=9) + read_mean[:, None]
-        scaled = (raw - read_mean[:, None]) / read_scale[:, None]
-        x = [[jnp.asarray(layer_x) for layer_x in values] for values in (raw, scaled)]
-        a = [[c.encode(i, layer_x) for i, layer_x in enumerate(v)] for c, v in zip((folded, coder), x, strict=True)]
-        for layer in range(layers):
-            np.testing.assert_allclose(a[0][layer], a[1][layer], atol=1e-12)
-            assert np.any(np.asarray(a[1][layer]) > 0)
-            want = np.asarray(coder.write(layer, a[1], x[1][layer])) * write_scale[layer] + write_mean[layer]
-            np.testing.assert_allclose(folded.write(layer, a[0], x[0][layer]), want, atol=1e-11)
-            if config.activation == "jumprelu":
-                np.testing.assert_array_equal(folded.layers[layer].threshold, coder.layers[layer].threshold)
+        scaling = Scaling(*(jnp.asarray(part) for part in parts))
+        folded, a, written = jax.device_get(fold_and_run(coder, scaling, list(raw), list(scaled)))
+    for layer in range(layers):
+        np.testing.assert_allclose(a[0][layer], a[1][layer], atol=1e-12)
+        assert np.any(a[1][layer] > 0)
+        want = written[1][layer] * write_scale[layer] + write_mean[layer]
+        np.testing.assert_allclose(written[0][layer], want, atol=1e-11)
+        if config.activation == "jumprelu":
+            np.testing.assert_array_equal(folded.layers[layer].threshold, coder.layers[layer].threshold)
     assert folded.config == replace(config, tied=False)
 
 
@@ -583,8 +650,9 @@ def test_initial_weights_are_the_published_ones(initial):
             np.testing.assert_allclose(np.sum(layer.encoder * rows, 1), np.linalg.norm(rows, axis=1), rtol=1e-5)
     first, second = (weights.layers[layer].encoder for layer in (0, 1))
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.1
-    other = make_initial_weights(replace(config, seed=1), make_mesh(1, 1))
-    assert not np.array_equal(other.layers[0].encoder, first)
+    if initial == "clt":
+        other = make_initial_weights(replace(config, seed=1), make_mesh(1, 1))
+        assert not np.array_equal(other.layers[0].encoder, first)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.05, 0.5, 0.9])
@@ -592,7 +660,7 @@ def test_calibrated_features_fire_on_just_the_asked_share_of_tokens(density):
     """Also if pre-activations are far from zero, so that their differences are close to the rounding."""
     for spread, offset in ((1.0, 0.0), (5.0, -300.0), (1e-3, 7.0)):
         h = np.float32(spread * normal(1000, 16) + offset)
-        bias = np.asarray(calibrate_bias(jnp.asarray(h), jnp.full((16,), 0.03), density))
+        bias = np.asarray(jax.jit(calibrate_bias, static_argnums=2)(h, np.full(16, 0.03, np.float32), density))
         assert bias.dtype == np.float32
         fired = (h + bias > np.float32(0.03)).sum(0)
         distinct = [len(np.unique(column)) for column in h.T]
@@ -606,19 +674,22 @@ def test_calibrated_features_fire_on_just_the_asked_share_of_tokens(density):
 def test_batch_top_k_is_a_jump_relu_at_inference():
     config = CoderConfig("clt", 8, activation="batchtopk", k=3, layers=(0, 1), width=6)
     coder = random_coder(config)
-    x = [jnp.asarray(normal(40, 6, seed=layer), jnp.float32) for layer in range(2)]
-    h = tuple(coder.compute_preactivation(layer, x_) for layer, x_ in enumerate(x))
-    activations, least = activate_dense(coder, h, tuple(layer_weights.norms for layer_weights in coder.layers))
-    # The least of what is kept defines the threshold; a hair below it everything kept is above.
-    after = to_inference_form(coder, least * (1 - 1e-6))
+    x = [np.float32(normal(40, 6, seed=layer)) for layer in range(2)]
+
+    @jax.jit
+    def encode_in_both_forms(coder: SparseCoder, x: list[jax.Array]) -> tuple:
+        h = tuple(coder.compute_preactivation(layer, x_) for layer, x_ in enumerate(x))
+        activations, least = activate_dense(coder, h, tuple(layer.norms for layer in coder.layers))
+        # The least of what is kept defines the threshold; a hair below it everything kept is above.
+        forms = to_inference_form(coder, least * (1 - 1e-6)), to_inference_form(coder, least)
+        return forms[0], activations, [[c.encode(layer, x_) for layer, x_ in enumerate(x)] for c in forms]
+
+    after, activations, (below, at_threshold) = jax.device_get(encode_in_both_forms(coder, x))
     assert after.config == replace(config, activation="jumprelu", k=None)
-    for layer in range(2):
-        np.testing.assert_array_equal(after.encode(layer, x[layer]), activations[layer])
+    np.testing.assert_array_equal(below, activations)
     assert sum(int((a > 0).sum()) for a in activations) == 3 * 40
     # At the threshold itself nothing but that one value can differ: the gate is strict.
-    inference_coder = to_inference_form(coder, least)
-    differ = sum(int((inference_coder.encode(layer, x[layer]) != activations[layer]).sum()) for layer in range(2))
-    assert differ <= 1
+    assert np.sum(np.stack(at_threshold) != np.stack(activations)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -642,14 +713,18 @@ def number_tokens(number: int) -> Harvest:
     """A batch whose activations encode their batch, row and position, at both sites and in every layer."""
     b, t = np.meshgrid(np.arange(2), np.arange(POSITIONS), indexing="ij")
     tag = np.broadcast_to(np.stack([np.full_like(b, number), b, t], -1), (2, 2, POSITIONS, 3))
-    return Harvest(jnp.asarray(tag, jnp.float32), jnp.asarray(10.0 + tag, jnp.float32))
+    return Harvest(jnp.asarray(np.float32(tag)), jnp.asarray(np.float32(10.0 + tag)))
 
 
-def shuffle_batches(start: int, steps: int) -> tuple[list[Harvest], list[Harvest]]:
-    """The batch of each step, and the buffer after it."""
+SHUFFLED = 8
+
+
+@cache
+def shuffle_batches(start: int) -> tuple[list[Harvest], list[Harvest]]:
+    """The batch of each step from `start` to the last, and the buffer after it."""
     mix_step = jax.jit(mix_batches, static_argnums=3)
     buffer, got, buffers = fill_buffer(number_tokens, start, AGES, seed=5), [], []
-    for step in range(start, start + steps):
+    for step in range(start, SHUFFLED):
         number = step + AGES - 1
         buffer, mix = mix_step(buffer, number_tokens(number), jnp.int32(number), 5)
         got.append(jax.device_get(mix))
@@ -658,8 +733,7 @@ def shuffle_batches(start: int, steps: int) -> tuple[list[Harvest], list[Harvest
 
 
 def test_shuffling_hands_out_every_token_once_from_several_batches():
-    steps = 8
-    got, _ = shuffle_batches(0, steps)
+    got, _ = shuffle_batches(0)
     counts: dict[tuple[int, ...], int] = {}
     for step, mix in enumerate(got):
         assert mix.reads.shape == (2, 2, POSITIONS, 3)
@@ -672,16 +746,16 @@ def test_shuffling_hands_out_every_token_once_from_several_batches():
             counts[tag] = counts.get(tag, 0) + 1
     assert set(counts.values()) == {1}
     # Batches that came in after the first step and have left before the last one were seen whole.
-    for number in range(AGES - 1, steps):
+    for number in range(AGES - 1, SHUFFLED):
         assert sum(tag[0] == number for tag in counts) == 2 * POSITIONS
     orders = [tuple(mix.reads[0, 0, : POSITIONS // AGES, 2].astype(int)) for mix in got]
-    assert len(set(orders)) == steps and tuple(range(POSITIONS // AGES)) not in orders
+    assert len(set(orders)) == SHUFFLED and tuple(range(POSITIONS // AGES)) not in orders
 
 
-@pytest.mark.parametrize("start", [1, 2, 5])
+@pytest.mark.parametrize("start", mark_others([1, 2, 5], [2]))
 def test_a_refilled_buffer_goes_on_bit_for_bit(start):
-    got, buffers = shuffle_batches(0, 7)
-    again, refilled = shuffle_batches(start, 7 - start)
+    got, buffers = shuffle_batches(0)
+    again, refilled = shuffle_batches(start)
     for actual, want in zip((*again, *refilled), (*got[start:], *buffers[start:]), strict=True):
         np.testing.assert_array_equal(actual.reads, want.reads)
         np.testing.assert_array_equal(actual.writes, want.writes)
