@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from more_cases import mark_others
 from short_run import CONFIG, read_losses
 
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
-from jclt.kernels.active import gather_values, list_active
-from jclt.mesh import make_mesh, shard_by_axes
-from jclt.training.coder.harvest import Harvest, Scaling
-from jclt.training.coder.initial import make_initial_weights
+from jclt.kernels.active import ActivePairs, gather_values, list_active
+from jclt.mesh import make_mesh, make_sharding
+from jclt.training.coder.abstract import abstract_state
+from jclt.training.coder.harvest import Harvest
 from jclt.training.coder.sparse_switch import SPARSE_BELOW, update_capacity
-from jclt.training.coder.state import CoderState, make_state
+from jclt.training.coder.state import CoderState
 from jclt.training.coder.step import compute_gradients
 from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
 
-LAYERS, WIDTH, FEATURES, ROWS, LENGTH = 2, 8, 96, 8, 16
+WIDTH, FEATURES, ROWS, LENGTH = 8, 96, 8, 16
 RULES = {
     "relu": CoderConfig("sae", features=FEATURES, reads="mlp_out", activation="relu", tied=True),
     "jumprelu": CoderConfig(features=FEATURES, bandwidth=0.3),
@@ -34,6 +34,7 @@ RULES = {
     "topk": CoderConfig(features=FEATURES, activation="topk", k=4),
     "batchtopk": CoderConfig(features=FEATURES, activation="batchtopk", k=6),
 }
+LAYERS = dict.fromkeys(RULES, 2) | {"topk": 1}  # each layer for itself, as in a clt of several
 CASES = [  # the rule, the two penalties, the micro-batches, the mesh
     ("relu", "tanh", "threshold", 1, 4, 1),
     ("jumprelu", "l0", "zero", 2, 2, 2),
@@ -51,54 +52,62 @@ def sparse(*shape: int, share: float, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(("features", "share"), [(5, 1.0), (32, 0.5), (70, 0.02), (70, 0.0)])
 def test_pairs_are_listed_where_x_is_not_zero(features, share):
     x = sparse(6, features, share=share)
-    pairs = jax.jit(list_active, static_argnums=1)(jnp.asarray(x != 0), float(features))
+    pairs, values = jax.device_get(list_with_values(x))
     count = int(pairs.total[0])
     listed = np.zeros_like(x)
-    listed[np.asarray(pairs.token[:count]), np.asarray(pairs.feature[:count])] = gather_values(pairs, jnp.asarray(x))[
-        :count
-    ]
+    listed[pairs.token[:count], pairs.feature[:count]] = values[:count]
     np.testing.assert_array_equal(listed, x)
     assert count == (x != 0).sum()
     np.testing.assert_array_equal(np.diff(pairs.token_starts), (x != 0).sum(1))
     np.testing.assert_array_equal(np.diff(pairs.feature_starts), (x != 0).sum(0))
-    order = np.asarray(pairs.by_feature[:count])
-    assert np.all(np.diff(np.asarray(pairs.feature)[order]) >= 0)
+    assert np.all(np.diff(pairs.feature[pairs.by_feature[:count]]) >= 0)
+
+
+@jax.jit
+def list_with_values(x: jax.Array) -> tuple[ActivePairs, jax.Array]:
+    pairs = list_active(x != 0, float(x.shape[1]))
+    return pairs, gather_values(pairs, x)
 
 
 def setting(rule: str, **changes: Any) -> TrainConfig:
-    coder = replace(RULES[rule], layers=tuple(range(LAYERS)), width=WIDTH)
+    coder = replace(RULES[rule], layers=tuple(range(LAYERS[rule])), width=WIDTH)
     plain = {"batch": ROWS, "length": LENGTH, "sparsity_weight": 0.3, "preactivation_weight": 1e-2}
     return TrainConfig(coder, **(plain | changes))
 
 
-def batch() -> Harvest:
-    random = np.random.default_rng(2)
-    shape = (LAYERS, ROWS, LENGTH, WIDTH)
-    return Harvest(*(jnp.asarray(random.standard_normal(shape), jnp.float32) for _ in range(2)))
+def state_of(config: TrainConfig, mesh: Mesh, lift: float = 0.0) -> CoderState:
+    """A state whose weights make about one feature in twenty active, or more if their biases are lifted."""
+    random, bounds = np.random.default_rng(1), {"encoder": 0.5, "decoder": 0.25}
+    biases = {"encoder_bias": lift - 1.3, "decoder_bias": 0.1, "threshold": np.log(config.threshold)}
+    constants = biases | {"read_scale": 1.0, "write_scale": 1.0, "running": 0.14}
+
+    def fill(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
+        name = "" if path[0].name == "optimizer" else getattr(path[-1], "name", "")
+        values = np.full(x.shape, constants.get(name, 0.0))
+        if name in bounds:
+            values = random.uniform(-bounds[name], bounds[name], x.shape)
+        return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_state(config, mesh))
 
 
-def state_of(config: TrainConfig, mesh: Any) -> CoderState:
-    """A state whose weights make about one feature in twenty active."""
-    scaling = Scaling(*(f((LAYERS, WIDTH)) for f in (jnp.zeros, jnp.ones) * 2))
-    coder = make_initial_weights(config, mesh)
-    layers = tuple(
-        replace(
-            layer,
-            encoder=5 * layer.encoder,
-            encoder_bias=layer.encoder_bias - 1.3,
-            decoder_bias=layer.decoder_bias + 0.1,
-        )
-        for layer in coder.layers
-    )
-    return make_state(config, type(coder)(layers, coder.config), scaling)._replace(running=jnp.asarray(0.14))
+def batch_of(config: TrainConfig, mesh: Mesh) -> Harvest:
+    random, shape = np.random.default_rng(2), (len(config.coder.covered), ROWS, LENGTH, WIDTH)
+    where = make_sharding(mesh, shape, (None, "batch", None, None))
+    return Harvest(*(jax.device_put(random.standard_normal(shape).astype(np.float32), where) for _ in range(2)))
 
 
-def compute_step(config: TrainConfig, capacity: float | None, data: int = 1, features: int = 1) -> tuple[Any, Any]:
-    with jax.set_mesh(make_mesh(data, features)):
-        state = state_of(config, make_mesh(data, features))
-        harvest = jax.tree.map(lambda x: shard_by_axes(x, (None, "batch", None, None)), batch())
-        run = jax.jit(partial(compute_gradients, config, 1.0), static_argnames="capacity")
-        return jax.device_get(run(state, harvest, jnp.ones(()), capacity=capacity))
+CAPACITY = 12.0  # pairs per token
+compute = jax.jit(compute_gradients, static_argnums=(0, 1), static_argnames="capacity")
+
+
+def compute_step(
+    config: TrainConfig, capacity: float | None, data: int = 1, features: int = 1, lift: float = 0.0
+) -> tuple[Any, Any]:
+    mesh = make_mesh(data, features)
+    with jax.set_mesh(mesh):
+        state, harvest = state_of(config, mesh, lift), batch_of(config, mesh)
+        return jax.device_get(compute(config, 1.0, state, harvest, np.float32(1), capacity=capacity))
 
 
 def assert_equal(sparse: Any, dense: Any, overflow: float = 0.0) -> None:
@@ -117,57 +126,66 @@ def assert_equal(sparse: Any, dense: Any, overflow: float = 0.0) -> None:
 )
 def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, micro, data, features):
     config = setting(rule, sparsity=sparsity, preactivation=preactivation, micro_batches=micro)
-    assert_equal(compute_step(config, 40.0, data, features), compute_step(config, None))
+    assert_equal(compute_step(config, CAPACITY, data, features), compute_step(config, None))
 
 
 def test_a_micro_batch_over_capacity_is_computed_densely_and_counted():
-    config = setting("jumprelu")
-    assert_equal(compute_step(config, 1.0), compute_step(config, None), overflow=1.0)
+    config = setting("jumprelu", sparsity="l0", preactivation="zero", micro_batches=2)  # as above: it has a program
+    over = compute_step(config, CAPACITY, 2, 2, lift=3.0)
+    assert_equal(over, compute_step(config, None, lift=3.0), overflow=1.0)
 
 
-RUN = replace(CONFIG, save_every=25, headroom=1.5)
+ONE = make_mesh(devices=jax.devices()[:1])
+RUN = replace(
+    CONFIG,
+    coder=replace(CONFIG.coder, layers=(2,), bandwidth=0.1),
+    initial_density=0.01,
+    steps=30,
+    save_every=15,
+    headroom=3.0,
+)
 
 
 def change_over_early(patched: pytest.MonkeyPatch) -> None:
     patched.setattr("jclt.training.coder.train.REVIEW_EVERY", 10)
-    patched.setitem(SPARSE_BELOW, "cpu", 1.0)
+    patched.setitem(SPARSE_BELOW, "cpu", 0.4)
 
 
 @pytest.fixture(scope="module")
 def run_sparsely(tmp_path_factory) -> Path:
-    """A run on the sparse path from its tenth step to its thirtieth."""
+    """A run on the sparse path from its tenth step to its twentieth."""
     folder = tmp_path_factory.mktemp("sparse") / "run"
     with pytest.MonkeyPatch.context() as patched:
         change_over_early(patched)
-        train_coder(RUN, folder, make_mesh(devices=jax.devices()[:1]))
+        train_coder(RUN, folder, ONE)
     return folder
 
 
 def test_a_run_on_the_sparse_path_has_the_losses_of_a_dense_one(run_sparsely, tmp_path):
-    train_coder(replace(RUN, path="dense"), tmp_path / "run", make_mesh(devices=jax.devices()[:1]))
+    train_coder(replace(RUN, path="dense"), tmp_path / "run", ONE)
     np.testing.assert_allclose(read_losses(run_sparsely), read_losses(tmp_path / "run"), rtol=1e-5)
 
 
 def test_it_changes_over_when_few_enough_features_matter_and_back_when_not(run_sparsely):
     entries = [entry for entry in read_metrics(run_sparsely / "metrics.jsonl") if "loss" in entry]
-    # Back at its thirtieth step, when with this headroom the capacity would have to exceed the number of features.
-    assert ["overflow" in entry for entry in entries] == [False] * 10 + [True] * 20 + [False] * 20
-    assert all(entry["overflow"] == 0 for entry in entries[10:30])
+    # At its twentieth step three times as many matter as at its tenth.
+    assert ["overflow" in entry for entry in entries] == [False] * 10 + [True] * 10 + [False] * 10
+    assert all(entry["overflow"] == 0 for entry in entries[10:20])
 
 
 def test_a_run_resumed_across_the_change_ends_in_the_same_bits(run_sparsely, tmp_path, monkeypatch):
     change_over_early(monkeypatch)
     shutil.copytree(run_sparsely, tmp_path / "run")
-    for name in ("coder", "checkpoints/50"):
+    for name in ("coder", "checkpoints/30"):
         shutil.rmtree(tmp_path / "run" / name)
-    train_coder(RUN, tmp_path / "run", make_mesh(devices=jax.devices()[:1]))
+    train_coder(RUN, tmp_path / "run", ONE)
     resumed, uninterrupted = (load_coder(folder / "coder") for folder in (tmp_path / "run", run_sparsely))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, resumed, uninterrupted)))
 
 
 def test_a_setting_without_a_sparse_path_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="setting 'path': sparse, expected auto or dense, since auxiliary_weight"):
-        train_coder(replace(RUN, path="sparse", auxiliary_weight=0.1), tmp_path / "run")
+        train_coder(replace(RUN, path="sparse", auxiliary_weight=0.1), tmp_path / "run", ONE)
 
 
 @pytest.mark.parametrize(
