@@ -1,4 +1,7 @@
-"""The compiled train step: what it sends between devices, updates in place, and traces."""
+"""The compiled train step: what it sends between devices, updates in place, and traces.
+
+Without most optimizations the compiler makes the same program of it, and only worse code of that.
+"""
 
 import math
 from dataclasses import replace
@@ -10,6 +13,7 @@ import pytest
 from collectives import check_step
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from more_cases import mark_others
 
 import jclt.training.coder.step as step_module
 from jclt.coders import CoderConfig
@@ -23,8 +27,6 @@ from jclt.training.coder.objective import encode_dense, prepare_weights
 from jclt.training.coder.prepare import init_state
 from jclt.training.coder.step import train_step
 from jclt.training.config import TrainConfig
-
-pytestmark = pytest.mark.optimized
 
 # Sizes that meet in no other role, so that a shape says what its axes are.
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 40, 32)
@@ -121,16 +123,25 @@ def test_the_step_is_traced_once_and_starts_from_what_it_returns(monkeypatch):
     assert np.isfinite(losses).all() and len(set(losses)) == 3
 
 
+GPT2, GEMMA2 = known_config("gpt2"), known_config("google/gemma-2-2b")
+
+
 @pytest.mark.parametrize(
-    ("model", "features", "data", "shards"),
-    [
-        (known_config("gpt2"), 16_384, 1, 256),
-        pytest.param(known_config("google/gemma-2-2b"), 98_304, 1, 256, marks=pytest.mark.exhaustive),
-        (known_config("google/gemma-2-2b"), 98_304, 16, 64),
-    ],
-    ids=["gpt2-1x256", "gemma2-1x256", "gemma2-16x64"],
+    ("model", "layers", "features", "data", "shards"),
+    mark_others(
+        [
+            (GPT2, 2, 16_384, 1, 256),
+            (GPT2, GPT2.layers, 16_384, 1, 256),
+            (GEMMA2, GEMMA2.layers, 98_304, 1, 256),
+            (GEMMA2, 3, 98_304, 16, 64),
+            (GEMMA2, GEMMA2.layers, 98_304, 16, 64),
+        ],
+        [(GPT2, 2, 16_384, 1, 256), (GEMMA2, 3, 98_304, 16, 64)],
+    ),
+    ids=lambda x: x.family if isinstance(x, ModelConfig) else str(x),
 )
-def test_the_step_type_checks_for_pods_that_are_not_here(model, features, data, shards):
+def test_the_step_type_checks_for_pods_that_are_not_here(model, layers, features, data, shards):
+    model = replace(model, layers=layers)
     mesh = AbstractMesh((data, shards), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
     coder = CoderConfig(features=features).fit_to_model(model, "large")
     settings = TrainConfig(coder, batch=mesh.size, length=128, micro_batches=4, compute="bfloat16", remat=True)
@@ -151,7 +162,7 @@ def placement(x: jax.ShapeDtypeStruct) -> tuple:
 def test_an_end_to_end_step_type_checks_too():
     """The replacement model runs with its tokens split over all chips, as the model does."""
     mesh = AbstractMesh((2, 16), MESH_AXES, axis_types=(AxisType.Explicit,) * 2)
-    settings = replace(config(), batch=32, end_to_end_steps=10)
+    settings = config(batch=32, micro_batches=1, end_to_end_steps=10)
     inputs = make_step_inputs(settings, MODEL, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
         new, *_ = train_step.eval_shape(settings, MODEL, True, inputs.state, None, inputs.params, inputs.tokens)
