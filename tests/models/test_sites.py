@@ -15,6 +15,9 @@ FAMILIES = [case for case in CASES if case not in ("gpt2_scaled", "gpt2_unscaled
 FEW = ("gemma2", "gpt2", "neox")
 """Post-norms, soft caps and windows; learned positions and biases; parallel blocks."""
 
+FEWER = ("gemma2", "neox")
+"""Without GPT-2: for tests whose programs take long to compile."""
+
 
 def sites_of(case: str) -> list[str]:
     """The sites that this model has."""
@@ -31,13 +34,12 @@ def two_prompts(case: str) -> tuple[np.ndarray, np.ndarray]:
 
 def build_masks(seen: dict, site: str, mask=True) -> dict:
     """One mask for each site, true only at this site. So one compiled program serves every site."""
-    none = {name: jnp.zeros((1,) * value.ndim, bool) for name, value in seen.items()}
-    full = {name: jnp.broadcast_to(empty, seen[name].shape) for name, empty in none.items()}
-    return full | {site: jnp.broadcast_to(jnp.asarray(mask), seen[site].shape)}
+    none = {name: np.zeros(value.shape, bool) for name, value in seen.items()}
+    return none | {site: np.broadcast_to(mask, seen[site].shape)}
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("case", mark_others(FAMILIES, FEW))
+@pytest.mark.parametrize("case", mark_others(FAMILIES, FEWER))
 def test_putting_back_what_was_captured_changes_no_bit(case):
     model, (tokens, _) = golden_model(case), two_prompts(case)
     sites = sites_of(case)
@@ -46,8 +48,9 @@ def test_putting_back_what_was_captured_changes_no_bit(case):
     assert set(seen) == set(sites)
     np.testing.assert_array_equal(logits, plain)
     for name in sites:
-        again, _ = jclt.run(model, tokens, edit=Replace(seen, build_masks(seen, name)))
+        again, after = jclt.run(model, tokens, ("resid_post",), edit=Replace(seen, build_masks(seen, name)))
         np.testing.assert_array_equal(again, plain, err_msg=name)
+        np.testing.assert_array_equal(after["resid_post"], seen["resid_post"], err_msg=name)
 
 
 @pytest.mark.exhaustive
@@ -64,18 +67,20 @@ def test_putting_back_a_single_site_changes_no_bit():
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("case", mark_others(FAMILIES, FEW))
+@pytest.mark.parametrize("case", mark_others(FAMILIES, FEWER))
 def test_a_change_never_moves_an_earlier_position(case):
-    """Every site is changed at one position; all before it must keep every bit."""
+    """Every site is changed at one position; all before it must keep every bit. The programs are those of the law
+    above."""
     model, (tokens, _) = golden_model(case), two_prompts(case)
     position = 6
     sites = sites_of(case)
     plain, seen = jclt.run(model, tokens, capture=sites)
-    strange = {name: 1.5 * value + jnp.cos(3 * value) for name, value in seen.items()}  # no norm undoes this
+    seen = {name: np.asarray(value) for name, value in seen.items()}
+    strange = {name: np.float32(1.5) * value + np.cos(3 * value) for name, value in seen.items()}  # no norm undoes this
     moved = {}
     for name in sites:
         axis = SITES[name].split(":")[0].split().index("T") + (name in LAYER_SITES)
-        mask = jnp.arange(seen[name].shape[axis]) == position
+        mask = np.arange(seen[name].shape[axis]) == position
         mask = mask.reshape([-1 if i == axis else 1 for i in range(seen[name].ndim)])
         changed, after = jclt.run(model, tokens, ("resid_post",), edit=Replace(strange, build_masks(seen, name, mask)))
         np.testing.assert_array_equal(changed[:, :position], plain[:, :position], err_msg=name)
@@ -90,23 +95,24 @@ def test_replacing_a_layer_cut_gives_the_other_prompts_logits(case):
     # In a parallel block the stream does not pass through resid_mid.
     cuts = ["resid_pre", "resid_post", "resid_final", *([] if model.config.parallel else ["resid_mid"])]
     want, seen = jclt.run(model, others, capture=cuts)
-    unchanged, _ = jclt.run(model, tokens)
+    unchanged, _ = jclt.run(model, tokens, capture=cuts)
     assert float(abs(unchanged - want).max()) > 1e-2
     for name in seen:
         for layer in range(model.config.layers) if name in LAYER_SITES else [None]:
-            mask = True if layer is None else (jnp.arange(model.config.layers) == layer)[:, None, None, None]
+            mask = True if layer is None else (np.arange(model.config.layers) == layer)[:, None, None, None]
             got, _ = jclt.run(model, tokens, edit=Replace(seen, build_masks(seen, name, mask)))
             np.testing.assert_allclose(got, want, atol=1e-5, rtol=0, err_msg=f"{name} {layer}")
 
 
-@pytest.mark.parametrize("case", mark_others(FAMILIES, FEW))
+@pytest.mark.parametrize("case", mark_others(FAMILIES, FEWER))
 def test_with_patterns_and_denominators_frozen_and_mlps_constant_the_model_is_linear(case):
     """The Jacobian-vector product of the frozen model equals the finite difference of the model with these values
     replaced, at any step size; the free model fails this comparison."""
     model, (tokens, _) = golden_model(case), two_prompts(case)
     frozen = [name for name in sites_of(case) if name in PATTERNS_AND_DENOMINATORS]
     _, seen = jclt.run(model, tokens, capture=[*frozen, "mlp_out", "token_embedding"])
-    direction = jax.random.normal(jax.random.key(0), seen["token_embedding"].shape)
+    start = np.asarray(seen["token_embedding"])
+    direction = np.random.default_rng(0).standard_normal(start.shape, np.float32)
 
     def normed_final(embedding, freeze=(), put_back=()):
         values = {name: seen[name] for name in ("mlp_out", *put_back)} | {"token_embedding": embedding}
@@ -114,11 +120,10 @@ def test_with_patterns_and_denominators_frozen_and_mlps_constant_the_model_is_li
         _, final = jclt.run(model, tokens, capture=("resid_final",), edit=edit)
         return final["resid_final"]
 
-    start = seen["token_embedding"]
     _, slope = jax.jvp(lambda e: normed_final(e, freeze=frozen), (start,), (direction,))
-    difference = normed_final(start + 3 * direction, put_back=frozen) - normed_final(start, put_back=frozen)
+    difference = np.subtract(*(normed_final(e, put_back=frozen) for e in (start + 3 * direction, start)))
     np.testing.assert_allclose(difference / 3, slope, atol=1e-4, rtol=1e-4)
-    free = normed_final(start + 3 * direction) - normed_final(start)
+    free = np.subtract(*(normed_final(e) for e in (start + 3 * direction, start)))
     assert float(abs(free / 3 - slope).max()) > 1e-2
 
 
@@ -202,8 +207,7 @@ def test_unknown_sites_are_named():
 
 def test_what_is_put_back_has_to_fit():
     model, (tokens, _) = golden_model("llama3"), two_prompts("llama3")
-    _, seen = jclt.run(model, tokens[0], capture=("resid_mid",))
-    plain, _ = jclt.run(model, tokens[0])
+    plain, seen = jclt.run(model, tokens[0], capture=("resid_mid",))
     again, _ = jclt.run(model, tokens[0], edit=Replace(seen))
     np.testing.assert_array_equal(again, plain)
     with pytest.raises(
