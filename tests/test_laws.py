@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawing import Draw, read_options
@@ -77,8 +78,9 @@ class Case:
         coder = random_coder(config, cast(Any, np.dtype("float32")), seed=self.number)
 
         def rounded(path: Any, x: jax.Array) -> jax.Array:
-            x = abs(x) if path[-1].name == "threshold" else x  # what every layout can say
-            return x.astype(self.dtype).astype("float32")
+            values = np.asarray(x)
+            values = np.abs(values) if path[-1].name == "threshold" else values  # what every layout can say
+            return jnp.asarray(values.astype(jnp.dtype(self.dtype)).astype(np.float32))
 
         return jax.tree_util.tree_map_with_path(rounded, coder)
 

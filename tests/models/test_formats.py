@@ -6,17 +6,20 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from golden_cases import CASES, FOLDER, golden_model, reference
+from more_cases import mark_others
 from safetensors import SafetensorError
 
 import jclt
 from jclt.errors import UserError
-from jclt.models import abstract_params, declare
+from jclt.models import Model, ModelConfig, abstract_params, declare
 from jclt.models.formats.weights import load_config
 
 
@@ -55,8 +58,10 @@ def write_raw(path: Path, header: object, data: bytes) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+@pytest.mark.parametrize(
+    ("case", "shard_bytes"),
+    mark_others(product(CASES, (10**9, 20_000)), [*product(CASES, (10**9,)), ("gemma3", 20_000), ("gpt2", 20_000)]),
+)
 def test_what_is_saved_loads_back_to_the_bit(case, shard_bytes, tmp_path):
     model = golden_model(case)
     jclt.save_model(model, tmp_path / "saved", shard_bytes=shard_bytes)
@@ -255,58 +260,67 @@ def test_weights_lie_where_the_rules_say():
         assert split == ("stored" in declare(model.config)[name].axes), name
 
 
-def test_a_hub_name_is_found_in_the_cache(tmp_path):
-    """In the layout of huggingface_hub's cache, read in a process without network."""
-    cached = tmp_path / "hub" / "models--me--tiny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("abc")
-    shutil.copytree(FOLDER / "llama3", cached / "snapshots" / "abc")
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    code = "import jclt; print(jclt.load_model('me/tiny').config.family); jclt.load_model('me/other')"
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]
-    )
-    assert process.stdout == "llama\n"
-    assert (
-        "jclt.errors.UserError: model 'me/other': no such folder, not in the local cache, and not reachable"
-        in process.stderr
-    )
-
-
-MEASURE = """
-import sys
-sys.path.insert(0, sys.argv[2])
-import jclt, jax
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+LOAD = """
+import sys, jax, jclt
+from pathlib import Path
+status = Path("/proc/self/status")
+peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 jax.numpy.zeros(8).block_until_ready()
 before = peak()
 model = jclt.load_model(sys.argv[1])
 print(peak() - before, sum(x.nbytes for x in jax.tree.leaves(model.params)))
+print(jclt.load_model("me/tiny").config.family)
+jclt.load_model("me/other")
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux keeps it")
-def test_peak_host_memory_stays_below_the_weights_and_a_shard(tmp_path):
-    """On a checkpoint of 240 MB in four shards; experiments/bench/loading.py does the same at 1 GB."""
-    from jclt.models import Model, ModelConfig
+class Loaded(NamedTuple):
+    peak: str
+    family: str
+    errors: str
+    shards: list[int]
 
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> Loaded:
+    """What a process without network prints that loads a checkpoint of 240 MB, then by name one in the layout of
+    huggingface_hub's cache and one that is not there."""
+    folder = tmp_path_factory.mktemp("loaded")
     config = ModelConfig("llama", 2048, 512, 18, 8, 1536, 64)
-    rng = np.random.default_rng(0)
-    params = {
-        name: rng.standard_normal(weight.shape, np.float32).astype(np.float32)
-        for name, weight in declare(config).items()
-    }
-    jclt.save_model(
-        Model(config, jax.tree.map(jax.numpy.asarray, params), None, "x"), tmp_path / "m", shard_bytes=60 * 10**6
-    )
-    shards = [path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors")]
-    assert len(shards) >= 4
-    root = str(Path(__file__).parents[2])
+    params = {name: jax.device_put(np.ones(weight.shape, np.float32)) for name, weight in declare(config).items()}
+    jclt.save_model(Model(config, params, None, "x"), folder / "m", shard_bytes=60 * 10**6)
+    cached = folder / "hub" / "models--me--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    shutil.copytree(FOLDER / "llama3", cached / "snapshots" / "abc")
     process = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "m"), root], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOAD, str(folder / "m")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parents[2],
     )
-    growth, size = map(int, process.stdout.split())
-    assert growth < size + 1.3 * max(shards), (growth, size, max(shards))
+    shards = [path.stat().st_size for path in (folder / "m").glob("*.safetensors")]
+    shutil.rmtree(folder / "m")
+    lines = process.stdout.splitlines()
+    assert len(lines) == 2, process.stderr
+    return Loaded(lines[0], lines[1], process.stderr, shards)
+
+
+def test_a_hub_name_is_found_in_the_cache(loaded):
+    assert loaded.family == "llama"
+    assert (
+        "jclt.errors.UserError: model 'me/other': no such folder, not in the local cache, and not reachable"
+        in loaded.errors
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak where Linux keeps it")
+def test_peak_host_memory_stays_below_the_weights_and_a_shard(loaded):
+    """On a checkpoint of 240 MB in four shards; experiments/bench/loading.py does the same at 1 GB."""
+    growth, size = map(int, loaded.peak.split())
+    assert len(loaded.shards) >= 4
+    assert growth < size + 1.3 * max(loaded.shards), (growth, size, max(loaded.shards))
 
 
 # Damage of every kind: one line, at once.
