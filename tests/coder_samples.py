@@ -25,15 +25,20 @@ def random_coder(config: CoderConfig, dtype="float32", seed=0) -> SparseCoder:
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
-        values = rng.standard_normal(leaf.shape) / leaf.shape[-1] ** 0.5
-        return jnp.asarray(np.abs(values) if path[-1].name == "threshold" else values, dtype).astype(jnp.float32)
+        values = np.float32(rng.standard_normal(leaf.shape) / leaf.shape[-1] ** 0.5)
+        values = np.abs(values) if path[-1].name == "threshold" else values
+        return jnp.asarray(values.astype(jnp.dtype(dtype)).astype(np.float32))
 
     return jax.tree_util.tree_map_with_path(fill, abstract_coder(config))
 
 
 def compute_outputs(coder: SparseCoder, x: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Activations and reconstructions of every layer."""
-    inputs = [jnp.asarray(layer_x) for layer_x in x]
-    activations = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(inputs)]
-    reconstruction = [coder.write(layer, activations, layer_x) for layer, layer_x in enumerate(inputs)]
+
+    @jax.jit
+    def compute(coder, inputs):
+        activations = [coder.encode(layer, layer_x) for layer, layer_x in enumerate(inputs)]
+        return activations, [coder.write(layer, activations, layer_x) for layer, layer_x in enumerate(inputs)]
+
+    activations, reconstruction = compute(coder, list(x))
     return [np.asarray(a) for a in activations], [np.asarray(y) for y in reconstruction]

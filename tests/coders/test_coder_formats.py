@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 from coder_samples import CLT, PLT, RULES, SAE, compute_outputs, random_coder
 from golden_cases import golden_model
 from golden_graphs import GRAPHS, golden_folder
+from more_cases import mark_others
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -42,16 +45,33 @@ def assert_same(got: SparseCoder, want: SparseCoder):
 # There and back.
 
 
+KINDS = {
+    "clt": CLT,
+    "clt skip": replace(CLT, skip=True),
+    "transcoder": PLT,
+    "transcoder skip of some layers": replace(PLT, skip=True, layers=(1, 4)),
+    "sae": SAE,
+    "tied sae": replace(SAE, tied=True),
+}
+STORED = [*((rule, "float32") for rule in RULES), ("jumprelu", "bfloat16"), ("topk", "float16")]
+
+
 @pytest.mark.parametrize(
-    ("rule", "dtype"), [*((rule, "float32") for rule in RULES), ("jumprelu", "bfloat16"), ("topk", "float16")]
+    ("kind", "rule", "dtype"),
+    mark_others(
+        [(kind, *stored) for kind in KINDS for stored in STORED],
+        [
+            ("clt", "jumprelu", "float32"),
+            ("clt skip", "topk", "float16"),
+            ("transcoder", "relu", "float32"),
+            ("transcoder skip of some layers", "jumprelu", "bfloat16"),
+            ("sae", "topk", "float32"),
+            ("tied sae", "jumprelu", "float32"),
+        ],
+    ),
 )
-@pytest.mark.parametrize(
-    "base",
-    [CLT, replace(CLT, skip=True), PLT, replace(PLT, skip=True, layers=(1, 4)), SAE, replace(SAE, tied=True)],
-    ids=["clt", "clt skip", "transcoder", "transcoder skip of some layers", "sae", "tied sae"],
-)
-def test_our_own_folder_keeps_everything(base, rule, dtype, tmp_path):
-    coder = random_coder(replace(base, **RULES[rule]), dtype)
+def test_our_own_folder_keeps_everything(kind, rule, dtype, tmp_path):
+    coder = random_coder(replace(KINDS[kind], **RULES[rule]), dtype)
     jclt.save_coder(coder, tmp_path / "saved", dtype=dtype)
     again = jclt.load_coder(tmp_path / "saved")
     assert again.config == coder.config
@@ -84,7 +104,7 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", mark_others(["float32", "float16"], ["float16"]))
 @pytest.mark.parametrize(("layout", "config"), ELSEWHERE)
 def test_other_layouts_there_and_back(layout, config, dtype, tmp_path):
     config = replace(config, bandwidth=1.0, through="all", model="" if layout == "gemma-scope" else "a/model")
@@ -147,7 +167,7 @@ def test_what_cannot_be_saved_at_all(tmp_path):
     assert "expected one of: float32, float16 in layout gemma-scope" in get_refusal("gemma-scope", "bfloat16")
     training = random_coder(replace(PLT, activation="batchtopk", k=3))
     assert get_refusal(coder=training).startswith("activation 'batchtopk': a rule of training")
-    negative = jax.tree.map(lambda x: -x, coder)
+    negative = jax.tree.map(lambda x: jnp.asarray(-np.asarray(x)), coder)
     assert "a threshold is below 0" in get_refusal("gemma-scope-2", coder=negative)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("precious")
@@ -355,7 +375,7 @@ def test_what_saelens_does_at_run_time_is_folded_into_the_weights(cfg, more, tmp
 # Compared with circuit-tracer's activations.
 
 
-@pytest.mark.parametrize("case", GRAPHS)
+@pytest.mark.parametrize("case", mark_others(GRAPHS, ["gemma2"]))
 def test_activations_are_those_of_circuit_tracer(case, tmp_path):
     folder = golden_folder(case)
     model, graph = jclt.load_model(folder), np.load(folder / "graph.npz")
@@ -392,20 +412,25 @@ def test_loading_onto_a_mesh(layout, tmp_path):
 # With the model at hand.
 
 
+@cache
+def load_demo() -> jclt.Model:
+    return jclt.load_model("demo")
+
+
 def exact_coder(model: jclt.Model) -> SparseCoder:
     """The demo model's neurons, which are ReLUs, as a transcoder."""
     p, config = model.params, CoderConfig("transcoder", model.config.mlp_width, "relu", writes="mlp_raw_out")
     coder = random_coder(config.fit_to_model(model.config, "demo"))
-    layers = [
-        replace(layer, encoder=p["up"][i].T, encoder_bias=p["up_bias"][i], decoder=p["down"][i][:, None])
-        for i, layer in enumerate(coder.layers)
-    ]
-    layers = [replace(layer, decoder_bias=p["down_bias"][i]) for i, layer in enumerate(layers)]
+    up, up_bias, down, down_bias = (np.asarray(p[name]) for name in ("up", "up_bias", "down", "down_bias"))
+    layers = []
+    for i, layer in enumerate(coder.layers):
+        layer = replace(layer, encoder=jnp.asarray(up[i].T), encoder_bias=jnp.asarray(up_bias[i]))
+        layers.append(replace(layer, decoder=jnp.asarray(down[i][:, None]), decoder_bias=jnp.asarray(down_bias[i])))
     return SparseCoder(tuple(layers), coder.config)
 
 
 def test_a_coder_must_fit_its_model(tmp_path):
-    model = jclt.load_model("demo")
+    model = load_demo()
     check_fit(neurons(model), model, "neurons")
     assert measure_fit(neurons(model), model).error.max() < 1e-8
     jclt.save_coder(exact_coder(model), tmp_path / "exact")
@@ -418,19 +443,19 @@ def test_a_coder_must_fit_its_model(tmp_path):
     with pytest.raises(UserError, match="other' does not fit model 'demo': on a short text it misses .* features act"):
         jclt.load_coder(tmp_path / "other", model=model)
     assert_same(jclt.load_coder(tmp_path / "other", model=model, check=False), other)
-    silent = jax.tree.map(lambda x: x * 0, other)
+    silent = jax.tree.map(lambda x: jnp.asarray(0 * np.asarray(x)), other)
     jclt.save_coder(silent, tmp_path / "silent")
     with pytest.raises(UserError, match="with 0 of 512 features active"):
         jclt.load_coder(tmp_path / "silent", model=model)
 
 
 def test_a_model_without_a_tokenizer_is_probed_by_random_tokens():
-    model = replace(golden_model("gpt2"), tokenizer=None)
+    model = replace(load_demo(), tokenizer=None)
     assert measure_fit(neurons(model), model).error.max() < 1e-8
 
 
 def test_what_does_not_fit_a_model_by_its_shape(tmp_path):
-    model = jclt.load_model("demo")
+    model = load_demo()
 
     def get_refusal(**changes) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -646,8 +671,16 @@ def poison(name: str, number: float):
     return change
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["W_enc_1", "b_enc_1", "threshold_1", "W_dec_1", "b_dec_1", "W_skip_1"])
+NAMES = ("W_enc_1", "b_enc_1", "threshold_1", "W_dec_1", "b_dec_1", "W_skip_1")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    mark_others(
+        product(NAMES, (np.nan, np.inf, -np.inf)),
+        [("W_dec_1", np.inf), ("threshold_1", -np.inf), *((name, np.nan) for name in NAMES)],
+    ),
+)
 def test_weights_that_are_not_finite_are_refused(name, number, tmp_path):
     jclt.save_coder(random_coder(replace(CLT, skip=True)), tmp_path / "saved")
     file = tmp_path / "saved" / f"{'W_dec' if name == 'W_dec_1' else 'W_enc'}_1.safetensors"
@@ -658,15 +691,21 @@ def test_weights_that_are_not_finite_are_refused(name, number, tmp_path):
         jclt.load_coder(tmp_path / "saved", dtype="bfloat16", mesh=jclt.make_mesh(features=2))
 
 
+def with_first(weight: jax.Array, number: float) -> jax.Array:
+    array = np.array(weight)
+    array.reshape(-1)[0] = number
+    return jnp.asarray(array)
+
+
 def test_a_narrow_type_holds_thresholds_to_its_range_and_refuses_other_numbers_beyond_it(tmp_path):
     coder = random_coder(PLT)
-    layer = replace(coder.layers[0], threshold=coder.layers[0].threshold.at[0].set(1e6))
+    layer = replace(coder.layers[0], threshold=with_first(coder.layers[0].threshold, 1e6))
     high = SparseCoder((layer, *coder.layers[1:]), coder.config)
     jclt.save_coder(high, tmp_path / "wide")
     jclt.save_coder(high, tmp_path / "narrow", dtype="float16")
     for folder, dtype in (("wide", "float16"), ("narrow", "float32")):
-        assert float(jclt.load_coder(tmp_path / folder, dtype=dtype).layers[0].threshold[0]) == 65504.0
-    layer = replace(layer, encoder=layer.encoder.at[0, 0].set(1e6))
+        assert float(np.asarray(jclt.load_coder(tmp_path / folder, dtype=dtype).layers[0].threshold)[0]) == 65504.0
+    layer = replace(layer, encoder=with_first(layer.encoder, 1e6))
     large = SparseCoder((layer, *coder.layers[1:]), coder.config)
     with pytest.raises(
         UserError, match="layer_0.safetensors: tensor 'W_enc' exceeds float16, expected a dtype of a wid"
@@ -874,7 +913,7 @@ def test_the_name_of_a_coders_model(tmp_path):
 
 
 def test_a_models_own_coder_that_fits_badly_is_warned_of(tmp_path, caplog):
-    model = jclt.load_model("demo")
+    model = load_demo()
     config = replace(exact_coder(model).config, model_fingerprint=model.fingerprint)
     jclt.save_coder(random_coder(config), tmp_path / "early")
     assert_same(jclt.load_coder(tmp_path / "early", model=model), random_coder(config))
@@ -893,11 +932,16 @@ def test_a_models_own_coder_that_fits_badly_is_warned_of(tmp_path, caplog):
     assert jclt.load_coder(tmp_path / "tuned", model=model).config.model_fingerprint == "0" * 16
 
 
-@pytest.mark.parametrize("config", [CLT, replace(CLT, skip=True, layers=(0, 2)), replace(PLT, skip=True)])
-@pytest.mark.parametrize("mesh", [False, True])
-def test_fit_is_that_of_what_the_coder_writes(config, mesh):
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    mark_others(
+        product(("clt", "clt skip", "transcoder skip"), (False, True)), [("clt skip", False), ("clt skip", True)]
+    ),
+)
+def test_fit_is_that_of_what_the_coder_writes(kind, mesh):
     """The fit is measured layer by layer from decoder rows; the test computes it from all activations by `write`."""
-    model = golden_model("llama3")
+    model, skip = golden_model("llama3"), kind.endswith("skip")
+    config = replace(CLT, skip=skip, layers=(0, 2) if skip else (0, 1, 2)) if "clt" in kind else replace(PLT, skip=True)
     coder = random_coder(replace(config, width=model.config.width))
     _, seen = jclt.run(model, _get_probe_tokens(model), capture=("mlp_in", "mlp_out"))
     x, y = (np.asarray(seen[site])[list(config.covered), 1:] for site in ("mlp_in", "mlp_out"))
