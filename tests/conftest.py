@@ -2,8 +2,8 @@
 
 Programs run once or twice here, on a few numbers, so most of the time would go into compiling them. They are compiled
 without most optimizations, in one piece, and without XLA's newer code generator, which is slow when these are off.
-Tests of bits, and of what the compiler makes of a program for TPUs, are marked `optimized`: they have all optimizations,
-and `.ci/run` repeats them with the newer generator.
+Tests of bits, and of what the compiler makes of a program for TPUs, are marked `optimized`: they have all
+optimizations, and `.ci/run` repeats them with the newer generator.
 """
 
 import gc

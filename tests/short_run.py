@@ -1,9 +1,10 @@
-"""A coder's run of a few seconds without an evaluation, one device here or in another process, and a log's losses."""
+"""What tests of runs share: the settings of a run of a few seconds, one device here or elsewhere, a log's losses."""
 
 import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from jclt.coders import CoderConfig
 from jclt.mesh import make_mesh
@@ -28,6 +29,9 @@ ONE = make_mesh(1, 1)
 
 ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].partition(" ")[2]}
 """The environment of a process that has one device unless told otherwise: conftest's flags but for the first."""
+
+LOADS_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""If one array cannot be loaded, Orbax leaves the loads of the others, whose event loop is then closed."""
 
 
 def read_losses(folder: Path) -> np.ndarray:

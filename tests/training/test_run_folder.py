@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from short_run import CONFIG, ONE
+from short_run import CONFIG, LOADS_LEFT, ONE
 
 import jclt.training.coder.train as training
 from jclt.coders import CoderConfig
@@ -49,9 +49,6 @@ RUN = replace(CONFIG, coder=CoderConfig(features=64).fit_to_model(MODEL, "demo",
 
 
 # Checkpoints.
-
-LOADS_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-"""If one array cannot be loaded, Orbax leaves the loads of the others, whose event loop is then closed."""
 
 
 def weights(seed: float, mesh: jax.sharding.Mesh | None = None) -> dict[str, Array]:

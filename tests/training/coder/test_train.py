@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from more_cases import mark_others
-from short_run import CONFIG, ONE, ONE_DEVICE, read_losses
+from short_run import CONFIG, LOADS_LEFT, ONE, ONE_DEVICE, read_losses
 
 import jclt
 from jclt.cli.main import main
@@ -135,6 +135,7 @@ SHUFFLED = replace(
 )
 
 
+@LOADS_LEFT
 def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path, caplog):
     killed = command(tmp_path / "killed", SHUFFLED)
     wait_for(tmp_path / "killed", 20, killed)
