@@ -2,7 +2,7 @@
 
 Programs run once or twice here, on a few numbers, so most of the time would go into compiling them. They are compiled
 without most optimizations, in one piece, and without XLA's newer code generator, which is slow when these are off.
-Tests of bits, and of what the compiler makes of a program for TPUs, are marked `optimized`: they have all
+Tests that compare the bits of different programs, and those of programs for TPUs, are marked `optimized`: they have all
 optimizations, and `.ci/run` repeats them with the newer generator.
 """
 
@@ -11,7 +11,9 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
+os.environ.setdefault("XLA_FLAGS", "")
+if "device_count" not in os.environ["XLA_FLAGS"]:  # a worker of pytest-xdist has the flags already
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 if "fusion_emitters" not in os.environ["XLA_FLAGS"] and version("jaxlib") < "0.11":  # an unknown flag ends the process
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -61,7 +63,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def one_form(monkeypatch):
-    """Of the forms of the question about a state only the first."""
+    """Asks about a state in the first form of the question alone."""
     from jclt.evaluation import exchange
 
     monkeypatch.setattr(exchange, "ASKED", exchange.ASKED[:1])

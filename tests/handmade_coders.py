@@ -9,6 +9,13 @@ from jclt.coders import CoderConfig, CoderLayer, SparseCoder
 from jclt.models import Model
 from jclt.world.handmade import ANSWERS, PROMPTS, STATE_OF_CITY
 
+VARIANTS = {
+    "plain": {},
+    "rotated": {"basis_seed": 1},
+    "norms": {"norms": True},
+    "rotated norms": {"basis_seed": 2, "norms": True},
+}
+"""The options of `build_two_hop` that make each variant of the model."""
 LAST = 2
 Node = tuple
 """("token", position), ("feature", layer, position, index), ("logit", token) or ("bias",): all constants together."""

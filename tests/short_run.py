@@ -1,6 +1,5 @@
-"""What tests of runs share: the settings of a run of a few seconds, one device here or elsewhere, a log's losses."""
+"""What tests of training share: a run of a few seconds, a mesh of one device, the losses of a log."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,10 @@ CONFIG = TrainConfig(
     evaluate_every=-1,
 )
 
-ONE = make_mesh(1, 1)
-"""Here, the mesh of one device."""
+ONE_DEVICE_MESH = make_mesh(1, 1)
 
-ONE_DEVICE = {"XLA_FLAGS": os.environ["XLA_FLAGS"].partition(" ")[2]}
-"""The environment of a process that has one device unless told otherwise: conftest's flags but for the first."""
-
-LOADS_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-"""If one array cannot be loaded, Orbax leaves the loads of the others, whose event loop is then closed."""
+IGNORE_ABANDONED_LOADS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Where one array cannot be loaded, Orbax abandons the loads of the others, and Python warns when it collects them."""
 
 
 def read_losses(folder: Path) -> np.ndarray:

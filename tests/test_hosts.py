@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+from run_processes import find_free_port
 
 from jclt import hosts
 from jclt.errors import UserError
@@ -30,12 +31,6 @@ def test_wrong_variables_are_refused(values, monkeypatch):
     with pytest.raises(UserError) as error:
         read_place_in_run()
     assert str(error.value).startswith(ERRORS[values])
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_port_in_use_is_reported_before_jax_uses_it(monkeypatch):

@@ -116,7 +116,7 @@ def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, m
     assert_same(attribute(*make_case(*CASE)), full_graph)  # in blocks and windows, too
 
 
-def test_the_kept_features_are_the_most_influential_of_each_round(monkeypatch):
+def test_the_first_round_keeps_the_most_influential_features(monkeypatch):
     full_graph = trace_whole_graph(*CASE)
     monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 10)
     graph = attribute(*make_case(*CASE), max_features=10)
@@ -280,7 +280,7 @@ def test_memory_that_ends_ends_one_prompt(monkeypatch):
         attribute(model, coder, tokens)
 
 
-def test_sizes_depend_on_content_alone():
+def test_sizes_are_rounded_up_to_powers_of_two_and_one_and_a_half_times_these():
     assert [sizes.round_up(n) for n in (1, 2, 3, 4, 5, 6, 7, 9, 13, 97)] == [1, 2, 3, 4, 6, 6, 8, 12, 16, 128]
     assert sizes.round_up(3, 16) == 16 and sizes.round_up(17, 16) == 24
 
@@ -305,9 +305,13 @@ def test_half_precision_is_widened_before_anything_is_computed():
 
 
 def test_a_float16_coder_of_large_numbers_is_finite():
-    model, coder, tokens = make_case(*CASE)
+    _, coder, _ = make_case(*CASE)
     large = convert(change_weights(coder, "encoder_bias", lambda x: np.full_like(x, 3e4)), np.float16)
-    attributing.check_finite(large)  # their sum is not
+    attributing.check_finite(large)  # though the sum of these numbers is not
+
+
+def test_a_threshold_may_be_infinite_but_not_nan():
+    model, coder, tokens = make_case(*CASE)
     broken = change_weights(coder, "threshold", change_first(np.nan))
     with pytest.raises(UserError, match="^coder: its thresholds hold NaN or -infinity, expected numbers$"):
         attribute(model, broken, tokens)
@@ -434,7 +438,7 @@ def test_targets_that_make_no_sense_are_refused_before_anything_is_computed(monk
     ):
         with pytest.raises(UserError, match=says):
             attribute(model, coder, tokens, targets=targets)
-    for targets, says in (  # which types, checked in tests, let come no further
+    for targets, says in (  # `attribute` would refuse these by its types, which are checked in tests alone
         ([1.5], "^target 1.5: expected a token"),
         ([True], "^target True: expected a token"),
         ([(1, 2, 3)], r"^target \(1, 2, 3\): expected a token"),
@@ -531,7 +535,9 @@ def test_bad_input_gets_one_line():
     refuses("^tolerance=1.0: expected from 0 to below 1$", tolerance=1.0)
     refuses("^tolerance=-0.1: expected", tolerance=-0.1)
     with pytest.raises(UserError, match="^conventions 'ours': expected jclt or circuit-tracer$"):
-        Options(conventions=cast(Any, "ours")).check()  # types, checked in tests, let it come no further
+        Options(
+            conventions=cast(Any, "ours")
+        ).check()  # `attribute` would refuse it by its types, which are checked in tests alone
 
     refuses("^targets: none given, expected at least one", targets=[])
     refuses("^target 96: expected a token id from 0 to 95$", targets=[96])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden_cases import CASES, golden_model
 from golden_graphs import GRAPHS, golden_folder, golden_graph
-from handmade_coders import expected_edges, faithful_coder, nodes, unfaithful_coder
+from handmade_coders import VARIANTS, expected_edges, faithful_coder, nodes, unfaithful_coder
 from more_cases import mark_others
 from traced_graphs import Case, assert_close, make_case, measure_residual, trace_whole_graph
 
@@ -176,23 +176,15 @@ def test_rows_and_single_edges_are_those_of_the_linear_model(name):
             assert len(strong) or (out_of, DOUBLE[name]) == ("error", "neurons")
 
 
-MODELS = {
-    "plain": {},
-    "rotated": {"basis_seed": 1},
-    "norms": {"norms": True},
-    "rotated norms": {"basis_seed": 2, "norms": True},
-}
-
-
 @pytest.mark.parametrize(
     ("name", "make_coder"),
     mark_others(
-        [(name, make_coder) for name in MODELS for make_coder in (neurons, faithful_coder, unfaithful_coder)],
+        [(name, make_coder) for name in VARIANTS for make_coder in (neurons, faithful_coder, unfaithful_coder)],
         [("plain", neurons), ("rotated norms", faithful_coder), ("rotated norms", unfaithful_coder)],
     ),
 )
 def test_the_compiled_model_has_exactly_the_edges_that_it_was_made_with(name, make_coder):
-    model = build_two_hop(**MODELS[name])
+    model = build_two_hop(**VARIANTS[name])
     faithful = make_coder is not unfaithful_coder
     coder = make_coder(model)
     for city in (0, 6):

@@ -1,4 +1,4 @@
-"""`jclt attribute` and `jclt demo` as users run them: one prompt, many prompts, interruptions, and wrong input."""
+"""`attribute_file` and `jclt attribute`: one prompt, many prompts, interruptions, and wrong input."""
 
 import json
 import sys
@@ -56,23 +56,23 @@ def test_processes_take_shares_of_their_own_and_the_last_lists_all(shipped, prom
     assert len((out / "graphs.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_stopped_stream_goes_on_and_computes_nothing_twice(shipped, prompts, tmp_path, monkeypatch):
-    out, traced = tmp_path / "graphs", []
+def test_a_stopped_stream_goes_on_and_writes_no_graph_twice(shipped, prompts, tmp_path, monkeypatch):
+    out, saved = tmp_path / "graphs", []
     save = Graph.save
 
     def stopping(graph, path):
-        if len(traced) == 2:
+        if len(saved) == 2:
             raise KeyboardInterrupt
-        traced.append(path.name)
+        saved.append(path.name)
         save(graph, path)
 
     monkeypatch.setattr(Graph, "save", stopping)
     with pytest.raises(KeyboardInterrupt):
         attribute_file(*shipped, prompts, out, Options(), batch=1)
-    assert sorted(path.name for path in out.glob("*.npz")) == sorted(traced)
-    monkeypatch.setattr(Graph, "save", lambda graph, path: (traced.append(path.name), save(graph, path)))
+    assert sorted(path.name for path in out.glob("*.npz")) == sorted(saved)
+    monkeypatch.setattr(Graph, "save", lambda graph, path: (saved.append(path.name), save(graph, path)))
     assert attribute_file(*shipped, prompts, out, Options(), batch=1) == (4, 1)
-    assert sorted(traced) == ["000001.npz", "000002.npz", "000003.npz", "000005.npz"]
+    assert sorted(saved) == ["000001.npz", "000002.npz", "000003.npz", "000005.npz"]
 
 
 def test_a_folder_of_other_prompts_or_settings_is_refused(shipped, prompts, tmp_path):
@@ -223,7 +223,6 @@ def test_lists_are_written_whatever_became_of_the_files(shipped, tmp_path, monke
     assert attribute_file(*shipped, path, out, Options(max_features=3), batch=1) == (2, 1)
     (out / "000002.npz").write_bytes(b"damaged")
     (out / "000003.failed").write_bytes(b"\xff")
-    monkeypatch.setattr(streaming, "attribute_each", lambda *_: iter(()))
     lines = streaming.read_prompts(path)
     graph = jclt.load_graph(out / "000001.npz")
     monkeypatch.setattr(

@@ -415,10 +415,13 @@ def test_replacing_changes_the_covered_layers_alone():
 
 @pytest.mark.parametrize(
     ("kind", "low"),
-    mark_others(product(KINDS, ("bfloat16", "float16")), [("clt", "bfloat16"), ("tied sae", "float16")]),
+    mark_others(
+        [case for case in product(KINDS, ("bfloat16", "float16")) if case[0] != "of some layers"],  # as "clt" is here
+        [("clt", "bfloat16"), ("tied sae", "float16")],
+    ),
 )
 def test_half_precision_weights_compute_as_the_same_weights_in_float32(kind, low):
-    """The inputs from a float32 model are not rounded, nor in a pass with few active features."""
+    """Inputs in float32 are not rounded to half precision, also where only the rows of active features are read."""
     config = replace(KINDS[kind], features=1600, layers=(0, 2) if KINDS[kind].kind == "clt" else (1,))
     narrow = random_coder(config, low)
     wide = jax.tree.map(lambda w: jnp.asarray(np.asarray(w).astype(np.float32)), narrow)
@@ -442,7 +445,7 @@ def test_half_precision_weights_compute_as_the_same_weights_in_float32(kind, low
             assert got.dtype == jnp.float32
             if not is_few:
                 np.testing.assert_array_equal(got, want)
-        # Sums over the rows of active features are fused, and so equal to float32's own rounding.
+        # Sums over the rows of active features are fused, so they are equal up to the rounding of float32.
         np.testing.assert_allclose(sums, wanted[1], rtol=1e-6, atol=1e-5)
 
 

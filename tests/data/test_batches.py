@@ -24,6 +24,14 @@ def test_every_epoch_visits_every_row_once(count):
         assert (permute(np.arange(count), count, (1, 0)) != order).mean() > 0.8
 
 
+def test_a_batch_is_a_function_of_the_step_alone():
+    numbers = np.concatenate([choose_batch_rows(10, 3, step, 4) for step in range(5)])
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+    assert numbers[:10].tolist() != numbers[10:].tolist()
+    np.testing.assert_array_equal(choose_batch_rows(10, 3, 2, 4), numbers[8:12])
+    assert choose_batch_rows(10, 4, 0, 4).tolist() != numbers[:4].tolist()
+
+
 def test_the_order_looks_shuffled():
     count, keys = 12, 6000
     orders = np.stack([permute(np.arange(count), count, (7, key)) for key in range(keys)])

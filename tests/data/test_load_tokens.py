@@ -12,7 +12,7 @@ from golden_cases import FOLDER
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 
-from jclt.data.load_tokens import load_tokens
+from jclt.data.load_tokens import _read_documents, load_tokens, read_text_rows
 from jclt.errors import UserError
 from jclt.models import Tokenizer, load_tokenizer
 
@@ -165,3 +165,28 @@ def test_tokens_are_read_from_end_to_end_once(folder, monkeypatch):
     )
     load_tokens(folder, 7, 96)
     assert len(hashes) == 1, "only the digest of all shards' digests"
+
+
+def test_json_lines_and_their_faults(tmp_path):
+    file, tokenizer = tmp_path / "data.jsonl", load_tokenizer(TOKENIZER)
+    file.write_text('{"text": "word10 word11 word12"}\n' * 40)
+    rows, weights = read_text_rows(file, tokenizer, 16, ())
+    assert rows.shape == (10, 16) == weights.shape
+    assert rows[0, :4].tolist() == [1, 10, 11, 12]
+    file.write_text('{"text": "word10"}\n{"txt": 1}\n')
+    with pytest.raises(UserError, match="data.jsonl:2: expected a JSON object with 'text'"):
+        read_text_rows(file, tokenizer, 16, ())
+    file.write_text('{"text": "word10"}\n')
+    with pytest.raises(UserError, match="2 tokens, expected at least 16"):
+        read_text_rows(file, tokenizer, 16, ())
+
+
+def test_text_keeps_its_blank_lines_and_json_lines_their_numbers(tmp_path):
+    plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_text("one\n\ntwo\n")
+    assert _read_documents(plain) == ["one\n\ntwo\n"]
+    lines.write_text('{"text": "one"}\n\n{"text": "t\u2028wo"}\n', encoding="utf-8")
+    assert _read_documents(lines) == ["one", "t\u2028wo"]
+    lines.write_text('{"text": "one"}\n\n{}\n')
+    with pytest.raises(UserError, match="a.jsonl:3: expected a JSON object with 'text'"):
+        _read_documents(lines)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from numpy.random import Generator
+from short_run import IGNORE_ABANDONED_LOADS
 
 from fuzz.limits import Fault, check_line, describe_error, format_faults, limit_resources
 from fuzz.mutations import BYTES, empty, flip_bit, pick
@@ -33,11 +34,7 @@ from jclt.training.coder.train import train_coder
 from jclt.training.config import TrainConfig
 from jclt.training.metrics import read_metrics
 
-pytestmark = [
-    pytest.mark.fuzz,
-    # Orbax leaves what else it had begun to read when one of the reads fails.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.fuzz, IGNORE_ABANDONED_LOADS]
 
 STEPS, EVERY = 12, 4
 SETTINGS = {"steps": STEPS, "batch": 8, "length": 8, "warmup": 2, "save_every": EVERY, "log_every": 1}

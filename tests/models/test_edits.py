@@ -67,15 +67,15 @@ def build_unchanging_edits(captured: dict) -> dict:
     ),
 )
 def test_edits_that_change_nothing_change_no_bit(model, tokens, unroll, name):
-    """By default composed of the parts of which the others are made; `Freeze` puts values as `Replace` does."""
+    """A plain run tests the composed edit, which contains nearly all of the others."""
     plain, captured = jclt.run(model, tokens, capture=SITES, unroll=unroll)
     edit = build_unchanging_edits({name: np.asarray(value) for name, value in captured.items()})[name]
     again, _ = jclt.run(model, tokens, edit=edit, unroll=unroll)
     np.testing.assert_array_equal(again, plain)
 
 
-def test_layers_say_of_which_layers_the_values_are(model, tokens, captured):
-    """In any order, scanned and unrolled; the other layers do not change."""
+def test_values_of_some_layers_leave_the_others_as_they_are(model, tokens, captured):
+    """Layers may come in any order; scanned and unrolled."""
     new = 2 * np.asarray(captured["mlp_out"])
     everywhere = Replace({"mlp_out": new}, {"mlp_out": np.array([True, False, True])[:, None, None, None]})
     replacement = Replace({"mlp_out": new[[2, 0]]}, layers=(2, 0))

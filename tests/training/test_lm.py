@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -17,10 +14,10 @@ import numpy as np
 import pytest
 from golden_cases import FOLDER
 from more_cases import mark_others
-from short_run import ONE, ONE_DEVICE, read_losses
+from run_processes import start_run, start_two_processes
+from short_run import ONE_DEVICE_MESH, read_losses
 
 import jclt
-from jclt.data.batches import choose_batch_rows
 from jclt.data.load_tokens import read_text_rows
 from jclt.errors import UserError
 from jclt.mesh import make_mesh, make_sharding
@@ -29,7 +26,6 @@ from jclt.training.config import LmConfig
 from jclt.training.lm import init_state, next_token_loss, train_lm, train_step
 from jclt.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig("llama", 96, 16, 2, 2, 32, 32, qkv_bias=True, attn_out_bias=True, mlp_bias=True)
 TINY = LmConfig(
     MODEL, data="text.txt", tokenizer=str(FOLDER / "llama3"), steps=24, batch=8, length=16, warmup=4, save_every=7
@@ -52,14 +48,6 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture
 def config(text) -> LmConfig:
     return replace(TINY, data=str(text))
-
-
-def test_every_epoch_is_a_permutation_and_the_batch_a_function_of_the_step():
-    numbers = np.concatenate([choose_batch_rows(10, 3, step, 4) for step in range(5)])
-    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
-    assert numbers[:10].tolist() != numbers[10:].tolist()
-    np.testing.assert_array_equal(choose_batch_rows(10, 3, 2, 4), numbers[8:12])
-    assert choose_batch_rows(10, 4, 0, 4).tolist() != numbers[:4].tolist()
 
 
 def test_the_loss_is_the_weighted_mean_of_cross_entropies():
@@ -90,7 +78,7 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_it_learns_the_rule_of_its_text(config, tmp_path):
-    model = train_lm(replace(config, steps=150, save_every=150, learning_rate=1e-2), tmp_path / "run", ONE)
+    model = train_lm(replace(config, steps=150, save_every=150, learning_rate=1e-2), tmp_path / "run", ONE_DEVICE_MESH)
     assert jclt.generate(model, "word10 word11 word12", 3) == "word10 word11 word12 word13 word14 word15"
     again = jclt.load_model(tmp_path / "run" / "model")
     assert jclt.generate(again, "word28 word29", 2) == "word28 word29 word10 word11"
@@ -99,11 +87,13 @@ def test_it_learns_the_rule_of_its_text(config, tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("data", "features"), mark_others([(1, 4), (2, 2)], [(2, 2)]))
-def test_the_same_steps_on_any_mesh_give_the_same_losses(config, data, features):
+@pytest.mark.parametrize(
+    ("data", "features", "optimizer"), mark_others([(1, 4, "adamw"), (2, 2, "muon")], [(2, 2, "muon")])
+)
+def test_the_same_steps_on_any_mesh_give_the_same_losses(config, data, features, optimizer):
     rows = read_text_rows(Path(config.data), jclt.load_model(FOLDER / "llama3").tokenizer, config.length, ())[0]
 
-    config = replace(config, optimizer="muon" if data == 2 else "adamw")
+    config = replace(config, optimizer=optimizer)
 
     def losses(mesh) -> list[float]:
         placed = make_sharding(mesh, (8, 16), ("batch", None))
@@ -120,34 +110,8 @@ def test_the_same_steps_on_any_mesh_give_the_same_losses(config, data, features)
                 assert placements == {state.params["query"].sharding}
         return seen
 
-    single = losses(ONE)
+    single = losses(ONE_DEVICE_MESH)
     np.testing.assert_allclose(losses(make_mesh(data, features)), single, rtol=1e-5)
-
-
-def command(config: LmConfig, folder: Path, *extra: str) -> list[str]:
-    file = folder.parent / "tiny.py"
-    source = f"from jclt.models import ModelConfig\nfrom jclt.training.config import LmConfig\nconfig = {config!r}\n"
-    file.write_text(source)
-    return [sys.executable, "-m", "jclt", "train-lm", str(file), "--out", str(folder), *extra]
-
-
-ENVIRONMENT = os.environ | ONE_DEVICE | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-
-def start(config: LmConfig, folder: Path, **environment: str) -> subprocess.Popen:
-    variables = ENVIRONMENT | environment
-    return subprocess.Popen(command(config, folder), env=variables, stderr=subprocess.PIPE, text=True)
-
-
-def start_two(config: LmConfig, folder: Path) -> list[subprocess.Popen]:
-    """Starts two processes of one run, with two devices each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    place = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "2"}
-    # The first alone finds programs in the cache, and the other one must not come to a collective half a minute later.
-    place["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    return [start(config, folder, **place, JCLT_PROCESS=str(process)) for process in range(2)]
 
 
 def final_params(folder: Path) -> dict[str, np.ndarray]:
@@ -158,12 +122,12 @@ def read_curve(folder: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["loss"]) for entry in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.exhaustive  # the coder's test of a signal runs the same loop
+@pytest.mark.exhaustive  # slow; the coder's test of a signal, in test_train.py, runs the same loop
 def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path, caplog):
     """Here on another number of devices; the test of a damaged checkpoint compares bits."""
     caplog.set_level("INFO")
     config = replace(config, steps=400, save_every=400)
-    process = start(config, tmp_path / "run")
+    process = start_run(config, tmp_path / "run")
     deadline = time.time() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
@@ -178,34 +142,34 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path
 
 def test_two_processes_train_a_model_as_one_does(config, tmp_path):
     config = replace(config, save_every=config.steps)
-    for process in start_two(config, tmp_path / "run"):
+    for process in start_two_processes(config, tmp_path / "run"):
         _, output = process.communicate(timeout=300)
         assert process.returncode == 0, output
-    single = train_lm(config, tmp_path / "alone", ONE).params
+    single = train_lm(config, tmp_path / "alone", ONE_DEVICE_MESH).params
     for name, value in final_params(tmp_path / "run").items():
         np.testing.assert_allclose(value, single[name], atol=1e-5)
 
 
-@pytest.mark.exhaustive  # a step for two processes is agreed on in the same way, which the test above runs
+@pytest.mark.exhaustive  # slow; test_hosts.py tests it with two threads in place of two processes
 def test_two_processes_agree_on_what_fails_on_one(config, tmp_path):
     """Only the first looks at the folder, and the other one learns of it."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    for process in start_two(config, tmp_path / "full"):
+    for process in start_two_processes(config, tmp_path / "full"):
         _, output = process.communicate(timeout=300)
         assert process.returncode == 2 and "exists and is not a run of jclt, expected" in output, output
         assert "Traceback" not in output
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_in_the_same_bits(config, tmp_path, caplog):
-    uninterrupted = train_lm(config, tmp_path / "whole", ONE)
+    uninterrupted = train_lm(config, tmp_path / "whole", ONE_DEVICE_MESH)
     shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
     newest = tmp_path / "damaged" / "checkpoints" / "24"
     for path in newest.rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     shutil.rmtree(tmp_path / "damaged" / "model")
-    again = train_lm(config, tmp_path / "damaged", ONE)
+    again = train_lm(config, tmp_path / "damaged", ONE_DEVICE_MESH)
     assert "checkpoint of step 24 cannot be read, passing over it" in caplog.text
     for name in uninterrupted.params:
         np.testing.assert_array_equal(again.params[name], uninterrupted.params[name])
@@ -216,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
     with pytest.raises(
         UserError, match=r"(loss|gradient_norm) is (nan|inf) at step \d+; no checkpoint has been saved yet"
     ):
-        train_lm(replace(config, steps=60, learning_rate=1e38, clip=1e38, warmup=12), tmp_path / "run", ONE)
+        train_lm(replace(config, steps=60, learning_rate=1e38, clip=1e38, warmup=12), tmp_path / "run", ONE_DEVICE_MESH)
 
 
 @pytest.mark.parametrize(
@@ -247,37 +211,10 @@ def test_what_cannot_work_is_refused(config, tmp_path, change, line):
 
 
 def test_a_folder_of_another_run_is_refused(config, tmp_path):
-    train_lm(config, tmp_path / "run", ONE)
+    train_lm(config, tmp_path / "run", ONE_DEVICE_MESH)
     with pytest.raises(UserError, match="holds a run with seed=0, expected seed=1"):
         train_lm(replace(config, seed=1), tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(UserError, match="exists and is not a run of jclt"):
         train_lm(config, tmp_path / "other")
-
-
-def test_json_lines_and_their_faults(config, tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text('{"text": "word10 word11 word12"}\n' * 40)
-    rows, weights = read_text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
-    assert rows.shape == (10, 16) == weights.shape
-    assert rows[0, :4].tolist() == [1, 10, 11, 12]
-    file.write_text('{"text": "word10"}\n{"txt": 1}\n')
-    with pytest.raises(UserError, match="data.jsonl:2: expected a JSON object with 'text'"):
-        read_text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
-    file.write_text('{"text": "word10"}\n')
-    with pytest.raises(UserError, match="2 tokens, expected at least 16"):
-        read_text_rows(file, jclt.load_model(FOLDER / "llama3").tokenizer, 16, ())
-
-
-def test_text_keeps_its_blank_lines_and_json_lines_their_numbers(tmp_path):
-    from jclt.data.load_tokens import _read_documents
-
-    plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
-    plain.write_text("one\n\ntwo\n")
-    assert _read_documents(plain) == ["one\n\ntwo\n"]
-    lines.write_text('{"text": "one"}\n\n{"text": "t\u2028wo"}\n', encoding="utf-8")
-    assert _read_documents(lines) == ["one", "t\u2028wo"]
-    lines.write_text('{"text": "one"}\n\n{}\n')
-    with pytest.raises(UserError, match="a.jsonl:3: expected a JSON object with 'text'"):
-        _read_documents(lines)

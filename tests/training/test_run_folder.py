@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from short_run import CONFIG, LOADS_LEFT, ONE
+from short_run import CONFIG, IGNORE_ABANDONED_LOADS, ONE_DEVICE_MESH
 
 import jclt.training.coder.train as training
 from jclt.coders import CoderConfig
@@ -72,7 +72,7 @@ def numbers_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name == "d")
 
 
-@LOADS_LEFT
+@IGNORE_ABANDONED_LOADS
 def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
     save_steps(tmp_path / "whole", 1, 2)
     rng, passed_over = random.Random(0), 0
@@ -109,7 +109,7 @@ def test_sums_are_the_same_on_any_mesh_and_what_was_saved_without_them_is_said(t
     assert "checkpoint of step 4 was saved without sums: nothing can tell whether it is damaged" in caplog.text
 
 
-@LOADS_LEFT
+@IGNORE_ABANDONED_LOADS
 def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew(tmp_path, monkeypatch):
     save_steps(tmp_path / "run", 1, 2)
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
@@ -476,7 +476,7 @@ def test_what_was_just_made_takes_an_older_folders_place(tmp_path):
     assert (tmp_path / "coder" / "old").exists()
 
 
-@LOADS_LEFT
+@IGNORE_ABANDONED_LOADS
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_shown(tmp_path, monkeypatch):
     write_json(tmp_path / "config.json", {"steps": 2})
     layers = {f"coder.layers.{n}.encoder": jnp.zeros((4, 2)) for n in range(30)}
@@ -573,10 +573,10 @@ def test_a_run_ends_with_its_coder_whatever_its_evaluation_does_and_can_be_made_
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate_replacement", fails)
-        training.train_coder(short, tmp_path / "run", ONE)
+        training.train_coder(short, tmp_path / "run", ONE_DEVICE_MESH)
     assert "step 3 could not be evaluated, the run goes on without (list index out of range)" in caplog.text
     before = (tmp_path / "run" / "coder" / "W_enc_0.safetensors").read_bytes()
-    training.train_coder(replace(short, steps=6), tmp_path / "run", ONE)
+    training.train_coder(replace(short, steps=6), tmp_path / "run", ONE_DEVICE_MESH)
     assert "evaluating the replacement model" in caplog.text and "agrees with the model on" in caplog.text
     entries = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6, 6] and "agreement" in entries[-1]

@@ -26,7 +26,7 @@ def test_it_is_small_and_has_a_few_layers(shipped):
     assert 4 <= shipped.config.layers <= 6
 
 
-def test_its_folder_is_what_saving_it_writes(shipped, tmp_path):
+def test_its_files_and_its_tokenizer_are_those_that_saving_it_writes(shipped, tmp_path):
     jclt.save_model(shipped, tmp_path / "again")
     folder = Path(find_model("demo"))
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "again").iterdir()}
@@ -45,9 +45,9 @@ def test_every_task_is_known(shipped, share_program):
 @pytest.mark.parametrize("forms", mark_others([1, len(ASKED)], [1]))
 def test_cities_are_answered_in_two_hops(shipped, forms, monkeypatch):
     """At the first place where a probe can read the state, before the last layer, the stream of another city of the
-    same state keeps the answer and that of another state does not. Elsewhere an exchange has no effect.
+    same state keeps the answer and that of another state does not. A layer earlier, and at the city, a swap moves few.
 
-    Of 80 exchanges for each form of the question, shares of 0.95 and 0.9 have standard errors of 0.024 and 0.034."""
+    Of 80 swaps for each form of the question, shares of 0.95 and 0.9 have standard errors of 0.024 and 0.034."""
     monkeypatch.setattr(measure, "ASKED", ASKED[:forms])
     swaps = measure_swaps(shipped)
     right = find_state_swap(swaps, probe_states(shipped))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from more_cases import mark_others
-from short_run import CONFIG, read_losses
+from short_run import CONFIG, ONE_DEVICE_MESH, read_losses
 
 from jclt.coders import CoderConfig, load_coder
 from jclt.errors import UserError
@@ -130,12 +130,12 @@ def test_values_and_gradients_are_the_dense_ones(rule, sparsity, preactivation, 
 
 
 def test_a_micro_batch_over_capacity_is_computed_densely_and_counted():
-    config = setting("jumprelu", sparsity="l0", preactivation="zero", micro_batches=2)  # as above: it has a program
+    # The settings of a case above, whose program is compiled already.
+    config = setting("jumprelu", sparsity="l0", preactivation="zero", micro_batches=2)
     over = compute_step(config, CAPACITY, 2, 2, lift=3.0)
     assert_equal(over, compute_step(config, None, lift=3.0), overflow=1.0)
 
 
-ONE = make_mesh(devices=jax.devices()[:1])
 RUN = replace(
     CONFIG,
     coder=replace(CONFIG.coder, layers=(2,), bandwidth=0.1),
@@ -157,12 +157,12 @@ def run_sparsely(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sparse") / "run"
     with pytest.MonkeyPatch.context() as patched:
         change_over_early(patched)
-        train_coder(RUN, folder, ONE)
+        train_coder(RUN, folder, ONE_DEVICE_MESH)
     return folder
 
 
 def test_a_run_on_the_sparse_path_has_the_losses_of_a_dense_one(run_sparsely, tmp_path):
-    train_coder(replace(RUN, path="dense"), tmp_path / "run", ONE)
+    train_coder(replace(RUN, path="dense"), tmp_path / "run", ONE_DEVICE_MESH)
     np.testing.assert_allclose(read_losses(run_sparsely), read_losses(tmp_path / "run"), rtol=1e-5)
 
 
@@ -178,20 +178,20 @@ def test_a_run_resumed_across_the_change_ends_in_the_same_bits(run_sparsely, tmp
     shutil.copytree(run_sparsely, tmp_path / "run")
     for name in ("coder", "checkpoints/30"):
         shutil.rmtree(tmp_path / "run" / name)
-    train_coder(RUN, tmp_path / "run", ONE)
+    train_coder(RUN, tmp_path / "run", ONE_DEVICE_MESH)
     resumed, uninterrupted = (load_coder(folder / "coder") for folder in (tmp_path / "run", run_sparsely))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, resumed, uninterrupted)))
 
 
 def test_a_setting_without_a_sparse_path_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="setting 'path': sparse, expected auto or dense, since auxiliary_weight"):
-        train_coder(replace(RUN, path="sparse", auxiliary_weight=0.1), tmp_path / "run", ONE)
+        train_coder(replace(RUN, path="sparse", auxiliary_weight=0.1), tmp_path / "run", ONE_DEVICE_MESH)
 
 
 @pytest.mark.parametrize(
     "path, backend, capacity", [("auto", "cpu", 6), ("auto", "tpu", 0), ("sparse", "tpu", 6), ("dense", "cpu", 0)]
 )
-def test_where_nothing_is_measured_it_changes_over_only_when_asked(path, backend, capacity, monkeypatch):
+def test_setting_and_backend_say_which_path_is_taken(path, backend, capacity, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     config = replace(setting("jumprelu"), path=path)
     config = replace(config, coder=replace(config.coder, features=256))

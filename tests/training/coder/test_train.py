@@ -4,9 +4,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 from more_cases import mark_others
-from short_run import CONFIG, LOADS_LEFT, ONE, ONE_DEVICE, read_losses
+from run_processes import start_run, start_two_processes, write_config
+from short_run import CONFIG, IGNORE_ABANDONED_LOADS, ONE_DEVICE_MESH, read_losses
 
 import jclt
 from jclt.cli.main import main
@@ -25,29 +24,16 @@ from jclt.errors import UserError
 from jclt.mesh import make_mesh
 from jclt.training.coder import train as training
 from jclt.training.coder.train import Trainer, train_coder
-from jclt.training.config import TrainConfig
 from jclt.training.inspect import inspect_run
 from jclt.training.metrics import read_metrics
-
-SOURCE = """
-from dataclasses import replace
-from jclt.coders import CoderConfig
-from jclt.training.config import TrainConfig
-config = {config!r}
-"""
 
 
 def digest(folder: Path) -> str:
     return inspect_run(folder).rsplit(" ", 1)[-1]
 
 
-def command(folder: Path, config: TrainConfig, **environment: str) -> subprocess.Popen[str]:
-    """Starts `jclt train` in a separate process, on one virtual device unless the environment sets another number."""
-    file = folder.with_suffix(".py")
-    file.write_text(SOURCE.format(config=config))
-    variables = os.environ | ONE_DEVICE | environment
-    arguments = [sys.executable, "-m", "jclt", "train", str(file), "--out", str(folder)]
-    return subprocess.Popen(arguments, env=variables, stderr=subprocess.PIPE, text=True)
+def read_divergences(folder: Path) -> np.ndarray:
+    return np.array([entry["kl"] for entry in read_metrics(folder / "metrics.jsonl") if "kl" in entry])
 
 
 def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -65,7 +51,7 @@ def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
 def one_device(tmp_path_factory) -> Path:
     """The run on one device, with an evaluation."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train_coder(replace(CONFIG, evaluate_every=0), folder, ONE, profile=2)
+    train_coder(replace(CONFIG, evaluate_every=0), folder, ONE_DEVICE_MESH, profile=2)
     return folder
 
 
@@ -78,27 +64,16 @@ def test_losses_are_the_same_on_every_mesh(one_device, tmp_path, data, features)
 SHARED = replace(CONFIG, data_shards=2, save_every=20)
 
 
-def start_processes(folder: Path, config: TrainConfig) -> list[subprocess.Popen[str]]:
-    """Starts `jclt train` as two processes, which share a run and have two devices each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    meeting = {"JCLT_COORDINATOR": f"localhost:{port}", "JCLT_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "2"}
-    return [command(folder, config, **meeting, JCLT_PROCESS=str(process)) for process in range(2)]
-
-
 def finish(processes: list[subprocess.Popen[str]]) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
 
 
-@pytest.mark.exhaustive  # two processes that train a language model, in test_lm.py, meet and part in the same way
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_with_as_many_or_with_another_number(
-    one_device, tmp_path
-):
-    """In the end it is the run of one device."""
-    first, second = start_processes(tmp_path / "two", SHARED)
+@pytest.mark.exhaustive  # slow; a plain run tests two processes in test_lm.py, but not the death of one
+def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(one_device, tmp_path):
+    """With as many processes or with one, it ends as the run of one device."""
+    first, second = start_two_processes(SHARED, tmp_path / "two")
     wait_for(tmp_path / "two", 20, first)
     second.send_signal(signal.SIGKILL)
     second.communicate()
@@ -106,7 +81,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_with_as_many_or
     assert first.returncode != 0
     assert "cannot go on" in errors or "another task died" in errors, errors[-2000:]
     shutil.copytree(tmp_path / "two", tmp_path / "one")
-    finish(start_processes(tmp_path / "two", SHARED))
+    finish(start_two_processes(SHARED, tmp_path / "two"))
     train_coder(SHARED, tmp_path / "one", make_mesh(2, 2))
     coder = load_coder(one_device / "coder")
     for folder in (tmp_path / "two", tmp_path / "one"):
@@ -135,9 +110,9 @@ SHUFFLED = replace(
 )
 
 
-@LOADS_LEFT
+@IGNORE_ABANDONED_LOADS
 def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path, caplog):
-    killed = command(tmp_path / "killed", SHUFFLED)
+    killed = start_run(SHUFFLED, tmp_path / "killed")
     wait_for(tmp_path / "killed", 20, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
@@ -146,18 +121,18 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path, caplog):
     newest = max(complete, key=lambda path: int(path.name))
     for file in (newest / "state" / "d").glob("*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    train_coder(SHUFFLED, tmp_path / "killed", ONE)
+    train_coder(SHUFFLED, tmp_path / "killed", ONE_DEVICE_MESH)
     assert f"checkpoint of step {newest.name} cannot be read" in caplog.text
-    train_coder(SHUFFLED, tmp_path / "straight", ONE)
+    train_coder(SHUFFLED, tmp_path / "straight", ONE_DEVICE_MESH)
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
     assert read_losses(tmp_path / "killed").tolist() == read_losses(tmp_path / "straight").tolist()
+    # There is no evaluation, which `evaluate_every=-1` forbids.
     assert not any("agreement" in entry for entry in read_metrics(tmp_path / "killed" / "metrics.jsonl"))
 
 
 def test_a_signal_saves_and_the_same_command_goes_on_from_there(one_device, tmp_path, capsys, monkeypatch):
-    (tmp_path / "run.py").write_text(SOURCE.format(config=CONFIG))
-    command = ["train", str(tmp_path / "run.py"), "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(training, "make_mesh", lambda _: ONE)
+    command = ["train", write_config(CONFIG, tmp_path / "run.py"), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(training, "make_mesh", lambda _: ONE_DEVICE_MESH)
     advance = Trainer.advance
 
     def send_signal(self: Trainer, step: int, *inputs: Any) -> Any:
@@ -177,23 +152,34 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(one_device, tmp_
 
 def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
-    train_coder(config, tmp_path / "run", ONE)
+    train_coder(config, tmp_path / "run", ONE_DEVICE_MESH)
     losses = read_losses(tmp_path / "run")
     assert losses[0] == pytest.approx(read_losses(one_device)[0], rel=0.3)  # other rows, the same model
     assert losses[-1] < 0.8 * losses[0]
-    train_coder(replace(config, save_every=25), tmp_path / "again", ONE)  # reads what is there already
+    train_coder(replace(config, save_every=25), tmp_path / "again", ONE_DEVICE_MESH)  # reads what is there already
     assert read_losses(tmp_path / "again").tolist() == losses.tolist()
     with pytest.raises(UserError, match="was made with reads=mlp_in, expected reads=mlp_normalized"):
         other = replace(config.coder, reads="mlp_normalized")
-        train_coder(replace(config, coder=other), tmp_path / "other", ONE)
+        train_coder(replace(config, coder=other), tmp_path / "other", ONE_DEVICE_MESH)
 
 
-@pytest.mark.parametrize("mesh", mark_others([ONE, make_mesh(2, 2)], [ONE]), ids=lambda mesh: f"{mesh.size} devices")
-def test_the_end_to_end_phase_lowers_the_divergence(mesh, tmp_path):
+@pytest.mark.parametrize(("data", "features"), mark_others([(1, 1), (2, 2)], [(1, 1)]))
+def test_the_end_to_end_phase_lowers_the_divergence(data, features, tmp_path):
     config = replace(CONFIG, steps=60, end_to_end_steps=40, end_to_end_weight=4.0, learning_rate=3e-3)
-    train_coder(config, tmp_path / "run", mesh)
-    divergences = [entry["kl"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if "kl" in entry]
-    assert len(divergences) == 40 and np.mean(divergences[-5:]) < 0.8 * np.mean(divergences[:5])
+    train_coder(config, tmp_path / "run", make_mesh(data, features))
+    divergences = read_divergences(tmp_path / "run")
+    assert len(divergences) == 40 and divergences[-5:].mean() < 0.8 * divergences[:5].mean()
+
+
+@pytest.mark.exhaustive  # slow: the control of the test above
+def test_the_divergence_falls_further_by_its_own_loss(tmp_path):
+    last = []
+    for weight in (4.0, 0.0):
+        folder = tmp_path / f"weight {weight}"
+        config = replace(CONFIG, steps=60, end_to_end_steps=40, end_to_end_weight=weight, learning_rate=3e-3)
+        train_coder(config, folder, ONE_DEVICE_MESH)
+        last.append(read_divergences(folder)[-5:].mean())
+    assert last[0] < 0.9 * last[1]
 
 
 WRONG = {
@@ -220,8 +206,8 @@ WRONG = {
 @pytest.mark.parametrize("setting", WRONG)
 def test_what_cannot_work_is_said_in_one_line_before_anything_is_written(setting, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "run.py").write_text(SOURCE.format(config=CONFIG))
-    assert main(["train", str(tmp_path / "run.py"), "--out", str(tmp_path / "out"), "--set", setting]) == 2
+    file = write_config(CONFIG, tmp_path / "run.py")
+    assert main(["train", file, "--out", str(tmp_path / "out"), "--set", setting]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"jclt: {WRONG[setting]}")
     assert not (tmp_path / "out").exists()
