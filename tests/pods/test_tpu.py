@@ -60,9 +60,8 @@ def test_the_kernels_of_the_sparse_path_compile_for_each_chip(topology):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(  # each takes minutes of a processor
-    "name", ["gpt2_small_300k_v5e_8", pytest.param("llama_3p2_1b_524k_v5e_64", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive  # minutes of a processor; the test below plans a small step in the same way
+@pytest.mark.parametrize("name", ["gpt2_small_300k_v5e_8", "llama_3p2_1b_524k_v5e_64"])
 def test_the_small_configurations_are_planned_as_their_table_says(name):
     path = Path(__file__).parents[2] / "tpu_configs" / f"{name}.py"
     plan = json.loads(path.with_name("plans.json").read_text())[name]
