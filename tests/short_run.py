@@ -1,4 +1,4 @@
-"""What tests of training share: a run of a few seconds, a mesh of one device, the losses of a log."""
+"""What tests of training share: a run of a few seconds, a mesh of one device, what a run's folder holds."""
 
 from pathlib import Path
 
@@ -31,3 +31,8 @@ IGNORE_ABANDONED_LOADS = pytest.mark.filterwarnings("ignore::pytest.PytestUnrais
 
 def read_losses(folder: Path) -> np.ndarray:
     return np.array([entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry])
+
+
+def list_array_files(checkpoint: Path) -> list[Path]:
+    """The files with the arrays of a checkpoint."""
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.parent.name == "d")

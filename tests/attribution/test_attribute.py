@@ -535,9 +535,8 @@ def test_bad_input_gets_one_line():
     refuses("^tolerance=1.0: expected from 0 to below 1$", tolerance=1.0)
     refuses("^tolerance=-0.1: expected", tolerance=-0.1)
     with pytest.raises(UserError, match="^conventions 'ours': expected jclt or circuit-tracer$"):
-        Options(
-            conventions=cast(Any, "ours")
-        ).check()  # `attribute` would refuse it by its types, which are checked in tests alone
+        # `attribute` would refuse it by its types, which are checked in tests alone.
+        Options(conventions=cast(Any, "ours")).check()
 
     refuses("^targets: none given, expected at least one", targets=[])
     refuses("^target 96: expected a token id from 0 to 95$", targets=[96])

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from numpy.random import Generator
-from short_run import IGNORE_ABANDONED_LOADS
+from short_run import IGNORE_ABANDONED_LOADS, list_array_files
 
 from fuzz.limits import Fault, check_line, describe_error, format_faults, limit_resources
 from fuzz.mutations import BYTES, empty, flip_bit, pick
@@ -102,13 +102,8 @@ def are_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 # Damage.
 
 
-def number_files(folder: Path) -> list[Path]:
-    """The files with the arrays of a checkpoint."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d")
-
-
 def damage(rng: Generator, newest: Path, bits_alone: bool) -> str:
-    files = number_files(newest) if bits_alone else sorted(path for path in newest.rglob("*") if path.is_file())
+    files = list_array_files(newest) if bits_alone else sorted(path for path in newest.rglob("*") if path.is_file())
     path = pick(rng, files)
     name, content = path.relative_to(newest), path.read_bytes()
     kind = rng.random()

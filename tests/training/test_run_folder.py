@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from short_run import CONFIG, IGNORE_ABANDONED_LOADS, ONE_DEVICE_MESH
+from short_run import CONFIG, IGNORE_ABANDONED_LOADS, ONE_DEVICE_MESH, list_array_files
 
 import jclt.training.coder.train as training
 from jclt.coders import CoderConfig
@@ -67,11 +67,6 @@ def are_equal(a: dict[str, Array], b: dict[str, Array]) -> bool:
     return all(np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes() for name in b)
 
 
-def numbers_of(path: Path) -> list[Path]:
-    """The files with the arrays of a checkpoint."""
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name == "d")
-
-
 @IGNORE_ABANDONED_LOADS
 def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
     save_steps(tmp_path / "whole", 1, 2)
@@ -79,7 +74,7 @@ def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
     for number in range(40):
         damaged = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", damaged)
-        file = rng.choice(numbers_of(damaged / "2"))
+        file = rng.choice(list_array_files(damaged / "2"))
         content = bytearray(file.read_bytes())
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(content)
@@ -118,7 +113,7 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew(tmp_path, monk
         checkpoints.restore(other)
     assert "none of the checkpoints can be read, of step 2 for this reason: holds no array 'more'" in str(error.value)
     for step in ("1", "2"):
-        for file in numbers_of(tmp_path / "run" / step):
+        for file in list_array_files(tmp_path / "run" / step):
             file.write_bytes(file.read_bytes()[:10])
     with Checkpoints(str(tmp_path / "run")) as checkpoints, pytest.raises(UserError, match="none of the checkpoints"):
         checkpoints.restore(weights(0))
@@ -484,7 +479,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_shown(tmp_path, mon
     with Checkpoints(str(tmp_path / "checkpoints")) as checkpoints:
         checkpoints.save(1, layers)
         checkpoints.save(2, layers)
-    for file in numbers_of(tmp_path / "checkpoints" / "2"):
+    for file in list_array_files(tmp_path / "checkpoints" / "2"):
         file.write_bytes(file.read_bytes()[:10])
     with Log(tmp_path, 0) as log:
         log.write({"step": 2, "loss": 1.0})

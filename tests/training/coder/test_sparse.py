@@ -34,7 +34,7 @@ RULES = {
     "topk": CoderConfig(features=FEATURES, activation="topk", k=4),
     "batchtopk": CoderConfig(features=FEATURES, activation="batchtopk", k=6),
 }
-LAYERS = dict.fromkeys(RULES, 2) | {"topk": 1}  # each layer for itself, as in a clt of several
+LAYERS = dict.fromkeys(RULES, 2) | {"topk": 1}  # whose layers do not depend on each other
 CASES = [  # the rule, the two penalties, the micro-batches, the mesh
     ("relu", "tanh", "threshold", 1, 4, 1),
     ("jumprelu", "l0", "zero", 2, 2, 2),
