@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Freeze, ModelConfig, Sites
+from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Freeze, ModelConfig, Place, Sites
+from jclt.models.sites import list_absent_sites
 from jclt.models.transformer import apply_norm, block, make_context
 from jclt.models.weights import declare_layer_weights
 from jclt.numerics import einsum
@@ -45,8 +46,7 @@ class Reads(NamedTuple):
 
 def list_frozen_sites(config: ModelConfig) -> tuple[str, ...]:
     """The sites that a linear pass needs. The norms of queries and keys only affect the pattern, which is frozen."""
-    absent = {"query_denominator", "key_denominator"}
-    absent |= set() if config.post_norms else {"attn_post_denominator", "mlp_post_denominator"}
+    absent = list_absent_sites(config) | {"query_denominator", "key_denominator"}
     return tuple(name for name in PATTERNS_AND_DENOMINATORS if name not in absent)
 
 
@@ -74,12 +74,12 @@ def run_layer(
     """
     read = x
 
-    def replace_mlp(site: str, _: object, value: Array) -> Array:
+    def replace_mlp(place: Place, value: Array) -> Array:
         """Keeps what the coder reads, and replaces what the MLP writes by `write` and the coder's skip."""
         nonlocal read
-        if site == local.reads:
+        if place.site == local.reads:
             read = value[0]
-        if site == local.writes:
+        if place.site == local.writes:
             skip_write = 0 if skip is None else einsum("td,ed->te", read, skip)
             return (write + skip_write)[None]
         return value

@@ -7,7 +7,8 @@ import equinox as eqx
 from jclt.coders.coder import Coder, SparseCoder
 from jclt.coders.decoder_sums import DecoderSums
 from jclt.mesh import shard_by_axes
-from jclt.shapes import Array, Layer
+from jclt.models import Place
+from jclt.shapes import Array
 
 
 class CoderReplacement(eqx.Module):
@@ -25,18 +26,18 @@ class CoderReplacement(eqx.Module):
     def __init__(self, coder: Coder, *, trained: bool = False):
         self.coder, self.trained, self.current_pass = coder, trained, {}
 
-    def __call__(self, site: str, layer: Layer, value: Array) -> Array:
+    def __call__(self, place: Place, value: Array) -> Array:
         config, state = self.coder.config, self.current_pass
-        index = config.index(layer)
+        index = config.index(place.layer)
         if index is None:
             return value
-        if site == config.reads:
+        if place.site == config.reads:
             if index == 0:
                 state["decoder_sums"] = DecoderSums(self.coder, dense=self.trained)
             # The model's tokens are split over all devices, the coder's over the data axis alone.
             state["read"] = shard_by_axes(value, ("tokens", None, None))
             state["decoder_sums"].add(index, self._encode(index, state["read"]))
-        if site == config.writes:
+        if place.site == config.writes:
             output = state["decoder_sums"].output(index, state["read"])
             if index == len(config.covered) - 1:
                 state.clear()

@@ -52,7 +52,7 @@ def run_with_features(
         changed_writes.append(out)
 
     covered = [coder.config.covered[i] for i in layers]
-    edit = Replace({coder.config.writes: jnp.stack(changed_writes)}, layers=covered)
+    edit = Replace({coder.config.writes: jnp.stack(changed_writes)}, value_layers=covered)
     return forward(config, params, tokens, edit=edit, unroll=True)[0]
 
 

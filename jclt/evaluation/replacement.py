@@ -42,7 +42,7 @@ def compute_ablated_logits(
     config: ModelConfig, params: Params, coder: CoderConfig, means: Float[ArrayLike, "L D"], tokens: Tokens
 ) -> Logits:
     """Logits where every covered layer writes its mean."""
-    ablation = Replace({coder.writes: jnp.asarray(means)[:, None, None]}, layers=coder.covered)
+    ablation = Replace({coder.writes: jnp.asarray(means)[:, None, None]}, value_layers=coder.covered)
     return forward(config, params, tokens, edit=ablation, unroll=True)[0]
 
 

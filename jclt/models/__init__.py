@@ -1,20 +1,23 @@
 """The language model: one configurable transformer for all families.
 
 Reading order: `config.py` the settings, `weights.py` one declaration for each weight, `transformer.py` the forward pass
-(its arithmetic is `ops.py`), `sites.py` the named values in it, `edits.py` how to change them, `model.py` what users
-call. `formats/` reads and writes published models.
+(its arithmetic is `ops.py`), `sites.py` the named values in it, `edits.py` and `site_edits.py` how to change them, and
+`ranges.py` where, `model.py` what users call. `formats/` reads and writes published models.
 """
 
 from jclt.models.config import ModelConfig, RopeScaling
-from jclt.models.edits import Compose, Edit, Freeze, Replace
+from jclt.models.edits import Compose, Freeze, Replace
 from jclt.models.formats.known_shapes import known_config
 from jclt.models.model import Model, find_model, generate, load_model, run, save_model, token_array
+from jclt.models.site_edits import Add, Noise, Scale, Set, SiteEdit
 from jclt.models.sites import (
     LAYER_SITES,
     MODEL_SITES,
     PATTERNS_AND_DENOMINATORS,
     PEER_NAMES,
     SITES,
+    Edit,
+    Place,
     Sites,
     check_sites,
 )
@@ -28,6 +31,7 @@ __all__ = [
     "PATTERNS_AND_DENOMINATORS",
     "PEER_NAMES",
     "SITES",
+    "Add",
     "Cache",
     "Compose",
     "Edit",
@@ -35,8 +39,13 @@ __all__ = [
     "Mlp",
     "Model",
     "ModelConfig",
+    "Noise",
+    "Place",
     "Replace",
     "RopeScaling",
+    "Scale",
+    "Set",
+    "SiteEdit",
     "Sites",
     "Tokenizer",
     "Transformer",

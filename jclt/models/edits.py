@@ -1,95 +1,103 @@
 """Edits of a forward pass: what the network goes on with at a site, in place of the value that it computed there.
 
-The transformer calls an edit at every site with the site's name, the layer and the value, and goes on with the result.
-Any function of these three is an edit. The ones in this file are pytrees (equinox modules): their arrays are arguments
-of a compiled program, so the same program serves other values.
+The transformer calls an edit at every site with the place (site, layer, positions) and the value, and goes on with the
+result. Any function of these two is an edit. The ones in this file are pytrees (equinox modules): their numbers are
+arguments of a compiled program, so the same program serves other numbers.
 
-- `Replace(values)` puts values at sites: everywhere, in some layers, or where a mask is true.
+- `Set`, `Scale`, `Add` and `Noise` (`site_edits.py`) change one site. They say where: layer, position, head, key and
+  index, each as an index or a slice; and `direction`, if only a part of the value is to change.
+- `Replace(values)` puts captured values at sites.
 - `Freeze(values)` puts values at sites and stops gradients there; `Freeze(names)` keeps what the network computes.
 - `Compose(edits)` applies several edits in the order given.
 """
 # JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jclt.errors import UserError
-from jclt.mesh import shard_like
-from jclt.shapes import Array, ArrayLike, Bool, Layer
-
-Edit = Callable[[str, Layer, Array], Array]
-"""`edit(site, layer, value)` returns what the network goes on with. An edit that changes nothing returns `value`
-itself: then the compiled program is the one without the edit."""
+from jclt.models.config import ModelConfig
+from jclt.models.ranges import Index, Ranges, align_positions, is_known, select
+from jclt.models.site_edits import Set, SiteEdit, make_directions, project_onto
+from jclt.models.sites import SITE_AXES, Edit, Place, check_sites
+from jclt.shapes import Array, ArrayLike, Float, Layer
 
 
 class Replace(eqx.Module):
-    """Puts values at sites, everywhere or where a mask is true.
+    """Puts captured values at sites.
 
     Values have the shape of captured ones: a leading layer axis inside the layers, and no batch axis where the prompt
-    had none. Axes of size 1 are repeated. A mask is a boolean array with as many axes that broadcasts to its value.
-    `layers` gives the layers that the leading axis stands for; all other layers stay as they are. Without it the axis
-    stands for all layers of the model.
+    had none. Axes of size 1 are repeated. The ranges and the direction say where, as in `Set`; positions after those of
+    the values stay as they are. `value_layers` gives the layers that the leading axis stands for, and all other layers
+    stay as they are. Without it the axis stands for all layers of the model.
     """
 
     values: dict[str, Array]
-    where: dict[str, Bool[Array, "..."]]
-    layers: tuple[int, ...] | None = eqx.field(static=True)
+    ranges: Ranges
+    directions: Float[ArrayLike, "k D"] | None
+    value_layers: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
         values: Mapping[str, ArrayLike],
-        where: Mapping[str, ArrayLike] | None = None,
-        layers: Iterable[int] | None = None,
+        *,
+        layer: Index = None,
+        position: Index = None,
+        head: Index = None,
+        key: Index = None,
+        index: Index = None,
+        direction: ArrayLike | None = None,
+        value_layers: Iterable[int] | None = None,
     ):
-        for name in where or {}:
-            if name not in values:
-                raise UserError(f"replacement: a mask for site '{name}', but no values for it")
         self.values = {name: jnp.asarray(value) for name, value in values.items()}
-        self.where = {name: jnp.asarray(mask) for name, mask in (where or {}).items()}
-        self.layers = None if layers is None else tuple(layers)
-        for name, mask in self.where.items():
-            if mask.ndim != self.values[name].ndim:
-                raise UserError(
-                    f"replacement of site '{name}': its mask has {mask.ndim} axes, expected {self.values[name].ndim}"
-                )
+        self.ranges = Ranges(layer, position, head, key, index)
+        for name in self.values:
+            self.ranges.check_axes(name)
+        self.directions = None if direction is None else make_directions(next(iter(values), ""), direction)
+        self.value_layers = None if value_layers is None else tuple(value_layers)
 
-    def __call__(self, site: str, layer: Layer, value: Array) -> Array:
-        if site not in self.values:
+    def __call__(self, place: Place, value: Array) -> Array:
+        if place.site not in self.values:
             return value
-        new, mask = self.values[site], self.where.get(site)
-        present = None  # whether this layer is one of `layers`, where only the running program knows
-        if layer is not None and self.layers is not None:
-            if new.shape[0] != len(self.layers):
-                raise UserError(
-                    f"replacement of site '{site}': values of {new.shape[0]} layers, expected {len(self.layers)}"
-                )
-            if isinstance(layer, int):
-                if layer not in self.layers:
-                    return value
-                layer = self.layers.index(layer)
-            else:
-                matches = jnp.asarray(self.layers, layer.dtype) == layer
-                present, layer = jnp.any(matches), jnp.argmax(matches)
-        if layer is not None:
-            new = new[layer]
-            mask = None if mask is None else mask[layer if mask.shape[0] > 1 else 0]
-        new = _match_axes(site, "values", new, value).astype(value.dtype)
-        if mask is not None:
-            mask = jnp.broadcast_to(_match_axes(site, "mask", mask, value), value.shape)
-            new = jnp.where(mask, new, value)
-        new = shard_like(jnp.broadcast_to(new, value.shape), value)
-        return new if present is None else jnp.where(present, new, value)
+        new, present = self._select_layer(place.site, place.layer)
+        if new is None:
+            return value
+        new, known = align_positions(place, new, value)
+        if self.directions is not None:
+            new = value + project_onto(self.directions, new.astype(value.dtype) - value)
+        mask = self.ranges.find(place, value)
+        for part in (known, present):
+            mask = part if mask is None else mask if part is None else mask & part
+        return select(mask, new, value)
+
+    def _select_layer(self, site: str, layer: Layer) -> tuple[Array | None, Array | None]:
+        """The layer's values, None if there are none; and, where only the running program knows, whether there are."""
+        new = self.values[site]
+        if layer is None:
+            return new, None
+        if self.value_layers is None:
+            return new[layer], None
+        if new.shape[0] != len(self.value_layers):
+            raise UserError(
+                f"replacement of site '{site}': values of {new.shape[0]} layers, expected {len(self.value_layers)}"
+            )
+        if isinstance(layer, int):
+            return (new[self.value_layers.index(layer)] if layer in self.value_layers else None), None
+        matches = jnp.asarray(self.value_layers, layer.dtype) == layer
+        axes_of_value = len(SITE_AXES[site])
+        return new[jnp.argmax(matches)], jnp.any(matches).reshape((1,) * axes_of_value)
 
 
 class Freeze(eqx.Module):
-    """Makes sites constant: puts values there, shaped as in `Replace`, and stops gradients. Of names alone it keeps
-    what the network computes there.
+    """Makes sites constant: puts values there, shaped as in `Replace`, and stops gradients. If only names are given, it
+    keeps what the network computes there.
 
-    A `layer` of None takes the values of layer sites without their layer axis, for a pass through a single block.
+    In a pass through a single block, whose places have no layer, values have no layer axis.
     """
 
     values: dict[str, Array | None]
@@ -100,40 +108,92 @@ class Freeze(eqx.Module):
         else:
             self.values = dict.fromkeys((values,) if isinstance(values, str) else values)
 
-    def __call__(self, site: str, layer: Layer, value: Array) -> Array:
-        if site not in self.values:
+    def __call__(self, place: Place, value: Array) -> Array:
+        if place.site not in self.values:
             return value
-        new = self.values[site]
+        new = self.values[place.site]
         if new is not None:
-            value = Replace({site: new})(site, layer, value)
+            value = Replace({place.site: new})(place, value)
         return jax.lax.stop_gradient(value)
 
 
 class Compose(eqx.Module):
-    """Several edits in the order given: each receives what the one before it returned."""
+    """Several edits in the order given: each receives what the one before it returned.
+
+    Two edits that both set the same place are refused: the second would undo the first.
+    """
 
     edits: tuple[Edit, ...]
 
     def __init__(self, edits: Iterable[Edit]):
         self.edits = tuple(edits)
+        check_conflicts(self.edits)
 
-    def __call__(self, site: str, layer: Layer, value: Array) -> Array:
+    def __call__(self, place: Place, value: Array) -> Array:
         for edit in self.edits:
-            value = edit(site, layer, value)
+            value = edit(place, value)
         return value
+
+
+def list_parts(edit: Edit | None) -> tuple[Edit, ...]:
+    """The edits of which a composed one consists."""
+    if isinstance(edit, Compose):
+        return tuple(part for inner in edit.edits for part in list_parts(inner))
+    return () if edit is None else (edit,)
 
 
 def list_edited_sites(edit: Edit | None) -> tuple[str, ...]:
     """The names of the sites that the edits of this file name; any other function may change every site."""
-    if isinstance(edit, Compose):
-        return tuple(name for part in edit.edits for name in list_edited_sites(part))
-    return tuple(edit.values) if isinstance(edit, Replace | Freeze) else ()
+    names: list[str] = []
+    for part in list_parts(edit):
+        if isinstance(part, SiteEdit):
+            names.append(part.site)
+        elif isinstance(part, Replace | Freeze):
+            names.extend(part.values)
+    return tuple(names)
 
 
-def _match_axes(site: str, kind: str, array: Array, value: Array) -> Array:
-    """The array with the batch axis of `value`; an error if it does not broadcast to the shape of `value`."""
-    if array.ndim == value.ndim - 1:
-        array = array[None]
-    if array.ndim != value.ndim or any(a not in (1, b) for a, b in zip(array.shape, value.shape, strict=True)):
-        raise UserError(f"replacement of site '{site}': {kind} of shape {array.shape}, expected {value.shape}")
-    return array
+def check_edit(edit: Edit | None, config: ModelConfig, length: int) -> None:
+    """An error if an edit of this file names a site, a layer, a head ... that the model does not have, or a position
+    beyond `length`."""
+    check_sites(list_edited_sites(edit), config)
+    for part in list_parts(edit):
+        if isinstance(part, SiteEdit):
+            part.ranges.check(part.site, config, length)
+        elif isinstance(part, Replace):
+            for name in part.values:
+                part.ranges.check(name, config, length)
+
+
+def check_conflicts(edits: Iterable[Edit]) -> None:
+    """An error if two of the edits set the same place."""
+    setters = [part for edit in edits for part in list_parts(edit) if isinstance(part, Set | Replace)]
+    for number, later in enumerate(setters):
+        for earlier in setters[:number]:
+            shared = set(list_edited_sites(earlier)) & set(list_edited_sites(later))
+            if not shared or not earlier.ranges.overlap(later.ranges) or _layers_differ(earlier, later):
+                continue
+            if earlier.directions is not None and later.directions is not None:
+                if not is_known(earlier.directions) or not is_known(later.directions):
+                    continue
+                if np.abs(np.asarray(earlier.directions) @ np.asarray(later.directions).T).max() < 1e-5:
+                    continue  # each keeps what the other sets
+            raise UserError(f"edits: two of them set site '{min(shared)}' at the same place, expected one")
+
+
+def _layers_differ(one: Edit, other: Edit) -> bool:
+    """Whether one of them puts values at certain layers, in none of which the other acts."""
+    for edit, second in ((one, other), (other, one)):
+        if isinstance(edit, Replace) and edit.value_layers is not None:
+            if not any(acts_in_layer(edit, layer) and acts_in_layer(second, layer) for layer in edit.value_layers):
+                return True
+    return False
+
+
+def acts_in_layer(edit: Edit, layer: int) -> bool:
+    """Whether an edit of this file may act in a layer, as far as is known before the program runs."""
+    if isinstance(edit, Replace) and edit.value_layers is not None and layer not in edit.value_layers:
+        return False
+    if not isinstance(edit, SiteEdit | Replace) or edit.ranges.layer is None or not is_known(edit.ranges.layer):
+        return True
+    return layer in edit.ranges.read("layer", layer + 1)

@@ -1,13 +1,13 @@
 """Generation with a cache of keys and values. One program is compiled for all prompts of similar length."""
 
-from typing import cast
+from typing import Any, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from jclt.models.config import ModelConfig
-from jclt.models.edits import Edit
+from jclt.models.sites import Edit
 from jclt.models.transformer import Cache, Mlp, forward
 from jclt.shapes import Array, Float, Int, Logits, Params, Tokens
 
@@ -43,14 +43,19 @@ def generate_tokens(
     stop_tokens: tuple[int, ...] = (),
     edit: Edit | None = None,
     mlp: Mlp | None = None,
-) -> Int[Array, "B new"]:
-    """`new` tokens for each row of right-padded prompts. After a stop token the row repeats it."""
+    unroll: bool = False,
+    keep_logits: bool = False,
+) -> tuple[Int[Array, "B new"], Float[Array, "B new V"] | None]:
+    """`new` tokens for each row of right-padded prompts, and the logits that they were chosen by if these are kept.
+    After a stop token the row repeats it."""
     batch, padded = tokens.shape
     shape = (config.layers, batch, padded + new, config.key_heads, config.head_size)
     cache = Cache(*(jnp.zeros(shape, params["token_embedding"].dtype),) * 2)
 
     def step(tokens: Tokens, positions: Int[Array, "B T"], cache: Cache) -> tuple[Logits, Cache]:
-        logits, _, new_cache = forward(config, params, tokens, positions=positions, cache=cache, edit=edit, mlp=mlp)
+        logits, _, new_cache = forward(
+            config, params, tokens, positions=positions, cache=cache, edit=edit, mlp=mlp, unroll=unroll
+        )
         return logits, cast(Cache, new_cache)
 
     def choose(logits: Float[Array, "B V"], stopped: Array, last: Array, index: Array) -> tuple[Array, Array]:
@@ -61,13 +66,17 @@ def generate_tokens(
     # Positions after a row's prompt are padding. No position attends to them before decoding overwrites them.
     logits, cache = step(tokens, jnp.zeros_like(tokens) + jnp.arange(padded, dtype=tokens.dtype)[None], cache)
     rows = jnp.arange(batch)
-    last, stopped = choose(logits[rows, lengths - 1], jnp.zeros(batch, bool), tokens[:, 0], jnp.asarray(0))
+    first_logits = logits[rows, lengths - 1]
+    last, stopped = choose(first_logits, jnp.zeros(batch, bool), tokens[:, 0], jnp.asarray(0))
 
-    def decode(carry: tuple[Array, Array, Cache], index: Array) -> tuple[tuple[Array, Array, Cache], Array]:
+    def decode(carry: tuple[Array, Array, Cache], index: Array) -> tuple[tuple[Array, Array, Cache], Any]:
         last, stopped, cache = carry
         logits, cache = step(last[:, None], (lengths + index)[:, None], cache)
         chosen, stopped = choose(logits[:, 0], stopped, last, index + 1)
-        return (chosen, stopped, cache), chosen
+        return (chosen, stopped, cache), (chosen, logits[:, 0] if keep_logits else None)
 
-    _, later = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1, dtype=tokens.dtype))
-    return jnp.concatenate([last[:, None], later.T], axis=1)
+    _, (later, later_logits) = jax.lax.scan(decode, (last, stopped, cache), jnp.arange(new - 1, dtype=tokens.dtype))
+    chosen = jnp.concatenate([last[:, None], later.T], axis=1)
+    if not keep_logits:
+        return chosen, None
+    return chosen, jnp.concatenate([first_logits[:, None], jnp.moveaxis(later_logits, 0, 1)], axis=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,10 +21,10 @@ from jclt.errors import UserError, first_line
 from jclt.fingerprints import fingerprint
 from jclt.mesh import make_sharding, mesh_of
 from jclt.models.config import ModelConfig
-from jclt.models.edits import Edit, list_edited_sites
+from jclt.models.edits import check_edit
 from jclt.models.formats.weights import load_config, load_params, save_params
 from jclt.models.generate import generate_tokens
-from jclt.models.sites import MODEL_SITES, check_sites
+from jclt.models.sites import MODEL_SITES, Edit, check_sites
 from jclt.models.tokenizer import Tokenizer, load_tokenizer
 from jclt.models.transformer import Mlp, Transformer
 from jclt.shapes import Array, ArrayLike, Captured, Params
@@ -135,13 +135,13 @@ def run(
     Text or ids `[T]` give logits `[T, V]`; ids `[B, T]` give a batch axis. Sites inside the layers have a leading layer
     axis.
 
-    `edit(site, layer, value)` returns what the network goes on with; `models/edits.py` has edits that put captured
-    values back, stop gradients, and compose. `mlp(layer, reads, true)` replaces the MLPs. Each new function compiles a
-    new program; an `equinox.Module` is compiled once, and its arrays may change from call to call.
+    `edit(place, value)` returns what the network goes on with; `models/edits.py` has edits that set, scale and add,
+    put captured values back, stop gradients, and compose. `mlp(layer, reads, true)` replaces the MLPs. Each new
+    function compiles a new program; an `equinox.Module` is compiled once, and its arrays may change from call to call.
     """
     capture = check_sites(capture, model.config)
-    check_sites(list_edited_sites(edit), model.config)
     tokens = token_array(model, prompt)
+    check_edit(edit, model.config, tokens.shape[-1])
     single = tokens.ndim == 1
     batch = tokens[None] if single else tokens
     with on_mesh(model):
@@ -192,42 +192,83 @@ def generate(
     """The prompt with its continuation: text for text, ids for ids. Greedy unless a temperature is given.
 
     A row ends at a stop token (by default one of the model's) and repeats it from there on. All `max_new_tokens` steps
-    run in any case, in one compiled program.
+    run in any case, in one compiled program. Positions of an `edit` count from the start of the prompt; those of an
+    open slice, such as `slice(5, None)`, include the new tokens.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature={temperature}, top_p={top_p}: expected at least 0, and above 0 up to 1")
-    tokens = token_array(model, prompt)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, choose_stops(model, stop_tokens))
+    continued, _ = continue_prompt(model, token_array(model, prompt), sampling, edit=edit, mlp=mlp)
+    if isinstance(prompt, str):
+        return prompt + decode_continuation(model, continued, sampling)
+    return continued
+
+
+class Sampling(NamedTuple):
+    """How generation chooses tokens."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop_tokens: tuple[int, ...]
+
+
+def choose_stops(model: Model, stop_tokens: Sequence[int] | None) -> tuple[int, ...]:
+    return model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
+
+
+def continue_prompt(
+    model: Model,
+    tokens: np.ndarray,
+    sampling: Sampling,
+    *,
+    edit: Edit | None = None,
+    mlp: Mlp | None = None,
+    unroll: bool = False,
+    keep_logits: bool = False,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Token ids with their continuation, and if kept the logits that each new token was chosen by."""
+    new, config = sampling.max_new_tokens, model.config
+    if new < 1:
+        raise UserError(f"max_new_tokens={new}: expected at least 1")
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
+        raise UserError(
+            f"temperature={sampling.temperature}, top_p={sampling.top_p}: expected at least 0, and above 0 up to 1"
+        )
     batch = np.atleast_2d(tokens)
     length = batch.shape[1]
-    if length + max_new_tokens > model.config.context:
-        raise UserError(
-            f"{length} tokens of prompt and {max_new_tokens} new ones: expected at most {model.config.context}"
-        )
-    stops = model.config.stop_tokens if stop_tokens is None else tuple(stop_tokens)
-    padding = min(-length % PROMPT_BUCKET, model.config.context - length - max_new_tokens)
+    if length + new > config.context:
+        raise UserError(f"{length} tokens of prompt and {new} new ones: expected at most {config.context}")
+    check_edit(edit, config, length + new)
+    padding = min(-length % PROMPT_BUCKET, config.context - length - new)
     with on_mesh(model):
-        new = generate_tokens(
-            model.config,
+        chosen, logits = generate_tokens(
+            config,
             model.params,
             jnp.asarray(np.pad(batch, ((0, 0), (0, padding)))),
             jnp.full(len(batch), length, jnp.int32),
-            max_new_tokens,
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-            jax.random.key(seed),
-            stops,
+            new,
+            jnp.float32(sampling.temperature),
+            jnp.float32(sampling.top_p),
+            jax.random.key(sampling.seed),
+            sampling.stop_tokens,
             edit,
             mlp,
+            unroll,
+            keep_logits,
         )
-    continued = np.concatenate([batch, np.asarray(new)], axis=1)
-    if isinstance(prompt, str):
-        assert model.tokenizer is not None
-        ids = continued[0].tolist()
-        end = next((i for i in range(length, len(ids)) if ids[i] in stops), len(ids))
-        return prompt + model.tokenizer.decode(ids[:end])[len(model.tokenizer.decode(ids[:length])) :]
-    return continued[0] if tokens.ndim == 1 else continued
+    continued = np.concatenate([batch, np.asarray(chosen)], axis=1)
+    kept = None if logits is None else np.asarray(logits)
+    if tokens.ndim == 1:
+        return continued[0], None if kept is None else kept[0]
+    return continued, kept
+
+
+def decode_continuation(model: Model, continued: np.ndarray, sampling: Sampling) -> str:
+    """The text of the new tokens, up to the first stop token."""
+    assert model.tokenizer is not None
+    ids, length = continued.tolist(), len(continued) - sampling.max_new_tokens
+    end = next((i for i in range(length, len(ids)) if ids[i] in sampling.stop_tokens), len(ids))
+    return model.tokenizer.decode(ids[:end])[len(model.tokenizer.decode(ids[:length])) :]
 
 
 def token_array(model: Model, prompt: Prompt) -> np.ndarray:

@@ -6,14 +6,14 @@ neither captured nor edited, the result is the value itself, and the compiled pr
 # JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 
 from jclt.errors import UserError, suggest_name
 from jclt.models.config import ModelConfig
-from jclt.models.edits import Edit
-from jclt.shapes import Array, Layer
+from jclt.shapes import Array, Int, Layer
 
 LAYER_SITES: dict[str, str] = {
     "resid_pre": "B T D: the residual stream before the block",
@@ -53,6 +53,17 @@ MODEL_SITES: dict[str, str] = {
 
 SITES = LAYER_SITES | MODEL_SITES
 
+CODER_SITES: dict[str, str] = {
+    "features": "B T F: activations of the coder's features",
+    "errors": "B T D: what the MLP writes beyond the coder's output",
+}
+"""Values that a coder adds to a pass. `jclt.intervene` edits them; the model alone does not have them."""
+
+SITE_AXES: dict[str, tuple[str, ...]] = {
+    name: tuple(text.split(":")[0].split()) for name, text in (SITES | CODER_SITES).items()
+}
+"""The letters of each site's axes (`shapes.py`), without the layer axis."""
+
 PEER_NAMES: dict[str, str] = {
     "hook_embed": "token_embedding",
     "hook_pos_embed": "position_embedding",
@@ -82,27 +93,52 @@ PATTERNS_AND_DENOMINATORS = ("pattern", *(name for name in SITES if name.endswit
 """The sites that the local replacement model freezes. While they are constant, everything but the MLPs is linear."""
 
 
+def list_absent_sites(config: ModelConfig) -> set[str]:
+    """The sites that a model of this configuration does not have."""
+    absent = set[str]() if config.qk_norm else {"query_denominator", "key_denominator"}
+    absent |= set() if config.post_norms else {"attn_post_denominator", "mlp_post_denominator"}
+    return absent | (set() if config.learned_positions else {"position_embedding"})
+
+
 def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     """The names as a tuple; an error for the first site that this model does not have. It translates peers' names."""
-    absent: list[str] = [] if config.qk_norm else ["query_denominator", "key_denominator"]
-    absent += [] if config.post_norms else ["attn_post_denominator", "mlp_post_denominator"]
-    absent += [] if config.learned_positions else ["position_embedding"]
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name in PEER_NAMES and name not in SITES:
             raise UserError(f"site '{name}': this is called '{PEER_NAMES[name]}' here")
+        if name in CODER_SITES:
+            raise UserError(f"site '{name}': is a coder's, which `jclt.intervene` has")
         if name not in SITES:
             raise UserError(f"site '{name}' does not exist; {suggest_name(name, SITES)}")
-        if name in absent:
+        if name in list_absent_sites(config):
             raise UserError(f"site '{name}': a {config.family} model of this configuration has none")
     return names
+
+
+class Place(NamedTuple):
+    """Where in a forward pass a value was computed."""
+
+    site: str
+    layer: Layer
+    positions: Int[Array, "B T"] | None = None  # of the value's tokens; None: they start at 0
+
+
+Edit = Callable[[Place, Array], Array]
+"""`edit(place, value)` returns what the network goes on with. An edit that changes nothing returns `value` itself: then
+the compiled program is the one without the edit."""
 
 
 class Sites:
     """The sites of one layer, or those outside the layers: edits them, and collects the captured values in `seen`."""
 
-    def __init__(self, layer: Layer, capture: tuple[str, ...] = (), edit: Edit | None = None):
-        self.layer, self.capture, self.edit = layer, capture, edit
+    def __init__(
+        self,
+        layer: Layer,
+        capture: tuple[str, ...] = (),
+        edit: Edit | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ):
+        self.layer, self.capture, self.edit, self.positions = layer, capture, edit, positions
         self.seen: dict[str, Array] = {}
 
     def __call__(self, name: str, value: Array) -> Array:
@@ -110,7 +146,7 @@ class Sites:
         # the network goes on with, and putting it back changes nothing.
         if self.edit is not None:
             computed = jax.lax.optimization_barrier(value)
-            edited = self.edit(name, self.layer, computed)
+            edited = self.edit(Place(name, self.layer, self.positions), computed)
             if edited is not computed:
                 value = jax.lax.optimization_barrier(edited)
         if name in self.capture:

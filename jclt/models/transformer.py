@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jclt.mesh import is_split, replicate
 from jclt.models import ops
 from jclt.models.config import ModelConfig
-from jclt.models.edits import Edit
-from jclt.models.sites import Sites
+from jclt.models.sites import Edit, Sites
 from jclt.models.weights import declare, declare_layer_weights
 from jclt.numerics import at_least_float32, einsum
 from jclt.shapes import Array, Captured, DTypeLike, Float, Int, Layer, Logits, Params, Stream, Tokens
@@ -222,24 +221,25 @@ def forward(
     Layers run as one `jax.lax.scan`. With `unroll` they run one after the other, and `edit` and `mlp` receive the layer
     as an `int`. With a cache, `positions` are the positions of the tokens; without one they start at 0.
     """
-    if positions is None:
-        positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None]
+    token_positions = positions
+    if token_positions is None:
+        token_positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=tokens.dtype)[None]
     keys = tokens.shape[1] if cache is None else cache.keys.shape[2]
-    context = make_context(config, positions, keys, params["token_embedding"].dtype, mlp)
-    outside = Sites(None, capture, edit)
+    context = make_context(config, token_positions, keys, params["token_embedding"].dtype, mlp)
+    outside = Sites(None, capture, edit, positions)
     stacked = {name: params[name] for name in declare_layer_weights(config)}
 
     def step(
         x: Stream, scanned: tuple[int | Array, Params, Cache | None]
     ) -> tuple[Stream, tuple[Captured, Cache | None]]:
         layer, weights, layer_cache = scanned
-        site = Sites(layer, capture, edit)
+        site = Sites(layer, capture, edit, positions)
         x, layer_cache = block(context, weights, layer, site, x, layer_cache)
         return x, (site.seen, layer_cache)
 
     if remat:
         step = jax.checkpoint(step)
-    x = embed(config, params, tokens, positions, outside)
+    x = embed(config, params, tokens, token_positions, outside)
     if unroll:
         per_layer = []
         for layer in range(config.layers):

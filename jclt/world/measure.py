@@ -6,7 +6,6 @@ from random import Random
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jclt.errors import UserError
@@ -110,9 +109,7 @@ def swap_streams(model: Model, form: str, cities: list[str], donors: list[str]) 
     moved = {}
     for layer in range(model.config.layers):
         for where, positions in places.items():
-            mask = np.zeros((model.config.layers, 1, end + 1, 1), bool)
-            mask[layer, :, positions] = True
-            logits, _ = run(model, tokens, edit=Replace(seen, {"resid_post": jnp.asarray(mask)}))
+            logits, _ = run(model, tokens, edit=Replace(seen, layer=layer, position=positions))
             moved[layer, where] = float(np.mean(np.asarray(logits[:, -1].argmax(axis=-1)) == capitals))
     return moved
 

@@ -12,7 +12,7 @@ from golden_cases import golden_model, reference
 from more_cases import mark_others
 
 import jclt
-from jclt.models import Compose, Freeze, Replace, forward
+from jclt.models import Compose, Freeze, Place, Replace, forward
 from jclt.models.edits import list_edited_sites
 
 SITES = ("resid_pre", "pattern", "attn_denominator", "mlp_out", "final_denominator")
@@ -46,12 +46,12 @@ def build_unchanging_edits(captured: dict) -> dict:
     one = {name: value[1:2] for name, value in captured.items() if name != "final_denominator"}
     return {
         "replace": Replace(captured),
-        "replace in one layer": Replace(one, layers=(1,)),
-        "replace in no layer": Replace({name: value[:0] for name, value in one.items()}, layers=()),
+        "replace in one layer": Replace(one, value_layers=(1,)),
+        "replace in no layer": Replace({name: value[:0] for name, value in one.items()}, value_layers=()),
         "freeze values": Freeze(captured),
         "freeze names": Freeze(SITES),
         "compose": Compose(
-            (Freeze(captured), Replace(one, layers=(1,)), Freeze(SITES), lambda site, layer, value: value)
+            (Freeze(captured), Replace(one, value_layers=(1,)), Freeze(SITES), lambda place, value: value)
         ),
         "compose nothing": Compose(()),
     }
@@ -77,8 +77,8 @@ def test_edits_that_change_nothing_change_no_bit(model, tokens, unroll, name):
 def test_values_of_some_layers_leave_the_others_as_they_are(model, tokens, captured):
     """Layers may come in any order; scanned and unrolled."""
     new = 2 * np.asarray(captured["mlp_out"])
-    everywhere = Replace({"mlp_out": new}, {"mlp_out": np.array([True, False, True])[:, None, None, None]})
-    replacement = Replace({"mlp_out": new[[2, 0]]}, layers=(2, 0))
+    everywhere = Compose([Replace({"mlp_out": new}, layer=layer) for layer in (0, 2)])
+    replacement = Replace({"mlp_out": new[[2, 0]]}, value_layers=(2, 0))
     want, want_seen = jclt.run(model, tokens, capture=("mlp_out",), edit=everywhere)
     for unroll in (False, True):
         got, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=replacement, unroll=unroll)
@@ -86,20 +86,20 @@ def test_values_of_some_layers_leave_the_others_as_they_are(model, tokens, captu
         np.testing.assert_allclose(seen["mlp_out"], want_seen["mlp_out"], atol=1e-5)
         np.testing.assert_array_equal(np.asarray(seen["mlp_out"])[0], new[0])
     with pytest.raises(jclt.UserError, match="of site 'mlp_out': values of 3 layers, expected 2"):
-        jclt.run(model, tokens, edit=Replace({"mlp_out": new}, layers=(0, 1)))
+        jclt.run(model, tokens, edit=Replace({"mlp_out": new}, value_layers=(0, 1)))
 
 
 def test_values_of_size_one_are_repeated(model, tokens):
     mean = np.arange(2 * model.config.width, dtype=np.float32).reshape(2, 1, 1, -1)
-    _, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=Replace({"mlp_out": mean}, layers=(0, 1)))
+    _, seen = jclt.run(model, tokens, capture=("mlp_out",), edit=Replace({"mlp_out": mean}, value_layers=(0, 1)))
     got = np.asarray(seen["mlp_out"])
     np.testing.assert_array_equal(got[:2], np.broadcast_to(mean, (2, *got.shape[1:])))
     assert not np.array_equal(got[2, 0, 0], got[2, 0, 1])
 
 
 def test_compose_applies_edits_in_the_order_given(model, tokens, captured):
-    def add_one(site, layer, value):
-        return value + 1 if site == "mlp_out" else value
+    def add_one(place, value):
+        return value + 1 if place.site == "mlp_out" else value
 
     def see(*edits):
         return jclt.run(model, tokens, capture=("mlp_out",), edit=Compose(edits))[1]["mlp_out"]
@@ -143,8 +143,8 @@ def test_a_single_block_takes_values_without_a_layer_axis(captured):
     frozen = np.asarray(captured["attn_denominator"])[1]
     value = jnp.zeros(frozen.shape)
     edit = Freeze({"attn_denominator": frozen[0]})
-    np.testing.assert_array_equal(edit("attn_denominator", None, value), frozen)
-    assert edit("mlp_in", None, value) is value
+    np.testing.assert_array_equal(edit(Place("attn_denominator", None), value), frozen)
+    assert edit(Place("mlp_in", None), value) is value
 
 
 def test_one_program_serves_edits_of_other_values(model, tokens, captured):

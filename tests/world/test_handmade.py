@@ -130,8 +130,8 @@ class Push(eqx.Module):
 
     vector: jax.Array
 
-    def __call__(self, site, layer, value):
-        return value.at[:, LAST].add(self.vector) if (site, layer) == ("resid_post", 0) else value
+    def __call__(self, place, value):
+        return value.at[:, LAST].add(self.vector) if place[:2] == ("resid_post", 0) else value
 
 
 def answers(model, coder=None, push=0.0) -> np.ndarray:
