@@ -11,7 +11,19 @@ PACKAGE = Path(jclt.__file__).parent
 ORDER = [
     *("errors", "shapes", "interrupts", "config", "files", "array_files", "memory", "fingerprints", "numerics"),
     *("mesh", "hosts"),
-    *("graphs", "models", "data", "world", "kernels", "coders", "attribution", "evaluation", "training", "pods"),
+    *(
+        "graphs",
+        "models",
+        "data",
+        "world",
+        "kernels",
+        "coders",
+        "attribution",
+        "interventions",
+        "evaluation",
+        "training",
+        "pods",
+    ),
     *("viewer", "cli", "__main__"),
 ]
 """Each imports only from those before it, and from itself."""

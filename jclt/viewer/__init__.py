@@ -1,6 +1,16 @@
 """Shows attribution graphs as text and pictures, and writes their files."""
 
+from jclt.viewer.heat_map import draw_patching, write_heat_map
 from jclt.viewer.picture import draw_graph
 from jclt.viewer.text import SCORES_EXPLAINED, find_free_name, summarize_graph, write_graph, write_viewer_json
 
-__all__ = ["SCORES_EXPLAINED", "draw_graph", "find_free_name", "summarize_graph", "write_graph", "write_viewer_json"]
+__all__ = [
+    "SCORES_EXPLAINED",
+    "draw_graph",
+    "draw_patching",
+    "find_free_name",
+    "summarize_graph",
+    "write_graph",
+    "write_heat_map",
+    "write_viewer_json",
+]

@@ -13,6 +13,7 @@ from jclt.coders.formats.circuit_tracer import _circuit_tracer_settings
 
 torch = pytest.importorskip("torch", reason="needs circuit-tracer")
 hub = pytest.importorskip("circuit_tracer.utils.hf_utils", reason="needs circuit-tracer")
+peer_models = pytest.importorskip("circuit_tracer_models", reason="needs circuit-tracer")
 clts = pytest.importorskip("circuit_tracer.transcoder.cross_layer_transcoder", reason="needs circuit-tracer")
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -22,19 +23,6 @@ X = np.random.default_rng(1).standard_normal((3, 7, 6), np.float32)
 
 def assert_close(got, want):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=0, atol=1e-5)
-
-
-def load_in_circuit_tracer(folder, lazy):
-    """Reads the coder with circuit-tracer's loader, without the hub."""
-    settings = hub.yaml.safe_load((folder / "config.yaml").read_text())
-    options = {key: settings[key] for key in ("feature_input_hook", "feature_output_hook", "scan")}
-    options |= {"dtype": torch.float32, "device": CPU, "lazy_encoder": lazy, "lazy_decoder": lazy}
-    if settings["model_kind"] == "cross_layer_transcoder":
-        return clts.load_clt(str(folder), **options)
-    layers = {i: str(path) for i, path in enumerate(sorted(folder.glob("layer_*.safetensors")))}
-    return hub.load_transcoders(
-        settings | {"transcoders": list(layers.values()), "repo_id": ""}, CPU, torch.float32, lazy, lazy
-    )
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -47,7 +35,7 @@ def load_in_circuit_tracer(folder, lazy):
 def test_circuit_tracer_loads_what_is_saved(config, layout, lazy, tmp_path):
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved", layout)
-    peer = load_in_circuit_tracer(tmp_path / "saved", lazy)
+    peer = peer_models.load_coder(tmp_path / "saved", lazy)
     assert (peer.feature_input_hook, peer.feature_output_hook) == ("mlp.hook_in", "hook_mlp_out")
     activations, reconstruction = compute_outputs(coder, X)
     with torch.no_grad():
@@ -66,7 +54,7 @@ def test_why_no_topk_is_written_for_circuit_tracer(config, tmp_path):
     assert not (tmp_path / "saved" / "config.yaml").exists()
     _, settings = _circuit_tracer_settings(config)
     (tmp_path / "saved" / "config.yaml").write_text(hub.yaml.safe_dump(dict(settings) | {"activation": "topk", "k": 5}))
-    peer = load_in_circuit_tracer(tmp_path / "saved", False)
+    peer = peer_models.load_coder(tmp_path / "saved", False)
     with torch.no_grad():
         features = torch.stack([peer.encode_layer(torch.tensor(X[i]), i) for i in range(3)])
     relu = [np.maximum(coder.compute_preactivation(i, jnp.asarray(X[i])), 0) for i in range(3)]

@@ -1,0 +1,36 @@
+"""What a graph predicts when features change: from its edges alone, without the model.
+
+An edge is proportional to its source's activation. So if a feature's activation is multiplied by 1 + r, each of its
+edges changes by r times the edge:
+
+    direct effect on a target  = sum over changed sources s: edge(s -> target) r(s)
+
+A feature downstream is changed too, by r(target) = effect / value, and passes this on to its own targets. The sum over
+all such paths is the total effect.
+
+The prediction is linear: no feature switches on or off, and attention and norms stay frozen. Features and errors that
+are not in the graph are assumed not to change.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jclt.graphs.graph import Graph
+from jclt.shapes import Float
+
+
+def predict_changes(graph: Graph, changes: Mapping[int, float], *, total: bool) -> Float[np.ndarray, "N"]:
+    """The change of each node's value when the features and errors in `changes` (numbers of nodes) change by these
+    shares of themselves: -1 takes one away. With `total` also through other features, which are recomputed."""
+    nodes, values = graph.nodes, graph.values
+    relative = np.zeros(len(graph))
+    relative[list(changes)] = list(changes.values())
+    if total:
+        imposed = np.zeros(len(graph), bool)
+        imposed[list(changes)] = True
+        features = nodes.find("feature")
+        for layer in np.unique(nodes.layer[features]):
+            targets = features[(nodes.layer[features] == layer) & ~imposed[features] & (values[features] != 0)]
+            relative[targets] = graph.adjacency[targets] @ relative / values[targets]
+    return graph.adjacency @ relative
