@@ -56,7 +56,7 @@ def as_a_user(tmp_path, monkeypatch):
 def check_road(names: Names) -> None:
     assert names["graph"].logit_names == (" Denver",)
     assert jclt.import_json("denver.json").logit_names == (" Denver",)
-    assert f"{names['drop']:.1f} of {names['before']:.1f}" in EXAMPLES["README.md", 0]
+    assert f"{names['drop']:.1f} of {names['graph'].values[-1]:.1f}" in EXAMPLES["README.md", 0]
     assert names["drop"] > 1 and f"the least: {abs(names['control']):.1f}" in EXAMPLES["README.md", 0]
 
 
@@ -65,7 +65,7 @@ def check_models(names: Names) -> None:
     assert set(names["seen"]) == {"mlp_in", "pattern"}
     want, _ = jclt.run(names["model"], "calc: 36+23=")
     np.testing.assert_allclose(names["swapped"], want, atol=1e-5)
-    for changed in ("headless", "silent"):
+    for changed in ("headless", "doubled", "silent"):
         assert float(abs(names[changed] - names["logits"]).max()) > 0.1
     again, _ = jclt.run(jclt.load_model("copy"), "calc: 36+59=")
     np.testing.assert_allclose(again, names["logits"], atol=1e-5)
@@ -77,6 +77,17 @@ def check_edits(names: Names) -> None:
     np.testing.assert_allclose(names["patched"][-1], want[-1], atol=1e-5)
     np.testing.assert_array_equal(names["patched"][:-1], names["clean"][:-1])
     np.testing.assert_allclose(names["frozen"], names["patched"], atol=1e-5)
+    np.testing.assert_array_equal(names["blind"][:-1], names["clean"][:-1])
+    assert float(abs(names["blind"][-1] - names["clean"][-1]).max()) > 1e-3
+
+
+def check_interventions(names: Names) -> None:
+    result, divergences = names["result"], names["divergences"]
+    assert result.features.edited.sum() == 1 and divergences[2] < 1e-6 < divergences[0]
+    measured, predicted = (getattr(result.outputs, name)[0] for name in ("after", "predicted"))
+    assert abs(measured - predicted) < 0.1 * abs(measured - result.outputs.before[0])
+    assert len(names["each"].features) == len(names["graph"].features)
+    assert names["text"] and isinstance(names["text"], str)
 
 
 def check_coders(names: Names) -> None:
@@ -111,6 +122,14 @@ def check_graphs(names: Names) -> None:
     assert names["names"] == ["the first two", "the third"] and names["edges"].shape == (2, 2)
 
 
+def check_patching(names: Names) -> None:
+    values = names["patched"].values
+    assert values.shape == (3, 4, 3) and Path("patching.png").stat().st_size > 1000
+    assert values[0, 3, 2] > 0.9 and abs(values[0, 0, 2]) < 0.1  # the answer is at the end of the last layers alone
+    assert names["traced"].total_effect > 0.3 and names["lost"].effects.min() < -0.3
+    assert len(names["paths"].values) == 20 and np.abs(names["paths"].effects).max() > 0.01
+
+
 def check_world(names: Names) -> None:
     example, pair = names["example"], names["pair"]
     assert example.answers and {"city", "state", "answer"} <= {c.name for c in example.concepts}
@@ -132,8 +151,10 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/models/README.md", 0): check_models,
     ("jclt/models/README.md", 1): check_edits,
     ("jclt/coders/README.md", 0): check_coders,
+    ("jclt/interventions/README.md", 0): check_interventions,
     ("jclt/attribution/README.md", 0): check_attribution,
     ("jclt/graphs/README.md", 0): check_graphs,
+    ("jclt/interventions/README.md", 1): check_patching,
     ("jclt/world/README.md", 0): check_world,
     ("jclt/training/README.md", 0): check_coder_settings,
     ("jclt/training/README.md", 1): check_model_settings,

@@ -173,7 +173,7 @@ def _find_model_name(coder: str) -> str:
     return name
 
 
-def check_new_json(path: Path | None) -> None:
+def check_new_file(path: Path | None) -> None:
     """Raises an error if the file cannot be written later. Called before long computations."""
     from jclt.files import check_writable
 

@@ -8,7 +8,7 @@ from jclt.cli.arguments import (
     Subcommands,
     add_fit_arguments,
     add_model_argument,
-    check_new_json,
+    check_new_file,
     load_coder_and_model,
     make_int_parser,
 )
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jclt.evaluation.evaluate import evaluate
     from jclt.files import write_json
 
-    check_new_json(arguments.json)
+    check_new_file(arguments.json)
     no_check, arguments.no_check = arguments.no_check, True
     model, coder = load_coder_and_model(arguments)
     if not no_check:

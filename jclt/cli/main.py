@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from jclt.cli import attribute, convert, demo, evaluate, inspect, plan, tokenize, train, train_lm
+from jclt.cli import attribute, convert, demo, evaluate, inspect, intervene, plan, tokenize, train, train_lm
 from jclt.cli.arguments import Parser
 from jclt.config import cache_folder
 from jclt.errors import Interrupted, UserError, escape_unprintable, first_line, reason_of, shorten
 from jclt.interrupts import INTERRUPTED
 
-COMMANDS = (demo, attribute, train_lm, train, evaluate, inspect, tokenize, plan, convert)
+COMMANDS = (demo, attribute, intervene, train_lm, train, evaluate, inspect, tokenize, plan, convert)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +87,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
 
 LESS_MEMORY = {
     "attribute": "fewer --max-features, a smaller --batch or a shorter prompt take less",
+    "intervene": "a shorter prompt takes less, and --no-predict",
     "train-lm": "a smaller batch or model takes less, and --set remat=true",
     "train": "a smaller batch, more micro_batches or fewer coder.features take less, and --set remat=true",
     "eval": "fewer --rows or a shorter --length take less",

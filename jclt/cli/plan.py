@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jclt.cli.arguments import Subcommands, check_new_json, make_int_parser, parse_amount, parse_text
+from jclt.cli.arguments import Subcommands, check_new_file, make_int_parser, parse_amount, parse_text
 
 
 def add_command(commands: Subcommands) -> None:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = override(load_settings(arguments.config, TrainConfig, CODER_PRESETS), arguments.set)
     pod = load_pod(arguments.config, arguments.topology, arguments.slices)
-    check_new_json(arguments.json)
+    check_new_file(arguments.json)
     if arguments.sweep:
         words, variants = plan_sweep(config, pod)
         print(words)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -98,6 +99,9 @@ def test_help_and_mistakes_do_not_wait_for_jax():
         (["attribute", "x", "--target", ""], "argument --target: '', expected TOKEN"),
         (["attribute", "x", "--batch", "-1"], "argument --batch: -1, expected at least 1"),
         (["attribute", "\udcff"], "argument PROMPT: not UTF-8 text"),
+        (["intervene", "x", "--set", "3/17=1"], "argument --set: '3/17=1', expected LAYER/POSITION/FEATURE=NUMBER"),
+        (["intervene", "x", "--scale", "1/5-3-2/0=1"], "argument --scale: '1/5-3-2/0=1', expected LAYER"),
+        (["intervene", "x", "--layers", "3-1"], "argument --layers: '3-1', expected FIRST-LAST"),
         (["eval", "demo", "--length", "1"], "argument --length: 1, expected at least 2"),
         (["eval", "demo", "--rows", "-1"], "argument --rows: -1, expected at least 1"),
         (["eval", "demo", "--seed", "-1"], "argument --seed: -1, expected at least 0"),
@@ -128,6 +132,14 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
         (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
         (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
         (["attribute", "--prompts", "{}/none", "--out", "{}/o"], "{}/none: not found"),
+        (["intervene", "x"], "intervene: nothing to change, expected --set, --scale, --add or --supernode"),
+        (["intervene", "x", "--supernode", "state=0"], "intervene: --supernode needs --graph FILE"),
+        (
+            ["intervene", "x", "--set", "errors/1/2=0", "--generate", "3"],
+            "intervene: --generate with changes of errors",
+        ),
+        (["intervene", "x", "--set", "1/2/3=1", "--graph", "{}/none"], "{}/none: not found"),
+        (["intervene", "x", "--set", "1/2/3=1", "--out", "{}"], "{}: is a folder, expected a file"),
         (["eval", "demo", "--json", "{}"], "{}: is a folder, expected a file"),
         (["train", "tiny", "--out", "file://{}/run"], "--out 'file://{}/run': expected the folder's path"),
         (["train", "tiny", "--out", "{}/\udcff"], "--out '{}/\\udcff': not UTF-8"),
@@ -335,3 +347,34 @@ def test_a_tokenizer_may_be_one_on_the_hub(monkeypatch, tmp_path, capsys):
     assert main(["tokenize", "x.txt", "--tokenizer", "gpt2", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "jclt: tokenizer 'gpt2': no such folder, not in the local cache\n"
     assert names == [("gpt2", ("tokenizer*.json", "vocab.json", "merges.txt"))]
+
+
+def test_changes_are_applied_in_the_order_given():
+    from jclt.cli.intervene import make_edits
+
+    typed = ["intervene", "x", "--add", "1/2/3=1", "--scale", "1/2-/3=2", "--set", "head_out/0/1-4/2=0"]
+    add, scale, heads = make_edits(build_parser().parse_args(typed).changes, None)
+    assert [type(edit) for edit in (add, scale, heads)] == [jclt.Add, jclt.Scale, jclt.Set]
+    assert add.ranges.position.tolist() == [2, 3] and scale.ranges.read("position", 9) == range(2, 9)
+    assert heads.ranges.position.tolist() == [1, 5] and heads.ranges.head.tolist() == [2, 3]
+
+
+def test_intervene_prints_draws_and_continues(tmp_path, capsys):
+    """A feature and a supernode of a stored graph; the numbers are those of the calls."""
+    model, prompt = jclt.load_model("demo"), "calc: 36+59="
+    coder = jclt.load_coder("demo", model=model)
+    graph = jclt.attribute(model, coder, prompt)
+    strongest = graph.influence[: len(graph.features)].argsort()[::-1]
+    members = tuple(int(node) for node in strongest[1:4])
+    replace(graph, supernodes={"the sum": members}).save(tmp_path / "sum.npz")
+    layer, position, feature = graph.features[strongest[0]].tolist()
+    place = f"{layer}/{position}/{feature}"
+    options = ["--scale", f"{place}=0", "--supernode", "the sum=-1", "--graph", str(tmp_path / "sum.npz")]
+    picture = tmp_path / "sum.png"
+    assert main(["intervene", prompt, *options, "--layers", "0-3", "--out", str(picture), "--generate", "1"]) == 0
+    printed = capsys.readouterr().out
+    edits = [jclt.Scale(0.0, layer=layer, position=position, feature=feature), *jclt.scale_nodes(graph, members, -1.0)]
+    result = jclt.intervene(model, coder, prompt, edits, layers=(0, 3), graph=graph)
+    assert result.summarize() in printed and f"layer {layer} feature {feature} at" in printed
+    assert "supernode 'the sum': -100% of its original activation" in printed
+    assert "without changes: '95'" in printed and picture.read_bytes().startswith(b"\x89PNG")
