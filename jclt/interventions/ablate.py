@@ -37,7 +37,7 @@ from jclt.shapes import Array, Captured, Float, Int, Params, Tokens
 TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
 """Tokens of a batch on one device: enough for efficient products, few enough to fit memory."""
 STARTS = 4
-"""The positions at which batches may start: so many, evenly spaced. Each has a program of its own."""
+"""The number of positions at which batches may start, evenly spaced. Each has a program of its own."""
 SHOWN_TOKENS = 10
 
 

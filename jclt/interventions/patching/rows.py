@@ -24,11 +24,12 @@ from jclt.shapes import Array, Bool, Float, Int, Params
 BATCH_TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
 """Tokens of a batch on one device: enough for efficient products, few enough to skip many layers."""
 BATCH_LOGITS = 2**26
-"""Most logits of a batch on one device."""
+"""The largest number of logits of a batch on one device."""
 STARTING_POSITIONS = 4
-"""The positions at which batches may start: at most so many, evenly spaced. Each has a program of its own."""
+"""The largest number of positions at which batches may start, evenly spaced. Each has a program of its own."""
 WORTH_A_PROGRAM = 1e12
-"""One more for so many operations in all: with fewer, compiling would take longer than what it saves."""
+"""There is one more starting position for each of this number of operations: with fewer, compiling would take longer
+than it saves."""
 
 
 class Rule(NamedTuple):

@@ -110,7 +110,7 @@ class Part(NamedTuple):
 
 
 def split_pairs(job: Job, rows: int) -> Iterator[Part]:
-    """Parts of pairs of which each has so many rows."""
+    """The pairs in parts that run at once, where each pair has this number of rows."""
     for length, numbers in job.pairs.group_by_length().items():
         batches = choose_batches(job.model.config, len(numbers), rows, length)
         for first in range(0, len(numbers), batches.pairs):
