@@ -35,7 +35,7 @@ def add_command(commands: Subcommands) -> None:
         "counted from 0, a range 3-5 with both ends, or 3- for all from there on. Changes of one place are applied in "
         "the order given. With --generate the text goes on under the same changes, with the model's own MLPs, "
         "attention and norms reacting.",
-        epilog="example: jclt intervene 'calc: 36+59=' --scale 3/10/17=-1; jclt intervene 'calc: 36+59=' --set "
+        epilog="example: jclt intervene 'calc: 36+59=' --scale 0/5/192=-1; jclt intervene 'calc: 36+59=' --set "
         "0/2-/5=4 --layers 0-2 --out sum.png; jclt intervene 'Once upon a' --coder runs/mine/coder --add 2/3-/7=5 "
         "--generate 20",
     )
