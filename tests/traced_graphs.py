@@ -20,6 +20,19 @@ KINDS = {
     "some skips": CoderConfig("transcoder", 16, skip=True, layers=(1, 2)),
 }
 
+DOUBLE = {
+    "gemma2": "neurons",
+    "gemma3": "some layers",
+    "gpt2": "clt",
+    "llama3": "clt",
+    "mistral": "some skips",
+    "neox": "some skips",
+    "neox_sequential": "neurons",
+    "qwen2": "some layers",
+    "qwen3": "clt",
+}
+"""Each family with one coder; the other cases differ from these only in the attention patterns."""
+
 
 class Case(NamedTuple):
     model: Model

@@ -31,7 +31,7 @@ from jclt.interventions.resume import KeptPass, keep_pass, make_rows_mesh, resum
 from jclt.interventions.settings import Setting, Treatment
 from jclt.models import Model, ModelConfig, Place
 from jclt.models.model import Prompt, token_array
-from jclt.numerics import einsum
+from jclt.numerics import einsum, kl_divergence
 from jclt.shapes import Array, Captured, Float, Int, Params, Tokens
 
 TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
@@ -257,8 +257,7 @@ def run_changed_rows(
 
     batch = rows.layers.shape[0]
     logits = resume_pass(settings.model, params, original.kept, first_layer, start, batch, edit)[:, 0]
-    log_before, log_after = jax.nn.log_softmax(original.kept.logits)[None], jax.nn.log_softmax(logits)
-    kl = jnp.sum(jnp.exp(log_before) * (log_before - log_after), axis=-1)
+    kl = kl_divergence(jnp.broadcast_to(original.kept.logits, logits.shape), logits)
     return logits[:, tokens], kl, jnp.argmax(logits, axis=-1)
 
 

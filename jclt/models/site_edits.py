@@ -3,6 +3,7 @@ directions."""
 # JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+from abc import abstractmethod
 from typing import TypedDict, Unpack
 
 import equinox as eqx
@@ -67,9 +68,9 @@ class SiteEdit(eqx.Module):
         direction = where.get("direction")
         self.directions = None if direction is None else make_directions(site, direction)
 
+    @abstractmethod
     def change(self, place: Place, value: Array) -> Array:
         """The value after the change, as if the edit acted everywhere."""
-        raise NotImplementedError
 
     def __call__(self, place: Place, value: Array) -> Array:
         if place.site != self.site:

@@ -103,6 +103,7 @@ def list_absent_sites(config: ModelConfig) -> set[str]:
 def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
     """The names as a tuple; an error for the first site that this model does not have. It translates peers' names."""
     names = (names,) if isinstance(names, str) else tuple(names)
+    absent = list_absent_sites(config)
     for name in names:
         if name in PEER_NAMES and name not in SITES:
             raise UserError(f"site '{name}': this is called '{PEER_NAMES[name]}' here")
@@ -110,7 +111,7 @@ def check_sites(names: Iterable[str], config: ModelConfig) -> tuple[str, ...]:
             raise UserError(f"site '{name}': is a coder's, which `jclt.intervene` has")
         if name not in SITES:
             raise UserError(f"site '{name}' does not exist; {suggest_name(name, SITES)}")
-        if name in list_absent_sites(config):
+        if name in absent:
             raise UserError(f"site '{name}': a {config.family} model of this configuration has none")
     return names
 

@@ -11,7 +11,7 @@ from golden_cases import CASES, golden_model
 from golden_graphs import GRAPHS, golden_folder, golden_graph
 from handmade_coders import VARIANTS, expected_edges, faithful_coder, nodes, unfaithful_coder
 from more_cases import mark_others
-from traced_graphs import Case, assert_close, make_case, measure_residual, trace_whole_graph
+from traced_graphs import DOUBLE, Case, assert_close, make_case, measure_residual, trace_whole_graph
 
 import jclt
 from jclt.attribution import attribute
@@ -22,18 +22,6 @@ from jclt.graphs.graph import Kind
 from jclt.models import Model
 from jclt.world.handmade import ANSWERS, PROMPTS, build_two_hop
 
-DOUBLE = {
-    "gemma2": "neurons",
-    "gemma3": "some layers",
-    "gpt2": "clt",
-    "llama3": "clt",
-    "mistral": "some skips",
-    "neox": "some skips",
-    "neox_sequential": "neurons",
-    "qwen2": "some layers",
-    "qwen3": "clt",
-}
-"""Each family with one coder; the other cases differ from these only in the attention patterns."""
 LAW = sorted(
     {*DOUBLE.items(), *((name, kind) for name in ("gemma2", "neox") for kind in ("clt", "skip"))}
     | {("gemma3", "skip"), ("gpt2", "skip")}

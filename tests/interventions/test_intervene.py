@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from more_cases import mark_others
-from traced_graphs import make_case, trace_whole_graph
+from traced_graphs import DOUBLE, make_case, trace_whole_graph
 
 import jclt
 from jclt.coders import CoderReplacement
@@ -16,18 +16,6 @@ from jclt.graphs import Graph
 from jclt.interventions import ablate
 from jclt.models import Compose
 
-DOUBLE = {
-    "gemma2": "neurons",
-    "gemma3": "some layers",
-    "gpt2": "clt",
-    "llama3": "clt",
-    "mistral": "some skips",
-    "neox": "some skips",
-    "neox_sequential": "neurons",
-    "qwen2": "some layers",
-    "qwen3": "clt",
-}
-"""Each family with one kind of coder."""
 LAW = sorted({*DOUBLE.items(), ("gpt2", "skip"), ("gemma2", "clt"), ("neox", "skip")})
 FEW = [("gemma3", "some layers"), ("gpt2", "clt"), ("neox", "some skips")]
 

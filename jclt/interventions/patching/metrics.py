@@ -18,6 +18,7 @@ import numpy as np
 
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
+from jclt.numerics import kl_divergence
 from jclt.shapes import Array, Bool, Float, Int
 
 Metric = Literal["normalised", "logit_difference", "probability", "difference", "kl", "rank"]
@@ -62,7 +63,7 @@ def pad_answers(pairs: PromptPairs) -> AnswerSets:
 
 def measure_rows(logits: Float[Array, "R V"], clean: Float[Array, "V"], answers: AnswerSets) -> Measures:
     """The measures of rows of one pair; `answers` without their first axis."""
-    log_p, log_clean = jax.nn.log_softmax(logits), jax.nn.log_softmax(clean)[None]
+    log_p = jax.nn.log_softmax(logits, axis=-1)
     means, sums = [], []
     right, is_right, wrong, is_wrong = map(jnp.asarray, answers)
     for tokens, present in ((right, is_right), (wrong, is_wrong)):
@@ -76,7 +77,7 @@ def measure_rows(logits: Float[Array, "R V"], clean: Float[Array, "V"], answers:
         logit_difference=means[0] - means[1],
         probability=sums[0],
         difference=sums[0] - sums[1],
-        kl=jnp.sum(jnp.exp(log_clean) * (log_clean - log_p), axis=-1),
+        kl=kl_divergence(jnp.broadcast_to(clean, logits.shape), logits),
         rank=jnp.sum(logits > best[:, None], axis=-1),
         ties=ties,
     )
