@@ -23,7 +23,9 @@ from machine import Case, matmul_rate, parser, report
 from random_gpt2 import FEATURES, L0, LAYERS, VOCABULARY, WIDTH, make_peer, random_coder, random_model, time_call
 
 import jclt
+from jclt.coders import SparseCoder
 from jclt.graphs import Graph
+from jclt.models import Model
 from jclt.world import TASKS
 
 BATCHES = (1, 8, 32)
@@ -43,19 +45,21 @@ def count_operations(graph: Graph) -> float:
     return float(np.sum(through_attention + 2.0 * width * below[layer, position]))
 
 
-def time_peer(length: int) -> float | None:
-    """circuit-tracer on random weights of the same shape and sparsity; the faster of two calls."""
-    peer = make_peer(length)
+def time_peer(model: Model, coder: SparseCoder, tokens: np.ndarray) -> float | None:
+    """circuit-tracer on the same model, coder and prompt; the faster of two calls."""
+    peer = make_peer(model, coder)
     if peer is None:
         return None
+    import torch
     from circuit_tracer import attribute
 
-    model, tokens = peer
-    return min(time_call(lambda: attribute(tokens, model, batch_size=128, verbose=False))[0] for _ in range(2))
+    ids = torch.tensor(tokens)
+    return min(time_call(lambda: attribute(ids, peer, batch_size=128, verbose=False))[0] for _ in range(2))
 
 
 def time_one_prompt(repeats: int, with_peer: bool) -> list[Case]:
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, 16)
+    tokens[0] = 0  # circuit-tracer puts this one first where it is missing
     model = random_model(512)
     coder = random_coder(model, tokens, FEATURES, L0)
     first, graph = time_call(lambda: jclt.attribute(model, coder, tokens, conventions="circuit-tracer"))
@@ -68,8 +72,7 @@ def time_one_prompt(repeats: int, with_peer: bool) -> list[Case]:
     )
     print(f"first call {first:.1f} s, of which {first - seconds:.1f} s compile")
     print(f"first call of another length {other_length:.1f} s")
-    del coder
-    peer = time_peer(16) if with_peer else None
+    peer = time_peer(model, coder, tokens) if with_peer else None
     beside: dict[str, Any] = {} if peer is None else {"against": "circuit-tracer", "ratio": peer / seconds}
     return [
         Case(f"12 x 768, 16 tokens, {len(graph.features)} features", work, seconds, work / seconds / rate, **beside)

@@ -11,9 +11,10 @@ place on, at the positions from it on, and the logits at the last position.
 
 The coder of the ablations has 8,192 features a layer, of which 20 are active at each token. 2,000 active features are
 set to 0, one at a time, while attention and norms are frozen and the MLPs react. Expected is a whole call, once
-compiled, at least 10 times faster than circuit-tracer's own loop (timed on 20 features, without the activations that it
-also returns), and at least 40% of the matmul rate. The same on the shipped model and coder, whose active features are
-taken several times. Cost: 4 minutes and 8 GB; 3 more minutes with --peer.
+compiled, at least 10 times faster than circuit-tracer's own loop on the same model, coder and prompt (timed on 20
+features, without the activations that it also returns), the same logits, and at least 40% of the matmul rate. The same
+on the shipped model and coder, whose active features are taken several times. Cost: 4 minutes and 8 GB; 3 more minutes
+with --peer.
 """
 
 import os
@@ -24,11 +25,12 @@ import numpy as np
 from machine import Case, matmul_rate, parser, report
 from random_gpt2 import (
     FEATURES,
-    HEADS,
     L0,
     LAYERS,
     VOCABULARY,
     WIDTH,
+    copy_to_peer,
+    describe_for_peer,
     make_peer,
     random_coder,
     random_model,
@@ -36,7 +38,8 @@ from random_gpt2 import (
 )
 
 import jclt
-from jclt.coders import Coder
+from jclt.coders import Coder, SparseCoder
+from jclt.interventions import Ablations
 from jclt.models import Model
 
 LENGTH = 16
@@ -46,7 +49,10 @@ ABLATIONS, PEER_ABLATIONS = 2000, 20
 
 def random_prompts() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
-    return random.integers(3, VOCABULARY, LENGTH), random.integers(3, VOCABULARY, LENGTH)
+    prompts = random.integers(3, VOCABULARY, LENGTH), random.integers(3, VOCABULARY, LENGTH)
+    for tokens in prompts:
+        tokens[0] = 0  # circuit-tracer puts this one first where it is missing
+    return prompts
 
 
 def count_patching_operations() -> float:
@@ -56,18 +62,16 @@ def count_patching_operations() -> float:
     return len(SITES) * (blocks + layers.size * 2.0 * VOCABULARY * WIDTH)
 
 
-def time_peer_patching() -> float | None:
+def time_peer_patching(model: Model) -> float | None:
     """TransformerLens on the same grid, with the three functions that it offers for it; one run, after a first pass."""
     try:
         import torch
-        from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
+        from transformer_lens import HookedTransformer, patching
     except ImportError:
         return None
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"n_layers": LAYERS, "d_model": WIDTH, "d_head": WIDTH // HEADS, "n_heads": HEADS}
-    shape |= {"d_mlp": 4 * WIDTH, "d_vocab": VOCABULARY, "n_ctx": 128, "act_fn": "gelu_new", "normalization_type": "LN"}
-    model = HookedTransformer(HookedTransformerConfig(**shape, model_name="random", device="cpu", seed=0))
+    peer = HookedTransformer(describe_for_peer(model.config))
+    copy_to_peer(model, peer)
     clean, corrupted = (torch.tensor(tokens)[None] for tokens in random_prompts())
 
     def measure(logits: Any) -> Any:
@@ -75,16 +79,16 @@ def time_peer_patching() -> float | None:
 
     def run() -> None:
         with torch.no_grad():
-            _, cache = model.run_with_cache(clean)
+            _, cache = peer.run_with_cache(clean)
             for function in (
                 patching.get_act_patch_resid_pre,
                 patching.get_act_patch_attn_out,
                 patching.get_act_patch_mlp_out,
             ):
-                function(model, corrupted, cache, measure)
+                function(peer, corrupted, cache, measure)
 
     with torch.no_grad():
-        model(clean)
+        peer(clean)
     return time_call(run)[0]
 
 
@@ -101,7 +105,7 @@ def time_patching(repeats: int, with_peer: bool) -> list[Case]:
     work, rate = count_patching_operations(), matmul_rate(5)
     print(f"patching {result.values.size} places: first call {first:.1f} s, of which {first - seconds:.1f} s compile")
     print(f"peak memory {peak:.1f} GB")
-    peer = time_peer_patching() if with_peer else None
+    peer = time_peer_patching(model) if with_peer else None
     beside: dict[str, Any] = {} if peer is None else {"against": "TransformerLens", "ratio": peer / seconds}
     name = f"patching, 12 x 768, {LENGTH} tokens, {result.values.size} places"
     return [Case(name, work, seconds, work / seconds / rate, **beside)]
@@ -114,24 +118,29 @@ def count_ablation_operations(features: np.ndarray) -> float:
     return float(in_blocks + len(features) * 2.0 * VOCABULARY * WIDTH)
 
 
-def time_peer_ablations() -> float | None:
-    """Seconds for as many ablations by circuit-tracer, from those of a few."""
-    peer = make_peer(LENGTH)
+def time_peer_ablations(model: Model, coder: SparseCoder, ours: Ablations) -> float | None:
+    """Seconds for as many ablations by circuit-tracer, from those of a few; prints by how much their logits differ."""
+    peer = make_peer(model, coder)
     if peer is None:
         return None
     import torch
 
-    model, tokens = peer
-    with torch.no_grad():
-        active = model.get_activations(tokens)[1].reshape(LAYERS, LENGTH, FEATURES).nonzero()
-    chosen = active[torch.linspace(0, len(active) - 1, PEER_ABLATIONS).long()].tolist()
+    tokens = torch.tensor(random_prompts()[0])
+    chosen = np.linspace(0, len(ours.features) - 1, PEER_ABLATIONS).astype(int)
+    logits: list[np.ndarray] = []
 
     def run() -> None:
-        for layer, position, feature in chosen:
-            model.feature_intervention(tokens, [(layer, position, feature, 0.0)], return_activations=False)
+        logits.clear()
+        for layer, position, feature in ours.features[chosen].tolist():
+            edit = (layer, position, feature, 0.0)
+            result = peer.feature_intervention(tokens, [edit], freeze_attention=True, return_activations=False)[0]
+            logits.append(result[0, -1].numpy())
 
     run()
-    return time_call(run)[0] / PEER_ABLATIONS * ABLATIONS
+    seconds = time_call(run)[0]
+    differences = np.abs(np.array(logits)[:, ours.tokens] - ours.logits[chosen])
+    print(f"logits differ from circuit-tracer's by at most {differences.max() / np.abs(ours.logits).max():.1e}")
+    return seconds / PEER_ABLATIONS * len(ours.features)
 
 
 def list_active(model: Model, coder: Coder, tokens: np.ndarray) -> np.ndarray:
@@ -145,14 +154,14 @@ def time_ablations(repeats: int, with_peer: bool) -> list[Case]:
     tokens = random_prompts()[0]
     coder = random_coder(model, tokens, FEATURES, L0)
     active = list_active(model, coder, tokens)
+    active = active[active[:, 1] > 0]  # circuit-tracer has no features at position 0
     features = active[np.random.default_rng(0).permutation(len(active))[:ABLATIONS]]
-    first, seconds = time_repeated(lambda: jclt.ablate(model, coder, tokens, features, progress=False), repeats)
+    first, seconds, result = time_repeated(lambda: jclt.ablate(model, coder, tokens, features, progress=False), repeats)
     work, rate = count_ablation_operations(features), matmul_rate(5)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{len(features)} ablations: first call {first:.1f} s, of which {first - seconds:.1f} s compile")
     print(f"peak memory {peak:.1f} GB")
-    del coder
-    peer = time_peer_ablations() if with_peer else None
+    peer = time_peer_ablations(model, coder, result) if with_peer else None
     beside: dict[str, Any] = {} if peer is None else {"against": "circuit-tracer", "ratio": peer / seconds}
     return [Case(f"ablations, 12 x 768, {LENGTH} tokens", work, seconds, work / seconds / rate, **beside)]
 
@@ -161,14 +170,15 @@ def time_shipped_ablations(repeats: int) -> list[Case]:
     model, coder = jclt.load_model("demo"), jclt.load_coder("demo")
     tokens = np.asarray(model.encode("Question: in the state of South Creek, what is the capital? Answer:"))[-LENGTH:]
     features = np.resize(list_active(model, coder, tokens), (ABLATIONS, 3))
-    first, seconds = time_repeated(lambda: jclt.ablate(model, coder, tokens, features, progress=False), repeats)
+    first, seconds, _ = time_repeated(lambda: jclt.ablate(model, coder, tokens, features, progress=False), repeats)
     print(f"{ABLATIONS} ablations on the shipped model: first call {first:.1f} s, later ones {seconds:.2f} s")
     return [Case(f"ablations, shipped model, {LENGTH} tokens", 0.0, seconds)]
 
 
-def time_repeated(run: Any, repeats: int) -> tuple[float, float]:
-    """Seconds of the first call, and of the fastest of the later ones."""
-    return time_call(run)[0], min(time_call(run)[0] for _ in range(repeats))
+def time_repeated(run: Any, repeats: int) -> tuple[float, float, Any]:
+    """Seconds of the first call, and of the fastest of the later ones; the result."""
+    first, result = time_call(run)
+    return first, min(time_call(run)[0] for _ in range(repeats)), result
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 Reading order, of features: `intervene.py` (what users call), `settings.py` (how the model reacts), `changes.py` (edits
 of features as arrays), `feature_pass.py` (a pass with changed features), `result.py` (what is measured), `nodes.py`
-(supernodes of a graph), `steer.py` (generation), `ablate.py` (many features, one at a time) with `resume.py`.
+(supernodes of a graph), `steer.py` (generation), `ablate.py` (many features, one at a time) with `batches.py` and
+`resume.py`.
 
 Of sites, on pairs of a clean and a corrupted prompt: the package `patching`.
 """

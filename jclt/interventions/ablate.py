@@ -1,8 +1,7 @@
 """`ablate`: thousands of features of one prompt changed, one at a time, and what each does to the next token.
 
 A single feature's change is known before the pass: nothing before it has changed. So a row of the batch needs neither
-the coder nor the layers below its feature, nor the positions before it. Rows are sorted by position and layer, and each
-batch runs from its first layer and position on; keys and values of earlier positions are those of the original pass.
+the coder nor the layers below its feature, nor the positions before it (`batches.py`, `resume.py`).
 
     before the feature's layer          the original residual stream
     from there on                       out(l) = MLP(l) + change W(s, l)
@@ -10,7 +9,6 @@ batch runs from its first layer and position on; keys and values of earlier posi
     after the clamped layers            out(l) = MLP(l)
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -27,17 +25,14 @@ from jclt.attribution.targets import decode_token
 from jclt.attribution.true_pass import stack_skips, widen
 from jclt.coders import Coder
 from jclt.errors import UserError
+from jclt.interventions.batches import choose_starts, limit_rows, split_rows
 from jclt.interventions.resume import KeptPass, keep_pass, make_rows_mesh, resume_pass
 from jclt.interventions.settings import Setting, Treatment
 from jclt.models import Model, ModelConfig, Place
-from jclt.models.model import Prompt, token_array
+from jclt.models.model import Prompt, token_row
 from jclt.numerics import einsum, kl_divergence
 from jclt.shapes import Array, Captured, Float, Int, Params, Tokens
 
-TOKENS_AT_ONCE = {"cpu": 2048, "gpu": 32768, "tpu": 32768}
-"""Tokens of a batch on one device: enough for efficient products, few enough to fit memory."""
-STARTS = 4
-"""The number of positions at which batches may start, evenly spaced. Each has a program of its own."""
 SHOWN_TOKENS = 10
 
 
@@ -121,9 +116,7 @@ def ablate(
     """
     setting = Setting(attention=attention, norms=norms, reference="current")
     local = check_coder(model, coder)
-    ids = token_array(model, prompt)
-    if ids.ndim != 1:
-        raise UserError(f"prompt: {len(ids)} rows, expected text or token ids [T] of one prompt")
+    ids = token_row(model, prompt)
     if clamped < 0 or (batch is not None and batch < 1):
         raise UserError(f"clamped={clamped}, batch={batch}: expected at least 0 layers and at least 1 row")
     mesh = make_rows_mesh()
@@ -139,6 +132,9 @@ def ablate(
     before = active[index, features[:, 1], features[:, 2]]
     chosen = np.argsort(-logits, kind="stable")[:SHOWN_TOKENS] if tokens is None else np.asarray(tokens)
 
+    def limit(start: int) -> int:
+        return (batch or limit_rows(model.config, len(ids) - start)) * mesh.size
+
     def run_batch(start: int, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
         rows = gather_rows(coder, settings, features[numbers], index[numbers], (factor - 1) * before[numbers], mesh)
         first_layer = np.int32(features[numbers, 0].min())
@@ -146,8 +142,9 @@ def ablate(
 
     kinds = ((len(chosen),), logits.dtype), ((), logits.dtype), ((), np.int64)
     columns = [np.zeros((len(features), *shape), dtype) for shape, dtype in kinds]
+    starts = choose_starts(model.config, len(features), len(ids))
     with tqdm(total=len(features), unit="feature", disable=None if progress else True) as bar:
-        for start, numbers in split_batches(features, len(ids), batch, mesh.size):
+        for start, numbers in split_rows(features[:, 1], features[:, 0], starts, limit, mesh.size):
             for column, values in zip(columns, run_batch(start, numbers), strict=True):
                 column[numbers] = values
             bar.update(len(np.unique(numbers)))
@@ -169,21 +166,6 @@ def check_features(features: np.ndarray, shape: tuple[int, ...], coder: Coder) -
         if coder.config.index(layer) is None or not (0 <= position < shape[1] and 0 <= feature < shape[2]):
             raise UserError(f"features: layer {layer}, position {position}, feature {feature} does not exist")
     return features
-
-
-def split_batches(
-    features: np.ndarray, length: int, batch: int | None, devices: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The first position of each batch, and the numbers of its rows; the last batch repeats some to be full."""
-    starts = np.unique(np.arange(STARTS) * length // STARTS)
-    bucket = np.searchsorted(starts, features[:, 1], side="right") - 1
-    for number, start in enumerate(starts.tolist()):
-        rows = np.flatnonzero(bucket == number)
-        rows = rows[np.argsort(features[rows, 0], kind="stable")]
-        size = (batch or max(TOKENS_AT_ONCE.get(jax.default_backend(), 2048) // (length - start), 1)) * devices
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            yield start, np.resize(part, size)
 
 
 def gather_rows(

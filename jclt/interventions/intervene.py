@@ -38,7 +38,7 @@ from jclt.interventions.settings import (
 )
 from jclt.mesh import fetch_to_host, mesh_of
 from jclt.models import Compose, Edit, Freeze, Model, ModelConfig, forward
-from jclt.models.model import Prompt, on_mesh, token_array
+from jclt.models.model import Prompt, on_mesh, token_row
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Logits, Params, Tokens
 
@@ -115,9 +115,7 @@ def compare_rows(
     """The results of one prompt, one for each row of the edits' values."""
     check_coder(model, coder)
     model, coder = use_one_device(model, coder)
-    tokens = token_array(model, prompt)
-    if tokens.ndim != 1:
-        raise UserError(f"prompt: {len(tokens)} rows, expected text or token ids [T] of one prompt")
+    tokens = token_row(model, prompt)
     if graph is not None:
         check_graph(model, coder, tokens, graph)
     parts = sort_edits(model, coder, edits, setting, len(tokens))

@@ -23,6 +23,7 @@ from jclt.models.model import (
     decode_continuation,
     on_mesh,
     token_array,
+    token_row,
 )
 from jclt.shapes import Array, ArrayLike, Float, Int, Params, Tokens
 
@@ -61,9 +62,7 @@ def steer(
     """
     check_coder(model, coder)
     model, coder = use_one_device(model, coder)
-    tokens = token_array(model, prompt)
-    if tokens.ndim != 1:
-        raise UserError(f"prompt: {len(tokens)} rows, expected text or token ids [T] of one prompt")
+    tokens = token_row(model, prompt)
     setting = Setting(attention=attention, norms=norms, reference="current")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, choose_stops(model, stop_tokens))
     parts = sort_edits(model, coder, edits, setting, len(tokens) + max_new_tokens)

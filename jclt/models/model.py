@@ -27,7 +27,7 @@ from jclt.models.generate import generate_tokens
 from jclt.models.sites import MODEL_SITES, Edit, check_sites
 from jclt.models.tokenizer import Tokenizer, load_tokenizer
 from jclt.models.transformer import Mlp, Transformer
-from jclt.shapes import Array, ArrayLike, Captured, Params
+from jclt.shapes import Array, ArrayLike, Captured, Int, Params
 
 Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
 """Text, or token ids `[T]` or `[B, T]`."""
@@ -278,17 +278,23 @@ def token_array(model: Model, prompt: Prompt) -> np.ndarray:
     except ValueError:
         raise UserError("prompt: rows of different lengths, expected token ids [T] or [B, T]") from None
     if ids.ndim not in (1, 2) or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
-        raise UserError(
-            f"prompt: got an array of {ids.dtype} with {ids.ndim} axes, expected text or token ids [T] or [B, T]"
-        )
+        what = f"got an array of {ids.dtype} with {ids.ndim} axes"
+        raise UserError(f"prompt: {what}, expected text or token ids [T] or [B, T]")
     if ids.size == 0:
         raise UserError("prompt: empty, expected at least one token")
-    if ids.shape[-1] > model.config.context:
-        raise UserError(
-            f"prompt: {ids.shape[-1]} tokens, expected at most {model.config.context} (the model's context)"
-        )
+    length, context = ids.shape[-1], model.config.context
+    if length > context:
+        raise UserError(f"prompt: {length} tokens, expected at most {context} (the model's context)")
     if ids.min() < 0 or ids.max() >= model.config.vocabulary:
         raise UserError(
             f"prompt: token id {ids.min() if ids.min() < 0 else ids.max()}, expected 0 to {model.config.vocabulary - 1}"
         )
     return ids.astype(np.int32)
+
+
+def token_row(model: Model, prompt: Prompt) -> Int[np.ndarray, "T"]:
+    """The ids of one prompt."""
+    ids = token_array(model, prompt)
+    if ids.ndim != 1:
+        raise UserError(f"prompt: {len(ids)} rows, expected text or token ids [T] of one prompt")
+    return ids

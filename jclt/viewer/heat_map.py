@@ -1,6 +1,5 @@
 """Draws what patching measured: one panel for each site, layers upward, the prompt's tokens sideways."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import numpy as np
 from jclt.errors import UserError
 from jclt.files import create_file
 from jclt.shapes import Float
-from jclt.viewer.picture import DOTS_PER_INCH, MAX_DOTS
+from jclt.viewer.picture_files import find_picture_type, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +44,7 @@ def write_heat_map(
     from matplotlib.figure import Figure
 
     path, panels = Path(path), np.asarray(panels, float)
-    kind, known = path.suffix.removeprefix(".").lower() or "png", Figure().canvas.get_supported_filetypes()
-    if kind not in known:
-        raise UserError(f"{path}: cannot draw '{kind}', expected one of {', '.join(sorted(known))}")
+    kind = find_picture_type(path)
     if panels.shape != (len(titles), len(rows), len(columns)):
         raise UserError(
             f"heat map: values {panels.shape}, expected {len(titles)} panels, {len(rows)} rows, {len(columns)} columns"
@@ -77,9 +74,8 @@ def write_heat_map(
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7)
     bar.set_title(value_name, fontsize=7, loc="left")
     figure.text(LEFT_MARGIN / whole[0], 1 - 0.1 / whole[1], title, va="top", fontsize=10, parse_math=False)
-    with create_file(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing")  # scripts that the font lacks
-        figure.savefig(partial, dpi=min(DOTS_PER_INCH, MAX_DOTS / max(whole)), format=kind)
+    with create_file(path) as partial:
+        save_figure(figure, partial, kind)
 
 
 def label_axes(axes: "Axes", rows: Sequence[str | int], columns: Sequence[str | int], count: int) -> None:

@@ -1,6 +1,5 @@
 """Draws an intervention: what the graph predicted against what was measured, and the changed probabilities."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import numpy as np
 
 from jclt.files import create_file
 from jclt.interventions import Intervention
+from jclt.viewer.picture_files import find_picture_type, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,12 @@ BARS = 10
 
 
 def draw_intervention(result: Intervention, path: str | Path, shares: Mapping[str, float] | None = None) -> None:
-    """Writes the picture as a PNG file. With the `shares` of supernodes (`measure_shares`) it has a panel of them."""
+    """The ending of the file's name is the file type. With the `shares` of supernodes (`measure_shares`) there is a
+    panel of them."""
     from matplotlib.figure import Figure
 
+    path = Path(path)
+    kind = find_picture_type(path)
     panels = 3 if shares else 2
     figure = Figure(figsize=(5.5 * panels, 4.6), layout="constrained")
     axes = figure.subplots(1, panels)
@@ -30,9 +33,8 @@ def draw_intervention(result: Intervention, path: str | Path, shares: Mapping[st
         draw_shares(axes[2], shares)
     prompt = "".join(result.token_texts).replace("\n", "⏎").replace("$", r"\$")
     figure.suptitle(f"{prompt[-90:]}\n{result.setting}", fontsize=9)
-    with create_file(Path(path)) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing")
-        figure.savefig(partial, dpi=150, format="png")
+    with create_file(path) as partial:
+        save_figure(figure, partial, kind)
 
 
 def draw_predictions(axes: "Axes", result: Intervention) -> None:

@@ -1,6 +1,5 @@
 """Draws a graph as a picture: tokens at the bottom, layers upward, outputs at the top."""
 
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jclt.errors import UserError
 from jclt.files import create_file
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_edge_influence
 from jclt.graphs.nodes import Kind
 from jclt.graphs.viewer_json import Labels, get_annotations
 from jclt.shapes import Float, Int
+from jclt.viewer.picture_files import find_picture_type, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +22,6 @@ MAX_EDGES, MAX_LABELS = 500, 90  # more would make the picture unreadable
 MAX_LABEL_LETTERS, MAX_TEXT_LETTERS = 26, 60
 RAISES, LOWERS, FEATURE, ERROR, INPUT = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c"
 POINTS_PER_INCH = 72
-DOTS_PER_INCH, MAX_DOTS = 200, 60_000  # along a side of the picture; matplotlib cannot draw more than 65,536
 
 # All coordinates and lengths are in inches; the origin is the picture's lower left corner.
 LEFT, RIGHT, BOTTOM, TOP = 0.55, 0.2, 0.95, 1.25  # margins
@@ -58,12 +56,8 @@ def draw_graph(
     At most `MAX_EDGES` edges are drawn, those with most influence. A feature without a name in `labels` has its name
     from the viewer's file that the graph was read from, or else its layer and number.
     """
-    from matplotlib.figure import Figure
-
     path = Path(path)
-    kind, known = path.suffix.removeprefix(".").lower() or "png", Figure().canvas.get_supported_filetypes()
-    if kind not in known:
-        raise UserError(f"{path}: cannot draw '{kind}', expected one of {', '.join(sorted(known))}")
+    kind = find_picture_type(path)
     with create_file(path) as partial:
         write_picture(graph, partial, kind, labels=labels, title=title)
 
@@ -91,9 +85,7 @@ def write_picture(
     dots = _draw_nodes(axes, graph, influence, layout)
     _draw_outputs(axes, graph, layout)
     _draw_labels(axes, _name_features(graph, labels or {}), influence, layout, dots)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing")  # scripts that the font lacks
-        figure.savefig(path, dpi=min(DOTS_PER_INCH, MAX_DOTS / max(figure.get_size_inches())), format=kind)
+    save_figure(figure, path, kind)
 
 
 def _lay_out(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Layout:

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.errors import UserError
+from jclt.interventions.batches import split_rows
 from jclt.interventions.patching.metrics import AnswerSets, Measures, Metric, check_metric, measure_rows
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.patching.places import Position, locate_position, name_position, read_layers
 from jclt.interventions.patching.result import PatchingResult
-from jclt.interventions.patching.rows import Rule, Rules, choose_size, find_boxes, make_rows_edit, take_rows
+from jclt.interventions.patching.rows import Rule, Rules, find_boxes, make_rows_edit, take_rows
 from jclt.interventions.patching.runs import (
     Found,
     Part,
@@ -88,10 +89,9 @@ def patch_paths(
         corrupted, other = keep_passes(job, "corrupted", numbers, sites)
         rules = make_sender_rules(pairs, numbers, sets, base, other)
         inputs = {} if to_logits else make_boxes(pairs, numbers, [list(receivers)])
-        size = choose_size(len(sets), len(pairs.clean[numbers[0]]), model.config.vocabulary, part.batches)
+        most = part.batches.limit_rows(model.config, len(pairs.clean[numbers[0]]))
         found: list[Measures] = []
-        for first in range(0, len(sets), size):
-            rows = np.resize(np.arange(first, min(first + size, len(sets))), size)
+        for _, rows in split_rows(*np.zeros((2, len(sets)), int), (0,), lambda _: most, part.batches.devices):
             arguments = (take_tokens(job, "clean", numbers), take_rows(rules, rows, job.mesh), inputs)
             found.append(run_paths(model.config, job.params, *arguments, clean.logits, answers))
         columns = (np.concatenate([np.asarray(x) for x in column], axis=1) for column in zip(*found, strict=True))

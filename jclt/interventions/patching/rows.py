@@ -5,7 +5,7 @@ set of rules: values for a site, and for every row the ranges of layers, positio
 ranges are data: a row that leaves a site alone has empty ones there. So one program serves all sites, layers and heads.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -15,21 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jclt.interventions.batches import choose_starts, limit_rows, split_rows
 from jclt.interventions.patching.metrics import AnswerSets, Measures, measure_rows
 from jclt.interventions.resume import KeptPass, resume_pass
 from jclt.models import Edit, ModelConfig, Place
 from jclt.models.sites import SITE_AXES
 from jclt.shapes import Array, Bool, Float, Int, Params
-
-BATCH_TOKENS = {"cpu": 1024, "gpu": 32768, "tpu": 32768}
-"""Tokens of a batch on one device: enough for efficient products, few enough to skip many layers."""
-BATCH_LOGITS = 2**26
-"""The largest number of logits of a batch on one device."""
-STARTING_POSITIONS = 4
-"""The largest number of positions at which batches may start, evenly spaced. Each has a program of its own."""
-WORTH_A_PROGRAM = 1e12
-"""There is one more starting position for each of this number of operations: with fewer, compiling would take longer
-than it saves."""
 
 
 class Rule(NamedTuple):
@@ -120,43 +111,16 @@ class Batches(NamedTuple):
     devices: int
     starts: tuple[int, ...]  # the positions at which batches may start
 
+    def limit_rows(self, config: ModelConfig, length: int) -> int:
+        """The largest number of rows of each pair that run at once."""
+        return max(limit_rows(config, length) * self.devices // self.pairs, 1)
+
 
 def choose_batches(config: ModelConfig, pairs: int, rows: int, length: int) -> Batches:
     """If a pair has few rows, several pairs run at once: as many as suit a device."""
     devices = jax.local_device_count()
-    at_once = BATCH_TOKENS.get(jax.default_backend(), 1024) * devices // max(rows * length, 1)
-    weights = config.layers * config.width * (4 * config.width + 3 * config.mlp_width)
-    count = min(STARTING_POSITIONS, 1 + int(2.0 * weights * pairs * rows * length / WORTH_A_PROGRAM))
-    starts = np.unique(np.arange(count) * length // count)
-    return Batches(min(max(at_once, 1), pairs), devices, tuple(starts.tolist()))
-
-
-def choose_size(rows: int, length: int, vocabulary: int, batches: Batches) -> int:
-    """How many rows of each pair run at once: batches of equal size, a multiple of the devices."""
-    tokens = BATCH_TOKENS.get(jax.default_backend(), 1024)
-    most = min(tokens // length, BATCH_LOGITS // vocabulary) * batches.devices // batches.pairs
-    count = -(-rows // max(most, 1))
-    return -(-rows // (count * batches.devices)) * batches.devices
-
-
-def split_rows(
-    first_positions: Int[np.ndarray, "R"],
-    first_layers: Int[np.ndarray, "R"],
-    length: int,
-    vocabulary: int,
-    batches: Batches,
-) -> Iterator[tuple[int, Int[np.ndarray, "n"]]]:
-    """The first position of each batch, and the numbers of its rows, sorted by layer. The last batch of a
-    start repeats rows to be full."""
-    bucket = np.searchsorted(batches.starts, first_positions, side="right") - 1
-    for number, start in enumerate(batches.starts):
-        rows = np.flatnonzero(bucket == number)
-        if not len(rows):
-            continue
-        rows = rows[np.argsort(first_layers[rows], kind="stable")]
-        size = choose_size(len(rows), length - start, vocabulary, batches)
-        for first in range(0, len(rows), size):
-            yield start, np.resize(rows[first : first + size], size)
+    at_once = limit_rows(config, length) * devices // max(rows, 1)
+    return Batches(min(max(at_once, 1), pairs), devices, choose_starts(config, pairs * rows, length))
 
 
 def take_rows(rules: Rules, rows: Int[np.ndarray, "n"], mesh: Mesh) -> Rules:
@@ -200,7 +164,11 @@ def run_grid_rows(
     order: list[np.ndarray] = []
     parts: list[Measures] = []
     length = kept.streams.shape[2]
-    for start, rows in split_rows(positions, layers, length, config.vocabulary, batches):
+
+    def limit(start: int) -> int:
+        return batches.limit_rows(config, length - start)
+
+    for start, rows in split_rows(positions, layers, batches.starts, limit, batches.devices):
         first_layer = np.int32(layers[rows].min())
         parts.append(
             run_rows_of_pairs(config, start, params, kept, take_rows(rules, rows, mesh), first_layer, clean, answers)

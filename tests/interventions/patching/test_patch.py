@@ -10,7 +10,7 @@ from more_cases import mark_others
 from patching_prompts import FAMILIES, FEW, LENGTH, RIGHT, WRONG, compute_difference, get_pairs, get_tokens, run_one
 
 import jclt
-from jclt.interventions.patching import rows as batches
+from jclt.interventions import batches
 from jclt.interventions.patching.metrics import check_metric
 from jclt.interventions.patching.patch import check_source
 from jclt.world.facts import ASKED, CITIES, STATE_OF, STATES, value_of
@@ -36,7 +36,7 @@ def test_each_place_of_the_grid_is_one_edited_pass(name, mode):
     moved = []
     for (i, site), layer, (k, position) in product(enumerate(sites), layers, enumerate(positions)):
         want = compute_difference(run_one(name, base, seen, site, layer=layer, position=position))
-        np.testing.assert_allclose(result.per_pair[:, i, layer, k], want, atol=2e-6)
+        np.testing.assert_allclose(result.per_pair[:, i, layer, k], want, atol=5e-6)
         moved.append(abs(want - unchanged).max())
     assert max(moved) > 1e-3
     np.testing.assert_allclose(result.values, result.per_pair.mean(axis=0), rtol=1e-12)
@@ -50,7 +50,7 @@ def test_each_head_of_the_grid_is_one_edited_pass(name):
     _, seen = jclt.run(model, clean, capture=("resid_pre", "attn_out", "mlp_out", "head_out"))
     for layer, head in product(range(model.config.layers), range(model.config.heads)):
         want = compute_difference(run_one(name, corrupted, seen, "head_out", layer=layer, position=3, head=head))
-        np.testing.assert_allclose(result.per_pair[:, 0, layer, 0, head], want, atol=2e-6)
+        np.testing.assert_allclose(result.per_pair[:, 0, layer, 0, head], want, atol=5e-6)
 
 
 @pytest.mark.parametrize("name", mark_others(FAMILIES, ["llama3"]))
@@ -105,11 +105,11 @@ def test_ablations_put_what_they_say():
         values = {site: change(value) for site, value in seen.items()}
         for i, site in enumerate(GRID["sites"]):
             want = compute_difference(run_one(name, clean, values, site, layer=1, position=3))
-            np.testing.assert_allclose(got.per_pair[:, i, 1, 0], want, atol=2e-6)
+            np.testing.assert_allclose(got.per_pair[:, i, 1, 0], want, atol=5e-6)
         assert got.changed == "clean" and source in got.method
     alone = replace(pairs, corrupted=(None,) * len(pairs))  # an ablation needs no corrupted prompts
     got = patch(model, alone, source="resample", metric="logit_difference", **GRID)
-    np.testing.assert_allclose(got.per_pair[:, i, 1, 0], want, atol=2e-6)
+    np.testing.assert_allclose(got.per_pair[:, i, 1, 0], want, atol=5e-6)
     noisy, again, other = (patch(model, pairs, source="noise", seed=seed, **GRID).per_pair for seed in (1, 1, 2))
     np.testing.assert_array_equal(noisy, again)
     assert abs(noisy - other).max() > 1e-4
