@@ -91,7 +91,8 @@ def patch_paths(
         inputs = {} if to_logits else make_boxes(pairs, numbers, [list(receivers)])
         most = part.batches.limit_rows(model.config, len(pairs.clean[numbers[0]]))
         found: list[Measures] = []
-        for _, rows in split_rows(*np.zeros((2, len(sets)), int), (0,), lambda _: most, part.batches.devices):
+        no_order = np.zeros(len(sets), int)
+        for _, rows in split_rows(no_order, no_order, (0,), lambda _, most=most: most, part.batches.devices):
             arguments = (take_tokens(job, "clean", numbers), take_rows(rules, rows, job.mesh), inputs)
             found.append(run_paths(model.config, job.params, *arguments, clean.logits, answers))
         columns = (np.concatenate([np.asarray(x) for x in column], axis=1) for column in zip(*found, strict=True))
