@@ -31,7 +31,9 @@ needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is
 
 
 @needs_libtpu
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["joined", pytest.param("by source", marks=pytest.mark.exhaustive), "by source on two data shards"]
+)
 def test_the_step_compiles_for_a_tpu_and_fits(case):
     command = [sys.executable, __file__, case]
     process = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
@@ -45,7 +47,14 @@ def test_the_step_compiles_for_a_tpu_and_fits(case):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v5e:2x2",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("v5p:2x2x1", "v6e:2x2")),
+        "tpu7x:2x2x1",
+    ],
+)
 def test_the_kernels_of_the_sparse_path_compile_for_each_chip(topology):
     """Several lists for the TensorCore; one list for SparseCores, which v5e lacks."""
     process = subprocess.run(
