@@ -1,8 +1,8 @@
 """Sparse coders: cross-layer and per-layer transcoders, SAEs, and a model's MLP neurons with the same methods.
 
 Reading order: `config.py` (the settings), `coder.py` (the weights; encoding and decoding), `activations.py`,
-`neurons.py`, `replacement.py` (the model with a coder in place of its MLPs) with `decoder_sums.py`, `model_fit.py`
-(does a coder belong to a model), `formats/` (files).
+`neurons.py`, `streamed.py` (weights that stay on disk), `replacement.py` (the model with a coder in place of its MLPs)
+with `decoder_sums.py`, `model_fit.py` (does a coder belong to a model), `formats/` (files).
 """
 
 from jclt.coders.coder import AXES, Coder, CoderLayer, SparseCoder, abstract_coder, declare_coder
@@ -12,6 +12,7 @@ from jclt.coders.formats.load import LAYOUTS, coder_model, find_coder, load_code
 from jclt.coders.model_fit import Fit, check_fit, measure_fit
 from jclt.coders.neurons import Neurons, neurons
 from jclt.coders.replacement import CoderReplacement
+from jclt.coders.streamed import StreamedCoder, read_fingerprint
 
 __all__ = [
     "AXES",
@@ -22,6 +23,7 @@ __all__ = [
     "Fit",
     "Neurons",
     "SparseCoder",
+    "StreamedCoder",
     "abstract_coder",
     "check_fit",
     "coder_model",
@@ -31,6 +33,7 @@ __all__ = [
     "measure_fit",
     "misread_by_circuit_tracer",
     "neurons",
+    "read_fingerprint",
     "CoderReplacement",
     "save_coder",
 ]

@@ -6,6 +6,7 @@ methods of `Coder` is a coder too, such as a model's MLP neurons (`neurons.py`).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -17,8 +18,9 @@ from jclt.coders.config import CoderConfig
 from jclt.kernels.active import ActivePairs
 from jclt.kernels.matmuls import apply_weight, decode, token_letters, widen_for_product
 from jclt.kernels.sparse_matmuls import decode_active
+from jclt.kernels.take_rows import take_rows
 from jclt.mesh import AnyMesh, make_sharding, shard_by_axes
-from jclt.shapes import Array, DTypeLike, Float
+from jclt.shapes import Array, ArrayLike, DTypeLike, Float, Int
 
 
 @runtime_checkable
@@ -46,6 +48,15 @@ class Coder(Protocol):
 
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         """For each feature of one layer the vectors that it writes to the R layers of its reach at activation 1."""
+        ...
+
+    def load_encoder(self, layer: int) -> "Coder":
+        """A coder of this layer alone that only encodes: its `encode(0, x)` is `encode(layer, x)`. Its weights are in
+        the memory of devices, wherever those of the coder lie."""
+        ...
+
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
+        """The rows of `decoder_rows` of these features of one layer, read from wherever they lie."""
         ...
 
     def decoder_bias(self, layer: int) -> Float[Array, "D"]:
@@ -134,8 +145,14 @@ class SparseCoder(eqx.Module):
     def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
         return self.layers[layer].encoder, self.layers[layer].encoder_bias
 
+    def load_encoder(self, layer: int) -> "SparseCoder":
+        return SparseCoder((replace(self.layers[layer], decoder=None),), self.config.keep_one_layer())
+
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         return self.layers[layer].decoder_rows
+
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
+        return take_rows(self.layers[layer].decoder_rows, features)
 
     def decoder_bias(self, layer: int) -> Float[Array, "D"]:
         return self.layers[layer].decoder_bias

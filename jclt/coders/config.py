@@ -55,6 +55,10 @@ class CoderConfig:
         """The number of covered layers that the features of one layer write to: that layer alone, or all from it on."""
         return len(self.covered) - index if self.kind == "clt" else 1
 
+    def keep_one_layer(self) -> "CoderConfig":
+        """The settings of any layer by itself. They are the same for all layers, so that layers share programs."""
+        return replace(self, layers=(0,))
+
     def fit_to_model(self, model: ModelConfig, name: str, fingerprint: str = "") -> "CoderConfig":
         """The settings with all that follows from the model filled in, or an error if they do not fit the model."""
         check_sites((self.reads, self.writes), model)

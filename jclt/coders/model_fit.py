@@ -10,14 +10,17 @@ import numpy as np
 
 from jclt.coders.coder import Coder
 from jclt.errors import UserError
-from jclt.kernels.matmuls import sharded_einsum, widen_for_product
 from jclt.mesh import fetch_to_host, mesh_of
 from jclt.models import Model, run
-from jclt.shapes import Array, ArrayLike, Float, Int
+from jclt.numerics import einsum
+from jclt.shapes import Array, ArrayLike, Float
 
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 128
+ROWS_AT_ONCE = 512
+"""Decoder rows in memory at once."""
+
 PROBE_TEXT = (
     "She works at the General Society Station Central (G The Civic General Nuclear Aviation (C The Academy "
     "Chemical Digital Northern (A Fact: Lionel Williams is a star of The athlete Pete Gordon plays the sport of "
@@ -46,37 +49,48 @@ class Fit(NamedTuple):
 def measure_fit(coder: Coder, model: Model) -> Fit:
     """Measured on `PROBE_TEXT`, or on random tokens if the model has no tokenizer.
 
-    It computes one layer at a time, since the coder may leave little memory.
+    It computes one layer at a time, with the decoder rows of active features, since the coder may leave little memory.
     """
     config = coder.config
     _, seen = run(model, _get_probe_tokens(model), capture=(config.reads, config.writes))
     # Without the first position: many models use it as an attention sink, and its activations are like no others.
     covered = list(config.covered)
     x, y = (fetch_to_host(seen[site]).astype(np.float32)[covered, 1:] for site in (config.reads, config.writes))
-    mesh = mesh_of(jax.tree.leaves(coder)[0])
     reconstruction, active = np.zeros_like(y), np.zeros(len(y))
-    with jax.set_mesh(mesh) if mesh else nullcontext():
-        for layer, layer_input in enumerate(map(jnp.asarray, x)):
-            a = coder.encode(layer, layer_input)
-            active[layer] = np.asarray(jnp.sum(a != 0, axis=-1)).mean()
-            decoder = coder.decoder_rows(layer)
-            for i in range(decoder.shape[1]):
-                reconstruction[layer + i] += np.asarray(_decode_to_target(a, decoder, np.int32(i)), np.float32)
-            reconstruction[layer] += np.asarray(coder.decoder_bias(layer), np.float32)
-            if (skip := coder.skip(layer)) is not None:
-                reconstruction[layer] += x[layer] @ np.asarray(skip, np.float32).T
+    for layer, layer_input in enumerate(x):
+        a = _encode(coder, layer, layer_input)
+        active[layer] = (a != 0).sum(axis=-1).mean()
+        ever_active = np.flatnonzero((a != 0).any(axis=0))
+        for start in range(0, len(ever_active), ROWS_AT_ONCE):
+            features = np.resize(ever_active[start : start + ROWS_AT_ONCE], ROWS_AT_ONCE)
+            is_new = np.arange(ROWS_AT_ONCE) < len(ever_active) - start
+            rows = coder.take_decoder_rows(layer, features)
+            written = np.asarray(_decode_rows(np.where(is_new, a[:, features], 0), rows))
+            reconstruction[layer : layer + written.shape[0]] += written
+        reconstruction[layer] += np.asarray(coder.decoder_bias(layer), np.float32)
+        if (skip := coder.skip(layer)) is not None:
+            reconstruction[layer] += x[layer] @ np.asarray(skip, np.float32).T
     squared_error = np.square(y - reconstruction).sum((1, 2))
     variance = np.square(y - y.mean(1, keepdims=True)).sum((1, 2))
     return Fit(squared_error / np.maximum(variance, np.finfo(np.float32).tiny), active)
 
 
+def _encode(coder: Coder, layer: int, x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N F"]:
+    encoder = coder.load_encoder(layer)
+    mesh = mesh_of(jax.tree.leaves(encoder)[0])
+    with jax.set_mesh(mesh) if mesh else nullcontext():
+        return fetch_to_host(_encode_layer(encoder, jnp.asarray(x))).astype(np.float32)
+
+
 @jax.jit
-def _decode_to_target(
-    a: Float[Array, "N F"], decoder: Float[Array, "F R D"], i: Int[ArrayLike, ""]
-) -> Float[Array, "N D"]:
-    """What features write to the i-th layer of their reach."""
-    rows = jax.lax.dynamic_index_in_dim(decoder, i, axis=1, keepdims=False)
-    return sharded_einsum("nf,fd->nd", widen_for_product(a, rows), rows)
+def _encode_layer(encoder: Coder, x: Float[Array, "N D"]) -> Float[Array, "N F"]:
+    return encoder.encode(0, x)
+
+
+@jax.jit
+def _decode_rows(a: Float[ArrayLike, "N n"], rows: Float[Array, "n R D"]) -> Float[Array, "R N D"]:
+    """What features write to each layer of their reach."""
+    return einsum("nf,frd->rnd", jnp.asarray(a), rows.astype(jnp.float32))
 
 
 def check_fit(coder: Coder, model: Model, name: str) -> None:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from jclt.coders.config import CoderConfig
 from jclt.kernels.matmuls import token_letters, widen_for_product
+from jclt.kernels.take_rows import take_rows
 from jclt.models import Model
 from jclt.models.config import ModelConfig
 from jclt.models.ops import ACTIVATIONS
 from jclt.numerics import einsum
-from jclt.shapes import Array, Float, Params
+from jclt.shapes import Array, ArrayLike, Float, Int, Params
 
 WEIGHTS = ("up", "up_bias", "gate", "gate_bias", "down", "down_bias")
 
@@ -40,8 +41,15 @@ class Neurons(eqx.Module):
     ) -> Float[Array, "*N D"]:
         return self._project("down", layer, activations[layer])
 
+    def load_encoder(self, layer: int) -> "Neurons":
+        params = {name: self.params[name][layer : layer + 1] for name in WEIGHTS[:4] if name in self.params}
+        return Neurons(params, self.model, self.config.keep_one_layer())
+
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         return self.params["down"][layer][:, None]
+
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
+        return take_rows(self.decoder_rows(layer), features)
 
     def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
         """For gated neurons the factor that the gate multiplies; the gate is constant, like norms' denominators."""

@@ -401,7 +401,7 @@ def test_loading_onto_a_mesh(layout, tmp_path):
     config = replace(CLT if layout == "jclt" else PLT, skip=True, **HF)
     coder = random_coder(config)
     jclt.save_coder(coder, tmp_path / "saved", layout)
-    placed = jclt.load_coder(tmp_path / "saved", mesh=mesh)
+    placed = jclt.load_coder(tmp_path / "saved", keep=mesh)
     for got, target in zip(jax.tree.leaves(placed), jax.tree.leaves(abstract_coder(config, mesh)), strict=True):
         assert got.sharding == target.sharding
     assert {shard.data.shape[0] for shard in placed.layers[0].decoder.addressable_shards} == {8}
@@ -436,7 +436,7 @@ def test_a_coder_must_fit_its_model(tmp_path):
     jclt.save_coder(exact_coder(model), tmp_path / "exact")
     coder = jclt.load_coder(tmp_path / "exact", model=model)
     assert measure_fit(coder, model).error.max() < 1e-8
-    assert jclt.load_coder(tmp_path / "exact", model=model, mesh=jclt.make_mesh()).config == coder.config
+    assert jclt.load_coder(tmp_path / "exact", model=model, keep=jclt.make_mesh()).config == coder.config
 
     other = random_coder(coder.config)
     jclt.save_coder(other, tmp_path / "other")
@@ -688,7 +688,7 @@ def test_weights_that_are_not_finite_are_refused(name, number, tmp_path):
     with pytest.raises(UserError, match=f"{file}: tensor '{name}' holds NaN or infinity as float32, expected finite"):
         jclt.load_coder(tmp_path / "saved")
     with pytest.raises(UserError, match="holds NaN or infinity as bfloat16"):
-        jclt.load_coder(tmp_path / "saved", dtype="bfloat16", mesh=jclt.make_mesh(features=2))
+        jclt.load_coder(tmp_path / "saved", dtype="bfloat16", keep=jclt.make_mesh(features=2))
 
 
 def with_first(weight: jax.Array, number: float) -> jax.Array:
@@ -788,7 +788,7 @@ def test_an_archive_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(path, **tensors)
     monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 1000)
     with pytest.raises(UserError, match="coder .*: needs .* kB of memory, expected at most 1 kB; dtype='bfloat16'"):
-        jclt.load_coder(tmp_path / "saved")
+        jclt.load_coder(tmp_path / "saved", keep="device")
 
 
 def test_a_flipped_bit_in_an_archive_is_noticed(tmp_path):

@@ -13,12 +13,13 @@ tests/coders/test_add_a_coder_format.py follows these steps):
 6. Add its cases to `ELSEWHERE` and `FAULTS` in tests/coders/test_coder_formats.py.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,16 @@ from jclt.coders.coder import SparseCoder
 from jclt.coders.config import CoderConfig
 from jclt.coders.formats import circuit_tracer, gemma_scope, saelens
 from jclt.coders.formats.names import parse_site
-from jclt.coders.formats.tensors import StoredCoder, load_weights, write_tensors
+from jclt.coders.formats.tensors import DTYPES, StoredCoder, declare_stored, load_weights, write_tensors
 from jclt.coders.model_fit import check_fit
+from jclt.coders.streamed import StreamedCoder, load_on_host
 from jclt.errors import UserError, first_line, suggest_name
 from jclt.files import create_folder, write_json
+from jclt.memory import check_memory, format_size, measure_free_host_memory, measure_free_memory
 from jclt.models import Model
+from jclt.models.weights import count_local_bytes
 
-DTYPES = ("float32", "bfloat16", "float16")
+log = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
@@ -67,30 +71,94 @@ LAYOUTS: dict[str, Layout] = {
 """A folder has the first of these layouts whose `is_in` is true."""
 
 
+Place = Literal["device", "host", "disk"]
+"""Where a coder's weights are kept: in a device's memory, in the host's, or in its files."""
+
+COMFORTABLE_SHARE = 0.5
+"""The share of free memory that a coder may take where nobody has said where to keep it."""
+
+
+@overload
 def load_coder(
     name: str | Path,
     *,
+    keep: Literal["device"] | Mesh,
     model: Model | None = None,
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
+    dtype: str | None = None,
     reads: str | None = None,
     writes: str | None = None,
     check: bool = True,
-) -> SparseCoder:
+) -> SparseCoder: ...
+
+
+@overload
+def load_coder(
+    name: str | Path,
+    *,
+    keep: Place | Mesh | None = None,
+    model: Model | None = None,
+    dtype: str | None = None,
+    reads: str | None = None,
+    writes: str | None = None,
+    check: bool = True,
+) -> SparseCoder | StreamedCoder: ...
+
+
+def load_coder(
+    name: str | Path,
+    *,
+    keep: Place | Mesh | None = None,
+    model: Model | None = None,
+    dtype: str | None = None,
+    reads: str | None = None,
+    writes: str | None = None,
+    check: bool = True,
+) -> SparseCoder | StreamedCoder:
     """Loads "demo", a folder in any of `LAYOUTS`, or the coder of a training run's folder.
 
-    With a mesh each device reads its shard of every weight. With `model` the coder must fit it: in layers, width and
-    sites, and, unless `check=False`, by its reconstruction of a short text (`check_fit`). `reads` and `writes` give the
-    sites where the files do not name them, or name wrong ones.
+    `keep` says where the weights are kept. On a mesh each device has its shard of every weight. Those of a coder that
+    is kept on the "host" or on "disk" are on the device while they are used; only graphs can be made with it. By
+    default it is the first of "device", "host" and "disk" that has room.
+
+    `dtype` is the type of the weights, by default the stored one. With `model` the coder must fit it: in layers, width
+    and sites, and, unless `check=False`, by its reconstruction of a short text (`check_fit`). `reads` and `writes` give
+    the sites where the files do not name them, or name wrong ones.
     """
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(DTYPES)}")
+    mesh = keep if isinstance(keep, Mesh) else None
+    if mesh is None and keep not in (None, *get_args(Place)):
+        raise UserError(f"keep '{keep}': expected one of: {', '.join(get_args(Place))}, or a mesh")
     folder, (config, layers) = _read_folder(name)
-    config = _complete_config(config, reads, writes, model, folder)
-    coder = load_weights(config, layers, jnp.dtype(dtype), mesh)
+    stored = StoredCoder(_complete_config(config, reads, writes, model, folder), layers)
+    declared = declare_stored(stored, None if dtype is None else jnp.dtype(dtype), mesh)
+    size = count_local_bytes(jax.tree.leaves(declared))
+    place = _choose_place(size, folder) if keep is None else keep
+    if place == "disk":
+        coder = StreamedCoder(declared, layers, "disk")
+    elif place == "host" and jax.default_backend() != "cpu":
+        remedy = "dtype='bfloat16' takes half of float32, keep='disk' takes none"
+        check_memory(size, f"coder {folder}", remedy, host=True)
+        coder = load_on_host(declared, layers)
+    else:
+        remedy = "dtype='bfloat16' takes half of float32, a mesh spreads it, keep='disk' takes none"
+        check_memory(size, f"coder {folder}", remedy)
+        coder = load_weights(stored, declared)
     if model is not None and check:
         check_fit(coder, model, str(name))
     return coder
+
+
+def _choose_place(size: int, folder: Path) -> Place:
+    on_device, on_host = measure_free_memory(), measure_free_host_memory()
+    places: list[tuple[Place, int | None]] = [("device", on_device)]
+    if jax.default_backend() != "cpu":
+        places.append(("host", on_host))
+    place = next((place for place, free in places if free is None or size <= COMFORTABLE_SHARE * free), "disk")
+    rooms = ", ".join(f"{'?' if free is None else format_size(free)} free on the {place}" for place, free in places)
+    level = logging.DEBUG if place == "device" else logging.INFO
+    log.log(level, "coder %s: its %s of weights are kept on %s (%s)", folder, format_size(size), place, rooms)
+    return place
 
 
 def coder_model(name: str | Path) -> str:

@@ -69,7 +69,9 @@ def read_saelens(folder: Path) -> StoredCoder:
         if (raw.get("d_sae", features), raw.get("d_in", width)) != (features, width):
             sizes = f"d_sae={short(raw.get('d_sae'))}, d_in={short(raw.get('d_in'))}"
             raise UserError(f"{path}: {sizes}, expected {features} and {width}, those of the weights beside it")
-        layers[number] = StoredLayer(number, plain.files, NAMES, partial(_fold_weight, raw, path, plain))
+        fold = partial(_fold_weight, raw, path, plain)
+        computes = _subtracts_bias(raw) or _rescales(raw) or _read_input_scale(raw, path) != 1
+        layers[number] = StoredLayer(number, plain.files, NAMES, fold, computes)
     order = sorted(layers)
     config = require_same(
         [settings_by_layer[number][1] for number in order], [settings_by_layer[number][0] for number in order]
@@ -133,10 +135,11 @@ def _fold_weight(raw: Mapping[str, Any], path: Path, plain: StoredLayer, weight:
     """A weight that includes what SAELens does to inputs and outputs at run time: scales and the subtracted bias."""
     scale = _read_input_scale(raw, path)
     norms = np.ones((), np.float32)
-    if raw.get("rescale_acts_by_decoder_norm"):
-        norms = np.linalg.norm(plain["decoder"].array[:, 0].astype(np.float32), axis=-1)
+    if _rescales(raw):
+        decoder = array if weight == "decoder" else plain.view("decoder")
+        norms = np.linalg.norm(decoder[:, 0].astype(np.float32), axis=-1)
     if weight == "encoder_bias" and _subtracts_bias(raw):
-        encoder, bias = (plain[name].array.astype(np.float32) for name in ("encoder", "decoder_bias"))
+        encoder, bias = (plain.view(name).astype(np.float32) for name in ("encoder", "decoder_bias"))
         array = array.astype(np.float32) - encoder @ bias
     if scale == 1 and norms.ndim == 0:
         return clip_threshold_at_zero(weight, array)
@@ -155,6 +158,10 @@ def _fold_weight(raw: Mapping[str, Any], path: Path, plain: StoredLayer, weight:
 def _subtracts_bias(raw: Mapping[str, Any]) -> bool:
     is_transcoder = ARCHITECTURES.get(raw.get("architecture", "standard"), ("sae",))[0] == "transcoder"
     return bool(raw.get("apply_b_dec_to_input", not is_transcoder))
+
+
+def _rescales(raw: Mapping[str, Any]) -> bool:
+    return bool(raw.get("rescale_acts_by_decoder_norm"))
 
 
 def _read_input_scale(raw: Mapping[str, Any], path: Path) -> float:

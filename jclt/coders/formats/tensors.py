@@ -17,11 +17,12 @@ from jclt.array_files import NpzFile, SafetensorsFile
 from jclt.coders.coder import CoderLayer, SparseCoder, abstract_coder
 from jclt.coders.config import CoderConfig
 from jclt.errors import UserError
-from jclt.memory import check_memory
 from jclt.mesh import fetch_to_host
 from jclt.models.ops import find_finite_rows
-from jclt.models.weights import count_local_bytes
 from jclt.shapes import Array, ArrayLike, DTypeLike
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The types that a coder's weights may have."""
 
 Names = Mapping[str, tuple[str, str]]
 """For each of our weights its published name, with `{}` for the layer's number, and how its axes become ours."""
@@ -36,14 +37,6 @@ def open_file(path: Path) -> TensorFile:
     return NpzFile(path) if path.suffix == ".npz" else SafetensorsFile(path)
 
 
-class StoredWeight(NamedTuple):
-    """A weight on disk in our axes, often a view, and its name for error messages."""
-
-    array: np.ndarray
-    name: str
-    file: TensorFile
-
-
 IGNORED_TENSORS = ("scaling_factor",)  # without effect unless the settings turn it on
 
 
@@ -53,12 +46,15 @@ def keep_unchanged(weight: str, array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer of a coder on disk. `change(weight, array)` converts a stored weight to our conventions."""
+    """One layer of a coder on disk. `change(weight, array)` converts a stored weight to our conventions; a decoder may
+    be some of its rows."""
 
     number: int
     files: tuple[TensorFile, ...]
     names: Names
     change: Callable[[str, np.ndarray], np.ndarray] = keep_unchanged
+    computes: bool = False
+    """Whether `change` computes new numbers, which are kept in float32."""
     first_row: int = 0
     """The first decoder row that is used; rows before it write to no layer."""
     settings: tuple[str, ...] = ()
@@ -67,10 +63,18 @@ class StoredLayer:
     def has(self, weight: str) -> bool:
         return weight in self.names and any(self._name(weight) in file.header for file in self.files)
 
-    def __getitem__(self, weight: str) -> StoredWeight:
+    def view(self, weight: str, rows: Any = ...) -> np.ndarray:
+        """A weight in our axes, or some rows of it. Other rows are not read, unless they lie in a compressed archive;
+        and of plain tensors nothing is, before the view's numbers are used."""
         name, file = self.locate(weight)
-        array = file.read_tensor(name)
-        return StoredWeight(self.change(weight, self._to_our_axes(weight, array)), name, file)
+        array = self._to_our_axes(weight, file.read_tensor(name))
+        return self.change(weight, array if rows is ... else array[rows])
+
+    def read(self, weight: str, dtype: DTypeLike, rows: Any = ...) -> np.ndarray:
+        """A copy of a weight, or of some rows, in this type."""
+        copy = copy_to_type(self.view(weight, rows), dtype, weight)
+        self.locate(weight)[1].forget_pages()
+        return copy
 
     def shape(self, weight: str) -> tuple[int, ...]:
         """The shape in our axes; no numbers are read."""
@@ -79,6 +83,12 @@ class StoredLayer:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise UserError(f"{file.path}: tensor '{name}' is of type {dtype}, expected floating-point numbers")
         return self._to_our_axes(weight, np.broadcast_to(np.zeros((), np.bool_), shape)).shape
+
+    def dtype(self, weight: str) -> np.dtype[Any]:
+        """The type that a weight is kept in: the stored one, if it is one of `DTYPES` and holds what is read."""
+        name, file = self.locate(weight)
+        stored = read_shape(file, name)[1]
+        return np.dtype(np.float32) if self.computes or stored.name not in DTYPES else stored
 
     def locate(self, weight: str) -> tuple[str, TensorFile]:
         if not self.has(weight):
@@ -98,6 +108,12 @@ class StoredLayer:
             shape, wanted = list(array.shape), axes.split(" -> ")[0]
             raise UserError(f"{file.path}: tensor '{name}' has shape {shape}, expected the axes {wanted}") from None
         return ours[:, self.first_row :] if weight == "decoder" else ours
+
+    def report_not_finite(self, weight: str, dtype: DTypeLike) -> UserError:
+        name, file = self.locate(weight)
+        return UserError(
+            f"{file.path}: tensor '{name}' holds NaN or infinity as {np.dtype(dtype)}, expected finite numbers"
+        )
 
     def check_used(self, weights: Iterable[str]) -> None:
         """Raises an error if a tensor belongs to none of these weights: the coder would then not be the stored one."""
@@ -139,43 +155,45 @@ def describe_coder(layers: Iterable[StoredLayer], **settings: Any) -> StoredCode
     )
 
 
-def load_weights(config: CoderConfig, layers: list[StoredLayer], dtype: DTypeLike, mesh: Mesh | None) -> SparseCoder:
-    """The coder with its weights loaded. With a mesh each shard is read separately, straight to its device."""
+def declare_stored(stored: StoredCoder, dtype: DTypeLike | None, mesh: Mesh | None = None) -> SparseCoder:
+    """The shapes, types and shardings of a stored coder's weights; an error of one line where its files hold others
+    than its settings say. No weight is read. `dtype` stands for the stored types."""
+    config, layers = stored
 
-    def check(path: tuple[Any, ...], target: jax.ShapeDtypeStruct) -> None:
+    def declare(path: tuple[Any, ...], target: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         weight, layer = path[-1].name, layers[path[1].idx]
         if (shape := layer.shape(weight)) != target.shape:
             name, file = layer.locate(weight)
             shapes = f"{list(shape)}, expected {list(target.shape)}"
             raise UserError(f"{file.path}: tensor '{name}' gives the {weight} the shape {shapes}")
+        kept = layer.dtype(weight) if dtype is None else dtype
+        return jax.ShapeDtypeStruct(target.shape, kept, sharding=target.sharding)
 
-    def read(path: tuple[Any, ...], target: jax.ShapeDtypeStruct) -> Array:
-        stored = layers[path[1].idx][path[-1].name]
-
-        def read_shard(index: Any) -> np.ndarray:
-            array = stored.array[index]
-            narrow = clip_to_type(array, dtype) if path[-1].name == "threshold" else array
-            with np.errstate(over="ignore"):  # found below
-                return narrow.astype(dtype, order="C")  # a copy: no array may keep a view of the file
-
-        if target.sharding is None:
-            array = jax.device_put(read_shard(...))
-        else:
-            array = jax.make_array_from_callback(target.shape, target.sharding, read_shard)
-        finite = fetch_to_host(find_finite_rows(array)).all()
-        stored.file.forget_pages()
-        if not finite:
-            what = f"{stored.file.path}: tensor '{stored.name}'"
-            raise UserError(f"{what} holds NaN or infinity as {np.dtype(dtype)}, expected finite numbers")
-        return array
-
-    target = abstract_coder(config, mesh, dtype)
+    target = abstract_coder(config, mesh)
     for layer, weights in zip(layers, target.layers, strict=True):
         names = [name for name, leaf in vars(weights).items() if leaf is not None]
         layer.check_used([*names, "decoder"])  # where it is tied, files may hold a copy of the encoder
-    jax.tree_util.tree_map_with_path(check, target)
-    remedy = "dtype='bfloat16' takes half of float32, a mesh spreads it"
-    check_memory(count_local_bytes(jax.tree.leaves(target)), f"coder {layers[0].files[0].path.parent}", remedy)
+    return jax.tree_util.tree_map_with_path(declare, target)
+
+
+def load_weights(stored: StoredCoder, target: SparseCoder) -> SparseCoder:
+    """The coder with its weights loaded as `declare_stored` says. With a mesh each shard is read separately, straight
+    to its device."""
+
+    def read(path: tuple[Any, ...], target: jax.ShapeDtypeStruct) -> Array:
+        weight, layer = path[-1].name, stored.layers[path[1].idx]
+        if target.sharding is None:
+            array = jax.device_put(layer.read(weight, target.dtype))
+        else:
+            view = layer.view(weight)
+            array = jax.make_array_from_callback(
+                target.shape, target.sharding, lambda index: copy_to_type(view[index], target.dtype, weight)
+            )
+            layer.locate(weight)[1].forget_pages()
+        if not fetch_to_host(find_finite_rows(array)).all():
+            raise layer.report_not_finite(weight, target.dtype)
+        return array
+
     return jax.tree_util.tree_map_with_path(read, target)
 
 
@@ -192,6 +210,14 @@ def to_published(arrays: Mapping[str, ArrayLike], names: Names, number: int = 0)
         name, axes = names[weight]
         tensors[name.format(number)] = einops.rearrange(fetch_to_host(array), " -> ".join(reversed(axes.split(" -> "))))
     return tensors
+
+
+def copy_to_type(array: np.ndarray, dtype: DTypeLike, weight: str) -> np.ndarray:
+    """A copy, since no array may keep a view of a file. Numbers beyond the range of the type become infinite, but for
+    thresholds."""
+    narrow = clip_to_type(array, dtype) if weight == "threshold" else array
+    with np.errstate(over="ignore"):  # found by `find_finite_rows`
+        return narrow.astype(dtype, order="C")
 
 
 def clip_to_type(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
