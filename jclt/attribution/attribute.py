@@ -4,10 +4,11 @@ The algorithm, for a batch of prompts of similar length. Each step has the name 
 device programs are in a `jax.named_scope` of their own, given in brackets.
 
 1. True pass (`true_pass`). Run the model on the prompts. Keep the attention patterns and norm denominators, which make
-   the local replacement model linear when they are frozen, and the activations of the coder's features.
+   the local replacement model linear when they are frozen, and what the coder reads.
    `true_pass.py`; `local.py` is the linear model.
-2. Gather sources (`gather_sources`). List the active features; gather what each of them reads and writes. The errors
-   are what the MLPs write beyond features, biases and skips. `bases.py`
+2. Gather sources (`encode_layer`, `gather_sources`). Encode layer by layer and list the active features; gather what
+   each of them reads and writes. The errors are what the MLPs write beyond features, biases and skips.
+   `active.py`, `bases.py`
 3. Trace outputs and embeddings (`trace_targets`, `trace_embeddings`). Compute the edges into the outputs, by carrying
    their gradients down through the linear model; and the edges from embeddings and biases into all targets, by carrying
    the embeddings up. `edges.py`, `embeddings.py`
@@ -21,6 +22,7 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -37,12 +39,12 @@ from jclt.attribution.ranking import PromptRows
 from jclt.attribution.schedule import Setup, trace_prompts
 from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, round_up_length
 from jclt.attribution.targets import Target, decode_token, make_unembedding, parse_targets, resolve_targets
-from jclt.attribution.true_pass import stack_skips, widen
-from jclt.coders import Coder
+from jclt.attribution.true_pass import stack_biases, stack_skips, widen
+from jclt.coders import Coder, SparseCoder, StreamedCoder, read_fingerprint
 from jclt.errors import UserError
-from jclt.fingerprints import fingerprint
 from jclt.graphs.graph import Graph
 from jclt.memory import is_out_of_memory
+from jclt.mesh import mesh_of
 from jclt.models import Model
 from jclt.models.model import Prompt
 from jclt.shapes import Array, Int
@@ -150,16 +152,22 @@ def attribute_each(
 
 
 def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Options, prompts: int) -> Setup:
-    """Copies the model, in at least float32, and the coder to as many devices as there are prompts in a batch."""
+    """Copies the model, in at least float32, to as many devices as there are prompts in a batch. The coder stays where
+    it is."""
     devices = jax.local_devices()[: max(prompts, 1)]
     mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
-    params, coder = jax.device_put((dict(model.params), coder), NamedSharding(mesh, P()))
+    if not isinstance(coder, StreamedCoder | SparseCoder):
+        coder = jax.device_put(coder, devices[0])  # a part of the model, which may be split in other ways
     check_finite(coder)
-    params = widen(params)
+    on_all, layers, coder_mesh = NamedSharding(mesh, P()), model.config.layers, mesh_of(coder.decoder_bias(0))
+    params = widen(jax.device_put(dict(model.params), on_all))
+    with jax.set_mesh(coder_mesh) if coder_mesh else nullcontext():
+        skips, biases = stack_skips(coder, layers), stack_biases(coder, layers)
     return Setup(
         model=model,
         local=local,
-        weights=Weights(params, stack_skips(coder, model.config.layers)),
+        weights=Weights(params, jax.device_put(skips, on_all)),
+        biases=jax.device_put(biases, on_all),
         coder=coder,
         unembedding=make_unembedding(model, params),
         mesh=mesh,
@@ -193,7 +201,12 @@ def make_user_error(error: Exception, lengths: Sequence[int]) -> UserError:
 
 
 def check_finite(coder: Coder) -> None:
-    encoders, thresholds = check_weights(coder)
+    """Checks encoders and thresholds, one layer at a time. Those of a streamed coder are checked as they are read for
+    its fingerprint."""
+    if isinstance(coder, StreamedCoder):
+        return
+    checks = [check_encoder(coder.load_encoder(layer)) for layer in range(len(coder.config.covered))]
+    encoders, thresholds = (all(map(bool, of_layers)) for of_layers in zip(*checks, strict=True))
     if not encoders:
         raise UserError("coder: its encoders are not finite, expected weights without NaN or infinity")
     if not thresholds:
@@ -201,16 +214,13 @@ def check_finite(coder: Coder) -> None:
 
 
 @jax.jit
-def check_weights(coder: Coder) -> tuple[Array, Array]:
-    """Whether all encoders are finite, and whether no threshold is NaN or -infinity. A feature with a threshold of NaN
-    would only seem inactive; one with a threshold of infinity is switched off."""
-    encoders = [x for layer in range(len(coder.config.covered)) for x in coder.encoder(layer)]
-    leaves = jax.tree.leaves_with_path(coder)
-    thresholds = [x > -jnp.inf for path, x in leaves if getattr(path[-1], "name", None) == "threshold"]
-    return (
-        jnp.stack([jnp.isfinite(x).all() for x in encoders]).all(),
-        jnp.stack([x.all() for x in thresholds]).all() if thresholds else jnp.array(True),
-    )
+def check_encoder(encoder: Coder) -> tuple[Array, Array]:
+    """Whether one layer's encoder is finite, and whether no threshold is NaN or -infinity. A feature with a threshold
+    of NaN would only seem inactive; one with a threshold of infinity is switched off."""
+    rows, biases = encoder.encoder(0)
+    leaves = jax.tree.leaves_with_path(encoder)
+    thresholds = [(x > -jnp.inf).all() for path, x in leaves if getattr(path[-1], "name", None) == "threshold"]
+    return jnp.isfinite(rows).all() & jnp.isfinite(biases).all(), jnp.stack([jnp.array(True), *thresholds]).all()
 
 
 def decode_tokens(model: Model, tokens: Int[np.ndarray, "T"]) -> tuple[str, ...]:
@@ -227,8 +237,8 @@ def describe_provenance(model: Model, coder: Coder, options: Options) -> dict[st
         "model_fingerprint": model.fingerprint,
         "model_dtype": str(model.params["token_embedding"].dtype),
         "coder": f"{c.kind} of {c.model}, {features}, {c.reads} to {c.writes}",
-        "coder_fingerprint": fingerprint(coder),
-        "coder_dtype": str(coder.decoder_rows(0).dtype),
+        "coder_fingerprint": read_fingerprint(coder),
+        "coder_dtype": str(coder.take_decoder_rows(0, np.zeros(1, int)).dtype),
         "settings": options.summary(),
         "version": version("jclt"),
     }

@@ -10,9 +10,9 @@ A basis lists the nodes of a prompt and gives for each
 Edges, ranking and graphs (`edges.py`, `ranking.py`, `schedule.py`) know nothing else of the coder: not how many
 features it has, nor where its weights are stored.
 
-There is one basis today: the active features of a coder, with the coder's error at each layer and position as a source
-beside them. (Embeddings are sources of every graph: `embeddings.py`.) Another basis is another function that fills the
-same arrays.
+There is one basis today: the active features of a coder (`active.py`), with the coder's error at each layer and
+position as a source beside them. (Embeddings are sources of every graph: `embeddings.py`.) Another basis is another
+function that fills the same arrays.
 
 Features are kept in two orders.
 
@@ -31,9 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jclt.attribution.true_pass import TruePass
-from jclt.coders import Coder, CoderConfig
-from jclt.shapes import Array, Bool, DTypeLike, Float, Int
+from jclt.coders import CoderConfig
+from jclt.shapes import Array, Bool, Float, Int
 
 
 class FeatureNodes(NamedTuple):
@@ -43,9 +42,9 @@ class FeatureNodes(NamedTuple):
     positions: Int[Array, "C n"]
     features: Int[Array, "C n"]
     activations: Float[Array, "C n"]
-    slots: Int[Array, "C n"]  # each feature's slot, numbered through the tiles of all groups
     encoders: Float[Array, "C n D"]
     biases: Float[Array, "C n"]
+    decoders: tuple[Float[Array, "n R D"], ...]  # by covered layer, what each writes: activation times decoder row
 
 
 class SourceWrites(NamedTuple):
@@ -92,23 +91,27 @@ def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -
 
 @partial(jax.jit, static_argnames=("layout",))
 @jax.named_scope("gather_sources")
-def gather_sources(coder: Coder, true_pass: TruePass, layout: Layout) -> tuple[FeatureNodes, SourceWrites]:
-    """The nodes of a batch of prompts, and what they write."""
-    assert true_pass.activations is not None and true_pass.unexplained is not None
-    gather = jax.vmap(partial(_gather_prompt, coder, layout))
-    return gather(true_pass.activations, true_pass.counts, true_pass.unexplained)
+def gather_sources(
+    layout: Layout, nodes: FeatureNodes, counts: Int[Array, "B C T"], unexplained: Float[Array, "B L T D"]
+) -> tuple[Int[Array, "B C n"], SourceWrites]:
+    """What the nodes of a batch of prompts write; and each feature's slot, numbered through the tiles of all groups."""
+    return jax.vmap(partial(_gather_prompt, layout))(nodes, counts, unexplained)
 
 
 def _gather_prompt(
-    coder: Coder, layout: Layout, activations: Array, counts: Array, unexplained: Array
-) -> tuple[FeatureNodes, SourceWrites]:
+    layout: Layout, nodes: FeatureNodes, counts: Array, unexplained: Array
+) -> tuple[Int[Array, "C n"], SourceWrites]:
     first_slots, tile_ends = _place_in_tiles(layout, counts)
-    nodes = _list_nodes(coder, layout, activations, counts, first_slots, unexplained.dtype)
+    earlier = jnp.cumsum(counts, axis=1) - counts  # active features of the same layer at earlier positions
+    layers = jnp.arange(len(layout.layers))[:, None]
+    ranks = jnp.arange(layout.list_length)[None] - earlier[layers, nodes.positions]
+    empty = layout.groups * layout.tiles * layout.tile_size
+    slots = jnp.where(nodes.valid, first_slots[layers, nodes.positions] + ranks, empty)
     find_positions = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(layout.tiles), side="right"))
     positions = jnp.minimum(find_positions(tile_ends), counts.shape[1] - 1)  # tiles beyond the last write nothing
-    tiles, explained = _gather_writes(coder, layout, nodes, positions, unexplained)
+    tiles, explained = _gather_writes(layout, nodes, slots, positions, unexplained)
     tile_positions = jnp.broadcast_to(positions, (len(layout.layers), layout.tiles))
-    return nodes, SourceWrites(tiles, tile_positions, unexplained - explained)
+    return slots, SourceWrites(tiles, tile_positions, unexplained - explained)
 
 
 def _place_in_tiles(layout: Layout, counts: Int[Array, "C T"]) -> tuple[Int[Array, "C T"], Int[Array, "G T"]]:
@@ -124,39 +127,12 @@ def _place_in_tiles(layout: Layout, counts: Int[Array, "C T"]) -> tuple[Int[Arra
     return below + layout.tile_size * first_tiles, tile_ends
 
 
-def _list_nodes(
-    coder: Coder,
-    layout: Layout,
-    activations: Float[Array, "C T F"],
-    counts: Int[Array, "C T"],
-    first_slots: Int[Array, "C T"],
-    dtype: DTypeLike,
-) -> FeatureNodes:
-    length, features = layout.list_length, activations.shape[-1]
-    earlier = jnp.cumsum(counts, axis=1) - counts  # active features of the same layer at earlier positions
-    rank = jnp.arange(length)
-    lists = []
-    for index in range(len(layout.layers)):
-        (flat,) = jnp.nonzero(activations[index].ravel(), size=length, fill_value=0)
-        valid = rank < counts[index].sum()
-        position, feature = flat // features, flat % features
-        slot = first_slots[index, position] + rank - earlier[index, position]
-        encoder, bias = coder.encoder(index)
-        nodes = FeatureNodes(
-            valid=valid,
-            positions=position,
-            features=feature,
-            activations=jnp.where(valid, activations[index].ravel()[flat], 0),
-            slots=jnp.where(valid, slot, layout.groups * layout.tiles * layout.tile_size),
-            encoders=encoder[feature].astype(dtype),
-            biases=bias[feature].astype(dtype),
-        )
-        lists.append(nodes)
-    return jax.tree.map(lambda *x: jnp.stack(x), *lists)
-
-
 def _gather_writes(
-    coder: Coder, layout: Layout, nodes: FeatureNodes, positions: Int[Array, "G K"], unexplained: Float[Array, "L T D"]
+    layout: Layout,
+    nodes: FeatureNodes,
+    slots: Int[Array, "C n"],
+    positions: Int[Array, "G K"],
+    unexplained: Float[Array, "L T D"],
 ) -> tuple[Float[Array, "C K D S"], Float[Array, "L T D"]]:
     """What the features of each tile write to each covered layer; and what all features write together."""
     covered, width, dtype = layout.layers, unexplained.shape[-1], unexplained.dtype
@@ -164,20 +140,16 @@ def _gather_writes(
     # Nodes are numbered through all lists. An empty slot has the number after the last, and writes nothing.
     count = nodes.valid.size
     numbers = jnp.where(nodes.valid, jnp.arange(count).reshape(nodes.valid.shape), count)
-    slot_nodes = jnp.full(groups * tiles * tile_size, count).at[nodes.slots].set(numbers, mode="drop")
+    slot_nodes = jnp.full(groups * tiles * tile_size, count).at[slots].set(numbers, mode="drop")
     slot_nodes = slot_nodes.reshape(groups, -1)
-    rows = [
-        coder.decoder_rows(index)[nodes.features[index]].astype(dtype) * nodes.activations[index][:, None, None]
-        for index in range(len(covered))
-    ]
     tile_writes, explained = [], jnp.zeros_like(unexplained)
     for target, layer in enumerate(covered):
         if groups > 1:
-            node_writes, node_numbers = rows[target][:, 0], slot_nodes[target] - target * layout.list_length
+            node_writes, node_numbers = nodes.decoders[target][:, 0], slot_nodes[target] - target * layout.list_length
         else:
             from_layers = [
-                rows[index][:, target - index]
-                if target - index < coder.config.reach(index)
+                nodes.decoders[index][:, target - index]
+                if target - index < nodes.decoders[index].shape[1]
                 else jnp.zeros((layout.list_length, width), dtype)
                 for index in range(target + 1)
             ]

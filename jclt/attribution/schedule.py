@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.bases import FeatureNodes, Layout, gather_sources
+from jclt.attribution.active import find_active, gather_features
+from jclt.attribution.bases import FeatureNodes, Layout, SourceWrites, gather_sources
 from jclt.attribution.edges import Edges, PromptNodes, TargetNodes, trace_blocks
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
 from jclt.attribution.local import LocalModel, Weights
@@ -37,12 +38,12 @@ from jclt.attribution.sizes import (
     round_up_length,
 )
 from jclt.attribution.targets import Outputs, Target, Unembedding, build_outputs
-from jclt.attribution.true_pass import TruePass, run_true_pass
+from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.memory import check_memory
 from jclt.models import Model
-from jclt.shapes import Int
+from jclt.shapes import Array, Float, Int
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Setup(NamedTuple):
     model: Model
     local: LocalModel
     weights: Weights
+    biases: Float[Array, "L D"]
     coder: Coder
     unembedding: Unembedding
     mesh: Mesh
@@ -105,15 +107,19 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)
     silent = count_silent_positions(model, setup.options)
-    true_pass = run_true_pass(setup.local, setup.weights.params, setup.coder, *arrays, silent)
-    logits, counts = np.asarray(true_pass.logits)[: len(prompts)], np.asarray(true_pass.counts)
+    true_pass = run_true_pass(setup.local, setup.weights, setup.biases, *arrays, silent)
+    logits = np.asarray(true_pass.logits)[: len(prompts)]
+    log.debug("2 gather sources: encode %d layers", len(config.covered))
+    has_nodes = np.asarray(find_positions_with_nodes(jnp.asarray(lengths), length, silent))
+    active = find_active(setup.coder, true_pass.reads, has_nodes, setup.by_prompt)
+    counts = active.count(length)
     check_true_pass(model, logits, counts[: len(prompts)])
 
     layout, tile_counts = choose_layout(config, counts)
     at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device)
     source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize)
     if len(prompts) > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:
-        del true_pass
+        del true_pass, active
         halves = slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)
         return [rows for half in halves for rows in trace_prompts(setup, prompts[half], targets[half])]
     outputs = [
@@ -124,9 +130,16 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
 
-    nodes, embedding_edges = gather_nodes(setup, layout, true_pass, outputs, at_once)
+    log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
+    features = gather_features(setup.coder, active, true_pass.reads.dtype, setup.by_prompt)
+    del active
+    assert true_pass.unexplained is not None
+    placed_counts = jax.device_put(counts.astype(int), setup.by_prompt)
+    slots, sources = gather_sources(layout, features, placed_counts, true_pass.unexplained)
+    features, true_pass = features._replace(decoders=()), true_pass.drop_unexplained()
+    nodes, embedding_edges = trace_from_embeddings(setup, layout, true_pass, features, sources, outputs, at_once)
     del true_pass
-    rows = make_rows(setup, layout, prompts, outputs, nodes.features, embedding_edges)
+    rows = make_rows(setup, layout, prompts, outputs, features, slots, embedding_edges)
     if not bool(jnp.isfinite(nodes.sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
     batch = Batch(setup, layout, tile_counts, nodes, rows, count, length)
@@ -155,13 +168,16 @@ def check_true_pass(model: Model, logits: np.ndarray, counts: np.ndarray) -> Non
         raise UserError("prompt: no feature of the coder is active on it, expected at least one")
 
 
-def gather_nodes(
-    setup: Setup, layout: Layout, true_pass: TruePass, outputs: list[Outputs], at_once: int
+def trace_from_embeddings(
+    setup: Setup,
+    layout: Layout,
+    true_pass: TruePass,
+    features: FeatureNodes,
+    sources: SourceWrites,
+    outputs: list[Outputs],
+    at_once: int,
 ) -> tuple[PromptNodes, EmbeddingEdges]:
-    """Gathers a batch's sources and traces its embeddings."""
-    log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
-    features, sources = gather_sources(setup.coder, true_pass, layout)
-    true_pass = true_pass.drop_activations()
+    """A batch's nodes, and the edges from its embeddings."""
     log.debug("3 trace embeddings")
     output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
     output_nodes = jax.device_put(output_nodes, setup.by_prompt)
@@ -196,11 +212,12 @@ def make_rows(
     prompts: list[np.ndarray],
     outputs: list[Outputs],
     features: FeatureNodes,
+    slots: Int[Array, "B C n"],
     embedding_edges: EmbeddingEdges,
 ) -> list[PromptRows]:
     """For each prompt what the host keeps of it: its nodes, the edges from embeddings, and an empty list of rows."""
-    vectors = ("encoders", "biases")  # stay on the device
-    lists = {name: np.asarray(x) for name, x in features._asdict().items() if name not in vectors}
+    names = ("valid", "positions", "features", "activations")  # vectors stay on the device
+    lists = {name: np.asarray(getattr(features, name)) for name in names} | {"slots": np.asarray(slots)}
     embedding_edges = jax.tree.map(np.asarray, embedding_edges)
     round_size = None if setup.uses_our_conventions else PEER_ROUND_SIZE
     all_rows = []
@@ -208,12 +225,12 @@ def make_rows(
         valid = lists["valid"][row]
         layers = np.broadcast_to(np.array(layout.layers)[:, None], valid.shape)
         places = [layers[valid], lists["positions"][row][valid], lists["features"][row][valid]]
-        slots = lists["slots"][row][valid]
+        row_slots = lists["slots"][row][valid]
         prompt_rows = PromptRows(
             tokens=tokens,
             features=np.stack(places, axis=1).astype(np.int64),
             activations=lists["activations"][row][valid],
-            slots=np.stack(np.unravel_index(slots, (layout.groups, layout.tiles, layout.tile_size))),
+            slots=np.stack(np.unravel_index(row_slots, (layout.groups, layout.tiles, layout.tile_size))),
             outputs=prompt_outputs,
             embedding_edges=jax.tree.map(lambda x, row=row: x[row], embedding_edges),
             numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),

@@ -62,8 +62,8 @@ def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> tupl
 
 
 def estimate_pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
-    """About what the true pass over one prompt takes on a device."""
-    for_coder = 2 * len(coder.covered) * coder.features
+    """About what the true pass over one prompt takes on a device, or encoding one of its layers."""
+    for_coder = 4 * coder.features
     for_model = 8 * model.layers * model.width + 2 * model.layers * model.heads * length
     return length * (for_coder + for_model) * itemsize + model.vocabulary * itemsize
 

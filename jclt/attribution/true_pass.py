@@ -1,4 +1,4 @@
-"""Step 1, the true pass: runs the model on a batch of prompts, and the coder on the values that it reads there."""
+"""Step 1, the true pass: runs the model on a batch of prompts."""
 
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -6,11 +6,11 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jclt.attribution.local import Frozen, LocalModel, list_frozen_sites
+from jclt.attribution.local import Frozen, LocalModel, Weights, list_frozen_sites
 from jclt.coders import Coder
 from jclt.models import forward, ops
 from jclt.numerics import at_least_float32, einsum
-from jclt.shapes import Array, Float, Int, Params, Tokens
+from jclt.shapes import Array, Bool, Float, Int, Tokens
 
 Tree = TypeVar("Tree")
 
@@ -25,13 +25,11 @@ class TruePass(NamedTuple):
     reads: Float[Array, "L T D"]  # what the coder reads
     final: Float[Array, "T D"]  # what the unembedding reads
     constant: Float[Array, "L T D"]  # writes of no node: decoder biases, and all that silent positions write
-    counts: Int[Array, "C T"]  # the number of active features
-    activations: Float[Array, "C T F"] | None  # 0 at silent positions and at padding
     unexplained: Float[Array, "L T D"] | None  # the writes of features and errors: without `constant` and skips
 
-    def drop_activations(self) -> "TruePass":
+    def drop_unexplained(self) -> "TruePass":
         """What is needed after the sources are gathered."""
-        return self._replace(activations=None, unexplained=None)
+        return self._replace(unexplained=None)
 
 
 def widen(tree: Tree) -> Tree:
@@ -46,11 +44,16 @@ def widen(tree: Tree) -> Tree:
 @partial(jax.jit, static_argnames=("local", "silent"))
 @jax.named_scope("true_pass")
 def run_true_pass(
-    local: LocalModel, params: Params, coder: Coder, tokens: Tokens, lengths: Int[Array, "B"], silent: int
+    local: LocalModel,
+    weights: Weights,
+    biases: Float[Array, "L D"],
+    tokens: Tokens,
+    lengths: Int[Array, "B"],
+    silent: int,
 ) -> TruePass:
     """Runs the model on prompts that are padded at the end to one length. What is written at the first `silent`
-    positions belongs to no node."""
-    model, covered = local.model, coder.config.covered
+    positions belongs to no node. `biases` are the coder's, of what it writes."""
+    model, params = local.model, weights.params
     frozen_sites = list_frozen_sites(model)
     embeddings = ("token_embedding", *(("position_embedding",) if model.learned_positions else ()))
     capture = (*frozen_sites, *embeddings, local.reads, local.writes, "resid_final")
@@ -60,14 +63,11 @@ def run_true_pass(
     table = params["token_embedding" if model.tied else "unembedding"]
     logits = ops.soft_cap(einsum("btd,vd->btv", last, table), model.logit_softcap)[:, 0]
 
-    positions = jnp.arange(tokens.shape[1], dtype=lengths.dtype)
-    has_nodes = (positions[None] < lengths[:, None]) & (positions[None] >= silent)
-    wide_coder = widen(coder)
-    encoded = jnp.stack([wide_coder.encode(index, reads[layer]) for index, layer in enumerate(covered)])
-    activations = jnp.where(has_nodes[None, :, :, None], encoded, 0)
-    biases = jnp.stack([wide_coder.decoder_bias(index) for index in range(len(covered))])
-    constant = jnp.zeros_like(writes).at[jnp.asarray(covered)].set(biases[:, None, None])
-    skip_writes = write_skips(coder, reads)
+    has_nodes = find_positions_with_nodes(lengths, tokens.shape[1], silent)
+    constant = jnp.broadcast_to(biases[:, None, None].astype(writes.dtype), writes.shape)
+    skip_writes = jnp.zeros_like(reads)
+    if weights.skips is not None:
+        skip_writes = einsum("lbtd,led->lbte", reads, weights.skips)
     constant = jnp.where(has_nodes[None, :, :, None], constant, writes - skip_writes)
 
     def prompts_first(x: Array) -> Array:
@@ -83,10 +83,21 @@ def run_true_pass(
         reads=prompts_first(reads),
         final=seen["resid_final"],
         constant=prompts_first(constant),
-        counts=prompts_first(jnp.sum(activations != 0, axis=-1)),
-        activations=prompts_first(activations),
         unexplained=prompts_first(writes - skip_writes - constant),
     )
+
+
+def find_positions_with_nodes(lengths: Int[Array, "B"], length: int, silent: int) -> Bool[Array, "B T"]:
+    """All but the first `silent` positions of prompts that are padded at the end."""
+    positions = jnp.arange(length, dtype=lengths.dtype)
+    return (positions[None] < lengths[:, None]) & (positions[None] >= silent)
+
+
+def stack_biases(coder: Coder, layers: int) -> Float[Array, "L D"]:
+    """What the coder writes at each of the model's layers whatever it reads; 0 where it does not cover the layer."""
+    covered = coder.config.covered
+    biases = jnp.stack([widen(coder.decoder_bias(index)) for index in range(len(covered))])
+    return jnp.zeros((layers, biases.shape[1]), biases.dtype).at[jnp.asarray(covered)].set(biases)
 
 
 def stack_skips(coder: Coder, layers: int) -> Float[Array, "L D D"] | None:
@@ -96,9 +107,3 @@ def stack_skips(coder: Coder, layers: int) -> Float[Array, "L D D"] | None:
     if not skips:
         return None
     return jnp.zeros((layers, *skips[0].shape), skips[0].dtype).at[jnp.asarray(covered)].set(jnp.stack(skips))
-
-
-def write_skips(coder: Coder, reads: Float[Array, "L *N D"]) -> Float[Array, "L *N D"]:
-    """What affine skips write, given what each layer's coder reads."""
-    skips = stack_skips(coder, reads.shape[0])
-    return jnp.zeros_like(reads) if skips is None else einsum("l...d,led->l...e", reads, skips)

@@ -19,9 +19,8 @@ import numpy as np
 
 from jclt.attribution import attribute
 from jclt.attribution.attribute import check_coder
-from jclt.coders import Coder
+from jclt.coders import Coder, read_fingerprint
 from jclt.errors import UserError
-from jclt.fingerprints import fingerprint
 from jclt.graphs import Graph
 from jclt.interventions.changes import Changes
 from jclt.interventions.feature_pass import FeaturePass, Original, read_original
@@ -161,7 +160,7 @@ def check_graph(model: Model, coder: Coder, tokens: np.ndarray, graph: Graph) ->
     made_by = graph.provenance
     if made_by.get("model_fingerprint") not in (None, model.fingerprint):
         raise UserError(f"graph: was made of another model ({made_by.get('model')}), expected {model.name}")
-    if made_by.get("coder_fingerprint") not in (None, fingerprint(coder)):
+    if made_by.get("coder_fingerprint") not in (None, read_fingerprint(coder)):
         raise UserError(f"graph: was made with another coder ({made_by.get('coder')})")
 
 

@@ -198,17 +198,17 @@ def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
 def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypatch):
     seen, gather = [], tracing.gather_sources
 
-    def watch(coder, true_pass, layout):
-        nodes, sources = gather(coder, true_pass, layout)
-        seen.append((true_pass, sources, layout))
-        return nodes, sources
+    def watch(layout, nodes, counts, unexplained):
+        slots, sources = gather(layout, nodes, counts, unexplained)
+        seen.append((np.asarray(counts), sources, layout))
+        return slots, sources
 
     monkeypatch.setattr(tracing, "gather_sources", watch)
     model, coder, tokens = make_case("llama3", "skip", "float32")
     attribute(model, coder, tokens)
-    ((true_pass, sources, layout),) = seen
-    assert true_pass.logits.shape == (1, model.config.vocabulary)
-    active, positions = np.count_nonzero(true_pass.activations), np.count_nonzero(true_pass.counts)
+    ((counts, sources, layout),) = seen
+    assert len(counts) == 1
+    active, positions = counts.sum(), np.count_nonzero(counts)
     assert sources.tiles.size <= 2 * model.config.width * (active + positions * layout.tile_size)
 
 
@@ -216,9 +216,7 @@ def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypa
     model, coder, tokens = make_case(*CASE)
     prompts = [tokens, draw_prompt(0), draw_prompt(1)]
     want, batch_sizes, gather = attribute_batch(model, coder, prompts), [], tracing.gather_sources
-    monkeypatch.setattr(
-        tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[1].counts)), gather(*args))[1]
-    )
+    monkeypatch.setattr(tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[2])), gather(*args))[1])
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
     for got, expected in zip(attribute_batch(model, coder, prompts), want, strict=True):

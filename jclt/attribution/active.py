@@ -1,0 +1,186 @@
+"""Step 2, the active features of a batch of prompts, with what they read and write.
+
+The coder's layers are encoded one after another, where the coder lies. Of each only the list of its active features is
+kept, on the host, with their encoder rows; then the decoder rows of these features are read. Nothing that follows knows
+how large the coder is, or where its weights are: on one device, split over a mesh, or on disk.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jclt.attribution.bases import FeatureNodes
+from jclt.attribution.sizes import round_up
+from jclt.coders import Coder
+from jclt.kernels.take_rows import take_from_shards
+from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of
+from jclt.shapes import Array, Bool, DTypeLike, Float, Int
+
+
+class LayerList(NamedTuple):
+    """One layer's active features, by prompt: sorted by position, then by feature."""
+
+    positions: list[Int[np.ndarray, "_"]]
+    features: list[Int[np.ndarray, "_"]]
+    activations: list[Float[np.ndarray, "_"]]
+
+    def pad(self, length: int) -> list[np.ndarray]:
+        """The three lists as arrays `[B, length]`, with zeros at their ends."""
+        return [np.stack([np.pad(x, (0, length - len(x))) for x in lists]) for lists in self]
+
+
+class ActiveFeatures(NamedTuple):
+    """The active features of a batch of prompts."""
+
+    lists: list[LayerList]  # by covered layer, on the host
+    encoders: list[tuple[Float[Array, "B _ D"], Float[Array, "B _"]]]  # rows and biases; these lists are padded
+    length: int  # of the padded list of any layer
+
+    def count(self, positions: int) -> Int[np.ndarray, "B C T"]:
+        """How many are active in each prompt, in each layer and at each of so many positions."""
+        by_layer = [[np.bincount(x, minlength=positions) for x in layer.positions] for layer in self.lists]
+        return np.swapaxes(np.array(by_layer), 0, 1)
+
+
+def find_active(
+    coder: Coder,
+    reads: Float[Array, "B L T D"],
+    has_nodes: Bool[np.ndarray, "B T"],
+    by_prompt: NamedSharding,
+) -> ActiveFeatures:
+    """Encodes what the coder reads in one layer after another, the prompts of one device at a time.
+
+    Encoder rows are placed `by_prompt`, as the arrays of prompts are.
+    """
+    lists, encoders, longest = [], [], 0
+    at_once = len(has_nodes) // by_prompt.mesh.size
+    for index, layer in enumerate(coder.config.covered):
+        encoder, read = coder.load_encoder(index), _take_layer(reads, np.int32(layer))
+        leaf: Any = jax.tree.leaves(encoder)[0]
+        mesh = mesh_of(leaf)
+        place = leaf.sharding if mesh is None else NamedSharding(mesh, P())
+        with jax.set_mesh(mesh) if mesh else nullcontext():
+            layer_list = LayerList([], [], [])
+            for start in range(0, len(has_nodes), at_once):
+                some = slice(start, start + at_once)
+                part = list_active_features(encoder, *jax.device_put((read[some], has_nodes[some]), place))
+                for prompts, more in zip(layer_list, part, strict=True):
+                    prompts.extend(more)
+            # Lists never become shorter from layer to layer, so that few programs are compiled.
+            longest = max(longest, round_up(max(map(len, layer_list.features)), 16))
+            _, features, _ = layer_list.pad(longest)
+            rows = take_encoder_rows(encoder, jnp.asarray(features.ravel(), jnp.int32))
+            of_prompts = [x.reshape(*features.shape, *x.shape[1:]) for x in rows]
+        lists.append(layer_list)
+        encoders.append(tuple(jax.device_put(of_prompts, by_prompt)))
+    return ActiveFeatures(lists, encoders, longest)
+
+
+@jax.jit
+def _take_layer(x: Float[Array, "B L T D"], layer: Int[Array, ""]) -> Float[Array, "B T D"]:
+    return jax.lax.dynamic_index_in_dim(x, layer, axis=1, keepdims=False)
+
+
+def list_active_features(encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bool[Array, "B T"]) -> LayerList:
+    """The active features of the one layer that the encoder has."""
+    activations, counts = encode_layer(encoder, x, has_nodes)
+    counts = np.asarray(counts)
+    length = round_up(int(counts.max()), 16)
+    positions, features, values = map(np.asarray, list_nonzero(activations, length))
+    result = LayerList([], [], [])
+    for prompt, shard_counts in enumerate(counts):
+        valid = np.arange(length) < shard_counts[:, None]
+        position, feature = positions[prompt][valid], features[prompt][valid]
+        order = np.lexsort((feature, position)) if len(shard_counts) > 1 else slice(None)
+        for lists, x in zip(result, (position, feature, values[prompt][valid]), strict=True):
+            lists.append(x[order])
+    return result
+
+
+@jax.jit
+@jax.named_scope("encode_layer")
+def encode_layer(
+    encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T F"], Int[Array, "B S"]]:
+    """The activations of one layer, 0 where a position has no nodes; and how many features are active on each of the
+    feature shards, S of them."""
+
+    def count(activations: Array, has_nodes: Array) -> tuple[Array, Array]:
+        masked = jnp.where(has_nodes[..., None], activations, 0)
+        return masked, jnp.sum(masked != 0, axis=(1, 2))[:, None]
+
+    activations = encoder.encode(0, x)
+    outputs = (P(None, None, FEATURES_AXIS), P(None, FEATURES_AXIS))
+    count = map_over_devices(count, outputs) if is_split(activations) else count
+    return count(activations, has_nodes)
+
+
+@partial(jax.jit, static_argnames=("length",))
+@jax.named_scope("list_nonzero")
+def list_nonzero(
+    activations: Float[Array, "B T F"], length: int
+) -> tuple[Int[Array, "B S n"], Int[Array, "B S n"], Float[Array, "B S n"]]:
+    """Positions, features and values of what is active, for each prompt and feature shard; lists are padded."""
+
+    def list_prompt(activations: Float[Array, "T F"]) -> tuple[Array, Array, Array]:
+        features = activations.shape[1]
+        (flat,) = jnp.nonzero(activations.ravel(), size=length, fill_value=0)
+        return flat // features, flat % features, activations.ravel()[flat]
+
+    def list_shard(activations: Array) -> tuple[Array, Array, Array]:
+        positions, features, values = jax.vmap(list_prompt)(activations)
+        if split:
+            features = features + jax.lax.axis_index(FEATURES_AXIS) * activations.shape[2]
+        return positions[:, None], features[:, None], values[:, None]
+
+    split = is_split(activations)
+    return (map_over_devices(list_shard, (P(None, FEATURES_AXIS),) * 3) if split else list_shard)(activations)
+
+
+@jax.jit
+@jax.named_scope("take_encoder_rows")
+def take_encoder_rows(encoder: Coder, features: Int[Array, "n"]) -> tuple[Float[Array, "n D"], Float[Array, "n"]]:
+    rows, biases = encoder.encoder(0)
+    return take_from_shards(rows, features), take_from_shards(biases, features)
+
+
+def gather_features(coder: Coder, active: ActiveFeatures, dtype: DTypeLike, by_prompt: NamedSharding) -> FeatureNodes:
+    """The nodes of a batch of prompts, with the decoder rows of each."""
+    padded = [layer.pad(active.length) for layer in active.lists]
+    positions, features, activations = (np.stack(x, axis=1) for x in zip(*padded, strict=True))
+    counts = np.array([[len(x) for x in layer.features] for layer in active.lists]).T
+    valid = np.arange(active.length) < counts[..., None]
+    lists = (valid, positions.astype(int), features.astype(int), activations.astype(dtype))
+    valid, positions, features, activations = jax.device_put(lists, by_prompt)
+    decoders = []
+    for index, (_, layer_features, _) in enumerate(padded):
+        rows = coder.take_decoder_rows(index, layer_features.ravel())
+        rows = jax.device_put(rows.reshape(*layer_features.shape, *rows.shape[1:]), by_prompt)
+        decoders.append(_multiply_rows(rows, activations, np.int32(index)))
+    encoders, biases = _stack_encoders(tuple(active.encoders), active.length, dtype)
+    return FeatureNodes(valid, positions, features, activations, encoders, biases, tuple(decoders))
+
+
+@jax.jit
+def _multiply_rows(
+    rows: Float[Array, "B n R D"], activations: Float[Array, "B C n"], index: Int[Array, ""]
+) -> Float[Array, "B n R D"]:
+    of_layer = jax.lax.dynamic_index_in_dim(activations, index, axis=1, keepdims=False)
+    return rows.astype(of_layer.dtype) * of_layer[:, :, None, None]
+
+
+@partial(jax.jit, static_argnames=("length", "dtype"))
+def _stack_encoders(
+    encoders: tuple[tuple[Array, Array], ...], length: int, dtype: DTypeLike
+) -> tuple[Float[Array, "B C n D"], Float[Array, "B C n"]]:
+    def pad(x: Array) -> Array:
+        return jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+
+    rows, biases = zip(*encoders, strict=True)
+    return jnp.stack([pad(x) for x in rows], axis=1), jnp.stack([pad(x) for x in biases], axis=1)
