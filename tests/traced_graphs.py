@@ -64,3 +64,13 @@ def assert_close(got, want, share: float):
     """Within this share of the largest entry."""
     want = np.asarray(want)
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=share * np.abs(want).max())
+
+
+def assert_same(got: Graph, want: Graph):
+    for name in ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    assert got.token_texts == want.token_texts and got.logit_names == want.logit_names
+    for name in ("adjacency", "bias", "values", "activations", "logit_probabilities", "logit_weights"):
+        assert_close(getattr(got, name), getattr(want, name), 1e-5)
+    for name in ("rest", "rest_mass"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5 * np.abs(want.values).max())

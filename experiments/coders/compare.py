@@ -141,7 +141,7 @@ def measure_coder(subject: World | Other, config: TrainConfig, folder: Path) -> 
     half = folder / "half"
     if not half.exists():
         save_coder(trained, half, dtype="float16")
-    coder = load_coder(half)
+    coder = load_coder(half, keep="device")
     reconstruction = evaluate_reconstruction(subject.model, coder, subject.rows)
     figures = {
         "seconds": round(seconds),

@@ -42,7 +42,7 @@ class ActiveFeatures(NamedTuple):
     encoders: list[tuple[Float[Array, "B _ D"], Float[Array, "B _"]]]  # rows and biases; these lists are padded
     length: int  # of the padded list of any layer
 
-    def count(self, positions: int) -> Int[np.ndarray, "B C T"]:
+    def count_by_position(self, positions: int) -> Int[np.ndarray, "B C T"]:
         """How many are active in each prompt, in each layer and at each of so many positions."""
         by_layer = [[np.bincount(x, minlength=positions) for x in layer.positions] for layer in self.lists]
         return np.swapaxes(np.array(by_layer), 0, 1)
@@ -64,12 +64,12 @@ def find_active(
         encoder, read = coder.load_encoder(index), _take_layer(reads, np.int32(layer))
         leaf: Any = jax.tree.leaves(encoder)[0]
         mesh = mesh_of(leaf)
-        place = leaf.sharding if mesh is None else NamedSharding(mesh, P())
+        read, has = jax.device_put((read, has_nodes), leaf.sharding if mesh is None else NamedSharding(mesh, P()))
         with jax.set_mesh(mesh) if mesh else nullcontext():
             layer_list = LayerList([], [], [])
             for start in range(0, len(has_nodes), at_once):
                 some = slice(start, start + at_once)
-                part = list_active_features(encoder, *jax.device_put((read[some], has_nodes[some]), place))
+                part = list_active_features(encoder, read[some], has[some])
                 for prompts, more in zip(layer_list, part, strict=True):
                     prompts.extend(more)
             # Lists never become shorter from layer to layer, so that few programs are compiled.
@@ -99,7 +99,7 @@ def list_active_features(encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bo
         position, feature = positions[prompt][valid], features[prompt][valid]
         order = np.lexsort((feature, position)) if len(shard_counts) > 1 else slice(None)
         for lists, x in zip(result, (position, feature, values[prompt][valid]), strict=True):
-            lists.append(x[order])
+            lists.append(np.asarray(x[order]))
     return result
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.active import find_active, gather_features
-from jclt.attribution.bases import FeatureNodes, Layout, SourceWrites, gather_sources
+from jclt.attribution.active import ActiveFeatures, find_active, gather_features
+from jclt.attribution.bases import FeatureNodes, Layout, gather_sources
 from jclt.attribution.edges import Edges, PromptNodes, TargetNodes, trace_blocks
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
 from jclt.attribution.local import LocalModel, Weights
@@ -112,7 +112,7 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     log.debug("2 gather sources: encode %d layers", len(config.covered))
     has_nodes = np.asarray(find_positions_with_nodes(jnp.asarray(lengths), length, silent))
     active = find_active(setup.coder, true_pass.reads, has_nodes, setup.by_prompt)
-    counts = active.count(length)
+    counts = active.count_by_position(length)
     check_true_pass(model, logits, counts[: len(prompts)])
 
     layout, tile_counts = choose_layout(config, counts)
@@ -130,16 +130,9 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
 
-    log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
-    features = gather_features(setup.coder, active, true_pass.reads.dtype, setup.by_prompt)
-    del active
-    assert true_pass.unexplained is not None
-    placed_counts = jax.device_put(counts.astype(int), setup.by_prompt)
-    slots, sources = gather_sources(layout, features, placed_counts, true_pass.unexplained)
-    features, true_pass = features._replace(decoders=()), true_pass.drop_unexplained()
-    nodes, embedding_edges = trace_from_embeddings(setup, layout, true_pass, features, sources, outputs, at_once)
-    del true_pass
-    rows = make_rows(setup, layout, prompts, outputs, features, slots, embedding_edges)
+    nodes, slots, embedding_edges = gather_nodes(setup, layout, true_pass, active, outputs, at_once)
+    del true_pass, active
+    rows = make_rows(setup, layout, prompts, outputs, nodes.features, slots, embedding_edges)
     if not bool(jnp.isfinite(nodes.sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
     batch = Batch(setup, layout, tile_counts, nodes, rows, count, length)
@@ -168,30 +161,22 @@ def check_true_pass(model: Model, logits: np.ndarray, counts: np.ndarray) -> Non
         raise UserError("prompt: no feature of the coder is active on it, expected at least one")
 
 
-def trace_from_embeddings(
-    setup: Setup,
-    layout: Layout,
-    true_pass: TruePass,
-    features: FeatureNodes,
-    sources: SourceWrites,
-    outputs: list[Outputs],
-    at_once: int,
-) -> tuple[PromptNodes, EmbeddingEdges]:
-    """A batch's nodes, and the edges from its embeddings."""
+def gather_nodes(
+    setup: Setup, layout: Layout, true_pass: TruePass, active: ActiveFeatures, outputs: list[Outputs], at_once: int
+) -> tuple[PromptNodes, Int[Array, "B C n"], EmbeddingEdges]:
+    """Gathers a batch's sources, with the slot of each feature, and traces its embeddings."""
+    log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
+    features = gather_features(setup.coder, active, true_pass.reads.dtype, setup.by_prompt)
+    counts = jax.device_put(active.count_by_position(true_pass.reads.shape[2]).astype(int), setup.by_prompt)
+    assert true_pass.unexplained is not None
+    slots, sources = gather_sources(layout, features, counts, true_pass.unexplained)
+    features, true_pass = features._replace(decoders=()), true_pass.drop_unexplained()
     log.debug("3 trace embeddings")
     output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
     output_nodes = jax.device_put(output_nodes, setup.by_prompt)
-    embedding_edges = trace_embeddings(
-        setup.local,
-        layout.layers,
-        setup.uses_our_conventions,
-        at_once,
-        setup.weights,
-        true_pass,
-        features,
-        output_nodes,
-    )
-    return PromptNodes(true_pass.frozen, sources, features, output_nodes), embedding_edges
+    program = (setup.local, layout.layers, setup.uses_our_conventions, at_once)
+    embedding_edges = trace_embeddings(*program, setup.weights, true_pass, features, output_nodes)
+    return PromptNodes(true_pass.frozen, sources, features, output_nodes), slots, embedding_edges
 
 
 def stack_outputs(outputs: list[Outputs], count: int, dtype: Any) -> TargetNodes:

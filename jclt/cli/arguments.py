@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from jclt.errors import UserError, escape_unprintable, shorten
 
 if TYPE_CHECKING:
-    from jclt.coders import SparseCoder
     from jclt.models import Model
 
 Config = TypeVar("Config")
@@ -101,6 +100,15 @@ def add_fit_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_keep_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--keep",
+        choices=("device", "host", "disk", "mesh"),
+        help="where the coder's weights are kept: in a device's memory, in the host's, in the coder's files, or split "
+        "over all devices (default: the first of device, host and disk that has room)",
+    )
+
+
 def add_run_arguments(command: argparse.ArgumentParser, presets: str, settings: str) -> None:
     """The arguments of the commands that train."""
     command.add_argument(
@@ -140,9 +148,10 @@ def start_run(
     return config, out
 
 
-def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, SparseCoder]":
+def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, Any]":
     """Loads the coder and its model; by default, the model that the coder's files name."""
     from jclt.coders import load_coder
+    from jclt.mesh import make_mesh
     from jclt.models import load_model
 
     name, coder = arguments.model, arguments.coder
@@ -158,8 +167,14 @@ def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, SparseC
             raise UserError(f"{error}; the files of coder '{coder}' name it, --model says another") from None
     else:
         model = load_model(name or "demo")
+    keep = getattr(arguments, "keep", "device")  # commands without this argument need all weights on the device
     return model, load_coder(
-        coder, model=model, reads=arguments.reads, writes=arguments.writes, check=not arguments.no_check
+        coder,
+        keep=make_mesh() if keep == "mesh" else keep,
+        model=model,
+        reads=arguments.reads,
+        writes=arguments.writes,
+        check=not arguments.no_check,
     )
 
 

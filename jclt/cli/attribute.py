@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jclt.cli.arguments import (
     Subcommands,
     add_fit_arguments,
+    add_keep_argument,
     add_model_argument,
     load_coder_and_model,
     make_int_parser,
@@ -45,6 +46,7 @@ def add_command(commands: Subcommands) -> None:
     add_model_argument(command)
     command.add_argument("--coder", help="demo, or a folder in any known layout (default demo, for model demo)")
     add_fit_arguments(command)
+    add_keep_argument(command)
     command.add_argument(
         "--target",
         action="append",

@@ -40,7 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model) if arguments.model else None
     sites = {"reads": arguments.reads, "writes": arguments.writes}
     check_new_folder(arguments.dest)
-    coder = load_coder(arguments.source, model=model, dtype=arguments.dtype, check=not arguments.no_check, **sites)
+    coder = load_coder(
+        arguments.source, keep="device", model=model, dtype=arguments.dtype, check=not arguments.no_check, **sites
+    )
     save_coder(coder, arguments.dest, arguments.to, arguments.dtype)
     config = coder.config
     print(

@@ -38,7 +38,7 @@ def explain_examples(out: Path, seed: int = 0) -> str:
     from jclt.world.measure import answer_examples
 
     model = load_model("demo")
-    coder = load_coder("demo", model=model, check=False)
+    coder = load_coder("demo", model=model, keep="device", check=False)
     examples = [task.examples("report", 1, seed)[0] for task in TASKS.values()]
     with tqdm(
         total=2 * len(examples) + 1, desc="loading", leave=False, bar_format="{desc}: {bar} {elapsed}"

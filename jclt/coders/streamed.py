@@ -58,10 +58,15 @@ class StreamedCoder:
         return repr(self.declared).replace("SparseCoder", f"StreamedCoder on {self.kept}")
 
     def load_encoder(self, layer: int) -> SparseCoder:
-        names = ("encoder", "encoder_bias", "threshold")
-        weights = {name: jnp.asarray(self._read(layer, name)) for name in names if self._declare(layer, name)}
-        rest = dict.fromkeys(("threshold", "decoder", "skip")) | {"decoder_bias": self.decoder_bias(layer)}
-        return SparseCoder((CoderLayer(**rest | weights),), self.config.keep_one_layer())
+        weights = CoderLayer(
+            encoder=jnp.asarray(self._read(layer, "encoder")),
+            encoder_bias=jnp.asarray(self._read(layer, "encoder_bias")),
+            threshold=jnp.asarray(self._read(layer, "threshold")) if self._declare(layer, "threshold") else None,
+            decoder=None,
+            decoder_bias=self.decoder_bias(layer),
+            skip=None,
+        )
+        return SparseCoder((weights,), self.config.keep_one_layer())
 
     def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
         """Each row is read once, however many of the features are the same."""
@@ -144,5 +149,9 @@ def _refuse(coder: StreamedCoder) -> NoReturn:
     raise UserError(f"coder: its weights stay on {coder.kept}, expected keep='device' or a mesh: only graphs need less")
 
 
-jax.tree_util.register_pytree_node(StreamedCoder, _refuse, lambda *_: None)
+def _rebuild(_: Any, __: Any) -> StreamedCoder:
+    raise AssertionError("a streamed coder has no leaves")
+
+
 # Programs that take a coder among their arguments need all of its weights in the devices' memory.
+jax.tree_util.register_pytree_node(StreamedCoder, _refuse, _rebuild)

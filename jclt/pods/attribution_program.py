@@ -1,7 +1,7 @@
 """Whether attribution graphs can be made on a slice: their programs are compiled, for one prompt per chip.
 
-Each chip holds the whole coder and the whole model in float32, since graphs have to be exact. No time is given: it
-depends on the prompt, as the programs' loops run for as long as there are targets.
+Each chip holds the whole model in float32, since graphs have to be exact, and the first chip the whole coder. No time
+is given: it depends on the prompt, as the programs' loops run for as long as there are targets.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.bases import LARGEST_TILE, SMALLEST_TILE, Layout, count_groups, gather_sources
+from jclt.attribution.active import encode_layer, list_nonzero
+from jclt.attribution.bases import (
+    LARGEST_TILE,
+    SMALLEST_TILE,
+    FeatureNodes,
+    Layout,
+    count_groups,
+    gather_sources,
+)
 from jclt.attribution.edges import PromptNodes, TargetNodes, trace_blocks
 from jclt.attribution.embeddings import trace_embeddings
 from jclt.attribution.local import LocalModel, Weights
@@ -27,7 +35,7 @@ from jclt.attribution.sizes import (
     round_up,
     round_up_length,
 )
-from jclt.attribution.true_pass import run_true_pass, stack_skips
+from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips
 from jclt.coders import CoderConfig, abstract_coder
 from jclt.models import ModelConfig, abstract_params
 from jclt.pods.chips import find_chip
@@ -114,17 +122,23 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
     layout = expect_layout(config, length)
     tokens = inputs.by_prompt(jax.ShapeDtypeStruct((count, length), jnp.int32))
     lengths = inputs.by_prompt(jax.ShapeDtypeStruct((count,), jnp.int32))
-    run = (local, inputs.params, inputs.coder, tokens, lengths, 0)
+    skips = inputs.on_all(jax.eval_shape(partial(stack_skips, layers=model.layers), inputs.coder))
+    biases = inputs.on_all(jax.eval_shape(partial(stack_biases, layers=model.layers), inputs.coder))
+    weights = Weights(inputs.params, skips)
+    run = (local, weights, biases, tokens, lengths, 0)
     yield LoweredProgram(run_true_pass.lower(*run))
     true_pass = inputs.by_prompt(evaluate_shape(run_true_pass, *run, static=(0, 5)))
 
-    gather = (inputs.coder, true_pass, layout)
-    yield LoweredProgram(gather_sources.lower(*gather), count_chip_bytes(true_pass))
-    features, sources = inputs.by_prompt(evaluate_shape(gather_sources, *gather, static=(2,)))
-    true_pass = true_pass.drop_activations()
+    encode = lower_encoder(inputs, layout.list_length)
+    yield from (LoweredProgram(program, count_chip_bytes(true_pass)) for program in encode)
 
-    skips = inputs.on_all(jax.eval_shape(partial(stack_skips, layers=model.layers), inputs.coder))
-    weights = Weights(inputs.params, skips)
+    nodes = inputs.by_prompt(expect_nodes(config, layout, count))
+    counts = inputs.by_prompt(jax.ShapeDtypeStruct((count, len(layout.layers), length), jnp.int32))
+    gather = (layout, nodes, counts, true_pass.unexplained)
+    yield LoweredProgram(gather_sources.lower(*gather), count_chip_bytes(true_pass, nodes))
+    _, sources = inputs.by_prompt(evaluate_shape(gather_sources, *gather, static=(0,)))
+    true_pass, features = true_pass.drop_unexplained(), nodes._replace(decoders=())
+
     numbers = jax.ShapeDtypeStruct((count, OUTPUTS), jnp.int32)
     vectors = jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32)
     outputs = inputs.by_prompt(TargetNodes(numbers, numbers, vectors))  # type: ignore[arg-type]
@@ -136,12 +150,42 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
     size = choose_block_size("tpu", length, model.width, count)
     most_blocks = choose_blocks_per_call("tpu", length, model, layout, size, 1, 4)
     blocks = min(most_blocks, round_up(-(-ACTIVE_PER_TOKEN * length // size)))
-    nodes = PromptNodes(true_pass.frozen, sources, features, outputs)
+    prompts = PromptNodes(true_pass.frozen, sources, features, outputs)
     block_counts = inputs.on_all(jax.ShapeDtypeStruct((model.layers + 1,), jnp.int32))
     chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count, blocks, size), jnp.int32))
-    traced = trace_blocks.lower(local, layout, 0, length, weights, nodes, block_counts, chosen)
+    traced = trace_blocks.lower(local, layout, 0, length, weights, prompts, block_counts, chosen)
     kept_bytes = count_chip_bytes(true_pass.frozen, features, sources, embedding_edges)
     yield LoweredProgram(traced, kept_bytes, CALLS_IN_FLIGHT)
+
+
+def lower_encoder(inputs: Inputs, listed: int) -> Iterator[jax.stages.Lowered]:
+    """The programs that encode one layer and list its features, for the prompt of one chip at a time."""
+    width = inputs.local.model.width
+    encoder = inputs.on_all(jax.eval_shape(lambda coder: coder.load_encoder(0), inputs.coder))
+    x = inputs.on_all(jax.ShapeDtypeStruct((1, inputs.length, width), jnp.float32))
+    has_nodes = inputs.on_all(jax.ShapeDtypeStruct((1, inputs.length), jnp.bool_))
+    yield encode_layer.lower(encoder, x, has_nodes)
+    activations, _ = inputs.on_all(jax.eval_shape(encode_layer, encoder, x, has_nodes))
+    yield list_nonzero.lower(activations, listed)
+
+
+def expect_nodes(config: CoderConfig, layout: Layout, count: int) -> FeatureNodes:
+    """The shapes of so many prompts' nodes."""
+
+    def declare(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+    listed, layers = layout.list_length, len(layout.layers)
+    places = declare(layers, listed, dtype=jnp.int32)
+    return FeatureNodes(
+        valid=declare(layers, listed, dtype=jnp.bool_),
+        positions=places,
+        features=places,
+        activations=declare(layers, listed),
+        encoders=declare(layers, listed, config.size),
+        biases=declare(layers, listed),
+        decoders=tuple(declare(listed, config.reach(index), config.size) for index in range(layers)),
+    )
 
 
 def evaluate_shape(function: Callable[..., Any], *arguments: Any, static: tuple[int, ...]) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from random_coders import random_coder
 from tokenizers import Tokenizer, models
-from traced_graphs import assert_close, make_case, measure_residual, trace_whole_graph
+from traced_graphs import assert_close, assert_same, make_case, measure_residual, trace_whole_graph
 
 import jclt
 from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, sizes
@@ -53,16 +53,6 @@ def convert(tree: Any, dtype: Any) -> Any:
 def weights_of(graph: Graph) -> np.ndarray:
     assert graph.logit_weights is not None
     return graph.logit_weights
-
-
-def assert_same(got: Graph, want: Graph):
-    for name in ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
-    assert got.token_texts == want.token_texts and got.logit_names == want.logit_names
-    for name in ("adjacency", "bias", "values", "activations", "logit_probabilities", "logit_weights"):
-        assert_close(getattr(got, name), getattr(want, name), 1e-5)
-    for name in ("rest", "rest_mass"):
-        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-5 * np.abs(want.values).max())
 
 
 # Many prompts.

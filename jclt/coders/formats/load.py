@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,8 @@ LAYOUTS: dict[str, Layout] = {
 """A folder has the first of these layouts whose `is_in` is true."""
 
 
-Place = Literal["device", "host", "disk"]
-"""Where a coder's weights are kept: in a device's memory, in the host's, or in its files."""
+PLACES = ("device", "host", "disk")
+"""Where a coder's weights may be kept: in a device's memory, in the host's, or in its files."""
 
 COMFORTABLE_SHARE = 0.5
 """The share of free memory that a coder may take where nobody has said where to keep it."""
@@ -95,7 +95,7 @@ def load_coder(
 def load_coder(
     name: str | Path,
     *,
-    keep: Place | Mesh | None = None,
+    keep: str | Mesh | None = None,
     model: Model | None = None,
     dtype: str | None = None,
     reads: str | None = None,
@@ -107,7 +107,7 @@ def load_coder(
 def load_coder(
     name: str | Path,
     *,
-    keep: Place | Mesh | None = None,
+    keep: str | Mesh | None = None,
     model: Model | None = None,
     dtype: str | None = None,
     reads: str | None = None,
@@ -127,8 +127,8 @@ def load_coder(
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(DTYPES)}")
     mesh = keep if isinstance(keep, Mesh) else None
-    if mesh is None and keep not in (None, *get_args(Place)):
-        raise UserError(f"keep '{keep}': expected one of: {', '.join(get_args(Place))}, or a mesh")
+    if mesh is None and keep not in (None, *PLACES):
+        raise UserError(f"keep '{keep}': expected one of: {', '.join(PLACES)}, or a mesh")
     folder, (config, layers) = _read_folder(name)
     stored = StoredCoder(_complete_config(config, reads, writes, model, folder), layers)
     declared = declare_stored(stored, None if dtype is None else jnp.dtype(dtype), mesh)
@@ -149,9 +149,9 @@ def load_coder(
     return coder
 
 
-def _choose_place(size: int, folder: Path) -> Place:
+def _choose_place(size: int, folder: Path) -> str:
     on_device, on_host = measure_free_memory(), measure_free_host_memory()
-    places: list[tuple[Place, int | None]] = [("device", on_device)]
+    places = [("device", on_device)]
     if jax.default_backend() != "cpu":
         places.append(("host", on_host))
     place = next((place for place, free in places if free is None or size <= COMFORTABLE_SHARE * free), "disk")
