@@ -39,7 +39,7 @@ from jclt.attribution.ranking import PromptRows
 from jclt.attribution.schedule import Setup, trace_prompts
 from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, round_up_length
 from jclt.attribution.targets import Target, decode_token, make_unembedding, parse_targets, resolve_targets
-from jclt.attribution.true_pass import stack_biases, stack_skips, widen
+from jclt.attribution.true_pass import stack_biases, stack_skips, widen_outside_layers
 from jclt.coders import Coder, SparseCoder, StreamedCoder, read_fingerprint
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
@@ -152,15 +152,14 @@ def attribute_each(
 
 
 def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Options, prompts: int) -> Setup:
-    """Copies the model, in at least float32, to as many devices as there are prompts in a batch. The coder stays where
-    it is."""
+    """Copies the model to as many devices as there are prompts in a batch. The coder stays where it is."""
     devices = jax.local_devices()[: max(prompts, 1)]
     mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
     if not isinstance(coder, StreamedCoder | SparseCoder):
         coder = jax.device_put(coder, devices[0])  # a part of the model, which may be split in other ways
     check_finite(coder)
     on_all, layers, coder_mesh = NamedSharding(mesh, P()), model.config.layers, mesh_of(coder.decoder_bias(0))
-    params = widen(jax.device_put(dict(model.params), on_all))
+    params = widen_outside_layers(model.config, jax.device_put(dict(model.params), on_all))
     with jax.set_mesh(coder_mesh) if coder_mesh else nullcontext():
         skips, biases = stack_skips(coder, layers), stack_biases(coder, layers)
     return Setup(

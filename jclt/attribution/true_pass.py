@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from jclt.attribution.local import Frozen, LocalModel, Weights, list_frozen_sites
 from jclt.coders import Coder
-from jclt.models import forward, ops
+from jclt.models import ModelConfig, forward, ops
+from jclt.models.weights import declare_layer_weights
 from jclt.numerics import at_least_float32, einsum
-from jclt.shapes import Array, Bool, Float, Int, Tokens
+from jclt.shapes import Array, Bool, Float, Int, Params, Tokens
 
 Tree = TypeVar("Tree")
 
@@ -39,6 +40,13 @@ def widen(tree: Tree) -> Tree:
         return x.astype(at_least_float32(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     return jax.tree.map(widen_leaf, tree)
+
+
+def widen_outside_layers(config: ModelConfig, params: Params) -> Params:
+    """The model's parameters, those outside its layers in at least float32. So the residual stream is, and each layer's
+    weights are widened while the layer is computed."""
+    layers = declare_layer_weights(config)
+    return {name: x if name in layers else widen(x) for name, x in params.items()}
 
 
 @partial(jax.jit, static_argnames=("local", "silent"))

@@ -134,7 +134,7 @@ def block(
 ) -> tuple[Stream, Cache | None]:
     """One layer: the residual stream after it, and the cache."""
     c = context.config
-    weights = {name: replicate(weight) for name, weight in weights.items()}
+    weights = {name: widen_like(replicate(weight), x) for name, weight in weights.items()}
     x = site("resid_pre", x)
 
     with jax.named_scope("attention"):
@@ -159,6 +159,12 @@ def block(
         reads = {"resid_mid": mid, "mlp_normalized": normalized, "mlp_in": mlp_in}
         mlp_out = site("mlp_out", context.mlp(layer, reads, true))
     return site("resid_post", stream + mlp_out), cache
+
+
+def widen_like(weight: Array, x: Array) -> Array:
+    """A weight in the type of x, if that is wider: of a model that is stored in half precision, one layer at a time is
+    in the type of the computation."""
+    return weight.astype(x.dtype) if weight.dtype.itemsize < x.dtype.itemsize else weight
 
 
 def select_for_layer(config: ModelConfig, layer: int | Array, global_and_local: tuple[Any, Any]) -> Any:
