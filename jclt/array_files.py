@@ -48,7 +48,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         size = check_file(path, "a safetensors file")
-        with _open_for_reading(path) as file:
+        with open_for_reading(path) as file:
             self.version = _get_version(os.fstat(file.fileno()))
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
@@ -59,6 +59,11 @@ class SafetensorsFile:
         _check_header(path, header, size - 8 - length)
         self.header, self.start, self.path = header, 8 + length, path
 
+    def read_shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """A tensor's shape and type, from the header."""
+        entry = self.header[name]
+        return tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]])
+
     def read_tensor(self, name: str) -> np.ndarray:
         _check_version(self.path, self.version)
         entry = self.header[name]
@@ -68,7 +73,7 @@ class SafetensorsFile:
 
     def forget_pages(self) -> None:
         """Drops the pages read so far, so that host memory does not hold a second copy of the checkpoint."""
-        _forget_pages(self.map)
+        forget_pages(self.map)
 
 
 def _parse_header(data: bytes, path: Path) -> dict[str, Any]:
@@ -161,7 +166,7 @@ class NpzFile(Archive):
         self.header = {name.removesuffix(".npy"): entry for name, entry in self.members.items()}
         self.checked = set[str]()
         """The arrays whose checksum has been compared: one that stays on disk is read again and again."""
-        with _open_for_reading(path) as file:
+        with open_for_reading(path) as file:
             self.version = _get_version(os.fstat(file.fileno()))
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -191,13 +196,13 @@ class NpzFile(Archive):
                 if stop > len(self.map) or _compute_checksum(self.map, start, stop) != entry.CRC:
                     raise ValueError("its checksum differs from its content's")
                 self.checked.add(name)
-            with _open_for_reading(self.path) as file:
+            with open_for_reading(self.path) as file:
                 file.seek(start)
                 _, fortran, _, length = _read_npy_header(file)
             return np.ndarray(shape, dtype, self.map, start + length, order="F" if fortran else "C")
 
     def forget_pages(self) -> None:
-        _forget_pages(self.map)
+        forget_pages(self.map)
 
 
 def _read_array(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any], fortran: bool) -> np.ndarray:
@@ -268,13 +273,13 @@ def _check_version(path: Path, version: tuple[int, ...]) -> None:
         raise UserError(f"{path}: has changed since it was opened, expected it to stay as it was")
 
 
-def _forget_pages(map: mmap.mmap) -> None:
+def forget_pages(map: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_DONTNEED"):
         map.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
-def _open_for_reading(path: Path) -> Iterator[IO[bytes]]:
+def open_for_reading(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb")
     except OSError as error:

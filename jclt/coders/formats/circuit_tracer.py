@@ -27,7 +27,6 @@ from jclt.coders.formats.tensors import (
     TensorFile,
     describe_coder,
     open_file,
-    read_shape,
     to_published,
     weights_by_name,
 )
@@ -126,7 +125,7 @@ def _read_stored_k(file: TensorFile) -> int | None:
     """The tensor `k` that circuit-tracer writes for a TopK, if the file has one."""
     if "k" not in file.header:
         return None
-    shape, dtype = read_shape(file, "k")
+    shape, dtype = file.read_shape("k")
     if math.prod(shape) != 1 or not np.issubdtype(dtype, np.integer):
         raise UserError(f"{file.path}: tensor 'k' is of type {dtype} and shape {list(shape)}, expected a whole number")
     return int(file.read_tensor("k").reshape(()))

@@ -79,7 +79,7 @@ class StoredLayer:
     def shape(self, weight: str) -> tuple[int, ...]:
         """The shape in our axes; no numbers are read."""
         name, file = self.locate(weight)
-        shape, dtype = read_shape(file, name)
+        shape, dtype = file.read_shape(name)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise UserError(f"{file.path}: tensor '{name}' is of type {dtype}, expected floating-point numbers")
         return self._to_our_axes(weight, np.broadcast_to(np.zeros((), np.bool_), shape)).shape
@@ -125,14 +125,6 @@ class StoredLayer:
 
     def _name(self, weight: str) -> str:
         return self.names[weight][0].format(self.number)
-
-
-def read_shape(file: TensorFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """A tensor's shape and type, from the header of its file."""
-    if isinstance(file, NpzFile):
-        return file.read_shape(name)
-    entry = file.header[name]
-    return tuple(entry["shape"]), np.dtype(array_files.DTYPES[entry["dtype"]])
 
 
 class StoredCoder(NamedTuple):

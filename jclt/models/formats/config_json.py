@@ -27,14 +27,20 @@ def read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     """The `ModelConfig` for the content of a `config.json`; `where` names the file in errors."""
     # A model for text and images nests the settings of its text model. Stop tokens outside them have precedence.
     stops = raw.get("eos_token_id")
-    raw = _get_settings(raw, "text_config", where) or raw
-    stops = raw.get("eos_token_id") if stops is None else stops
+    raw = {**(_get_settings(raw, "text_config", where) or raw)}
+    if stops is not None:
+        raw["eos_token_id"] = stops
     kind = raw.get("model_type", "")
     name = kind if kind and isinstance(kind, str) else short(kind or raw.get("architectures"))
     family = _find_family(str(kind), f"{where}: architecture '{name}'")
     if raw.get("use_bidirectional_attention"):
         raise UserError(f"{where}: use_bidirectional_attention is set, expected a causal language model")
+    return read_settings(raw, family, where)
 
+
+def read_settings(raw: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
+    """The `ModelConfig` for settings under the keys of this family; `where` names their file in errors."""
+    stops = raw.get("eos_token_id")
     values: dict[str, Any] = dict(family.fixed)
     for name, (key, absent) in family.keys.items():
         value = raw.get(key, absent)

@@ -36,6 +36,7 @@ class Tensor(NamedTuple):
     published: str  # its name; `{}` is the layer's number
     pattern: str  # from its axes to those of the weights
     weights: tuple[str, ...]  # several are stacked along axis `c`
+    offset: float = 0.0  # how much larger the published numbers are than the weights
 
 
 @dataclass(frozen=True)

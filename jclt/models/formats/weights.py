@@ -2,11 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import einops
 import jax
@@ -37,20 +37,40 @@ def load_config(folder: Path) -> ModelConfig:
     return read_config(raw, str(folder / "config.json"))
 
 
-class StoredWeight(NamedTuple):
-    """One of our weights on disk: views of the published tensors that hold it, one for each layer if it is stacked."""
+@runtime_checkable
+class TensorFile(Protocol):
+    """A file of tensors by name. What is read may be a view of its memory map."""
 
-    files: list[SafetensorsFile]
+    @property
+    def path(self) -> Path: ...
+    @property
+    def header(self) -> Mapping[str, Any]: ...
+    def read_shape(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]: ...
+    def read_tensor(self, name: str) -> np.ndarray: ...
+    def forget_pages(self) -> None: ...
+
+
+class StoredWeight(NamedTuple):
+    """One of our weights on disk: the published tensors that hold it, one for each layer if it is stacked."""
+
+    files: list[TensorFile]
     names: list[str]
-    views: list[np.ndarray]
     stacked: bool
+    extract: Callable[[np.ndarray], np.ndarray]
+    """The weight in a published tensor, as a view where that is possible."""
 
 
 def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None = None) -> dict[str, Array]:
-    """Every weight, read from the memory map directly into its shards, one at a time."""
-    file_of = _index_tensors(_open_files(folder))
-    family = find_family(config)
-    names = _list_tensor_names(family, config, file_of, folder)
+    """Every weight of a folder."""
+    return read_params(_open_files(folder), find_family(config), config, dtype, mesh, folder)
+
+
+def read_params(
+    files: Sequence[TensorFile], family: Family, config: ModelConfig, dtype: DTypeLike, mesh: Mesh | None, where: Path
+) -> dict[str, Array]:
+    """Every weight, read directly into its shards, one at a time; `where` names the model in errors."""
+    file_of = _index_tensors(files)
+    names = _list_tensor_names(family, config, file_of, where)
     targets = abstract_params(config, mesh, dtype)
     stored = {}
     for weight, target in targets.items():
@@ -58,10 +78,10 @@ def load_params(folder: Path, config: ModelConfig, dtype: DTypeLike, mesh: Mesh 
         stored[weight] = _find_stored(weight, target.shape, tensor, names[tensor.published], file_of, config)
     check_memory(
         count_local_bytes(targets.values()),
-        f"model {folder}",
+        f"model {where}",
         "dtype='bfloat16' takes half of float32, a mesh spreads it",
     )
-    return {weight: _read_weight(weight, stored[weight], target, dtype) for weight, target in targets.items()}
+    return {weight: _read_weight(stored[weight], target, dtype) for weight, target in targets.items()}
 
 
 def _find_stored(
@@ -69,26 +89,48 @@ def _find_stored(
     shape: tuple[int, ...],
     tensor: Tensor,
     names: list[str],
-    file_of: Mapping[str, SafetensorsFile],
+    file_of: Mapping[str, TensorFile],
     config: ModelConfig,
 ) -> StoredWeight:
     stacked = "{}" in tensor.published
     expected = shape[1:] if stacked else shape
-    files, views = [file_of[name] for name in names], []
+    files = [file_of[name] for name in names]
     for file, name in zip(files, names, strict=True):
-        views.append(_view_weight(file, name, tensor, weight, config))
-        if views[-1].shape != expected:
-            shapes = f"{list(views[-1].shape)}, expected {list(expected)}"
+        published, dtype = file.read_shape(name)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UserError(f"{file.path}: tensor '{name}' is of type {dtype}, expected floating-point numbers")
+        try:  # on an array that takes no memory
+            got = _extract(tensor, weight, config, np.broadcast_to(np.zeros((), np.float32), published)).shape
+        except einops.EinopsError:
+            axes = f"{tensor.pattern.split(' -> ')[0]} with {_find_sizes(tensor, config)}"
+            raise UserError(f"{file.path}: tensor '{name}' has shape {list(published)}, expected {axes}") from None
+        if got != expected:
+            shapes = f"{list(got)}, expected {list(expected)}"
             raise UserError(f"{file.path}: tensor '{name}' gives weight '{weight}' the shape {shapes}")
-    return StoredWeight(files, names, views, stacked)
+    return StoredWeight(files, names, stacked, partial(_extract, tensor, weight, config))
 
 
-def _read_weight(weight: str, stored: StoredWeight, target: jax.ShapeDtypeStruct, dtype: DTypeLike) -> Array:
-    piece = partial(_read_piece, stored, dtype)
+def _extract(tensor: Tensor, weight: str, config: ModelConfig, source: np.ndarray) -> np.ndarray:
+    """A weight in a published tensor."""
+    view = einops.rearrange(source, tensor.pattern, **_find_sizes(tensor, config))
+    view = view[tensor.weights.index(weight)] if len(tensor.weights) > 1 else view
+    return view - np.asarray(tensor.offset, view.dtype) if tensor.offset else view
+
+
+def _find_sizes(tensor: Tensor, config: ModelConfig) -> dict[str, int]:
+    """Sizes of axes that the shape of a published tensor does not tell. `r` are the two of a rotating pair."""
+    sizes = {"H": config.heads, "G": config.key_heads, "K": config.head_size, "c": len(tensor.weights), "r": 2}
+    return {axis: size for axis, size in sizes.items() if axis in tensor.pattern}
+
+
+def _read_weight(stored: StoredWeight, target: jax.ShapeDtypeStruct, dtype: DTypeLike) -> Array:
     if target.sharding is None:
-        array = jax.device_put(piece((slice(None),) * len(target.shape)))
+        (piece,) = _read_pieces(stored, dtype, [(slice(None),) * len(target.shape)])
+        array = jax.device_put(piece)
     else:
-        array = jax.make_array_from_callback(target.shape, target.sharding, piece)
+        indices = {str(x): x for x in target.sharding.addressable_devices_indices_map(target.shape).values()}
+        pieces = dict(zip(indices, _read_pieces(stored, dtype, list(indices.values())), strict=True))
+        array = jax.make_array_from_callback(target.shape, target.sharding, lambda index: pieces[str(index)])
     finite = fetch_to_host(find_finite_rows(array))
     if not finite.all():
         bad = int(np.argmin(finite)) if stored.stacked else 0
@@ -97,15 +139,18 @@ def _read_weight(weight: str, stored: StoredWeight, target: jax.ShapeDtypeStruct
     return array
 
 
-def _read_piece(stored: StoredWeight, dtype: DTypeLike, index: Any) -> np.ndarray:
-    """The shard of a weight for one device, read layer by layer if layers are stacked."""
-    layers, within = (index[0], index[1:]) if stored.stacked else (slice(None), index)
-    files, views = stored.files[layers], stored.views[layers]
-    out = _make_aligned((len(views), *views[0][within].shape), np.dtype(dtype))
-    for row, file, view in zip(out, files, views, strict=True):
-        row[...] = view[within]
+def _read_pieces(stored: StoredWeight, dtype: DTypeLike, indices: list[Any]) -> list[np.ndarray]:
+    """The shards of a weight for several devices. Every published tensor is read once: layers are never split."""
+    pieces: list[np.ndarray] = []
+    for row, (file, name) in enumerate(zip(stored.files, stored.names, strict=True)):
+        tensor = stored.extract(file.read_tensor(name))
+        for number, index in enumerate(indices):
+            part = tensor[index[1:] if stored.stacked else index]
+            if not row:
+                pieces.append(_make_aligned((len(stored.files), *part.shape), np.dtype(dtype)))
+            pieces[number][row] = part
         file.forget_pages()
-    return out if stored.stacked else out[0]
+    return pieces if stored.stacked else [piece[0] for piece in pieces]
 
 
 def _make_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -143,9 +188,9 @@ def _list_files(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _index_tensors(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+def _index_tensors(files: Sequence[TensorFile]) -> dict[str, TensorFile]:
     """The file of each tensor."""
-    file_of: dict[str, SafetensorsFile] = {}
+    file_of: dict[str, TensorFile] = {}
     for file in files:
         for name in file.header:
             if name in file_of:
@@ -155,7 +200,7 @@ def _index_tensors(files: list[SafetensorsFile]) -> dict[str, SafetensorsFile]:
 
 
 def _list_tensor_names(
-    family: Family, config: ModelConfig, file_of: Mapping[str, SafetensorsFile], folder: Path
+    family: Family, config: ModelConfig, file_of: Mapping[str, TensorFile], where: Path
 ) -> dict[str, list[str]]:
     """For each published tensor that this model needs, its names in the files, one for each layer."""
     wanted = set(declare(config))
@@ -166,7 +211,7 @@ def _list_tensor_names(
         for name in _name_tensors(tensor, prefix, config.layers):
             if name not in file_of:
                 raise UserError(
-                    f"{folder}: tensor '{name}' is missing, expected of a {family.name} model of this configuration"
+                    f"{where}: tensor '{name}' is missing, expected of a {family.name} model of this configuration"
                 )
             names[tensor.published].append(name)
     used = {name for tensor_names in names.values() for name in tensor_names}
@@ -179,7 +224,7 @@ def _list_tensor_names(
     known = used | tied_copy
     for name in file_of:
         if name.startswith(prefix) and name not in known and not name.endswith(family.ignored):
-            raise UserError(f"{folder}: tensor '{name}' has no place in a {family.name} model of this configuration")
+            raise UserError(f"{where}: tensor '{name}' has no place in a {family.name} model of this configuration")
     return names
 
 
@@ -190,21 +235,6 @@ def _name_tensors(tensor: Tensor, prefix: str, layers: int) -> Iterator[str]:
         yield from (name.format(layer) for layer in range(layers))
     else:
         yield name
-
-
-def _view_weight(file: SafetensorsFile, name: str, tensor: Tensor, weight: str, config: ModelConfig) -> np.ndarray:
-    """A weight in a published tensor, as a view of the tensor."""
-    source = file.read_tensor(name)
-    if not jnp.issubdtype(source.dtype, jnp.floating):
-        raise UserError(f"{file.path}: tensor '{name}' is of type {source.dtype}, expected floating-point numbers")
-    axis_sizes = {"H": config.heads, "G": config.key_heads, "K": config.head_size, "c": 3}
-    sizes = {axis: size for axis, size in axis_sizes.items() if axis in tensor.pattern}
-    try:
-        view = einops.rearrange(source, tensor.pattern, **sizes)
-    except einops.EinopsError:
-        axes = f"{tensor.pattern.split(' -> ')[0]} with {sizes}"
-        raise UserError(f"{file.path}: tensor '{name}' has shape {list(source.shape)}, expected {axes}") from None
-    return view[tensor.weights.index(weight)] if len(tensor.weights) > 1 else view
 
 
 def save_params(
