@@ -2,13 +2,15 @@
 
 Reading order: `config.py` the settings, `weights.py` one declaration for each weight, `transformer.py` the forward pass
 (its arithmetic is `ops.py`), `sites.py` the named values in it, `edits.py` and `site_edits.py` how to change them, and
-`ranges.py` where, `model.py` what users call. `formats/` reads and writes published models.
+`ranges.py` where, `model.py` what users call, `loading.py` how they get a model. `formats/` reads and writes published
+models.
 """
 
 from jclt.models.config import ModelConfig, RopeScaling
 from jclt.models.edits import Compose, Freeze, Replace
 from jclt.models.formats.known_shapes import known_config
-from jclt.models.model import Model, find_model, generate, load_model, run, save_model, token_array
+from jclt.models.loading import find_model, load_model, save_model
+from jclt.models.model import Model, generate, run, token_array
 from jclt.models.site_edits import Add, Noise, Scale, Set, SiteEdit
 from jclt.models.sites import (
     LAYER_SITES,

@@ -1,14 +1,11 @@
-"""The language model that users hold: settings, parameters and tokenizer; loading, saving, running, generating."""
+"""The language model that users hold: settings, parameters and tokenizer; running it and generating text."""
 # JAX's types are partial, hence the exceptions.
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -17,20 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jclt.errors import UserError, first_line
+from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
 from jclt.mesh import make_sharding, mesh_of
+from jclt.models.chat import Messages, is_chat, render_chat
 from jclt.models.config import ModelConfig
 from jclt.models.edits import check_edit
-from jclt.models.formats.weights import load_config, load_params, save_params
 from jclt.models.generate import generate_tokens
 from jclt.models.sites import MODEL_SITES, Edit, check_sites
-from jclt.models.tokenizer import Tokenizer, load_tokenizer
+from jclt.models.tokenizer import Tokenizer
 from jclt.models.transformer import Mlp, Transformer
 from jclt.shapes import Array, ArrayLike, Captured, Int, Params
 
-Prompt = str | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
-"""Text, or token ids `[T]` or `[B, T]`."""
+Prompt = str | Messages | Sequence[int] | Sequence[Sequence[int]] | ArrayLike
+"""Text, a chat as a list of messages, or token ids `[T]` or `[B, T]`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,70 +52,21 @@ class Model:
         with on_mesh(self):
             return fingerprint(self.params)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, prompt: str | Messages) -> list[int]:
+        """The ids of a text, with the special tokens that the model expects; or of a chat, as the model's template
+        writes it, up to where the answer begins."""
         if self.tokenizer is None:
             raise UserError(f"model {self.name}: has no tokenizer (tokenizer.json), expected token ids instead of text")
-        return self.tokenizer.encode(text)
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.plain(self.render(prompt))  # a template writes <bos> itself
 
-
-def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Model:
-    """Loads "demo", a folder in Hugging Face layout, or a hub name whose files are cached or can be downloaded.
-
-    With a mesh, every weight is read directly into its shards; without one, to the default device. In float32, products
-    are exact to float32 on every device; bfloat16 is faster.
-    """
-    if dtype not in ("float32", "bfloat16", "float64"):
-        raise UserError(f"dtype '{dtype}': expected float32, bfloat16 or float64")
-    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise UserError("dtype 'float64': expected jax_enable_x64 to be set, jax has no 64-bit numbers without it")
-    folder = find_model(str(name))
-    config = load_config(folder)
-    params = load_params(folder, config, jnp.dtype(dtype), mesh)
-    return Model(config, params, load_tokenizer(folder), str(name))
-
-
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-    "tokenizer*.json",
-    "vocab.json",
-    "merges.txt",
-)
-"""The files of a model that are downloaded from the hub."""
-
-
-def find_model(name: str, files: Sequence[str] = FILES) -> Path:
-    """The folder of the model with this name, or of these files of it."""
-    if name == "demo":
-        return Path(str(resources.files("jclt"))) / "world" / "model"
-    try:
-        folder = Path(name).expanduser()
-        is_folder, exists = folder.is_dir(), os.path.lexists(folder)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"model '{name}': cannot be read ({first_line(error)})") from None
-    if is_folder:
-        return folder
-    if exists:
-        raise UserError(f"model '{name}': is a file, expected the folder that holds config.json and the weights")
-    # Imported here because loading a folder should not wait for this import.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))  # from its cache without network
-    except HFValidationError:
-        raise UserError(f"model '{name}': no such folder, and not a hub name either") from None
-    except Exception as error:  # the network raises many types; the user needs one line
-        reason = first_line(error)
-        raise UserError(
-            f"model '{name}': no such folder, not in the local cache, and not reachable ({reason})"
-        ) from None
-
-
-def save_model(model: Model, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> None:
-    """Writes the model in Hugging Face layout; `transformers` and `load_model` read it back."""
-    save_params(Path(folder), model.config, model.params, model.tokenizer, shard_bytes)
+    def render(self, messages: Messages) -> str:
+        """A chat as text."""
+        template = None if self.tokenizer is None else self.tokenizer.template
+        if template is None:
+            raise UserError(f"model {self.name}: has no chat template, expected text or token ids instead of messages")
+        return render_chat(template, messages, self.name)
 
 
 def run(
@@ -189,7 +137,8 @@ def generate(
     edit: Edit | None = None,
     mlp: Mlp | None = None,
 ) -> str | np.ndarray:
-    """The prompt with its continuation: text for text, ids for ids. Greedy unless a temperature is given.
+    """The prompt with its continuation: text for text, ids for ids; for a chat the answer alone. Greedy unless a
+    temperature is given.
 
     A row ends at a stop token (by default one of the model's) and repeats it from there on. All `max_new_tokens` steps
     run in any case, in one compiled program. Positions of an `edit` count from the start of the prompt; those of an
@@ -199,7 +148,7 @@ def generate(
     continued, _ = continue_prompt(model, token_array(model, prompt), sampling, edit=edit, mlp=mlp)
     if isinstance(prompt, str):
         return prompt + decode_continuation(model, continued, sampling)
-    return continued
+    return decode_continuation(model, continued, sampling) if is_chat(prompt) else continued
 
 
 class Sampling(NamedTuple):
@@ -274,7 +223,7 @@ def decode_continuation(model: Model, continued: np.ndarray, sampling: Sampling)
 def token_array(model: Model, prompt: Prompt) -> np.ndarray:
     """The prompt as int32 ids `[T]` or `[B, T]`, after checks against the model."""
     try:
-        ids = np.asarray(model.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = np.asarray(model.encode(prompt) if isinstance(prompt, str) or is_chat(prompt) else prompt)
     except ValueError:
         raise UserError("prompt: rows of different lengths, expected token ids [T] or [B, T]") from None
     if ids.ndim not in (1, 2) or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):

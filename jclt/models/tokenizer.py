@@ -4,13 +4,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import TypeVar
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from jclt.errors import UserError, first_line
-from jclt.files import check_file, read_bytes, read_json, write_json, write_text
+from jclt.files import check_file, read_bytes, read_json, read_text, write_json, write_text
+from jclt.models.chat import ChatTemplate
 from jclt.models.config import ModelConfig
 
 Read = TypeVar("Read")
@@ -21,6 +23,8 @@ class Tokenizer:
     """Encodes with the special tokens that the model expects, such as a first <bos>, and decodes without them."""
 
     backend: Backend
+    template: ChatTemplate | None = None
+    """How chats are written as text."""
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(check_text(text)).ids
@@ -51,6 +55,8 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **{name: self.backend.id_to_token(index) for name, index in ends.items() if index is not None},
         }
+        if self.template is not None:
+            settings |= {**self.template.tokens, "chat_template": self.template.source}
         write_json(folder / "tokenizer_config.json", settings)
 
 
@@ -69,13 +75,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if os.path.lexists(path):
         content = read_bytes(path)
-        backend = _read_with_library(
+        backend = read_with_library(
             lambda: Backend.from_buffer(content), f"{path}: not a tokenizer that the library reads"
         )
         # Truncation and padding are settings from the tokenizer's training. Prompts are neither cut nor padded.
         backend.no_truncation()
         backend.no_padding()
-        return Tokenizer(backend)
+        return Tokenizer(backend, _load_template(folder))
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if os.path.lexists(vocabulary) and os.path.lexists(merges):
         check_file(merges)
@@ -84,19 +90,42 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
             isinstance(number, int) for number in read_json(vocabulary).values()
         ):  # the library skips other entries
             raise UserError(f"{what} (a token without its number)")
-        backend = Backend(_read_with_library(lambda: models.BPE.from_file(str(vocabulary), str(merges)), what))
+        backend = Backend(read_with_library(lambda: models.BPE.from_file(str(vocabulary), str(merges)), what))
         backend.add_special_tokens([token for token in ("<|endoftext|>",) if backend.token_to_id(token) is not None])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        return Tokenizer(backend)
+        return Tokenizer(backend, _load_template(folder))
     return None
 
 
-def _read_with_library(read: Callable[[], Read], what: str) -> Read:
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that templates write by name."""
+
+
+def _load_template(folder: Path) -> ChatTemplate | None:
+    """The folder's chat template: a file of its own, or a setting of the tokenizer."""
+    path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = read_json(path) if os.path.lexists(path) else {}
+    source = read_text(file, "a chat template") if os.path.lexists(file) else settings.get("chat_template")
+    if isinstance(source, list):  # several by name
+        named = {str(x.get("name")): x.get("template") for x in source if isinstance(x, dict)}
+        source = named.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise UserError(f"{path}: 'chat_template' is {short(source)}, expected text")
+    values = {name: settings.get(name) for name in NAMED_TOKENS}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return ChatTemplate(source, {name: text for name, text in texts.items() if isinstance(text, str)})
+
+
+def read_with_library(read: Callable[[], Read], what: str) -> Read:
     """What the library reads, or one clear error. The library raises a bare Exception, or a panic of its Rust code,
     which is not an Exception."""
     try:
         return read()
+    except UserError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

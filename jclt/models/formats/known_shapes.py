@@ -4,8 +4,7 @@ from typing import Any
 
 from jclt.models.config import ModelConfig
 from jclt.models.formats.config_json import read_config
-from jclt.models.formats.weights import load_config
-from jclt.models.model import find_model
+from jclt.models.loading import find_config
 
 
 def _llama3(factor: float) -> dict[str, Any]:
@@ -96,7 +95,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def known_config(name: str) -> ModelConfig:
-    """The settings of a model: one of `KNOWN`, or those in the `config.json` of a folder or a hub name."""
+    """The settings of a model: one of `KNOWN`, or those of a folder, a GGUF file or a hub name."""
     if name in KNOWN:
         return read_config(KNOWN[name], name)
-    return load_config(find_model(name, ("config.json", "generation_config.json")))
+    return find_config(name)
