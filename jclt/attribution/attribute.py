@@ -23,6 +23,7 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -46,6 +47,7 @@ from jclt.graphs.graph import Graph
 from jclt.memory import is_out_of_memory
 from jclt.mesh import mesh_of
 from jclt.models import Model
+from jclt.models.chat import is_chat
 from jclt.models.model import Prompt
 from jclt.shapes import Array, Int
 
@@ -65,7 +67,7 @@ def attribute(
     tolerance: float = 0.0,
     conventions: Conventions = "jclt",
 ) -> Graph:
-    """The attribution graph of one prompt, text or token ids `[T]`.
+    """The attribution graph of one prompt: text, a chat as a list of messages, or token ids `[T]`.
 
     It explains the likeliest next tokens, or the `targets`: tokens as text or id, pairs of tokens (the first one's
     logit minus the second's), or a `Direction`. At most `max_features` features get their incoming edges, the most
@@ -76,7 +78,7 @@ def attribute(
     ((_, graph),) = attribute_each(model, coder, [encode_prompt(model, prompt, conventions)], options)
     if isinstance(graph, UserError):
         raise graph
-    return graph
+    return mark_chat(graph, prompt)
 
 
 def attribute_batch(
@@ -94,13 +96,15 @@ def attribute_batch(
     over all devices."""
     if isinstance(prompts, str):
         raise UserError("prompts: a text, expected a list of prompts; attribute takes one")
+    if is_chat(prompts):
+        raise UserError("prompts: one chat, expected a list of prompts; attribute takes one")
     options = Options(parse_targets(targets), max_features, tolerance, conventions)
     tokens = [encode_prompt(model, prompt, conventions) for prompt in prompts]
     graphs: dict[int, Graph] = {}
     for number, graph in attribute_each(model, coder, tokens, options, batch):
         if isinstance(graph, UserError):
             raise UserError(f"prompt {number}: {str(graph).removeprefix('prompt: ')}")
-        graphs[number] = graph
+        graphs[number] = mark_chat(graph, prompts[number])
     return [graphs[number] for number in range(len(tokens))]
 
 
@@ -140,7 +144,10 @@ def attribute_each(
             try:
                 settings = options._replace(targets=by_prompt[number]).summary()
                 log.debug("5 assemble the graph of prompt %d", number)
-                graph = traced.pop(0).build_graph(decode_tokens(model, prompts[number]), about | {"settings": settings})
+                begins_with_bos = int(prompts[number][0]) == model.config.bos_token
+                prompt_about = {"begins_with_bos": begins_with_bos, "chat_template": False}
+                provenance = about | {"settings": settings} | prompt_about
+                graph = traced.pop(0).build_graph(decode_tokens(model, prompts[number]), provenance)
             except Exception as error:
                 graph = make_user_error(error, [len(prompts[number])])
             if number not in done:
@@ -220,6 +227,11 @@ def check_encoder(encoder: Coder) -> tuple[Array, Array]:
     leaves = jax.tree.leaves_with_path(encoder)
     thresholds = [(x > -jnp.inf).all() for path, x in leaves if getattr(path[-1], "name", None) == "threshold"]
     return jnp.isfinite(rows).all() & jnp.isfinite(biases).all(), jnp.stack([jnp.array(True), *thresholds]).all()
+
+
+def mark_chat(graph: Graph, prompt: Prompt) -> Graph:
+    """The graph, whose provenance says so if the model's chat template wrote the prompt."""
+    return replace(graph, provenance=graph.provenance | {"chat_template": True}) if is_chat(prompt) else graph
 
 
 def decode_tokens(model: Model, tokens: Int[np.ndarray, "T"]) -> tuple[str, ...]:

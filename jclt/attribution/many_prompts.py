@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from jclt.attribution.attribute import BATCH, attribute_each, check_coder, describe_provenance
+from jclt.attribution.attribute import BATCH, attribute_each, check_coder, describe_provenance, mark_chat
 from jclt.attribution.options import Options
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.targets import Target, parse_targets, resolve_targets
@@ -22,6 +22,7 @@ from jclt.fingerprints import hash_json
 from jclt.graphs.graph import Graph
 from jclt.graphs.load import load_graph
 from jclt.models import Model
+from jclt.models.chat import Messages, check_messages, is_chat
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +31,11 @@ LOG_INTERVAL = 30.0
 
 
 class Line(NamedTuple):
-    """A line of the file: its number, counted from 0, its prompt as text or token ids, and its own targets, if any."""
+    """A line of the file: its number, counted from 0, its prompt as text, chat or token ids, and its own
+    targets, if any."""
 
     number: int
-    prompt: str | list[int]
+    prompt: str | list[int] | Messages
     targets: list[Target] | None = None
 
 
@@ -111,7 +113,8 @@ def trace_lines(
     tokens, targets = [ids for _, ids in encoded], [line.targets for line, _ in encoded]
     done_indices = {index for index, (line, _) in enumerate(encoded) if line.number in done}
     for index, graph in attribute_each(model, coder, tokens, options, batch, targets, done_indices):
-        yield encoded[index][0], graph
+        line = encoded[index][0]
+        yield line, graph if isinstance(graph, UserError) else mark_chat(graph, line.prompt)
 
 
 def show_progress(
@@ -156,7 +159,8 @@ def write_lists(out: Path, lines: Sequence[Line]) -> tuple[int, int]:
 
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a file that are not blank. A line is a text. In a file named .jsonl or .json it is a JSON object
-    with the field `prompt`, text or token ids, and perhaps `target` or `targets`, as `attribute` takes them."""
+    with the field `prompt`, text, a list of messages or of token ids, and perhaps `target` or `targets`, as `attribute`
+    takes them."""
     texts = read_lines(path, "a file of prompts")
     is_json = path.suffix in (".jsonl", ".json")
     lines = [
@@ -177,8 +181,14 @@ def _parse_json_line(path: Path, number: int, text: str) -> Line:
     except (UserError, KeyError):
         raise UserError(f"{where} is not JSON with a field 'prompt'") from None
     is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not isinstance(prompt, str) and not is_ids:
-        raise UserError(f"{where}: 'prompt' is {json.dumps(prompt)[:80]}, expected text or a list of token ids")
+    if is_chat(prompt):
+        try:
+            check_messages(prompt)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    elif not isinstance(prompt, str) and not is_ids:
+        wanted = "text or a list of token ids or of messages"
+        raise UserError(f"{where}: 'prompt' is {json.dumps(prompt)[:80]}, expected {wanted}")
     names = [name for name in ("target", "targets") if fields.get(name) is not None]
     if len(names) > 1:
         raise UserError(f"{where}: both 'target' and 'targets', expected one of them")

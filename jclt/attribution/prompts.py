@@ -17,7 +17,7 @@ GEMMA_3_IT = (2, 105, 2364, 107)
 
 
 def encode_prompt(model: Model, prompt: Prompt, conventions: Conventions = "jclt") -> Int[np.ndarray, "T"]:
-    """The token ids of a prompt, text or ids, under these conventions."""
+    """The token ids of a prompt, text, chat or ids, under these conventions."""
     if isinstance(prompt, str) and not prompt:
         raise UserError("prompt: empty, expected at least one token")
     if isinstance(prompt, str) and (unknown := list_unknown_words(model, prompt)):

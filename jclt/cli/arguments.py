@@ -12,6 +12,7 @@ from jclt.errors import UserError, escape_unprintable, shorten
 
 if TYPE_CHECKING:
     from jclt.models import Model
+    from jclt.models.chat import Messages
 
 Config = TypeVar("Config")
 log = logging.getLogger(__name__)
@@ -79,9 +80,31 @@ def parse_target(typed: str) -> str | tuple[str, str]:
     return parts[0] if len(parts) == 1 else (parts[0], parts[1])
 
 
+def add_prompt_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", nargs="?", type=parse_text, metavar="PROMPT", help="text")
+    command.add_argument(
+        "--chat",
+        type=parse_text,
+        metavar="TEXT",
+        help="instead of PROMPT: what a user says, in the form of the model's chat template",
+    )
+
+
+def find_prompt(arguments: argparse.Namespace) -> "str | Messages | None":
+    """The prompt, or the chat with one message."""
+    if arguments.chat is None:
+        if arguments.prompt == "":
+            raise UserError("prompt: empty, expected at least one token")
+        return arguments.prompt
+    if arguments.prompt is not None:
+        raise UserError(f"{arguments.command}: both a prompt and --chat, expected one of them")
+    return [{"role": "user", "content": arguments.chat}]
+
+
 def add_model_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", help="demo, a folder or a hub name (default: the model that the coder's own files name)"
+        "--model",
+        help="demo, smollm2, a folder, a GGUF file or a hub name (default: the model that the coder's own files name)",
     )
 
 

@@ -10,10 +10,11 @@ from jclt.cli.arguments import (
     add_fit_arguments,
     add_keep_argument,
     add_model_argument,
+    add_prompt_arguments,
+    find_prompt,
     load_coder_and_model,
     make_int_parser,
     parse_target,
-    parse_text,
 )
 from jclt.errors import UserError
 
@@ -35,7 +36,7 @@ def add_command(commands: Subcommands) -> None:
         "attribute 'Once upon a' --coder runs/mine/coder --no-check; jclt attribute --prompts prompts.txt --out graphs "
         "--json",
     )
-    command.add_argument("prompt", nargs="?", type=parse_text, metavar="PROMPT", help="text")
+    add_prompt_arguments(command)
     command.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt per line, or JSON lines with `prompt`"
     )
@@ -84,12 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     from jclt.hosts import find_process_and_count
     from jclt.viewer import SCORES_EXPLAINED, summarize_graph, write_graph, write_viewer_json
 
-    if (arguments.prompt is None) == (arguments.prompts is None):
+    prompt = find_prompt(arguments)
+    if (prompt is None) == (arguments.prompts is None):
         raise UserError("attribute: expected either a prompt or --prompts FILE")
     if arguments.prompts is not None and arguments.out is None:
         raise UserError("attribute: --prompts needs --out DIR, the folder for the graphs")
-    if arguments.prompt == "":
-        raise UserError("prompt: empty, expected at least one token")
     options = Options(
         targets=arguments.target,
         max_features=arguments.max_features,
@@ -120,7 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
             return 1
         print(f"done: {written} graphs in {out}, listed in graphs.jsonl; {failed} prompts failed")
         return 0
-    graph = attribute(model, coder, arguments.prompt, **options._asdict())
+    assert prompt is not None
+    graph = attribute(model, coder, prompt, **options._asdict())
     pruned = graph.prune()
     print(f"{summarize_graph(graph, pruned)}\n{SCORES_EXPLAINED}")
     if out is not None:

@@ -9,7 +9,9 @@ from jclt.cli.arguments import (
     Subcommands,
     add_fit_arguments,
     add_model_argument,
+    add_prompt_arguments,
     check_new_file,
+    find_prompt,
     load_coder_and_model,
     make_int_parser,
     parse_text,
@@ -39,7 +41,7 @@ def add_command(commands: Subcommands) -> None:
         "0/2-/5=4 --layers 0-2 --out sum.png; jclt intervene 'Once upon a' --coder runs/mine/coder --add 2/3-/7=5 "
         "--generate 20",
     )
-    command.add_argument("prompt", type=parse_text, metavar="PROMPT", help="text")
+    add_prompt_arguments(command)
     for name, what in (
         ("set", "set an activation to a number"),
         ("scale", "multiply an activation: 0 takes it away, -1 changes its sign"),
@@ -167,7 +169,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jclt.interventions import intervene, measure_shares, steer
     from jclt.viewer.intervention_picture import draw_intervention
 
-    changes = arguments.changes or []
+    prompt, changes = find_prompt(arguments), arguments.changes or []
+    if prompt is None:
+        raise UserError("intervene: expected a prompt")
     if not changes:
         raise UserError("intervene: nothing to change, expected --set, --scale, --add or --supernode")
     if arguments.graph is None and any(kind == "supernode" for kind, _ in changes):
@@ -181,7 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = intervene(
         model,
         coder,
-        arguments.prompt,
+        prompt,
         edits,
         layers=arguments.layers,
         attention=arguments.attention,
@@ -199,6 +203,6 @@ def run(arguments: argparse.Namespace) -> None:
         draw_intervention(result, arguments.out, shares)
         print(f"written: {arguments.out}")
     if arguments.generate:
-        steered = steer(model, coder, arguments.prompt, edits, arguments.generate)
+        steered = steer(model, coder, prompt, edits, arguments.generate)
         print("text, with the model's own MLPs, attention and norms reacting:")
         print(f"  without changes: {steered.original_text!r}\n  with them:       {steered.text!r}")

@@ -26,6 +26,7 @@ from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
 from jclt.graphs import Graph
 from jclt.models import Tokenizer as ModelTokenizer
+from jclt.models.chat import ChatTemplate
 
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
@@ -389,6 +390,19 @@ def test_under_circuit_tracers_conventions_features_are_chosen_in_its_rounds(mon
     monkeypatch.setattr(tracing, "PEER_ROUND_SIZE", 50)
     other = attribute(model, coder, tokens, conventions="circuit-tracer", max_features=50)
     assert (other.features != part.features).any()
+
+
+def test_a_graph_says_how_its_prompt_was_written():
+    model, coder, _ = make_case(*CASE)
+    assert model.tokenizer is not None
+    template = ChatTemplate("{{ messages[0].content }} word7")
+    model = replace(model, tokenizer=replace(model.tokenizer, template=template))
+    chat, bos = [{"role": "user", "content": "word5 word6"}], model.config.bos_token
+    written = attribute(model, coder, chat, max_features=2)
+    assert written.token_texts == attribute(model, coder, [5, 6, 7], max_features=2).token_texts
+    batch = attribute_batch(model, coder, [chat, [bos, 5, 6]], max_features=2)
+    begun = [(g.provenance["begins_with_bos"], g.provenance["chat_template"]) for g in (written, *batch)]
+    assert begun == [(False, True), (False, True), (True, False)]
 
 
 # Targets.

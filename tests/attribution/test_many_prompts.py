@@ -201,8 +201,9 @@ def test_prompts_are_read_whatever_signs_they_hold(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"prompt": 5}', "'prompt' is 5, expected text or a list of token ids"),
-        ('{"prompt": [1, "a"]}', "'prompt' is .*, expected text or a list of token ids"),
+        ('{"prompt": 5}', "'prompt' is 5, expected text or a list of token ids or of messages"),
+        ('{"prompt": [{"role": "user"}]}', "prompt: 'content' of message 0 is None, expected text"),
+        ('{"prompt": [1, "a"]}', "'prompt' is .*, expected text or a list of token ids or of messages"),
         ("[" * 5000, "is not JSON with a field 'prompt'"),
         ('{"prompt": "a", "targets": {"b": 1}}', "'targets' is .*, expected a list of tokens"),
         ('{"prompt": "a", "targets": []}', "targets: none given"),
