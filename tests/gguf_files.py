@@ -48,7 +48,7 @@ def write_gguf(
     """
     raw = json.loads((folder / "config.json").read_text())
     arch = ARCHITECTURES[raw["model_type"]]
-    settings = list_keys(raw) | (tokenizer or {}) | (keys or {})
+    settings = list_keys(raw) | list_special_tokens(raw) | (tokenizer or {}) | (keys or {})
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     for key, value in settings.items():
         if value is None:
@@ -96,8 +96,6 @@ def list_keys(raw: dict[str, Any]) -> dict[str, Any]:
             "feed_forward_length": raw["n_inner"] or 4 * raw["n_embd"],
             "attention.head_count": raw["n_head"],
             "attention.layer_norm_epsilon": raw["layer_norm_epsilon"],
-            "tokenizer.ggml.bos_token_id": raw["bos_token_id"],
-            "tokenizer.ggml.eos_token_id": raw["eos_token_id"],
         }
     head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     keys = {
@@ -113,8 +111,6 @@ def list_keys(raw: dict[str, Any]) -> dict[str, Any]:
         "attention.value_length": head,
         "rope.dimension_count": head,
         "rope.freq_base": float(raw["rope_theta"]),
-        "tokenizer.ggml.bos_token_id": raw["bos_token_id"],
-        "tokenizer.ggml.eos_token_id": raw["eos_token_id"],
     }
     scaling = raw.get("rope_scaling") or {}
     if scaling.get("rope_type") == "linear":
@@ -134,6 +130,12 @@ def list_keys(raw: dict[str, Any]) -> dict[str, Any]:
             else {}
         )
     return keys
+
+
+def list_special_tokens(raw: dict[str, Any]) -> dict[str, int | None]:
+    stops = raw["eos_token_id"] if isinstance(raw["eos_token_id"], list) else [raw["eos_token_id"]]
+    ends = dict(zip(("eos", "eot", "eom"), stops, strict=False))
+    return {f"tokenizer.ggml.{name}_token_id": x for name, x in ({"bos": raw["bos_token_id"]} | ends).items()}
 
 
 def list_tensors(folder: Path, raw: dict[str, Any], arch: gguf.MODEL_ARCH) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     prompt = find_prompt(arguments)
     if (prompt is None) == (arguments.prompts is None):
-        raise UserError("attribute: expected either a prompt or --prompts FILE")
+        raise UserError("attribute: expected a prompt, --chat TEXT or --prompts FILE")
     if arguments.prompts is not None and arguments.out is None:
         raise UserError("attribute: --prompts needs --out DIR, the folder for the graphs")
     options = Options(

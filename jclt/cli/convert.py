@@ -26,7 +26,9 @@ def add_command(commands: Subcommands) -> None:
     )
     command.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     command.add_argument(
-        "--model", metavar="NAME", help="the model that the coder must fit: demo, a folder or a hub name"
+        "--model",
+        metavar="NAME",
+        help="the model that the coder must fit: demo, smollm2, a folder, a GGUF file or a hub name",
     )
     add_fit_arguments(command)
     command.set_defaults(function=run)

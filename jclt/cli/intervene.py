@@ -171,7 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     prompt, changes = find_prompt(arguments), arguments.changes or []
     if prompt is None:
-        raise UserError("intervene: expected a prompt")
+        raise UserError("intervene: expected a prompt or --chat TEXT")
     if not changes:
         raise UserError("intervene: nothing to change, expected --set, --scale, --add or --supernode")
     if arguments.graph is None and any(kind == "supernode" for kind, _ in changes):

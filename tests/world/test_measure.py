@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jclt.models import Model, declare, find_model
-from jclt.models.tokenizer import load_tokenizer
+from jclt.models import Model, declare, find_model, load_tokenizer
 from jclt.training.presets import small_world
 from jclt.world import measure
 from jclt.world.facts import ASKED, CITIES, STATE_OF, STATES

@@ -170,7 +170,7 @@ def _make_settings(file: GgufFile, name: str) -> dict[str, Any]:
     """What `config.json` says in another form than a GGUF file: stop tokens, windows and scaling of frequencies."""
     keys, settings = file.keys, dict[str, Any]()
     stops = [keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    settings["eos_token_id"] = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    settings["eos_token_id"] = [x for i, x in enumerate(stops) if x is not None and x not in stops[:i]]
     kind = keys.get(f"{name}.rope.scaling.type", "linear")
     factor = keys.get(f"{name}.rope.scaling.factor", keys.get(f"{name}.rope.scale_linear"))
     if kind not in ("none", "linear") or (kind == "linear" and factor):
