@@ -87,7 +87,7 @@ class StoredLayer:
     def dtype(self, weight: str) -> np.dtype[Any]:
         """The type that a weight is kept in: the stored one, if it is one of `DTYPES` and holds what is read."""
         name, file = self.locate(weight)
-        stored = read_shape(file, name)[1]
+        stored = file.read_shape(name)[1]
         return np.dtype(np.float32) if self.computes or stored.name not in DTYPES else stored
 
     def locate(self, weight: str) -> tuple[str, TensorFile]:
