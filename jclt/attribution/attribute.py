@@ -33,6 +33,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Conventions, Options
 from jclt.attribution.prompts import encode_prompt
@@ -169,10 +170,12 @@ def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Opt
     params = widen_outside_layers(model.config, jax.device_put(dict(model.params), on_all))
     with jax.set_mesh(coder_mesh) if coder_mesh else nullcontext():
         skips, biases = stack_skips(coder, layers), stack_biases(coder, layers)
+    weights = Weights(params, jax.device_put(skips, on_all))
     return Setup(
         model=model,
         local=local,
-        weights=Weights(params, jax.device_put(skips, on_all)),
+        weights=weights,
+        folded=fold_weights(local, weights),
         biases=jax.device_put(biases, on_all),
         coder=coder,
         unembedding=make_unembedding(model, params),

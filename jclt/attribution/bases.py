@@ -14,14 +14,8 @@ There is one basis today: the active features of a coder (`active.py`), with the
 position as a source beside them. (Embeddings are sources of every graph: `embeddings.py`.) Another basis is another
 function that fills the same arrays.
 
-Features are kept in two orders.
-
-- `FeatureNodes` lists them by covered layer, position and feature, as a graph does. Each layer's list is padded to the
-  length of the longest.
-- `SourceWrites` keeps them in tiles. All slots of a tile belong to one position, so that one matrix product serves the
-  tile, however unevenly features are spread over positions. Where features also write to later layers, the features of
-  all layers share a position's tiles (one group of tiles). Where each writes to its own layer alone, every layer has
-  tiles of its own (a group for each layer), so that no zeros are kept for layers that a feature does not write.
+Features are kept in two orders: `FeatureNodes` lists them by covered layer, position and feature, as a graph does, each
+layer's list padded to the length of the longest. `SourceWrites` keeps what they write in tiles (`tiles.py`).
 """
 
 from functools import partial
@@ -29,9 +23,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jclt.coders import CoderConfig
+from jclt.attribution.tiles import Layout, TilePlan
 from jclt.shapes import Array, Bool, Float, Int
 
 
@@ -48,83 +41,47 @@ class FeatureNodes(NamedTuple):
 
 
 class SourceWrites(NamedTuple):
-    """What one prompt's source nodes write."""
+    """What the source nodes of one prompt write, of several with a leading axis."""
 
-    tiles: Float[Array, "C K D S"]  # to each covered layer, activation times decoder row
-    tile_positions: Int[Array, "C K"]
-    errors: Float[Array, "L T D"]
-
-
-class Layout(NamedTuple):
-    """The sizes of a batch's arrays of nodes, which programs are compiled for."""
-
-    layers: tuple[int, ...]  # those with features: the coder's covered layers, C of them
-    list_length: int  # of each layer's padded list of active features
-    groups: int  # of tiles: one for each covered layer, or one for all
-    tiles: int  # of a group
-    tile_size: int  # slots of a tile
-
-
-LARGEST_TILE = 64
-"""Slots of a tile: enough for an efficient product, few enough that few of them stay empty."""
-SMALLEST_TILE = 8
-"""Where each layer has tiles of its own, tiles may be smaller, as there are fewer features to fill one."""
-
-
-def count_groups(config: CoderConfig) -> int:
-    indices = range(len(config.covered))
-    return len(config.covered) if all(config.reach(index) == 1 for index in indices) else 1
-
-
-def choose_tile_size(counts: Int[np.ndarray, "B C T"], groups: int) -> int:
-    if groups == 1:
-        return LARGEST_TILE
-    mean = int(np.ceil(counts.sum() / max(np.count_nonzero(counts), 1)))
-    return min(max(1 << max(mean - 1, 0).bit_length(), SMALLEST_TILE), LARGEST_TILE)
-
-
-def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "T"]:
-    """For each position, how many tiles a group needs for the features up to and at it."""
-    in_group = counts if groups > 1 else counts.sum(axis=1, keepdims=True)
-    return np.cumsum(-(-in_group // tile_size), axis=2).max(axis=(0, 1))
+    tiles: Float[Array, "*B C K S D"]  # to each covered layer, activation times decoder row
+    tile_positions: Int[Array, "*B G K"]
+    tile_layers: Int[Array, "*B G K"]  # the lowest layer with a feature in each tile
+    errors: Float[Array, "*B L T D"]
 
 
 @partial(jax.jit, static_argnames=("layout",))
 @jax.named_scope("gather_sources")
 def gather_sources(
-    layout: Layout, nodes: FeatureNodes, counts: Int[Array, "B C T"], unexplained: Float[Array, "B L T D"]
+    layout: Layout,
+    plan: TilePlan,
+    nodes: FeatureNodes,
+    counts: Int[Array, "B C T"],
+    unexplained: Float[Array, "B L T D"],
 ) -> tuple[Int[Array, "B C n"], SourceWrites]:
     """What the nodes of a batch of prompts write; and each feature's slot, numbered through the tiles of all groups."""
-    return jax.vmap(partial(_gather_prompt, layout))(nodes, counts, unexplained)
+    return jax.vmap(partial(_gather_prompt, layout))(plan, nodes, counts, unexplained)
 
 
 def _gather_prompt(
-    layout: Layout, nodes: FeatureNodes, counts: Array, unexplained: Array
+    layout: Layout, plan: TilePlan, nodes: FeatureNodes, counts: Array, unexplained: Array
 ) -> tuple[Int[Array, "C n"], SourceWrites]:
-    first_slots, tile_ends = _place_in_tiles(layout, counts)
+    slots = _find_slots(layout, jnp.asarray(plan.numbers), nodes, counts)
+    tiles, explained = _gather_writes(layout, nodes, slots, jnp.asarray(plan.positions), unexplained)
+    places = jnp.asarray(plan.positions), jnp.asarray(plan.layers)
+    return slots, SourceWrites(tiles, *places, unexplained - explained)
+
+
+def _find_slots(
+    layout: Layout, tile_numbers: Int[Array, "G T J"], nodes: FeatureNodes, counts: Int[Array, "C T"]
+) -> Int[Array, "C n"]:
+    layers, positions, size = jnp.arange(len(layout.layers))[:, None], nodes.positions, layout.tile_size
     earlier = jnp.cumsum(counts, axis=1) - counts  # active features of the same layer at earlier positions
-    layers = jnp.arange(len(layout.layers))[:, None]
-    ranks = jnp.arange(layout.list_length)[None] - earlier[layers, nodes.positions]
-    empty = layout.groups * layout.tiles * layout.tile_size
-    slots = jnp.where(nodes.valid, first_slots[layers, nodes.positions] + ranks, empty)
-    find_positions = jax.vmap(lambda ends: jnp.searchsorted(ends, jnp.arange(layout.tiles), side="right"))
-    positions = jnp.minimum(find_positions(tile_ends), counts.shape[1] - 1)  # tiles beyond the last write nothing
-    tiles, explained = _gather_writes(layout, nodes, slots, positions, unexplained)
-    tile_positions = jnp.broadcast_to(positions, (len(layout.layers), layout.tiles))
-    return slots, SourceWrites(tiles, tile_positions, unexplained - explained)
-
-
-def _place_in_tiles(layout: Layout, counts: Int[Array, "C T"]) -> tuple[Int[Array, "C T"], Int[Array, "G T"]]:
-    """The slot of each layer's first active feature at each position; and by group, how many tiles end there."""
-    if layout.groups > 1:
-        in_group, below = counts, jnp.zeros_like(counts)
-    else:
-        in_group = counts.sum(axis=0, keepdims=True)
-        below = jnp.cumsum(counts, axis=0) - counts  # active features of lower layers at the same position
-    position_tiles = -(-in_group // layout.tile_size)
-    tile_ends = jnp.cumsum(position_tiles, axis=1)
-    first_tiles = tile_ends - position_tiles + layout.tiles * jnp.arange(layout.groups)[:, None]
-    return below + layout.tile_size * first_tiles, tile_ends
+    # In the tiles of a position, features of lower layers come first.
+    below = jnp.zeros_like(counts) if layout.groups > 1 else jnp.cumsum(counts, axis=0) - counts
+    ordinals = (below - earlier)[layers, positions] + jnp.arange(layout.list_length)[None]
+    groups = layers if layout.groups > 1 else jnp.zeros_like(layers)
+    tiles = groups * layout.tiles + tile_numbers[groups, positions, ordinals // size]
+    return jnp.where(nodes.valid, tiles * size + ordinals % size, layout.groups * layout.tiles * size)
 
 
 def _gather_writes(
@@ -133,7 +90,7 @@ def _gather_writes(
     slots: Int[Array, "C n"],
     positions: Int[Array, "G K"],
     unexplained: Float[Array, "L T D"],
-) -> tuple[Float[Array, "C K D S"], Float[Array, "L T D"]]:
+) -> tuple[Float[Array, "C K S D"], Float[Array, "L T D"]]:
     """What the features of each tile write to each covered layer; and what all features write together."""
     covered, width, dtype = layout.layers, unexplained.shape[-1], unexplained.dtype
     groups, tiles, tile_size = layout.groups, layout.tiles, layout.tile_size
@@ -156,5 +113,5 @@ def _gather_writes(
             node_writes, node_numbers = jnp.concatenate(from_layers), slot_nodes[0]
         slot_writes = node_writes.at[node_numbers].get(mode="fill", fill_value=0).reshape(tiles, tile_size, width)
         explained = explained.at[layer, positions[target if groups > 1 else 0]].add(slot_writes.sum(axis=1))
-        tile_writes.append(slot_writes.swapaxes(1, 2))
+        tile_writes.append(slot_writes)
     return jnp.stack(tile_writes), explained

@@ -59,7 +59,7 @@ class PromptRows:
         tokens: Int[np.ndarray, "T"],
         features: Int[np.ndarray, "n 3"],  # layer, position, feature
         activations: Float[np.ndarray, "n"],
-        slots: Int[np.ndarray, "3 n"],  # group, tile, slot
+        slots: Int[np.ndarray, "2 n"],  # tile, numbered through all groups, and slot
         outputs: Outputs,
         embedding_edges: EmbeddingEdges,
         numbers: Int[np.ndarray, "_"],  # of each target in `list_targets`, with padding
@@ -115,24 +115,45 @@ class PromptRows:
         self.is_traced[chosen] = True
         return chosen
 
-    def add_blocks(self, targets: Int[np.ndarray, "r"], to_features: np.ndarray, to_errors: np.ndarray) -> None:
-        """Keeps the rows of blocks `[M, G, K, R, S]` and `[M, L, R, T]`, which begin with the rows of these targets."""
-        blocks, groups, tiles, size, _ = to_features.shape
-        to_tiles = to_features.reshape(blocks, groups * tiles, size, -1)
-        stop, count = min(len(self.tokens), to_errors.shape[3]), len(self.features)
+    def add_block(
+        self,
+        targets: Int[np.ndarray, "r"],
+        to_features: Float[np.ndarray, "G K R S"],
+        to_errors: Float[np.ndarray, "L T R"],
+        start: int,
+        length: int,
+    ) -> None:
+        """Keeps the rows of a block, which begins with the rows of these targets: edges from sources at `length`
+        positions from `start` on."""
+        tiles = to_features.reshape(-1, *to_features.shape[2:])
+        stop, count = min(len(self.tokens), start + length), len(self.features)
         for layer in np.unique(self.target_layers[targets]):
-            in_layer = np.flatnonzero(self.target_layers[targets] == layer)
-            block, row = np.divmod(in_layer, size)
+            row = np.flatnonzero(self.target_layers[targets] == layer)
             columns = self.list_columns(int(layer), stop)
             features = columns[: np.searchsorted(columns, count)]
-            group, tile, slot = self.slots[:, features]
-            edges = np.empty((len(in_layer), len(columns)), to_features.dtype)
+            tile, slot = self.slots[:, features]
+            edges = np.zeros((len(row), len(columns)), to_features.dtype)
             end = len(features) + int(layer) * stop
-            edges[:, : len(features)] = to_tiles[block[:, None], group * tiles + tile, row[:, None], slot]
-            edges[:, len(features) : end] = to_errors[block, :layer, row, :stop].reshape(len(in_layer), -1)
-            to_embeddings = [x[self.numbers[targets[in_layer]], :stop] for x in self.embeddings]
-            np.concatenate(to_embeddings, axis=1, out=edges[:, end:])
-            self.rows.append(Rows(int(layer), targets[in_layer], columns, edges))
+            edges[:, : len(features)] = tiles[tile, row[:, None], slot]
+            errors = edges[:, len(features) : end].reshape(len(row), int(layer), stop)
+            errors[:, :, start:] = np.moveaxis(to_errors[:layer, : stop - start, row], 2, 0)
+            edges[:, len(features) : end] = errors.reshape(len(row), -1)
+            self.add_rows(int(layer), targets[row], columns, edges, end)
+
+    def add_first_layer(self, targets: Int[np.ndarray, "r"]) -> None:
+        """Keeps the rows of targets in the first layer, into which only embeddings lead."""
+        if len(targets):
+            columns = self.list_columns(0, len(self.tokens))
+            self.add_rows(0, targets, columns, np.zeros((len(targets), len(columns)), self.values.dtype), 0)
+
+    def add_rows(
+        self, layer: int, targets: np.ndarray, columns: np.ndarray, edges: Float[np.ndarray, "r c"], end: int
+    ) -> None:
+        """Adds the edges from embeddings to rows, from column `end` on, and keeps the rows."""
+        stop = (len(columns) - end) // len(self.embeddings)
+        to_embeddings = [x[self.numbers[targets], :stop] for x in self.embeddings]
+        np.concatenate(to_embeddings, axis=1, out=edges[:, end:])
+        self.rows.append(Rows(layer, targets, columns, edges))
 
     def compute_influence(self) -> Float[np.ndarray, "sources"]:
         """The probability that the walk visits each source, times the sum of the outputs' weights."""

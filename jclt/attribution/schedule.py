@@ -16,9 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.active import ActiveFeatures, find_active, gather_features
-from jclt.attribution.bases import FeatureNodes, Layout, gather_sources
-from jclt.attribution.edges import Edges, PromptNodes, TargetNodes, trace_blocks
+from jclt.attribution.bases import FeatureNodes, gather_sources
+from jclt.attribution.blocks import Block, split_targets
+from jclt.attribution.edges import Blocks, Edges, PromptNodes, TargetNodes, fold_nodes, trace_blocks
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
+from jclt.attribution.folding import FoldedWeights
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Options, count_silent_positions
 from jclt.attribution.ranking import Limits, PromptRows
@@ -34,10 +36,12 @@ from jclt.attribution.sizes import (
     estimate_pass_bytes,
     estimate_source_bytes,
     estimate_target_bytes,
+    list_stops,
     round_up,
     round_up_length,
 )
 from jclt.attribution.targets import Outputs, Target, Unembedding, build_outputs
+from jclt.attribution.tiles import Layout, plan_tiles
 from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
 from jclt.coders import Coder
 from jclt.errors import UserError
@@ -50,13 +54,6 @@ log = logging.getLogger(__name__)
 PEER_ROUND_SIZE = 4 * 256
 """Features that circuit-tracer traces between two rankings: its command line's batches of 256, four at a time."""
 
-WINDOWS, LEAST_WINDOWED = 4, 1 << 14
-"""A target needs no positions after its own. So where targets times positions are at least `LEAST_WINDOWED`, positions
-are split into `WINDOWS` windows, and a window's targets are traced by a program that ends where the window ends."""
-
-WINDOW_TILE_SIZES = 16
-"""A window's number of tiles is rounded up to one of so many numbers, so that few programs are compiled."""
-
 
 class Setup(NamedTuple):
     """What all prompts of one call of `attribute_each` share, on the devices of the mesh."""
@@ -64,6 +61,7 @@ class Setup(NamedTuple):
     model: Model
     local: LocalModel
     weights: Weights
+    folded: FoldedWeights
     biases: Float[Array, "L D"]
     coder: Coder
     unembedding: Unembedding
@@ -88,11 +86,11 @@ class Batch(NamedTuple):
 
     setup: Setup
     layout: Layout
-    tile_counts: Int[np.ndarray, "T"]  # for each position, tiles of a group for the features up to it
     nodes: PromptNodes
     rows: list[PromptRows]
-    size: int  # prompts on all devices, with those that only fill the batch up
-    length: int  # of the padded prompts
+    per_device: int  # prompts, with those that only fill the batch up
+    start: int  # the first position with sources
+    stops: tuple[int, ...]  # numbers of positions from there on that blocks are computed for
 
 
 def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequence[Target] | None]) -> list[PromptRows]:
@@ -115,7 +113,7 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     counts = active.count_by_position(length)
     check_true_pass(model, logits, counts[: len(prompts)])
 
-    layout, tile_counts = choose_layout(config, counts)
+    layout = choose_layout(config, counts)
     at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device)
     source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize)
     if len(prompts) > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:
@@ -130,12 +128,14 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
 
-    nodes, slots, embedding_edges = gather_nodes(setup, layout, true_pass, active, outputs, at_once)
+    features, slots, nodes, embedding_edges = gather_nodes(setup, layout, true_pass, active, outputs, at_once)
     del true_pass, active
-    rows = make_rows(setup, layout, prompts, outputs, nodes.features, slots, embedding_edges)
+    rows = make_rows(setup, layout, prompts, outputs, features, slots, embedding_edges)
+    del features
     if not bool(jnp.isfinite(nodes.sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
-    batch = Batch(setup, layout, tile_counts, nodes, rows, count, length)
+    start = min(silent, min(map(len, prompts)) - 1)
+    batch = Batch(setup, layout, nodes, rows, per_device, start, list_stops(length - start))
     log.debug("3 trace outputs")
     trace_rows(batch, [prompt_rows.choose_first() for prompt_rows in rows])
     while number := sum(map(len, wanted := [prompt_rows.choose_next() for prompt_rows in rows])):
@@ -163,20 +163,22 @@ def check_true_pass(model: Model, logits: np.ndarray, counts: np.ndarray) -> Non
 
 def gather_nodes(
     setup: Setup, layout: Layout, true_pass: TruePass, active: ActiveFeatures, outputs: list[Outputs], at_once: int
-) -> tuple[PromptNodes, Int[Array, "B C n"], EmbeddingEdges]:
-    """Gathers a batch's sources, with the slot of each feature, and traces its embeddings."""
+) -> tuple[FeatureNodes, Int[Array, "B C n"], PromptNodes, EmbeddingEdges]:
+    """Gathers a batch's features and sources, with the slot of each feature, and traces its embeddings."""
     log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
     features = gather_features(setup.coder, active, true_pass.reads.dtype, setup.by_prompt)
-    counts = jax.device_put(active.count_by_position(true_pass.reads.shape[2]).astype(int), setup.by_prompt)
+    counts = active.count_by_position(true_pass.reads.shape[2]).astype(int)
+    plan, counts = jax.device_put((plan_tiles(counts, layout), counts), setup.by_prompt)
     assert true_pass.unexplained is not None
-    slots, sources = gather_sources(layout, features, counts, true_pass.unexplained)
+    slots, sources = gather_sources(layout, plan, features, counts, true_pass.unexplained)
     features, true_pass = features._replace(decoders=()), true_pass.drop_unexplained()
     log.debug("3 trace embeddings")
     output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
     output_nodes = jax.device_put(output_nodes, setup.by_prompt)
     program = (setup.local, layout.layers, setup.uses_our_conventions, at_once)
     embedding_edges = trace_embeddings(*program, setup.weights, true_pass, features, output_nodes)
-    return PromptNodes(true_pass.frozen, sources, features, output_nodes), slots, embedding_edges
+    nodes = fold_nodes(setup.local, layout, setup.weights, true_pass.frozen, features, output_nodes, sources)
+    return features, slots, nodes, embedding_edges
 
 
 def stack_outputs(outputs: list[Outputs], count: int, dtype: Any) -> TargetNodes:
@@ -215,7 +217,7 @@ def make_rows(
             tokens=tokens,
             features=np.stack(places, axis=1).astype(np.int64),
             activations=lists["activations"][row][valid],
-            slots=np.stack(np.unravel_index(row_slots, (layout.groups, layout.tiles, layout.tile_size))),
+            slots=np.stack(np.divmod(row_slots, layout.tile_size)),
             outputs=prompt_outputs,
             embedding_edges=jax.tree.map(lambda x, row=row: x[row], embedding_edges),
             numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),
@@ -228,15 +230,17 @@ def make_rows(
 
 def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
     """Computes the edges into each prompt's targets, given by number, and stores them as its rows."""
-    in_flight: deque[tuple[list[np.ndarray], Edges]] = deque()
+    in_flight: deque[tuple[list[Block | None], Edges]] = deque()
 
     def store_oldest() -> None:
-        numbers, edges = in_flight.popleft()
+        blocks, edges = in_flight.popleft()
         to_features, to_errors = map(np.asarray, edges)
-        for row, (prompt_rows, targets) in enumerate(zip(batch.rows, numbers, strict=True)):
-            prompt_rows.add_blocks(targets, to_features[row], to_errors[row])
+        for block, features, errors in zip(blocks, to_features, to_errors, strict=True):
+            if block is not None:
+                length = batch.stops[block.stop]
+                batch.rows[block.row].add_block(block.targets, features, errors, batch.start, length)
 
-    for call in launch_calls(batch, wanted):
+    for call in launch_calls(batch, split_blocks(batch, wanted)):
         in_flight.append(call)
         if len(in_flight) > CALLS_IN_FLIGHT:
             store_oldest()
@@ -244,55 +248,41 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
         store_oldest()
 
 
-def launch_calls(batch: Batch, wanted: list[np.ndarray]) -> Iterator[tuple[list[np.ndarray], Edges]]:
-    """Starts one call of the program after another; yields each prompt's targets in the call, and their edges."""
-    setup, layout, config = batch.setup, batch.layout, batch.setup.model.config
-    per_device, backend = batch.size // setup.mesh.size, jax.default_backend()
-    padding = batch.nodes.features.valid[0].size + batch.nodes.outputs.layers.shape[1] - 1  # its vector is 0
-    silent = count_silent_positions(setup.model, setup.options)
-    for window in split_windows(batch, wanted):
-        step = -(-layout.tiles // WINDOW_TILE_SIZES)
-        tiles = min(-(-int(batch.tile_counts[window.stop - 1]) // step) * step, layout.tiles)
-        within, size, start = layout._replace(tiles=tiles), window.block_size, min(silent, window.stop - 1)
-        most = choose_blocks_per_call(backend, window.stop, config, within, size, per_device, setup.itemsize)
-        blocks = -(-max(map(len, window.targets)) // size)
-        for first in range(0, blocks, most):
-            call_blocks = min(1 << (min(blocks - first, most) - 1).bit_length(), most)
-            targets = [numbers[first * size : (first + most) * size] for numbers in window.targets]
-            chosen = np.full((batch.size, call_blocks * size), padding)
-            for row, (prompt_rows, numbers) in enumerate(zip(batch.rows, targets, strict=True)):
-                chosen[row, : len(numbers)] = prompt_rows.numbers[numbers]
-            chosen = jax.device_put(chosen.reshape(batch.size, -1, size), setup.by_prompt)
-            block_counts = jnp.asarray(np.clip(window.block_counts - first, 0, call_blocks))
-            program = (setup.local, within, start, window.stop)
-            yield targets, trace_blocks(*program, setup.weights, batch.nodes, block_counts, chosen)
+def split_blocks(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
+    """The blocks of each device. Targets in the first layer only read embeddings, so they need none."""
+    size = choose_block_size(jax.default_backend(), batch.stops[-1], batch.setup.model.config.width)
+    by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
+    for row, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
+        layers = rows.target_layers[numbers]
+        rows.add_first_layer(numbers[layers == 0])
+        above = numbers[layers > 0]
+        layers, positions = rows.target_layers[above], rows.target_positions[above] - batch.start
+        by_device[row // batch.per_device] += split_targets(row, above, layers, positions, batch.stops, size)
+    return by_device
 
 
-class WindowTargets(NamedTuple):
-    """The targets at some of the positions, from high layers to low."""
-
-    stop: int  # the end of the positions
-    block_size: int
-    block_counts: Int[np.ndarray, "levels"]  # by layer: the blocks that hold targets which read there or above
-    targets: list[Int[np.ndarray, "_"]]  # by prompt
-
-
-def split_windows(batch: Batch, wanted: list[np.ndarray]) -> Iterator[WindowTargets]:
-    """Splits each prompt's targets by position, where this is worth it."""
-    length, width, levels = batch.length, batch.setup.model.config.width, np.arange(batch.rows[0].layers + 1)
-    windows = WINDOWS if max(map(len, wanted)) * length >= LEAST_WINDOWED else 1
-    starts = sorted({-(-length * window // windows) for window in range(windows)})
-    for start, stop in zip(starts, [*starts[1:], length], strict=True):
-        targets = []
-        for rows, numbers in zip(batch.rows, wanted, strict=True):
-            position, layer = rows.target_positions[numbers], rows.target_layers[numbers]
-            within = (position >= start) & (position < stop)
-            targets.append(numbers[within][np.argsort(-layer[within], kind="stable")])
-        most = max(map(len, targets))
-        size = choose_block_size(jax.default_backend(), stop, width, batch.size) if most > 16 else 16
-        at_or_above = [
-            (rows.target_layers[numbers][:, None] >= levels).sum(axis=0)
-            for rows, numbers in zip(batch.rows, targets, strict=True)
-        ]
-        if most:
-            yield WindowTargets(stop, size, -(-np.max(at_or_above, axis=0) // size), targets)
+def launch_calls(batch: Batch, by_device: list[list[Block]]) -> Iterator[tuple[list[Block | None], Edges]]:
+    """Starts one call of the program after another; yields the blocks of each call, None for padding, and their
+    edges."""
+    setup, layout, config, backend = batch.setup, batch.layout, batch.setup.model.config, jax.default_backend()
+    size, length = choose_block_size(backend, batch.stops[-1], config.width), batch.stops[-1]
+    longest = max(map(len, by_device))
+    if not longest:
+        return
+    most = choose_blocks_per_call(backend, longest, length, config, layout, size, setup.itemsize)
+    padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
+    for first in range(0, longest, most):
+        parts = [blocks[first : first + most] for blocks in by_device]
+        numbers = np.full((len(parts), most, size), padding)
+        prompts, tops, stops = np.zeros((3, len(parts), most), int)
+        for device, part in enumerate(parts):
+            for place, block in enumerate(part):
+                numbers[device, place, : len(block.targets)] = batch.rows[block.row].numbers[block.targets]
+                prompts[device, place], tops[device, place] = block.row % batch.per_device, block.top
+                stops[device, place] = block.stop
+        counts = np.array([len(part) for part in parts])
+        arrays = (counts, *(x.reshape(-1, *x.shape[2:]) for x in (prompts, numbers, tops, stops)))
+        blocks = Blocks(*jax.device_put(arrays, setup.by_prompt))
+        program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
+        edges = trace_blocks(*program, setup.folded, batch.nodes, blocks)
+        yield [block for part in parts for block in [*part, *[None] * (most - len(part))]], edges

@@ -5,23 +5,26 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jclt.attribution.bases import Layout, choose_tile_size, count_groups, count_tiles
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import estimate_sizes
 from jclt.attribution.targets import Outputs
+from jclt.attribution.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
 from jclt.coders import CoderConfig
 from jclt.memory import SPARE_SHARE, check_memory, measure_free_host_memory
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Int
 
-GRADIENT_SIZE = {"cpu": 3 << 19, "gpu": 1 << 27, "tpu": 1 << 27}
-BLOCK_SIZE = {"cpu": 128, "gpu": 1024, "tpu": 1024}
-"""The most numbers in a block's gradients, and the most targets in a block, by kind of device: enough for efficient
-products, few enough that the targets of a block begin in much the same layer."""
+GRADIENT_SIZE = {"cpu": 3 << 18, "gpu": 1 << 27, "tpu": 1 << 27}
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 64, "gpu": 1024, "tpu": 1024}
+"""About how many numbers the gradients of a block have, and the limits of its targets, by kind of device: enough for
+efficient products, few enough that the targets of a block begin in much the same layer."""
+
+MOST_STOPS = 8
+"""A block leaves out the positions after its last target: those after one of so many, evenly spaced."""
 
 CALL_BYTES = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}
-"""The most bytes of gradients and edges in the blocks of one call; a larger block has a call of its own."""
+"""The most bytes of edges that one call computes; a larger block has a call of its own."""
 
 BATCH_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 32}
 """The most bytes of a device for prompts that are traced together; beyond it, fewer are traced together. It does not
@@ -45,20 +48,20 @@ def round_up(need: int, least: int = 1) -> int:
     return power * 3 // 4 if need <= power * 3 // 4 and power * 3 // 4 >= least else power
 
 
-def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> tuple[Layout, Int[np.ndarray, "T"]]:
-    """The layout for a batch with so many active features; and for each position, how many tiles of a group hold the
-    features up to and at it."""
+def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> Layout:
+    """The layout for a batch with so many active features."""
     groups = count_groups(config)
     tile_size = choose_tile_size(counts, groups)
     tiles = count_tiles(counts, groups, tile_size)
-    layout = Layout(
+    at_once = TILES_AT_ONCE[jax.default_backend()]
+    return Layout(
         layers=config.covered,
         list_length=round_up(int(counts.sum(axis=2).max()), 16),
         groups=groups,
-        tiles=round_up(int(tiles[-1]), 4),
+        tiles=at_once * round_up(-(-int(tiles.sum(axis=2).max()) // at_once)),
         tile_size=tile_size,
+        at_position=round_up(int(tiles.max())),
     )
-    return layout, tiles
 
 
 def estimate_pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
@@ -86,18 +89,24 @@ def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, items
     return (2 * length * model.width + tiles + model.layers * length) * itemsize
 
 
-def choose_block_size(backend: str, length: int, width: int, prompts: int) -> int:
-    """How many targets a block holds, in windows of this length, for so many prompts at once."""
-    return min(max(16, GRADIENT_SIZE[backend] // (prompts * width) // length), BLOCK_SIZE[backend])
+def choose_block_size(backend: str, length: int, width: int) -> int:
+    """How many targets a block holds, a power of two."""
+    size = GRADIENT_SIZE[backend] // (length * width)
+    return 1 << (min(max(SMALLEST_BLOCK, size), LARGEST_BLOCK[backend]).bit_length() - 1)
 
 
 def choose_blocks_per_call(
-    backend: str, length: int, model: ModelConfig, layout: Layout, block_size: int, prompts: int, itemsize: int
+    backend: str, blocks: int, length: int, model: ModelConfig, layout: Layout, block_size: int, itemsize: int
 ) -> int:
-    """How many blocks of targets one call computes, a power of two; so many prompts are on one device."""
-    block_bytes = block_size * estimate_target_bytes(model, length, layout, itemsize)
-    most = max(CALL_BYTES[backend] // (block_bytes * prompts), 1)
-    return 1 << (most.bit_length() - 1)
+    """How many of a device's blocks one call computes, a power of two."""
+    edges = layout.groups * layout.tiles * layout.tile_size + model.layers * length
+    most = max(CALL_BYTES[backend] // (block_size * edges * itemsize), 1)
+    return min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())
+
+
+def list_stops(length: int) -> tuple[int, ...]:
+    """The numbers of positions that a block may be computed for."""
+    return tuple(sorted({-(-length * number // MOST_STOPS) for number in range(1, MOST_STOPS + 1)}))
 
 
 def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts: int) -> int:

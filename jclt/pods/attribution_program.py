@@ -16,25 +16,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.active import encode_layer, list_nonzero
-from jclt.attribution.bases import (
-    LARGEST_TILE,
-    SMALLEST_TILE,
-    FeatureNodes,
-    Layout,
-    count_groups,
-    gather_sources,
-)
-from jclt.attribution.edges import PromptNodes, TargetNodes, trace_blocks
+from jclt.attribution.bases import FeatureNodes, gather_sources
+from jclt.attribution.edges import Blocks, TargetNodes, fold_nodes, trace_blocks
 from jclt.attribution.embeddings import trace_embeddings
+from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.sizes import (
     CALLS_IN_FLIGHT,
     choose_block_size,
     choose_blocks_per_call,
     choose_embeddings_at_once,
+    list_stops,
     round_up,
     round_up_length,
 )
+from jclt.attribution.tiles import LARGEST_TILE, SMALLEST_TILE, TILES_AT_ONCE, Layout, TilePlan, count_groups
 from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips
 from jclt.coders import CoderConfig, abstract_coder
 from jclt.models import ModelConfig, abstract_params
@@ -107,12 +103,14 @@ def expect_layout(config: CoderConfig, length: int) -> Layout:
     layers, groups = len(config.covered), count_groups(config)
     in_layer = round_up(-(-ACTIVE_PER_TOKEN // layers))
     tile_size = LARGEST_TILE if groups == 1 else min(max(in_layer, SMALLEST_TILE), LARGEST_TILE)
+    at_position = -(-ACTIVE_PER_TOKEN // groups // tile_size)
     return Layout(
         layers=config.covered,
         list_length=round_up(2 * ACTIVE_PER_TOKEN * length // layers, 64),
         groups=groups,
-        tiles=round_up(length * -(-ACTIVE_PER_TOKEN // groups // tile_size)),
+        tiles=TILES_AT_ONCE["tpu"] * round_up(-(-length * at_position // TILES_AT_ONCE["tpu"])),
         tile_size=tile_size,
+        at_position=round_up(at_position),
     )
 
 
@@ -132,30 +130,37 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
     encode = lower_encoder(inputs, layout.list_length)
     yield from (LoweredProgram(program, count_chip_bytes(true_pass)) for program in encode)
 
+    def numbers(*shape: int) -> Any:
+        return inputs.by_prompt(jax.ShapeDtypeStruct((count, *shape), jnp.int32))
+
     nodes = inputs.by_prompt(expect_nodes(config, layout, count))
-    counts = inputs.by_prompt(jax.ShapeDtypeStruct((count, len(layout.layers), length), jnp.int32))
-    gather = (layout, nodes, counts, true_pass.unexplained)
+    in_tiles = numbers(layout.groups, layout.tiles)
+    plan = TilePlan(numbers(layout.groups, length, layout.at_position), in_tiles, in_tiles)
+    gather = (layout, plan, nodes, numbers(len(layout.layers), length), true_pass.unexplained)
     yield LoweredProgram(gather_sources.lower(*gather), count_chip_bytes(true_pass, nodes))
     _, sources = inputs.by_prompt(evaluate_shape(gather_sources, *gather, static=(0,)))
     true_pass, features = true_pass.drop_unexplained(), nodes._replace(decoders=())
 
-    numbers = jax.ShapeDtypeStruct((count, OUTPUTS), jnp.int32)
-    vectors = jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32)
-    outputs = inputs.by_prompt(TargetNodes(numbers, numbers, vectors))  # type: ignore[arg-type]
+    vectors = inputs.by_prompt(jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32))
+    outputs = TargetNodes(numbers(OUTPUTS), numbers(OUTPUTS), vectors)  # type: ignore[arg-type]
     at_once = choose_embeddings_at_once("tpu", layout, model.width, 1)
     embed = (local, layout.layers, True, at_once, weights, true_pass, features, outputs)
     yield LoweredProgram(trace_embeddings.lower(*embed), count_chip_bytes(true_pass, features, sources))
     embedding_edges = inputs.by_prompt(evaluate_shape(trace_embeddings, *embed, static=(0, 1, 2, 3)))
 
-    size = choose_block_size("tpu", length, model.width, count)
-    most_blocks = choose_blocks_per_call("tpu", length, model, layout, size, 1, 4)
-    blocks = min(most_blocks, round_up(-(-ACTIVE_PER_TOKEN * length // size)))
-    prompts = PromptNodes(true_pass.frozen, sources, features, outputs)
-    block_counts = inputs.on_all(jax.ShapeDtypeStruct((model.layers + 1,), jnp.int32))
-    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count, blocks, size), jnp.int32))
-    traced = trace_blocks.lower(local, layout, 0, length, weights, prompts, block_counts, chosen)
-    kept_bytes = count_chip_bytes(true_pass.frozen, features, sources, embedding_edges)
-    yield LoweredProgram(traced, kept_bytes, CALLS_IN_FLIGHT)
+    fold = (local, layout, weights, true_pass.frozen, features, outputs, sources)
+    yield LoweredProgram(fold_nodes.lower(*fold), count_chip_bytes(features, sources, embedding_edges))
+    prompts = inputs.by_prompt(evaluate_shape(fold_nodes, *fold, static=(0, 1)))
+    folded = inputs.on_all(evaluate_shape(fold_weights, local, weights, static=(0,)))
+
+    size, stops = choose_block_size("tpu", length, model.width), list_stops(length)
+    needed = -(-ACTIVE_PER_TOKEN * length // size)
+    most = choose_blocks_per_call("tpu", needed, length, model, layout, size, 4)
+    of_blocks = inputs.by_prompt(jax.ShapeDtypeStruct((count * most,), jnp.int32))
+    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, size), jnp.int32))
+    blocks = Blocks(numbers(), of_blocks, chosen, of_blocks, of_blocks)  # type: ignore[arg-type]
+    traced = trace_blocks.lower(local, layout, 0, stops, inputs.mesh, folded, prompts, blocks)
+    yield LoweredProgram(traced, count_chip_bytes(folded, prompts, features, embedding_edges), CALLS_IN_FLIGHT)
 
 
 def lower_encoder(inputs: Inputs, listed: int) -> Iterator[jax.stages.Lowered]:

@@ -98,9 +98,8 @@ def many_rounds(monkeypatch):
 
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
     want = attribute(*make_case(*CASE), max_features=45)
-    monkeypatch.setattr("jclt.attribution.schedule.LEAST_WINDOWED", 0)
-    monkeypatch.setattr("jclt.attribution.schedule.WINDOWS", 2)
-    monkeypatch.setattr("jclt.attribution.sizes.BLOCK_SIZE", {"cpu": 16})
+    monkeypatch.setattr("jclt.attribution.blocks.WINDOWS", (2,))
+    monkeypatch.setattr("jclt.attribution.sizes.LARGEST_BLOCK", {"cpu": 16})
     assert_same(attribute(*make_case(*CASE), max_features=45), want)
     full_graph = trace_whole_graph(*CASE)
     assert len(want.features) == 45 < len(full_graph.features)
@@ -176,11 +175,11 @@ def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
     calls, trace = [], tracing.trace_blocks
 
     def count(*arguments):
-        calls.append(arguments[-1].shape[1])
+        calls.append(arguments[-1].numbers.shape[0])
         return trace(*arguments)
 
     monkeypatch.setattr(tracing, "trace_blocks", count)
-    monkeypatch.setattr(sizes, "BLOCK_SIZE", {"cpu": 16})
+    monkeypatch.setattr(sizes, "LARGEST_BLOCK", {"cpu": 16})
     monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
     assert_same(attribute(*make_case(*CASE)), trace_whole_graph(*CASE))
     assert len(calls) > 3 and set(calls) == {1}
@@ -189,8 +188,8 @@ def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
 def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypatch):
     seen, gather = [], tracing.gather_sources
 
-    def watch(layout, nodes, counts, unexplained):
-        slots, sources = gather(layout, nodes, counts, unexplained)
+    def watch(layout, plan, nodes, counts, unexplained):
+        slots, sources = gather(layout, plan, nodes, counts, unexplained)
         seen.append((np.asarray(counts), sources, layout))
         return slots, sources
 
@@ -207,7 +206,7 @@ def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypa
     model, coder, tokens = make_case(*CASE)
     prompts = [tokens, draw_prompt(0), draw_prompt(1)]
     want, batch_sizes, gather = attribute_batch(model, coder, prompts), [], tracing.gather_sources
-    monkeypatch.setattr(tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[2])), gather(*args))[1])
+    monkeypatch.setattr(tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[3])), gather(*args))[1])
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
     for got, expected in zip(attribute_batch(model, coder, prompts), want, strict=True):

@@ -1,0 +1,167 @@
+"""The local replacement model with its constants folded in: what edges are computed with.
+
+While its denominator is frozen, a norm is linear apart from its bias: C subtracts the mean (in LayerNorm), d(t)
+divides, g multiplies.
+
+    norm(x)(t) = g . C x(t) / d(t)
+
+So a layer has no norms left. With V_h and O_h the value and output matrices of head h, and W the coder's skip,
+
+    attention(x)(t) = x(t) + sum over heads h and positions s: O'_h P'_h(t, s) V'_h x(s)
+    skip(x)(t) = c(t) W' x(t)
+
+    V'_h = V_h g . C    of the norm before attention        P'_h(t, s) = P_h(t, s) / (d_before(s) d_after(t))
+    O'_h = g . C O_h    of the norm after it, if any
+    W'   = g . C W g . C    of the norms after and before the MLP, c(t) = 1 / (d_after(t) d_before(t))
+
+The vectors of targets and the writes of sources take up the norms between them and the residual stream.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jclt.attribution.local import Frozen, LocalModel, Weights
+from jclt.attribution.true_pass import widen
+from jclt.models import ModelConfig, ops
+from jclt.numerics import einsum
+from jclt.shapes import Array, Float, Int, Params
+
+
+class FoldedWeights(NamedTuple):
+    """Of all layers, in at least float32."""
+
+    values: Float[Array, "L D G K"]
+    outputs: Float[Array, "L H K D"]
+    skips: Float[Array, "L D D"] | None  # [output, input]
+
+
+class FoldedPrompt(NamedTuple):
+    """What is frozen on one prompt, in all layers."""
+
+    patterns: Float[Array, "L H T T"]
+    skip_scales: Float[Array, "L T"] | None
+
+
+class FoldedLayer(NamedTuple):
+    """One layer of both."""
+
+    values: Float[Array, "D G K"]
+    outputs: Float[Array, "H K D"]
+    skip: Float[Array, "D D"] | None
+    pattern: Float[Array, "H T T"]
+    skip_scale: Float[Array, "T"] | None
+
+
+@partial(jax.jit, static_argnames=("local",))
+def fold_weights(local: LocalModel, weights: Weights) -> FoldedWeights:
+    config, params = local.model, weights.params
+    gain = read_gain(config, params, "attn_norm")
+    values = jnp.moveaxis(center(config, jnp.moveaxis(widen(params["value"]) * gain[:, :, None, None], 1, -1)), -1, 1)
+    outputs = widen(params["attn_out"])
+    if config.post_norms:
+        outputs = center(config, outputs) * read_gain(config, params, "attn_post_norm")[:, None, None]
+    skips = None if weights.skips is None else fold_skips(local, params, weights.skips)
+    return FoldedWeights(values, outputs, skips)
+
+
+def fold_prompt(local: LocalModel, weights: Weights, frozen: Frozen) -> FoldedPrompt:
+    patterns = frozen["pattern"] / frozen["attn_denominator"][:, None, None, :]
+    if local.model.post_norms:
+        patterns = patterns / frozen["attn_post_denominator"][:, None, :, None]
+    skip_scales = None
+    if weights.skips is not None:
+        skip_scales = invert_read_norms(local, frozen) * invert_write_norms(local, frozen)
+    return FoldedPrompt(patterns, skip_scales)
+
+
+def fold_targets(
+    local: LocalModel,
+    params: Params,
+    frozen: Frozen,
+    layers: Int[Array, "N"],
+    positions: Int[Array, "N"],
+    vectors: Float[Array, "N D"],
+) -> Float[Array, "N D"]:
+    """The targets' vectors of what is read, as vectors of the residual stream. The number of layers stands for what the
+    unembedding reads."""
+    config = local.model
+    read_gains = read_gain(config, params, "mlp_norm")
+    gains = jnp.concatenate(
+        [
+            read_gains if local.reads == "mlp_in" else jnp.ones_like(read_gains),
+            read_gain(config, params, "final_norm")[None],
+        ]
+    )
+    scales = jnp.concatenate([invert_read_norms(local, frozen), 1 / frozen["final_denominator"][None]])
+    folded = center(config, vectors * gains[layers]) * scales[layers, positions][:, None]
+    if local.reads == "resid_mid":
+        return jnp.where((layers == config.layers)[:, None], folded, vectors)
+    return folded
+
+
+def fold_writes(
+    local: LocalModel, params: Params, layers: Int[Array, "l"], writes: Float[Array, "l *n D"]
+) -> Float[Array, "l *n D"]:
+    """What is written at the coder's site of these layers, as it reaches the residual stream, times the norm's
+    denominator."""
+    if not writes_through_norm(local):
+        return writes
+    return center(local.model, writes) * align(read_gain(local.model, params, "mlp_post_norm")[layers], writes)
+
+
+def fold_skips(local: LocalModel, params: Params, skips: Float[Array, "L D D"]) -> Float[Array, "L D D"]:
+    layers = jnp.arange(len(skips))
+    if local.reads == "mlp_in":
+        skips = skips * align(read_gain(local.model, params, "mlp_norm"), skips)
+    if local.reads != "resid_mid":
+        skips = center(local.model, skips)
+    return jnp.swapaxes(fold_writes(local, params, layers, jnp.swapaxes(skips, 1, 2)), 1, 2)
+
+
+def invert_read_norms(local: LocalModel, frozen: Frozen) -> Float[Array, "L T"]:
+    """One divided by the denominators through which the coder reads."""
+    denominators = frozen["mlp_denominator"]
+    return jnp.ones_like(denominators) if local.reads == "resid_mid" else 1 / denominators
+
+
+def invert_write_norms(local: LocalModel, frozen: Frozen) -> Float[Array, "L T"]:
+    """One divided by the denominators through which the coder writes."""
+    if not writes_through_norm(local):
+        return jnp.ones_like(frozen["mlp_denominator"])
+    return 1 / frozen["mlp_post_denominator"]
+
+
+def writes_through_norm(local: LocalModel) -> bool:
+    return local.writes == "mlp_raw_out" and local.model.post_norms
+
+
+def run_folded_layer(
+    parallel: bool, layer: FoldedLayer, x: Float[Array, "T R D"]
+) -> tuple[Float[Array, "T R D"], Float[Array, "T R D"]]:
+    """R residual streams after one layer, without what sources write there; and what its coder reads."""
+    (heads, length, _), groups = layer.pattern.shape, layer.values.shape[1]
+    values = einsum("srd,dgk->srgk", x, layer.values)
+    pattern = layer.pattern.reshape(groups, heads // groups, length, length)
+    mixed = einsum("ghts,srgk->trghk", pattern, values)
+    outputs = layer.outputs.reshape(groups, heads // groups, *layer.outputs.shape[1:])
+    after = x + einsum("trghk,ghkd->trd", mixed, outputs)
+    read = x if parallel else after
+    if layer.skip is None or layer.skip_scale is None:
+        return after, read
+    return after + layer.skip_scale[:, None, None] * einsum("trd,ed->tre", read, layer.skip), read
+
+
+def read_gain(config: ModelConfig, params: Params, name: str) -> Float[Array, "*L D"]:
+    gain = widen(params[f"{name}_gain"])
+    return gain + jnp.asarray(config.norm_offset, gain.dtype)
+
+
+def center(config: ModelConfig, x: Array) -> Array:
+    return ops.center(x) if config.norm == "layer" else x
+
+
+def align(per_layer: Float[Array, "L D"], like: Float[Array, "L *n D"]) -> Array:
+    return per_layer.reshape(per_layer.shape[0], *(1,) * (like.ndim - 2), per_layer.shape[-1])

@@ -1,0 +1,84 @@
+"""Tiles: where each feature's writes lie in the arrays that gradients are multiplied with.
+
+All slots of a tile belong to one position, so that one matrix product serves the tile, however unevenly features are
+spread over positions. At each position features are sorted by layer, so that gradients of low layers need the first
+tiles alone. The first tiles of all positions come first, then the second ones, and so on.
+
+Where features also write to later layers, the features of all layers share a position's tiles (one group of tiles).
+Where each writes to its own layer alone, every layer has tiles of its own (a group for each layer), so that no zeros
+are kept for layers that a feature does not write.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jclt.coders import CoderConfig
+from jclt.shapes import Int
+
+LARGEST_TILE = 64
+"""Slots of a tile: enough for an efficient product, few enough that few of them stay empty."""
+SMALLEST_TILE = 8
+"""Where each layer has tiles of its own, tiles may be smaller, as there are fewer features to fill one."""
+TILES_AT_ONCE = {"cpu": 4, "gpu": 32, "tpu": 32}
+"""Tiles that are multiplied together, or skipped together where a block of targets does not need them."""
+NO_LAYER = 2**30
+"""The layer of tiles without features."""
+
+
+class Layout(NamedTuple):
+    """The sizes of a batch's arrays of nodes, which programs are compiled for."""
+
+    layers: tuple[int, ...]  # those with features: the coder's covered layers, C of them
+    list_length: int  # of each layer's padded list of active features
+    groups: int  # of tiles: one for each covered layer, or one for all
+    tiles: int  # of a group
+    tile_size: int  # slots of a tile
+    at_position: int  # the largest number of tiles of a group at one position
+
+
+class TilePlan(NamedTuple):
+    """Where the tiles of a batch of prompts are."""
+
+    numbers: Int[np.ndarray, "B G T J"]  # of the tiles at each position, in order
+    positions: Int[np.ndarray, "B G K"]
+    layers: Int[np.ndarray, "B G K"]  # the lowest layer with a feature in each tile
+
+
+def count_groups(config: CoderConfig) -> int:
+    indices = range(len(config.covered))
+    return len(config.covered) if all(config.reach(index) == 1 for index in indices) else 1
+
+
+def choose_tile_size(counts: Int[np.ndarray, "B C T"], groups: int) -> int:
+    if groups == 1:
+        return LARGEST_TILE
+    mean = int(np.ceil(counts.sum() / max(np.count_nonzero(counts), 1)))
+    return min(max(1 << max(mean - 1, 0).bit_length(), SMALLEST_TILE), LARGEST_TILE)
+
+
+def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B G T"]:
+    """The number of tiles of each group at each position."""
+    in_group = counts if groups > 1 else counts.sum(axis=1, keepdims=True)
+    return -(-in_group // tile_size)
+
+
+def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
+    """The place of each tile for so many active features."""
+    tiles = count_tiles(counts, layout.groups, layout.tile_size)
+    ordinals = np.arange(layout.at_position)
+    exists = ordinals[:, None] < tiles[:, :, None]  # [B, G, J, T]
+    numbers = np.cumsum(exists.reshape(*exists.shape[:2], -1), axis=2).reshape(exists.shape) - 1
+    covered = np.array(layout.layers)
+    if layout.groups > 1:
+        lowest = np.broadcast_to(covered[None, :, None, None], exists.shape)
+    else:
+        up_to = np.cumsum(counts, axis=1)[:, :, None]  # [B, C, 1, T]
+        below = (up_to <= layout.tile_size * ordinals[:, None]).sum(axis=1)
+        lowest = covered[np.minimum(below, len(covered) - 1)][:, None]
+    batch, group, ordinal, position = np.nonzero(exists)
+    places = batch, group, numbers[batch, group, ordinal, position]
+    positions = np.zeros((*exists.shape[:2], layout.tiles), int)
+    layers = np.full(positions.shape, NO_LAYER)
+    positions[places], layers[places] = position, lowest[batch, group, ordinal, position]
+    return TilePlan(numbers.swapaxes(2, 3), positions, layers)
