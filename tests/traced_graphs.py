@@ -18,6 +18,8 @@ KINDS = {
     "some layers": CoderConfig("clt", 16, layers=(0, 2)),
     "skip": CoderConfig("transcoder", 16, skip=True, reads="resid_mid"),
     "some skips": CoderConfig("transcoder", 16, skip=True, layers=(1, 2)),
+    "raw writes": CoderConfig("clt", 16, reads="mlp_normalized", writes="mlp_raw_out"),
+    "raw skips": CoderConfig("transcoder", 16, skip=True, writes="mlp_raw_out"),
 }
 
 DOUBLE = {

@@ -112,8 +112,8 @@ def make_peer(model: Model, coder: SparseCoder) -> Any:
     words = {"<bos>": 0, "<eos>": 1, "<pad>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    peer = TransformerLensReplacementModel(describe_for_peer(model.config), tokenizer=tokenizer)
+    peer = TransformerLensReplacementModel(describe_for_peer(model.config))
+    peer.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     copy_to_peer(model, peer)
     sites = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out", "lazy_decoder": False}
     kind: dict[str, Any] = {"activation_function": "jump_relu", "dtype": torch.float32, "device": torch.device("cpu")}

@@ -1,7 +1,8 @@
 """Attribution graphs: exact edges by `jax.vjp` of the local replacement model, many prompts at once.
 
 Axis letters of this package, beside those of `shapes.py`: C covered layers; n features in a layer's list; G groups of
-tiles, K tiles of a group, S slots of a tile (`bases.py`); M blocks, R targets of a block (`edges.py`); k outputs.
+tiles, K tiles of a group, S slots of a tile (`tiles.py`); M blocks, P parts of a block, R targets of a part, r of a
+block (`edges.py`); k outputs.
 """
 
 from jclt.attribution.attribute import attribute, attribute_batch, attribute_each

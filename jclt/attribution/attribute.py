@@ -6,16 +6,17 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 1. True pass (`true_pass`). Run the model on the prompts. Keep the attention patterns and norm denominators, which make
    the local replacement model linear when they are frozen, and what the coder reads.
    `true_pass.py`; `local.py` is the linear model.
-2. Gather sources (`encode_layer`, `gather_sources`). Encode layer by layer and list the active features; gather what
-   each of them reads and writes. The errors are what the MLPs write beyond features, biases and skips.
-   `active.py`, `bases.py`
+2. Gather sources (`encode_layer`, `gather_sources`, `fold_nodes`). Encode layer by layer and list the active features;
+   gather what each of them reads and writes. The errors are what the MLPs write beyond features, biases and skips. Fold
+   norms into weights, patterns and nodes.
+   `active.py`, `bases.py`, `tiles.py`, `folding.py`
 3. Trace outputs and embeddings (`trace_targets`, `trace_embeddings`). Compute the edges into the outputs, by carrying
    their gradients down through the linear model; and the edges from embeddings and biases into all targets, by carrying
    the embeddings up. `edges.py`, `embeddings.py`
 4. Rank and trace features (`trace_targets`), in rounds. Rank the untraced features by their influence on the outputs,
    and compute the edges into the most influential ones. Stop after `max_features` features, or when no influence can
    change by more than `tolerance`.
-   `ranking.py` ranks, `schedule.py` arranges the computation in blocks, `edges.py` computes.
+   `ranking.py` ranks, `blocks.py` and `schedule.py` arrange the computation in blocks, `edges.py` computes.
 5. Assemble the graph. Nodes are the traced features, all errors and embeddings, and the outputs; what untraced features
    add to a node is its `rest`. `ranking.py`
 """

@@ -6,9 +6,9 @@ A target's gradient begins with its own vector, at the layer and position where 
 `jax.vjp` of one layer of the linear model carries it from the layer's output to its input. There its product with what
 each source writes below is that layer's share of the edge.
 
-Targets go down in blocks. A block begins at the layer of its highest target, and leaves out the positions after its
-last one, since they cannot reach it. Edges from embeddings come from `embeddings.py`, so no gradient goes below the
-first layer's output.
+Targets go down in blocks. A block leaves out the positions after its last target, since they cannot reach it. It has
+several parts: each of them begins at the layer of its highest target, and writes are multiplied with all at once. Edges
+from embeddings come from `embeddings.py`, so no gradient goes below the first layer's output.
 """
 
 from functools import partial
@@ -85,20 +85,20 @@ def fold_nodes(
 
 
 class Blocks(NamedTuple):
-    """Blocks of R targets, each of one prompt; those from `used` on are padding."""
+    """Blocks of P parts of R targets, from high layers to low, each of one prompt; those from `used` on are padding."""
 
     used: Int[Array, "1"]
     prompts: Int[Array, "M"]
-    numbers: Int[Array, "M R"]  # among the prompt's targets
+    numbers: Int[Array, "M P R"]  # among the prompt's targets
     tops: Int[Array, "M"]  # the highest layer in which one of them reads
     stops: Int[Array, "M"]  # which of the program's numbers of positions reaches all of them
 
 
 class Edges(NamedTuple):
-    """The edges into M blocks of R targets."""
+    """The edges into the targets of M blocks, or of one."""
 
-    features: Float[Array, "M G K R S"]  # by group of tiles, tile and slot
-    errors: Float[Array, "M L T R"]
+    features: Float[Array, "*M G K r S"]  # by group of tiles, tile and slot; r: P times R
+    errors: Float[Array, "*M L T r"]
 
 
 class Sweep(NamedTuple):
@@ -138,12 +138,9 @@ def trace_blocks(
 
     def trace_on_device(weights: FoldedWeights, prompts: PromptNodes, blocks: Blocks) -> Edges:
         sweep = Sweep(local, layout, start, stops, weights, prompts)
-        count, size = blocks.numbers.shape
-        dtype = prompts.targets.vectors.dtype
-        edges = Edges(
-            features=jnp.zeros((count, layout.groups, layout.tiles, size, layout.tile_size), dtype),
-            errors=jnp.zeros((count, local.model.layers, stops[-1], size), dtype),
-        )
+        count, parts, size = blocks.numbers.shape
+        nothing = make_edges(sweep, parts * size)
+        edges = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), nothing)
 
         def trace_next(number: Array, edges: Edges) -> Edges:
             block = (blocks.prompts[number], blocks.numbers[number], blocks.tops[number], blocks.stops[number])
@@ -160,44 +157,56 @@ def trace_blocks(
     )
 
 
-def trace_block(
-    sweep: Sweep, prompt: Int[Array, ""], numbers: Int[Array, "R"], top: Int[Array, ""], stop: Int[Array, ""]
-) -> Edges:
-    """The edges into one block of targets, without the axis of blocks."""
-    layout, config = sweep.layout, sweep.local.model
-    targets = TargetNodes(*(x[prompt, numbers] for x in sweep.prompts.targets))
-    dtype, length = targets.vectors.dtype, sweep.stops[-1]
-    at_position = jax.nn.one_hot(targets.positions - sweep.start, length, axis=0, dtype=dtype)
-
-    def begin(layer: Array) -> Float[Array, "T R D"]:
-        """The gradients that begin in this layer: the vectors of the targets that read here, else zero."""
-        reads_here = (targets.layers == layer).astype(dtype)
-        return (at_position * reads_here[None])[:, :, None] * targets.vectors[None]
-
-    def step(number: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
-        stream, edges = carry
-        layer = top - number
-        stream = jax.lax.cond(
-            layer == config.layers,
-            lambda stream: begin(layer),  # of what the unembedding reads
-            lambda stream: pull_back(sweep, prompt, layer, stop, stream, begin(layer)),
-            stream,
-        )
-        return stream, add_shares(sweep, prompt, layer - 1, stop, stream, edges)
-
-    edges = Edges(
-        features=jnp.zeros((layout.groups, layout.tiles, len(numbers), layout.tile_size), dtype),
-        errors=jnp.zeros((config.layers, length, len(numbers)), dtype),
+def make_edges(sweep: Sweep, targets: int) -> Edges:
+    """Zeros for one block of so many targets."""
+    layout, dtype = sweep.layout, sweep.prompts.targets.vectors.dtype
+    return Edges(
+        features=jnp.zeros((layout.groups, layout.tiles, targets, layout.tile_size), dtype),
+        errors=jnp.zeros((sweep.local.model.layers, sweep.stops[-1], targets), dtype),
     )
-    stream = jnp.zeros((length, len(numbers), targets.vectors.shape[1]), dtype)
-    return jax.lax.fori_loop(0, top, step, (stream, edges))[1]
+
+
+def trace_block(
+    sweep: Sweep, prompt: Int[Array, ""], numbers: Int[Array, "P R"], top: Int[Array, ""], stop: Int[Array, ""]
+) -> Edges:
+    """The edges into one block of targets."""
+    targets = TargetNodes(*(x[prompt, numbers] for x in sweep.prompts.targets))
+    (parts, size), width, dtype = numbers.shape, targets.vectors.shape[-1], targets.vectors.dtype
+    part_tops = jnp.max(targets.layers, axis=1)
+
+    def begin(layer: Array, part: Array) -> Float[Array, "T R D"]:
+        """The gradients of a part that begin in this layer: the vectors of the targets that read here, else zero."""
+        positions = targets.positions[part] - sweep.start
+        at_position = jax.nn.one_hot(positions, sweep.stops[-1], axis=0, dtype=dtype)
+        reads_here = (targets.layers[part] == layer).astype(dtype)
+        return (at_position * reads_here[None])[:, :, None] * targets.vectors[part][None]
+
+    def trace_layer(number: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
+        layer = top - number
+        folded = sweep.take_layer(prompt, jnp.minimum(layer, sweep.local.model.layers - 1))
+
+        def trace_part(part: Array, streams: Float[Array, "T P R D"]) -> Float[Array, "T P R D"]:
+            stream = jax.lax.cond(
+                layer == sweep.local.model.layers,
+                lambda stream: begin(layer, part),  # of what the unembedding reads
+                lambda stream: pull_back(sweep, folded, stop, stream, begin(layer, part)),
+                streams[:, part],
+            )
+            return streams.at[:, part].set(stream)
+
+        streams, edges = carry
+        active = jnp.sum((part_tops >= layer).astype(top.dtype))
+        streams = jax.lax.fori_loop(0, active, trace_part, streams)
+        return streams, add_shares(sweep, LayerStep(prompt, layer - 1, stop, active), streams, edges)
+
+    streams = jnp.zeros((sweep.stops[-1], parts, size, width), dtype)
+    return jax.lax.fori_loop(0, top, trace_layer, (streams, make_edges(sweep, parts * size)))[1]
 
 
 def pull_back(
-    sweep: Sweep, prompt: Array, layer: Array, stop: Array, stream: Float[Array, "T R D"], begin: Float[Array, "T R D"]
+    sweep: Sweep, folded: FoldedLayer, stop: Array, stream: Float[Array, "T R D"], begin: Float[Array, "T R D"]
 ) -> Float[Array, "T R D"]:
     """Carries gradients from a layer's output, and those that begin at what its coder reads, to its input."""
-    folded = sweep.take_layer(prompt, layer)
 
     def pull_positions(stop: int, stream: Array, begin: Array) -> Array:
         cut = folded._replace(
@@ -211,57 +220,65 @@ def pull_back(
     return jax.lax.switch(stop, [partial(pull_positions, stop) for stop in sweep.stops], stream, begin)
 
 
-def add_shares(
-    sweep: Sweep, prompt: Array, layer: Array, stop: Array, stream: Float[Array, "T R D"], edges: Edges
-) -> Edges:
+class LayerStep(NamedTuple):
+    """Where a block is on its way down."""
+
+    prompt: Int[Array, ""]
+    layer: Int[Array, ""]  # whose output has been reached
+    stop: Int[Array, ""]
+    active: Int[Array, ""]  # the parts that have begun; the others have gradients of zero
+
+
+def add_shares(sweep: Sweep, step: LayerStep, streams: Float[Array, "T P R D"], edges: Edges) -> Edges:
     """Adds one layer's term of the formula at the head of this file: gradients of the layer's output times what each
     source writes there."""
-    layout, sources = sweep.layout, sweep.prompts.sources
-    errors = einsum("trd,td->tr", stream, sources.errors[prompt, layer, sweep.start :])
-    edges = edges._replace(errors=edges.errors.at[layer].set(errors))
-    if len(layout.layers) == sweep.local.model.layers:
-        return edges._replace(features=add_tiles(sweep, prompt, layer, layer, stop, stream, edges.features))
-    covered = jnp.asarray(layout.layers)
-    index = jnp.searchsorted(covered, layer).astype(layer.dtype)
-    features = jax.lax.cond(
-        jnp.isin(layer, covered),
-        lambda features: add_tiles(sweep, prompt, layer, index, stop, stream, features),
-        lambda features: features,
-        edges.features,
-    )
-    return edges._replace(features=features)
+    covered, layer, (length, parts, size, width) = sweep.layout.layers, step.layer, streams.shape
+    errors = sweep.prompts.sources.errors[step.prompt, layer, sweep.start :]
+    to_errors = einsum("trd,td->tr", streams.reshape(length, parts * size, width), errors)
+    if len(covered) == sweep.local.model.layers:
+        to_features = add_features(sweep, step, layer, streams, edges.features)
+    else:
+        to_features = jax.lax.cond(
+            jnp.isin(layer, jnp.asarray(covered)),
+            partial(add_features, sweep, step, jnp.searchsorted(jnp.asarray(covered), layer).astype(layer.dtype)),
+            lambda streams, features: features,
+            streams,
+            edges.features,
+        )
+    return Edges(to_features, edges.errors.at[layer].set(to_errors))
 
 
-def add_tiles(
+def add_features(
     sweep: Sweep,
-    prompt: Array,
-    layer: Array,
-    index: Array,
-    stop: Array,
-    stream: Float[Array, "T R D"],
-    edges: Float[Array, "G K R S"],
-) -> Float[Array, "G K R S"]:
-    """Multiplies with the features of the tiles that write to this layer, at positions before the block's stop."""
+    step: LayerStep,
+    index: Int[Array, ""],
+    streams: Float[Array, "T P R D"],
+    edges: Float[Array, "G K r S"],
+) -> Float[Array, "G K r S"]:
+    """Adds the products with what features write to the covered layer of this index. Tiles are skipped that hold only
+    features of higher layers, or lie at positions that no target of the block reads."""
     layout, sources = sweep.layout, sweep.prompts.sources
-    at_once = min(TILES_AT_ONCE.get(jax.default_backend(), 4), layout.tiles)
+    (length, parts, size, width), at_once = streams.shape, min(TILES_AT_ONCE[jax.default_backend()], layout.tiles)
+    gradients = streams.reshape(length, parts * size, width)
     group = index if layout.groups > 1 else jnp.zeros_like(index)
-    positions, first_layers = sources.tile_positions[prompt, group], sources.tile_layers[prompt, group]
-    last = jnp.asarray(sweep.stops)[stop]
+    positions = sources.tile_positions[step.prompt, group] - sweep.start
+    needed = sources.tile_layers[step.prompt, group] <= step.layer
+    needed = needed & (positions < jnp.asarray(sweep.stops)[step.stop])
 
     def add_next(number: Array, edges: Array) -> Array:
-        first = number * at_once
+        first, zero = number * at_once, jnp.zeros_like(number)
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=at_once)
-        places = cut(positions) - sweep.start
 
-        def multiply() -> Float[Array, "k R S"]:
-            sizes = (1, 1, at_once, *sources.tiles.shape[3:])
-            tiles = jax.lax.dynamic_slice(sources.tiles, (prompt, index, first, 0, 0), sizes)[0, 0]
-            return einsum("krd,ksd->krs", stream[places], tiles)
+        def multiply(active: int) -> Float[Array, "k r S"]:
+            place, shape = (step.prompt, index, first, zero, zero), (1, 1, at_once, *sources.tiles.shape[3:])
+            writes = jax.lax.dynamic_slice(sources.tiles, place, shape)[0, 0]
+            shares = einsum("krd,ksd->krs", gradients[cut(positions), : active * size], writes)
+            return jnp.pad(shares, ((0, 0), (0, (parts - active) * size), (0, 0)))
 
-        nothing = jnp.zeros((at_once, *edges.shape[2:]), edges.dtype)
-        shares = jax.lax.cond(jnp.any((cut(first_layers) <= layer) & (places < last)), multiply, lambda: nothing)
-        place = (group, first, jnp.zeros_like(first), jnp.zeros_like(first))
-        before = jax.lax.dynamic_slice(edges, place, (1, *shares.shape))
-        return jax.lax.dynamic_update_slice(edges, before + shares[None], place)
+        nothing = jnp.zeros((at_once, parts * size, layout.tile_size), edges.dtype)
+        branches = [lambda: nothing, *(partial(multiply, active) for active in range(1, parts + 1))]
+        shares = jax.lax.switch(jnp.where(jnp.any(cut(needed)), step.active, zero), branches)[None]
+        before = jax.lax.dynamic_slice(edges, (group, first, zero, zero), shares.shape)
+        return jax.lax.dynamic_update_slice(edges, before + shares, (group, first, zero, zero))
 
     return jax.lax.fori_loop(0, layout.tiles // at_once, add_next, edges)

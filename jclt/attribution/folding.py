@@ -68,6 +68,7 @@ def fold_weights(local: LocalModel, weights: Weights) -> FoldedWeights:
 
 
 def fold_prompt(local: LocalModel, weights: Weights, frozen: Frozen) -> FoldedPrompt:
+    frozen = jax.lax.stop_gradient(dict(frozen))
     patterns = frozen["pattern"] / frozen["attn_denominator"][:, None, None, :]
     if local.model.post_norms:
         patterns = patterns / frozen["attn_post_denominator"][:, None, :, None]

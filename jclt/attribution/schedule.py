@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.active import ActiveFeatures, find_active, gather_features
 from jclt.attribution.bases import FeatureNodes, gather_sources
-from jclt.attribution.blocks import Block, split_targets
+from jclt.attribution.blocks import Block, BlockShape, split_targets
 from jclt.attribution.edges import Blocks, Edges, PromptNodes, TargetNodes, fold_nodes, trace_blocks
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
 from jclt.attribution.folding import FoldedWeights
@@ -29,7 +29,7 @@ from jclt.attribution.sizes import (
     CALLS_IN_FLIGHT,
     DeviceBytes,
     check_rows,
-    choose_block_size,
+    choose_block_shape,
     choose_blocks_per_call,
     choose_embeddings_at_once,
     choose_layout,
@@ -240,7 +240,9 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
                 length = batch.stops[block.stop]
                 batch.rows[block.row].add_block(block.targets, features, errors, batch.start, length)
 
-    for call in launch_calls(batch, split_blocks(batch, wanted)):
+    config, backend = batch.setup.model.config, jax.default_backend()
+    shape = choose_block_shape(backend, max(map(len, wanted)), batch.stops[-1], config.width)
+    for call in launch_calls(batch, shape, split_blocks(batch, shape, wanted)):
         in_flight.append(call)
         if len(in_flight) > CALLS_IN_FLIGHT:
             store_oldest()
@@ -248,32 +250,32 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
         store_oldest()
 
 
-def split_blocks(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
+def split_blocks(batch: Batch, shape: BlockShape, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
     """The blocks of each device. Targets in the first layer only read embeddings, so they need none."""
-    size = choose_block_size(jax.default_backend(), batch.stops[-1], batch.setup.model.config.width)
     by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
     for row, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
         layers = rows.target_layers[numbers]
         rows.add_first_layer(numbers[layers == 0])
         above = numbers[layers > 0]
         layers, positions = rows.target_layers[above], rows.target_positions[above] - batch.start
-        by_device[row // batch.per_device] += split_targets(row, above, layers, positions, batch.stops, size)
+        by_device[row // batch.per_device] += split_targets(row, above, layers, positions, batch.stops, shape)
     return by_device
 
 
-def launch_calls(batch: Batch, by_device: list[list[Block]]) -> Iterator[tuple[list[Block | None], Edges]]:
+def launch_calls(
+    batch: Batch, shape: BlockShape, by_device: list[list[Block]]
+) -> Iterator[tuple[list[Block | None], Edges]]:
     """Starts one call of the program after another; yields the blocks of each call, None for padding, and their
     edges."""
     setup, layout, config, backend = batch.setup, batch.layout, batch.setup.model.config, jax.default_backend()
-    size, length = choose_block_size(backend, batch.stops[-1], config.width), batch.stops[-1]
     longest = max(map(len, by_device))
     if not longest:
         return
-    most = choose_blocks_per_call(backend, longest, length, config, layout, size, setup.itemsize)
+    most = choose_blocks_per_call(backend, longest, batch.stops[-1], config, layout, shape, setup.itemsize)
     padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
     for first in range(0, longest, most):
         parts = [blocks[first : first + most] for blocks in by_device]
-        numbers = np.full((len(parts), most, size), padding)
+        numbers = np.full((len(parts), most, shape.parts * shape.size), padding)
         prompts, tops, stops = np.zeros((3, len(parts), most), int)
         for device, part in enumerate(parts):
             for place, block in enumerate(part):
@@ -281,7 +283,7 @@ def launch_calls(batch: Batch, by_device: list[list[Block]]) -> Iterator[tuple[l
                 prompts[device, place], tops[device, place] = block.row % batch.per_device, block.top
                 stops[device, place] = block.stop
         counts = np.array([len(part) for part in parts])
-        arrays = (counts, *(x.reshape(-1, *x.shape[2:]) for x in (prompts, numbers, tops, stops)))
+        arrays = counts, prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stops.ravel()
         blocks = Blocks(*jax.device_put(arrays, setup.by_prompt))
         program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
         edges = trace_blocks(*program, setup.folded, batch.nodes, blocks)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jclt.attribution.blocks import BlockShape
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import estimate_sizes
@@ -17,8 +18,11 @@ from jclt.shapes import Int
 
 GRADIENT_SIZE = {"cpu": 3 << 18, "gpu": 1 << 27, "tpu": 1 << 27}
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 64, "gpu": 1024, "tpu": 1024}
-"""About how many numbers the gradients of a block have, and the limits of its targets, by kind of device: enough for
-efficient products, few enough that the targets of a block begin in much the same layer."""
+"""About how many numbers the gradients of a part of a block have, and the limits of its targets, by kind of device:
+enough for efficient products, few enough that the targets of a part begin in much the same layer."""
+
+MOST_PARTS = 4
+"""Parts of a block: what sources write is read from memory once for all of them."""
 
 MOST_STOPS = 8
 """A block leaves out the positions after its last target: those after one of so many, evenly spaced."""
@@ -58,7 +62,7 @@ def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> Layo
         layers=config.covered,
         list_length=round_up(int(counts.sum(axis=2).max()), 16),
         groups=groups,
-        tiles=at_once * round_up(-(-int(tiles.sum(axis=2).max()) // at_once)),
+        tiles=at_once * round_up(-(-int(tiles.sum(axis=2).max()) // at_once), 4),
         tile_size=tile_size,
         at_position=round_up(int(tiles.max())),
     )
@@ -89,18 +93,19 @@ def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, items
     return (2 * length * model.width + tiles + model.layers * length) * itemsize
 
 
-def choose_block_size(backend: str, length: int, width: int) -> int:
-    """How many targets a block holds, a power of two."""
-    size = GRADIENT_SIZE[backend] // (length * width)
-    return 1 << (min(max(SMALLEST_BLOCK, size), LARGEST_BLOCK[backend]).bit_length() - 1)
+def choose_block_shape(backend: str, targets: int, length: int, width: int) -> BlockShape:
+    """The shape of the blocks for at most so many targets of a prompt; both sizes are powers of two."""
+    size = min(max(SMALLEST_BLOCK, GRADIENT_SIZE[backend] // (length * width)), LARGEST_BLOCK[backend])
+    size = 1 << (size.bit_length() - 1)
+    return BlockShape(min(MOST_PARTS, 1 << (-(-targets // size) - 1).bit_length()), size)
 
 
 def choose_blocks_per_call(
-    backend: str, blocks: int, length: int, model: ModelConfig, layout: Layout, block_size: int, itemsize: int
+    backend: str, blocks: int, length: int, model: ModelConfig, layout: Layout, shape: BlockShape, itemsize: int
 ) -> int:
     """How many of a device's blocks one call computes, a power of two."""
     edges = layout.groups * layout.tiles * layout.tile_size + model.layers * length
-    most = max(CALL_BYTES[backend] // (block_size * edges * itemsize), 1)
+    most = max(CALL_BYTES[backend] // (shape.parts * shape.size * edges * itemsize), 1)
     return min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())
 
 

@@ -20,7 +20,7 @@ LARGEST_TILE = 64
 """Slots of a tile: enough for an efficient product, few enough that few of them stay empty."""
 SMALLEST_TILE = 8
 """Where each layer has tiles of its own, tiles may be smaller, as there are fewer features to fill one."""
-TILES_AT_ONCE = {"cpu": 4, "gpu": 32, "tpu": 32}
+TILES_AT_ONCE = {"cpu": 1, "gpu": 32, "tpu": 32}
 """Tiles that are multiplied together, or skipped together where a block of targets does not need them."""
 NO_LAYER = 2**30
 """The layer of tiles without features."""

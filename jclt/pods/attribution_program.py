@@ -23,7 +23,7 @@ from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.sizes import (
     CALLS_IN_FLIGHT,
-    choose_block_size,
+    choose_block_shape,
     choose_blocks_per_call,
     choose_embeddings_at_once,
     list_stops,
@@ -153,11 +153,11 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
     prompts = inputs.by_prompt(evaluate_shape(fold_nodes, *fold, static=(0, 1)))
     folded = inputs.on_all(evaluate_shape(fold_weights, local, weights, static=(0,)))
 
-    size, stops = choose_block_size("tpu", length, model.width), list_stops(length)
-    needed = -(-ACTIVE_PER_TOKEN * length // size)
-    most = choose_blocks_per_call("tpu", needed, length, model, layout, size, 4)
+    targets, stops = ACTIVE_PER_TOKEN * length, list_stops(length)
+    shape = choose_block_shape("tpu", targets, length, model.width)
+    most = choose_blocks_per_call("tpu", -(-targets // (shape.parts * shape.size)), length, model, layout, shape, 4)
     of_blocks = inputs.by_prompt(jax.ShapeDtypeStruct((count * most,), jnp.int32))
-    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, size), jnp.int32))
+    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, *shape), jnp.int32))
     blocks = Blocks(numbers(), of_blocks, chosen, of_blocks, of_blocks)  # type: ignore[arg-type]
     traced = trace_blocks.lower(local, layout, 0, stops, inputs.mesh, folded, prompts, blocks)
     yield LoweredProgram(traced, count_chip_bytes(folded, prompts, features, embedding_edges), CALLS_IN_FLIGHT)

@@ -180,6 +180,7 @@ def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
 
     monkeypatch.setattr(tracing, "trace_blocks", count)
     monkeypatch.setattr(sizes, "LARGEST_BLOCK", {"cpu": 16})
+    monkeypatch.setattr(sizes, "MOST_PARTS", 1)
     monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
     assert_same(attribute(*make_case(*CASE)), trace_whole_graph(*CASE))
     assert len(calls) > 3 and set(calls) == {1}
