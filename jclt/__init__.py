@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         steer,
         swap_nodes,
         sweep,
+        sweep_steering,
         trace_causes,
     )
     from jclt.mesh import make_mesh
@@ -97,6 +98,7 @@ __all__ = [
     "steer",
     "swap_nodes",
     "sweep",
+    "sweep_steering",
     "trace_causes",
 ]
 
@@ -127,6 +129,7 @@ _PACKAGES = {
         "steer",
         "swap_nodes",
         "sweep",
+        "sweep_steering",
         "trace_causes",
     ),
     "models": (

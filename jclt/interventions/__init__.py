@@ -25,7 +25,7 @@ from jclt.interventions.patching import (
     trace_causes,
 )
 from jclt.interventions.result import Intervention
-from jclt.interventions.steer import Steered, find_maxima, steer
+from jclt.interventions.steer import Steered, find_maxima, steer, sweep_steering
 
 __all__ = [
     "Ablations",
@@ -49,5 +49,6 @@ __all__ = [
     "steer",
     "swap_nodes",
     "sweep",
+    "sweep_steering",
     "trace_causes",
 ]

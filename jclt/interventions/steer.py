@@ -60,22 +60,64 @@ def steer(
     tokens are cached; the logits are those of a pass over all tokens with the same edits. Frozen patterns and
     denominators are those of the prompt; new tokens have none that could be kept.
     """
+    setting = Setting(attention=attention, norms=norms, reference="current")
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, choose_stops(model, stop_tokens))
+    return steer_rows(model, coder, prompt, edits, setting, sampling, most=1)[0]
+
+
+def sweep_steering(
+    model: Model,
+    coder: Coder,
+    prompt: Prompt,
+    edits: Edit | Sequence[Edit],
+    max_new_tokens: int = 32,
+    *,
+    attention: Treatment = "free",
+    norms: Treatment = "free",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+) -> list[Steered]:
+    """`steer` for several strengths at once: the values of edits of features may be arrays `[n]`, as in
+    `jclt.Add(np.linspace(0, 8, 5) * maxima[index, feature], layer=3, feature=17)`. Gives one result for each value."""
+    setting = Setting(attention=attention, norms=norms, reference="current")
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, choose_stops(model, stop_tokens))
+    return steer_rows(model, coder, prompt, edits, setting, sampling, most=None)
+
+
+def steer_rows(
+    model: Model,
+    coder: Coder,
+    prompt: Prompt,
+    edits: Edit | Sequence[Edit],
+    setting: Setting,
+    sampling: Sampling,
+    most: int | None,
+) -> list[Steered]:
+    """One continuation for each row of the edits' values; an error if there are more than `most`."""
     check_coder(model, coder)
     model, coder = use_one_device(model, coder)
     tokens = token_row(model, prompt)
-    setting = Setting(attention=attention, norms=norms, reference="current")
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed, choose_stops(model, stop_tokens))
-    parts = sort_edits(model, coder, edits, setting, len(tokens) + max_new_tokens)
-    if parts.changes.add.shape[0] > 1:
-        raise UserError("edits: values of several rows, expected one number each")
+    parts = sort_edits(model, coder, edits, setting, len(tokens) + sampling.max_new_tokens)
+    rows = parts.changes.add.shape[0]
+    if most is not None and rows > most:
+        raise UserError("edits: values of several rows, expected one number each; `jclt.sweep_steering` takes several")
     _, frozen, _ = run_original(model, coder, tokens, setting)
     features = make_feature_pass(coder, parts, setting, None, records=False)
     edit = Compose((Freeze(frozen), features))
-    steered, logits = continue_prompt(model, tokens, sampling, edit=edit, unroll=True, keep_logits=True)
+    batch = np.repeat(tokens[None], rows, axis=0)
+    steered, logits = continue_prompt(model, batch, sampling, edit=edit, unroll=True, keep_logits=True)
     original, _ = continue_prompt(model, tokens, sampling)
     assert logits is not None
-    texts = [None if model.tokenizer is None else decode_continuation(model, x, sampling) for x in (steered, original)]
-    return Steered(texts[0], texts[1], steered, original, logits)
+
+    def decode(ids: np.ndarray) -> str | None:
+        return None if model.tokenizer is None else decode_continuation(model, ids, sampling)
+
+    return [
+        Steered(decode(of_row), decode(original), of_row, original, row_logits)
+        for of_row, row_logits in zip(steered, logits, strict=True)
+    ]
 
 
 def find_maxima(model: Model, coder: Coder, rows: Int[ArrayLike, "N T"], batch: int = 8) -> Float[np.ndarray, "C F"]:

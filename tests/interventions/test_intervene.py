@@ -247,6 +247,21 @@ def test_generation_with_the_cache_is_that_without_it(name):
     assert np.abs(unedited[-1] - whole.logits[-1]).max() > 1e-3
 
 
+def test_several_strengths_at_once_write_what_each_writes_alone():
+    model, coder, tokens = make_case("llama3", "clt", "float32")
+    edit = jclt.Add(np.array([0.0, 2.0, 6.0]), layer=0, position=slice(2, None), feature=3)
+    several = jclt.sweep_steering(model, coder, tokens, edit, 4, stop_tokens=())
+    for steered, value in zip(several, (0.0, 2.0, 6.0), strict=True):
+        alone = jclt.steer(
+            model, coder, tokens, jclt.Add(value, layer=0, position=slice(2, None), feature=3), 4, stop_tokens=()
+        )
+        np.testing.assert_array_equal(steered.tokens, alone.tokens)
+        np.testing.assert_allclose(steered.logits, alone.logits, atol=1e-5)
+        assert (steered.tokens == steered.original_tokens).all() == (value == 0)
+    with pytest.raises(jclt.UserError, match="`jclt.sweep_steering` takes several"):
+        jclt.steer(model, coder, tokens, edit, 4)
+
+
 def test_frozen_attention_in_generation_is_that_of_the_prompt():
     """With patterns of the prompt kept, an edit before the last position changes no pattern of the prompt: the first
     new token's logits are those of `intervene` with frozen attention."""
