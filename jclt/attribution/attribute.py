@@ -8,11 +8,11 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
    `true_pass.py`; `local.py` is the linear model.
 2. Gather sources (`encode_layer`, `gather_sources`, `fold_nodes`). Encode layer by layer and list the active features;
    gather what each of them reads and writes. The errors are what the MLPs write beyond features, biases and skips. Fold
-   norms into weights, patterns and nodes.
+   norms into patterns and nodes (into weights once, before the first batch).
    `active.py`, `bases.py`, `tiles.py`, `folding.py`
-3. Trace outputs and embeddings (`trace_targets`, `trace_embeddings`). Compute the edges into the outputs, by carrying
-   their gradients down through the linear model; and the edges from embeddings and biases into all targets, by carrying
-   the embeddings up. `edges.py`, `embeddings.py`
+3. Trace embeddings and outputs (`trace_embeddings`, `trace_targets`). Compute the edges from embeddings and biases into
+   all targets, by carrying the embeddings up through the linear model; and the edges into the outputs, by carrying
+   their gradients down. `embeddings.py`, `edges.py`
 4. Rank and trace features (`trace_targets`), in rounds. Rank the untraced features by their influence on the outputs,
    and compute the edges into the most influential ones. Stop after `max_features` features, or when no influence can
    change by more than `tolerance`.

@@ -2,11 +2,13 @@
 
 A basis lists the nodes of a prompt and gives for each
 
-- what it reads: a vector at a layer and position. The vector times the value there, plus a bias, is the node's value;
+- what it reads: a vector at a layer and position. The vector times what is read there, plus a bias, is its
+  pre-activation;
 - what it writes: a vector into the MLP output of one or several layers, at its position;
-- its value.
+- its activation.
 
-`FeatureNodes` holds what nodes read and their values, `SourceWrites` what they write, and `Layout` the sizes of both.
+`FeatureNodes` holds what nodes read and, until it is in tiles, what they write; `SourceWrites` holds the tiles, and
+`Layout` the sizes of both.
 Edges, ranking and graphs (`edges.py`, `ranking.py`, `schedule.py`) know nothing else of the coder: not how many
 features it has, nor where its weights are stored.
 
@@ -29,7 +31,7 @@ from jclt.shapes import Array, Bool, Float, Int
 
 
 class FeatureNodes(NamedTuple):
-    """One prompt's active features by covered layer: what they read, and their values. Lists are padded."""
+    """One prompt's active features by covered layer: what they read and write. Lists are padded."""
 
     valid: Bool[Array, "C n"]  # False: padding
     positions: Int[Array, "C n"]

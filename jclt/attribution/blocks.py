@@ -19,10 +19,10 @@ BLOCK_OVERHEAD = 256
 class Block(NamedTuple):
     """Targets of one prompt of a batch, from high layers to low."""
 
-    row: int  # of the prompt
+    prompt: int  # its number in the batch
     targets: Int[np.ndarray, "r"]
     top: int  # the highest layer in which one of them reads
-    stop: int  # which of the program's numbers of positions reaches all of them
+    stop_index: int  # in the program's `stops`: of the first one beyond all their positions
 
 
 class BlockShape(NamedTuple):
@@ -33,7 +33,7 @@ class BlockShape(NamedTuple):
 
 
 def split_targets(
-    row: int,
+    prompt: int,
     targets: Int[np.ndarray, "n"],
     layers: Int[np.ndarray, "n"],
     positions: Int[np.ndarray, "n"],
@@ -41,20 +41,20 @@ def split_targets(
     shape: BlockShape,
 ) -> list[Block]:
     """The targets of one prompt in blocks; positions are counted from the first with sources."""
-    window = np.searchsorted(stops, positions + 1)  # the first stop that reaches each target
+    stop_indices = np.searchsorted(stops, positions + 1)
     best: list[Block] = []
     least = np.inf
     whole = shape.parts * shape.size
     for windows in WINDOWS:
-        group = window * windows // len(stops)
-        order = np.lexsort((-layers, group))
-        cuts = np.flatnonzero(np.diff(group[order])) + 1
-        members = [part[i : i + whole] for part in np.split(order, cuts) for i in range(0, len(part), whole)]
-        blocks = [Block(row, targets[part], int(layers[part].max()), int(window[part].max())) for part in members]
+        window = stop_indices * windows // len(stops)
+        order = np.lexsort((-layers, window))
+        cuts = np.flatnonzero(np.diff(window[order])) + 1
+        members = [inside[i : i + whole] for inside in np.split(order, cuts) for i in range(0, len(inside), whole)]
+        blocks = [Block(prompt, targets[i], int(layers[i].max()), int(stop_indices[i].max())) for i in members]
         cost = 0
-        for block, part in zip(blocks, members, strict=True):
-            levels = int(layers[part][:: shape.size].sum())  # of all parts together
-            cost += levels * stops[block.stop] * shape.size + block.top * BLOCK_OVERHEAD
+        for block, inside in zip(blocks, members, strict=True):
+            levels = int(layers[inside][:: shape.size].sum())  # of all parts together
+            cost += levels * stops[block.stop_index] * shape.size + block.top * BLOCK_OVERHEAD
         if cost < least:
             best, least = blocks, cost
     return best

@@ -1,4 +1,5 @@
-"""Edges: the derivative of what each target reads with respect to everything that sources wrote before it.
+"""Edges: the derivative of a target's value with respect to what is written at the source's position, times what the
+source writes there.
 
     edge(source -> target) = sum over layers l: gradient(target)[l, position of source] . write(source)[l]
 
@@ -32,13 +33,14 @@ from jclt.attribution.folding import (
     writes_through_norm,
 )
 from jclt.attribution.local import Frozen, LocalModel, Weights
-from jclt.attribution.tiles import TILES_AT_ONCE, Layout
+from jclt.attribution.tiles import Layout
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int
 
 
 class TargetNodes(NamedTuple):
-    """The targets of edges. A target's value is its vector times what is read at its layer and position, and a bias."""
+    """The targets of edges. A target's value is its vector times what is read at its layer and position, and a bias;
+    once folded, its vector times the residual stream there."""
 
     layers: Int[Array, "*B N"]  # the number of layers for what the unembedding reads
     positions: Int[Array, "*B N"]
@@ -48,7 +50,7 @@ class TargetNodes(NamedTuple):
 class PromptNodes(NamedTuple):
     """What the edges of B prompts are computed from: linear models, sources and targets, folded (`folding.py`)."""
 
-    frozen: FoldedPrompt
+    folded: FoldedPrompt
     sources: SourceWrites
     targets: TargetNodes
 
@@ -91,7 +93,7 @@ class Blocks(NamedTuple):
     prompts: Int[Array, "M"]
     numbers: Int[Array, "M P R"]  # among the prompt's targets
     tops: Int[Array, "M"]  # the highest layer in which one of them reads
-    stops: Int[Array, "M"]  # which of the program's numbers of positions reaches all of them
+    stop_indices: Int[Array, "M"]  # in the program's `stops`: of the first one beyond all their positions
 
 
 class Edges(NamedTuple):
@@ -112,13 +114,13 @@ class Sweep(NamedTuple):
     prompts: PromptNodes
 
     def take_layer(self, prompt: Array, layer: Array) -> FoldedLayer:
-        frozen, weights, start = self.prompts.frozen, self.weights, self.start
+        folded, weights, start = self.prompts.folded, self.weights, self.start
         return FoldedLayer(
             values=weights.values[layer],
             outputs=weights.outputs[layer],
             skip=None if weights.skips is None else weights.skips[layer],
-            pattern=frozen.patterns[prompt, layer, :, start:, start:],
-            skip_scale=None if frozen.skip_scales is None else frozen.skip_scales[prompt, layer, start:],
+            pattern=folded.patterns[prompt, layer, :, start:, start:],
+            skip_scale=None if folded.skip_scales is None else folded.skip_scales[prompt, layer, start:],
         )
 
 
@@ -143,7 +145,7 @@ def trace_blocks(
         edges = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), nothing)
 
         def trace_next(number: Array, edges: Edges) -> Edges:
-            block = (blocks.prompts[number], blocks.numbers[number], blocks.tops[number], blocks.stops[number])
+            block = (blocks.prompts[number], blocks.numbers[number], blocks.tops[number], blocks.stop_indices[number])
             of_block = trace_block(sweep, *block)
             return jax.tree.map(lambda all_edges, x: all_edges.at[number].set(x), edges, of_block)
 
@@ -167,7 +169,7 @@ def make_edges(sweep: Sweep, targets: int) -> Edges:
 
 
 def trace_block(
-    sweep: Sweep, prompt: Int[Array, ""], numbers: Int[Array, "P R"], top: Int[Array, ""], stop: Int[Array, ""]
+    sweep: Sweep, prompt: Int[Array, ""], numbers: Int[Array, "P R"], top: Int[Array, ""], stop_index: Int[Array, ""]
 ) -> Edges:
     """The edges into one block of targets."""
     targets = TargetNodes(*(x[prompt, numbers] for x in sweep.prompts.targets))
@@ -189,7 +191,7 @@ def trace_block(
             stream = jax.lax.cond(
                 layer == sweep.local.model.layers,
                 lambda stream: begin(layer, part),  # of what the unembedding reads
-                lambda stream: pull_back(sweep, folded, stop, stream, begin(layer, part)),
+                lambda stream: pull_back(sweep, folded, stop_index, stream, begin(layer, part)),
                 streams[:, part],
             )
             return streams.at[:, part].set(stream)
@@ -197,27 +199,27 @@ def trace_block(
         streams, edges = carry
         active = jnp.sum((part_tops >= layer).astype(top.dtype))
         streams = jax.lax.fori_loop(0, active, trace_part, streams)
-        return streams, add_shares(sweep, LayerStep(prompt, layer - 1, stop, active), streams, edges)
+        return streams, add_shares(sweep, LayerStep(prompt, layer - 1, stop_index, active), streams, edges)
 
     streams = jnp.zeros((sweep.stops[-1], parts, size, width), dtype)
     return jax.lax.fori_loop(0, top, trace_layer, (streams, make_edges(sweep, parts * size)))[1]
 
 
 def pull_back(
-    sweep: Sweep, folded: FoldedLayer, stop: Array, stream: Float[Array, "T R D"], begin: Float[Array, "T R D"]
+    sweep: Sweep, folded: FoldedLayer, stop_index: Array, stream: Float[Array, "T R D"], begun: Float[Array, "T R D"]
 ) -> Float[Array, "T R D"]:
     """Carries gradients from a layer's output, and those that begin at what its coder reads, to its input."""
 
-    def pull_positions(stop: int, stream: Array, begin: Array) -> Array:
+    def pull_positions(stop: int, stream: Array, begun: Array) -> Array:
         cut = folded._replace(
             pattern=folded.pattern[:, :stop, :stop],
             skip_scale=None if folded.skip_scale is None else folded.skip_scale[:stop],
         )
         run = partial(run_folded_layer, sweep.local.model.parallel, cut)
         _, pull = jax.vjp(run, jnp.zeros_like(stream[:stop]))
-        return stream.at[:stop].set(pull((stream[:stop], begin[:stop]))[0])
+        return stream.at[:stop].set(pull((stream[:stop], begun[:stop]))[0])
 
-    return jax.lax.switch(stop, [partial(pull_positions, stop) for stop in sweep.stops], stream, begin)
+    return jax.lax.switch(stop_index, [partial(pull_positions, stop) for stop in sweep.stops], stream, begun)
 
 
 class LayerStep(NamedTuple):
@@ -225,7 +227,7 @@ class LayerStep(NamedTuple):
 
     prompt: Int[Array, ""]
     layer: Int[Array, ""]  # whose output has been reached
-    stop: Int[Array, ""]
+    stop_index: Int[Array, ""]
     active: Int[Array, ""]  # the parts that have begun; the others have gradients of zero
 
 
@@ -258,12 +260,12 @@ def add_features(
     """Adds the products with what features write to the covered layer of this index. Tiles are skipped that hold only
     features of higher layers, or lie at positions that no target of the block reads."""
     layout, sources = sweep.layout, sweep.prompts.sources
-    (length, parts, size, width), at_once = streams.shape, min(TILES_AT_ONCE[jax.default_backend()], layout.tiles)
+    (length, parts, size, width), at_once = streams.shape, layout.tiles_at_once
     gradients = streams.reshape(length, parts * size, width)
     group = index if layout.groups > 1 else jnp.zeros_like(index)
     positions = sources.tile_positions[step.prompt, group] - sweep.start
     needed = sources.tile_layers[step.prompt, group] <= step.layer
-    needed = needed & (positions < jnp.asarray(sweep.stops)[step.stop])
+    needed = needed & (positions < jnp.asarray(sweep.stops)[step.stop_index])
 
     def add_next(number: Array, edges: Array) -> Array:
         first, zero = number * at_once, jnp.zeros_like(number)

@@ -17,7 +17,7 @@ from jclt.shapes import Array, Float
 
 
 class EmbeddingEdges(NamedTuple):
-    """The edges into one prompt's targets, in the order of `list_targets`, that come from embeddings and biases."""
+    """The edges into one prompt's targets, in the order of `fold_nodes`, that come from embeddings and biases."""
 
     values: Float[Array, "N"]  # the targets' values, which all their edges and biases add up to
     bias: Float[Array, "N"]

@@ -68,7 +68,6 @@ def fold_weights(local: LocalModel, weights: Weights) -> FoldedWeights:
 
 
 def fold_prompt(local: LocalModel, weights: Weights, frozen: Frozen) -> FoldedPrompt:
-    frozen = jax.lax.stop_gradient(dict(frozen))
     patterns = frozen["pattern"] / frozen["attn_denominator"][:, None, None, :]
     if local.model.post_norms:
         patterns = patterns / frozen["attn_post_denominator"][:, None, :, None]
@@ -142,7 +141,7 @@ def writes_through_norm(local: LocalModel) -> bool:
 def run_folded_layer(
     parallel: bool, layer: FoldedLayer, x: Float[Array, "T R D"]
 ) -> tuple[Float[Array, "T R D"], Float[Array, "T R D"]]:
-    """R residual streams after one layer, without what sources write there; and what its coder reads."""
+    """R residual streams after one layer, without what sources write there; and those where its coder reads."""
     (heads, length, _), groups = layer.pattern.shape, layer.values.shape[1]
     values = einsum("srd,dgk->srgk", x, layer.values)
     pattern = layer.pattern.reshape(groups, heads // groups, length, length)

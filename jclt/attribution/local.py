@@ -50,15 +50,6 @@ def list_frozen_sites(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in PATTERNS_AND_DENOMINATORS if name not in absent)
 
 
-def cut_positions(frozen: Frozen, start: int, stop: int) -> Frozen:
-    """The frozen values of the positions from `start` to before `stop`."""
-
-    def cut(name: str, x: Array) -> Array:
-        return x[..., start:stop, start:stop] if name == "pattern" else x[..., start:stop]
-
-    return {name: cut(name, x) for name, x in frozen.items()}
-
-
 def run_layer(
     local: LocalModel,
     weights: Params,

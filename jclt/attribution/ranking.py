@@ -14,7 +14,7 @@ untraced feature. Then
 Tracing stops when m falls below the tolerance, or when enough features are traced.
 
 Rows are kept without the sources that cannot reach their targets: those in the target's own layer, in higher layers and
-at later positions. Each row is dropped as soon as it has been copied into the graph.
+at positions after its block's last one. Each row is dropped as soon as it has been copied into the graph.
 """
 
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class PromptRows:
         slots: Int[np.ndarray, "2 n"],  # tile, numbered through all groups, and slot
         outputs: Outputs,
         embedding_edges: EmbeddingEdges,
-        numbers: Int[np.ndarray, "_"],  # of each target in `list_targets`, with padding
+        padded_numbers: Int[np.ndarray, "_"],  # of each target among the arrays' targets, with padding (`fold_nodes`)
         layers: int,
         limits: Limits,
     ):
@@ -73,9 +73,9 @@ class PromptRows:
         self.round_size = default_size if limits.round_size is None else limits.round_size
         self.target_layers = np.concatenate([features[:, 0], outputs.layers])
         self.target_positions = np.concatenate([features[:, 1], outputs.positions])
-        self.values, self.bias = embedding_edges.values[numbers], embedding_edges.bias[numbers]
+        self.values, self.bias = embedding_edges.values[padded_numbers], embedding_edges.bias[padded_numbers]
         self.embeddings = [x for x in (embedding_edges.tokens, embedding_edges.positions) if x is not None]
-        self.numbers = numbers
+        self.padded_numbers = padded_numbers
         self.is_traced = np.zeros(len(features), bool)  # has a row, or will have it at the end of the round
         self.rows: list[Rows] = []
         self.columns: dict[tuple[int, int], np.ndarray] = {}
@@ -117,9 +117,9 @@ class PromptRows:
 
     def add_block(
         self,
-        targets: Int[np.ndarray, "r"],
-        to_features: Float[np.ndarray, "G K R S"],
-        to_errors: Float[np.ndarray, "L T R"],
+        targets: Int[np.ndarray, "n"],
+        to_features: Float[np.ndarray, "G K r S"],
+        to_errors: Float[np.ndarray, "L T r"],
         start: int,
         length: int,
     ) -> None:
@@ -128,17 +128,17 @@ class PromptRows:
         tiles = to_features.reshape(-1, *to_features.shape[2:])
         stop, count = min(len(self.tokens), start + length), len(self.features)
         for layer in np.unique(self.target_layers[targets]):
-            row = np.flatnonzero(self.target_layers[targets] == layer)
+            place = np.flatnonzero(self.target_layers[targets] == layer)
             columns = self.list_columns(int(layer), stop)
             features = columns[: np.searchsorted(columns, count)]
             tile, slot = self.slots[:, features]
-            edges = np.zeros((len(row), len(columns)), to_features.dtype)
+            edges = np.zeros((len(place), len(columns)), to_features.dtype)
             end = len(features) + int(layer) * stop
-            edges[:, : len(features)] = tiles[tile, row[:, None], slot]
-            errors = edges[:, len(features) : end].reshape(len(row), int(layer), stop)
-            errors[:, :, start:] = np.moveaxis(to_errors[:layer, : stop - start, row], 2, 0)
-            edges[:, len(features) : end] = errors.reshape(len(row), -1)
-            self.add_rows(int(layer), targets[row], columns, edges, end)
+            edges[:, : len(features)] = tiles[tile, place[:, None], slot]
+            errors = edges[:, len(features) : end].reshape(len(place), int(layer), stop)
+            errors[:, :, start:] = np.moveaxis(to_errors[:layer, : stop - start, place], 2, 0)
+            edges[:, len(features) : end] = errors.reshape(len(place), -1)
+            self.add_rows(int(layer), targets[place], columns, edges, end)
 
     def add_first_layer(self, targets: Int[np.ndarray, "r"]) -> None:
         """Keeps the rows of targets in the first layer, into which only embeddings lead."""
@@ -151,7 +151,7 @@ class PromptRows:
     ) -> None:
         """Adds the edges from embeddings to rows, from column `end` on, and keeps the rows."""
         stop = (len(columns) - end) // len(self.embeddings)
-        to_embeddings = [x[self.numbers[targets], :stop] for x in self.embeddings]
+        to_embeddings = [x[self.padded_numbers[targets], :stop] for x in self.embeddings]
         np.concatenate(to_embeddings, axis=1, out=edges[:, end:])
         self.rows.append(Rows(layer, targets, columns, edges))
 

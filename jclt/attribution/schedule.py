@@ -113,10 +113,10 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     counts = active.count_by_position(length)
     check_true_pass(model, logits, counts[: len(prompts)])
 
-    layout = choose_layout(config, counts)
-    at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device)
+    layout = choose_layout(config, counts, active.length, backend)
+    at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device, itemsize)
     source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize)
-    if len(prompts) > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:
+    if per_device > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:
         del true_pass, active
         halves = slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)
         return [rows for half in halves for rows in trace_prompts(setup, prompts[half], targets[half])]
@@ -128,7 +128,7 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
 
-    features, slots, nodes, embedding_edges = gather_nodes(setup, layout, true_pass, active, outputs, at_once)
+    features, slots, nodes, embedding_edges = gather_nodes(setup, layout, true_pass, active, counts, outputs, at_once)
     del true_pass, active
     rows = make_rows(setup, layout, prompts, outputs, features, slots, embedding_edges)
     del features
@@ -138,8 +138,8 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     batch = Batch(setup, layout, nodes, rows, per_device, start, list_stops(length - start))
     log.debug("3 trace outputs")
     trace_rows(batch, [prompt_rows.choose_first() for prompt_rows in rows])
-    while number := sum(map(len, wanted := [prompt_rows.choose_next() for prompt_rows in rows])):
-        log.debug("4 rank and trace features: the next %d", number)
+    while any(map(len, wanted := [prompt_rows.choose_next() for prompt_rows in rows])):
+        log.debug("4 rank and trace features: the next %d", sum(map(len, wanted)))
         trace_rows(batch, wanted)
     return rows
 
@@ -162,15 +162,20 @@ def check_true_pass(model: Model, logits: np.ndarray, counts: np.ndarray) -> Non
 
 
 def gather_nodes(
-    setup: Setup, layout: Layout, true_pass: TruePass, active: ActiveFeatures, outputs: list[Outputs], at_once: int
+    setup: Setup,
+    layout: Layout,
+    true_pass: TruePass,
+    active: ActiveFeatures,
+    counts: Int[np.ndarray, "B C T"],
+    outputs: list[Outputs],
+    at_once: int,
 ) -> tuple[FeatureNodes, Int[Array, "B C n"], PromptNodes, EmbeddingEdges]:
-    """Gathers a batch's features and sources, with the slot of each feature, and traces its embeddings."""
+    """Gathers a batch's features, their slots and sources, traces its embeddings, and folds its nodes."""
     log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
     features = gather_features(setup.coder, active, true_pass.reads.dtype, setup.by_prompt)
-    counts = active.count_by_position(true_pass.reads.shape[2]).astype(int)
-    plan, counts = jax.device_put((plan_tiles(counts, layout), counts), setup.by_prompt)
+    plan, on_device = jax.device_put((plan_tiles(counts, layout), counts.astype(int)), setup.by_prompt)
     assert true_pass.unexplained is not None
-    slots, sources = gather_sources(layout, plan, features, counts, true_pass.unexplained)
+    slots, sources = gather_sources(layout, plan, features, on_device, true_pass.unexplained)
     features, true_pass = features._replace(decoders=()), true_pass.drop_unexplained()
     log.debug("3 trace embeddings")
     output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
@@ -220,7 +225,7 @@ def make_rows(
             slots=np.stack(np.divmod(row_slots, layout.tile_size)),
             outputs=prompt_outputs,
             embedding_edges=jax.tree.map(lambda x, row=row: x[row], embedding_edges),
-            numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),
+            padded_numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),
             layers=setup.model.config.layers,
             limits=Limits(setup.options.max_features, setup.options.tolerance, round_size),
         )
@@ -237,12 +242,18 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
         to_features, to_errors = map(np.asarray, edges)
         for block, features, errors in zip(blocks, to_features, to_errors, strict=True):
             if block is not None:
-                length = batch.stops[block.stop]
-                batch.rows[block.row].add_block(block.targets, features, errors, batch.start, length)
+                length = batch.stops[block.stop_index]
+                batch.rows[block.prompt].add_block(block.targets, features, errors, batch.start, length)
 
-    config, backend = batch.setup.model.config, jax.default_backend()
-    shape = choose_block_shape(backend, max(map(len, wanted)), batch.stops[-1], config.width)
-    for call in launch_calls(batch, shape, split_blocks(batch, shape, wanted)):
+    # Targets in the first layer only read embeddings, so they need no block.
+    above: list[np.ndarray] = []
+    for rows, numbers in zip(batch.rows, wanted, strict=True):
+        is_first = rows.target_layers[numbers] == 0
+        rows.add_first_layer(numbers[is_first])
+        above.append(numbers[~is_first])
+    width = batch.setup.model.config.width
+    shape = choose_block_shape(jax.default_backend(), max(map(len, above)), batch.stops[-1], width)
+    for call in launch_calls(batch, shape, split_blocks(batch, shape, above)):
         in_flight.append(call)
         if len(in_flight) > CALLS_IN_FLIGHT:
             store_oldest()
@@ -251,14 +262,12 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
 
 
 def split_blocks(batch: Batch, shape: BlockShape, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
-    """The blocks of each device. Targets in the first layer only read embeddings, so they need none."""
+    """The blocks of each device."""
     by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
-    for row, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
-        layers = rows.target_layers[numbers]
-        rows.add_first_layer(numbers[layers == 0])
-        above = numbers[layers > 0]
-        layers, positions = rows.target_layers[above], rows.target_positions[above] - batch.start
-        by_device[row // batch.per_device] += split_targets(row, above, layers, positions, batch.stops, shape)
+    for prompt, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
+        layers, positions = rows.target_layers[numbers], rows.target_positions[numbers] - batch.start
+        blocks = split_targets(prompt, numbers, layers, positions, batch.stops, shape)
+        by_device[prompt // batch.per_device] += blocks
     return by_device
 
 
@@ -274,17 +283,18 @@ def launch_calls(
     most = choose_blocks_per_call(backend, longest, batch.stops[-1], config, layout, shape, setup.itemsize)
     padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
     for first in range(0, longest, most):
-        parts = [blocks[first : first + most] for blocks in by_device]
-        numbers = np.full((len(parts), most, shape.parts * shape.size), padding)
-        prompts, tops, stops = np.zeros((3, len(parts), most), int)
-        for device, part in enumerate(parts):
-            for place, block in enumerate(part):
-                numbers[device, place, : len(block.targets)] = batch.rows[block.row].numbers[block.targets]
-                prompts[device, place], tops[device, place] = block.row % batch.per_device, block.top
-                stops[device, place] = block.stop
-        counts = np.array([len(part) for part in parts])
-        arrays = counts, prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stops.ravel()
+        in_call = [of_device[first : first + most] for of_device in by_device]
+        numbers = np.full((len(in_call), most, shape.parts * shape.size), padding)
+        prompts, tops, stop_indices = np.zeros((3, len(in_call), most), int)
+        for device, of_device in enumerate(in_call):
+            for place, block in enumerate(of_device):
+                padded_numbers = batch.rows[block.prompt].padded_numbers
+                numbers[device, place, : len(block.targets)] = padded_numbers[block.targets]
+                prompts[device, place], tops[device, place] = block.prompt % batch.per_device, block.top
+                stop_indices[device, place] = block.stop_index
+        used = np.array([len(of_device) for of_device in in_call])
+        arrays = used, prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stop_indices.ravel()
         blocks = Blocks(*jax.device_put(arrays, setup.by_prompt))
         program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
         edges = trace_blocks(*program, setup.folded, batch.nodes, blocks)
-        yield [block for part in parts for block in [*part, *[None] * (most - len(part))]], edges
+        yield [block for of_device in in_call for block in [*of_device, *[None] * (most - len(of_device))]], edges

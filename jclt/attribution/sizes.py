@@ -17,15 +17,15 @@ from jclt.models import Model, ModelConfig
 from jclt.shapes import Int
 
 GRADIENT_SIZE = {"cpu": 3 << 18, "gpu": 1 << 27, "tpu": 1 << 27}
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 64, "gpu": 1024, "tpu": 1024}
-"""About how many numbers the gradients of a part of a block have, and the limits of its targets, by kind of device:
+SMALLEST_PART, LARGEST_PART = 16, {"cpu": 64, "gpu": 1024, "tpu": 1024}
+"""About how many numbers the gradients of a part of a block have, and its least and most targets, by kind of device:
 enough for efficient products, few enough that the targets of a part begin in much the same layer."""
 
 MOST_PARTS = 4
 """Parts of a block: what sources write is read from memory once for all of them."""
 
 MOST_STOPS = 8
-"""A block leaves out the positions after its last target: those after one of so many, evenly spaced."""
+"""A block ends at the first of this many evenly spaced positions that lies beyond all its targets."""
 
 CALL_BYTES = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}
 """The most bytes of edges that one call computes; a larger block has a call of its own."""
@@ -52,24 +52,25 @@ def round_up(need: int, least: int = 1) -> int:
     return power * 3 // 4 if need <= power * 3 // 4 and power * 3 // 4 >= least else power
 
 
-def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"]) -> Layout:
-    """The layout for a batch with so many active features."""
+def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"], list_length: int, backend: str) -> Layout:
+    """The layout for a batch with so many active features, in lists of this length."""
     groups = count_groups(config)
     tile_size = choose_tile_size(counts, groups)
     tiles = count_tiles(counts, groups, tile_size)
-    at_once = TILES_AT_ONCE[jax.default_backend()]
+    at_once = TILES_AT_ONCE[backend]
     return Layout(
         layers=config.covered,
-        list_length=round_up(int(counts.sum(axis=2).max()), 16),
+        list_length=list_length,
         groups=groups,
         tiles=at_once * round_up(-(-int(tiles.sum(axis=2).max()) // at_once), 4),
         tile_size=tile_size,
         at_position=round_up(int(tiles.max())),
+        tiles_at_once=at_once,
     )
 
 
 def estimate_pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
-    """About what the true pass over one prompt takes on a device, or encoding one of its layers."""
+    """About what the true pass over one prompt and encoding one of its layers take on a device."""
     for_coder = 4 * coder.features
     for_model = 8 * model.layers * model.width + 2 * model.layers * model.heads * length
     return length * (for_coder + for_model) * itemsize + model.vocabulary * itemsize
@@ -95,7 +96,7 @@ def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, items
 
 def choose_block_shape(backend: str, targets: int, length: int, width: int) -> BlockShape:
     """The shape of the blocks for at most so many targets of a prompt; both sizes are powers of two."""
-    size = min(max(SMALLEST_BLOCK, GRADIENT_SIZE[backend] // (length * width)), LARGEST_BLOCK[backend])
+    size = min(max(SMALLEST_PART, GRADIENT_SIZE[backend] // (length * width)), LARGEST_PART[backend])
     size = 1 << (size.bit_length() - 1)
     return BlockShape(min(MOST_PARTS, 1 << (-(-targets // size) - 1).bit_length()), size)
 
@@ -114,9 +115,10 @@ def list_stops(length: int) -> tuple[int, ...]:
     return tuple(sorted({-(-length * number // MOST_STOPS) for number in range(1, MOST_STOPS + 1)}))
 
 
-def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts: int) -> int:
-    """How many embeddings are followed at once, a power of two: each is read by all targets."""
-    read = layout.list_length * len(layout.layers) * width * prompts
+def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts: int, itemsize: int) -> int:
+    """How many embeddings are followed at once, a power of two, so that what all targets read of them takes at most
+    half of `CALL_BYTES`."""
+    read = layout.list_length * len(layout.layers) * width * prompts * itemsize
     most = min(max(CALL_BYTES[backend] // 2 // read, 1), MOST_EMBEDDINGS_AT_ONCE)
     return 1 << (most.bit_length() - 1)
 

@@ -35,6 +35,7 @@ class Layout(NamedTuple):
     tiles: int  # of a group
     tile_size: int  # slots of a tile
     at_position: int  # the largest number of tiles of a group at one position
+    tiles_at_once: int  # that are multiplied together, or skipped together
 
 
 class TilePlan(NamedTuple):

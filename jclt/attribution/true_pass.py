@@ -43,8 +43,8 @@ def widen(tree: Tree) -> Tree:
 
 
 def widen_outside_layers(config: ModelConfig, params: Params) -> Params:
-    """The model's parameters, those outside its layers in at least float32. So the residual stream is, and each layer's
-    weights are widened while the layer is computed."""
+    """The model's parameters, those outside its layers in at least float32. The residual stream then has at least
+    float32, and each layer's weights are widened while that layer is computed."""
     layers = declare_layer_weights(config)
     return {name: x if name in layers else widen(x) for name, x in params.items()}
 

@@ -146,7 +146,8 @@ def read_fingerprint(coder: Coder) -> str:
 
 
 def _refuse(coder: StreamedCoder) -> NoReturn:
-    raise UserError(f"coder: its weights stay on {coder.kept}, expected keep='device' or a mesh: only graphs need less")
+    expected = f"expected keep='device' or a mesh: from {coder.kept} only graphs can be made"
+    raise UserError(f"coder: its weights stay on {coder.kept}, {expected}")
 
 
 def _rebuild(_: Any, __: Any) -> StreamedCoder:

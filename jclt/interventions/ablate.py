@@ -119,18 +119,19 @@ def ablate(
     ids = token_row(model, prompt)
     if clamped < 0 or (batch is not None and batch < 1):
         raise UserError(f"clamped={clamped}, batch={batch}: expected at least 0 layers and at least 1 row")
+    features = None if features is None else check_features(features, len(ids), coder)
+    tokens = None if tokens is None else check_tokens(tokens, model.config.vocabulary)
     mesh = make_rows_mesh()
     params, coder = jax.device_put((dict(model.params), coder), NamedSharding(mesh, P()))
     params, skips = widen(params), stack_skips(coder, model.config.layers)
-    settings = AblationSettings(
-        model.config, local.reads, local.writes, setting.list_frozen_sites(model.config), clamped
-    )
+    frozen = setting.list_frozen_sites(model.config)
+    settings = AblationSettings(model.config, local.reads, local.writes, frozen, clamped)
     original = run_unchanged(settings, params, coder, jax.device_put(ids[None], NamedSharding(mesh, P())))
     active, logits = np.asarray(original.activations), np.asarray(original.kept.logits)
-    features = list_active(active, coder) if features is None else check_features(features, active.shape, coder)
+    features = list_active(active, coder) if features is None else features
     index = np.array([coder.config.index(int(layer)) for layer in features[:, 0]], int)
     before = active[index, features[:, 1], features[:, 2]]
-    chosen = np.argsort(-logits, kind="stable")[:SHOWN_TOKENS] if tokens is None else np.asarray(tokens)
+    chosen = np.argsort(-logits, kind="stable")[:SHOWN_TOKENS] if tokens is None else tokens
 
     def limit(start: int) -> int:
         return (batch or limit_rows(model.config, len(ids) - start)) * mesh.size
@@ -158,14 +159,24 @@ def list_active(active: np.ndarray, coder: Coder) -> np.ndarray:
     return np.stack([np.asarray(coder.config.covered)[index], position, feature], axis=1)
 
 
-def check_features(features: np.ndarray, shape: tuple[int, ...], coder: Coder) -> np.ndarray:
+def check_features(features: np.ndarray, length: int, coder: Coder) -> np.ndarray:
     features = np.asarray(features)
     if features.ndim != 2 or features.shape[1] != 3 or not np.issubdtype(features.dtype, np.integer):
         raise UserError(f"features: shape {features.shape}, expected integers [n, 3]: layer, position, feature")
     for layer, position, feature in features.tolist():
-        if coder.config.index(layer) is None or not (0 <= position < shape[1] and 0 <= feature < shape[2]):
+        if coder.config.index(layer) is None or not (0 <= position < length and 0 <= feature < coder.config.features):
             raise UserError(f"features: layer {layer}, position {position}, feature {feature} does not exist")
     return features
+
+
+def check_tokens(tokens: np.ndarray, vocabulary: int) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens: shape {tokens.shape}, expected token ids [k], at least one")
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise UserError(f"tokens: id {wrong}, expected 0 to {vocabulary - 1}")
+    return tokens
 
 
 def gather_rows(

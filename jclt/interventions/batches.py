@@ -39,10 +39,10 @@ def limit_rows(config: ModelConfig, length: int) -> int:
 
 
 def choose_size(rows: int, most: int, devices: int) -> int:
-    """The number of rows of each batch: all are of one size, a multiple of the devices, with few places left over."""
+    """The number of rows of each batch: at most `most`, a multiple of the devices; few places are left over."""
     count = -(-rows // most)
-    step = max(most // (SIZES * devices), 1) * devices
-    return -(-rows // (count * step)) * step
+    step = -(-most // (SIZES * devices)) * devices
+    return min(-(-rows // (count * step)) * step, most)
 
 
 def split_rows(
@@ -52,7 +52,7 @@ def split_rows(
     most: Callable[[int], int],
     devices: int,
 ) -> Iterator[tuple[int, Int[np.ndarray, "n"]]]:
-    """The first position of each batch, and the numbers of its rows. The last batch of a start repeats rows to be full.
+    """The start of each batch, and the numbers of its rows. The last batch of a start repeats rows to be full.
 
     `most` gives the largest number of rows of a batch that starts at a position."""
     bucket = np.searchsorted(starts, first_positions, side="right") - 1

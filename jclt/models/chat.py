@@ -31,6 +31,8 @@ def is_chat(prompt: object) -> TypeGuard[Messages]:
 
 
 def check_messages(messages: Sequence[Any]) -> None:
+    if not messages:
+        raise UserError("prompt: no messages, expected at least one")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UserError(f"prompt: message {number} is {short(message)}, expected its 'role' and 'content'")

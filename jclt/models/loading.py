@@ -42,9 +42,9 @@ def load_model(name: str | Path, *, dtype: str = "float32", mesh: Mesh | None = 
         tokenizer = read_tokenizer(file)
         config, params = load_gguf_params(file, jnp.dtype(dtype), mesh)
         return Model(config, params, tokenizer, str(name))
-    config = load_config(place)
+    config, tokenizer = load_config(place), read_tokenizer_folder(place)
     params = load_params(place, config, jnp.dtype(dtype), mesh)
-    return Model(config, params, read_tokenizer_folder(place), str(name))
+    return Model(config, params, tokenizer, str(name))
 
 
 def load_tokenizer(place: Path) -> Tokenizer | None:
@@ -75,7 +75,7 @@ FILES = (
 
 
 def find_model(name: str, files: Sequence[str] = FILES) -> Path:
-    """The folder of the model with this name, or of these files of it; or a GGUF file."""
+    """The folder with the model's files, of a download only `files`; or its GGUF file."""
     if name == "demo":
         return Path(str(resources.files("jclt"))) / "world" / "model"
     if name == "smollm2":

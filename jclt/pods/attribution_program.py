@@ -111,6 +111,7 @@ def expect_layout(config: CoderConfig, length: int) -> Layout:
         tiles=TILES_AT_ONCE["tpu"] * round_up(-(-length * at_position // TILES_AT_ONCE["tpu"])),
         tile_size=tile_size,
         at_position=round_up(at_position),
+        tiles_at_once=TILES_AT_ONCE["tpu"],
     )
 
 
@@ -143,7 +144,7 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
 
     vectors = inputs.by_prompt(jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32))
     outputs = TargetNodes(numbers(OUTPUTS), numbers(OUTPUTS), vectors)  # type: ignore[arg-type]
-    at_once = choose_embeddings_at_once("tpu", layout, model.width, 1)
+    at_once = choose_embeddings_at_once("tpu", layout, model.width, 1, 4)
     embed = (local, layout.layers, True, at_once, weights, true_pass, features, outputs)
     yield LoweredProgram(trace_embeddings.lower(*embed), count_chip_bytes(true_pass, features, sources))
     embedding_edges = inputs.by_prompt(evaluate_shape(trace_embeddings, *embed, static=(0, 1, 2, 3)))

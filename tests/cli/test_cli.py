@@ -33,7 +33,7 @@ def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     for module in ("attribute", "schedule"):
         monkeypatch.setattr(import_module(f"jclt.attribution.{module}"), "round_up_length", lambda length: 24)
-    monkeypatch.setattr("jclt.viewer.picture.DOTS_PER_INCH", 50)
+    monkeypatch.setattr("jclt.viewer.picture_files.DOTS_PER_INCH", 50)
     assert main(["demo"]) == 0
     printed = capsys.readouterr().out
     shown = find_transcript((ROOT / "README.md").read_text(), ["demo"])
@@ -130,7 +130,6 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
         (["attribute", "x", "--tolerance", "nan"], "tolerance=nan: expected from 0 to below 1"),
         (["attribute", "x", "--max-features", "0"], "max_features=0: expected at least 1"),
         (["attribute", "x", "--chat", "y"], "attribute: both a prompt and --chat, expected one of them"),
-        (["attribute", "--chat", "x"], "model demo: has no chat template, expected text or token ids"),
         (["intervene", "--set", "1/2/3=1"], "intervene: expected a prompt or --chat TEXT"),
         (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
         (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
@@ -156,6 +155,11 @@ def test_what_cannot_work_is_said_before_anything_is_loaded(arguments, says, tmp
     output = capsys.readouterr().err
     assert output.startswith(f"jclt: {says.replace('{}', str(tmp_path))}") and output.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_chat_needs_a_template(capsys):
+    assert main(["attribute", "--chat", "x"]) == 2
+    assert capsys.readouterr().err.startswith("jclt: model demo: has no chat template, expected text or token ids")
 
 
 def test_text_is_utf_8_in_any_locale():

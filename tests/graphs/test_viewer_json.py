@@ -24,7 +24,7 @@ from jclt.graphs.export_nodes import cantor
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_cumulative_shares
 from jclt.models import load_model
-from jclt.viewer import draw_graph, picture, summarize_graph, write_graph, write_viewer_json
+from jclt.viewer import draw_graph, picture_files, summarize_graph, write_graph, write_viewer_json
 from jclt.viewer.picture import _do_overlap, _draw_labels, _draw_outputs, _lay_out
 from jclt.world import TASKS
 
@@ -289,10 +289,10 @@ def test_texts_of_any_kind_are_written_and_drawn(tmp_path):
 
 def test_a_picture_of_very_many_rows_is_drawn_small(tmp_path, monkeypatch):
     """Up to a number of dots that matplotlib can draw, here for speed a smaller one."""
-    assert picture.MAX_DOTS < 1 << 16
+    assert picture_files.MAX_DOTS < 1 << 16
     graph, heights = small_graph(layers=100), []
-    for most in (picture.MAX_DOTS, 1500):
-        monkeypatch.setattr(picture, "MAX_DOTS", most)
+    for most in (picture_files.MAX_DOTS, 1500):
+        monkeypatch.setattr(picture_files, "MAX_DOTS", most)
         draw_graph(graph, tmp_path / "one.png")
         _, height = struct.unpack(">II", (tmp_path / "one.png").read_bytes()[16:24])
         heights.append(height)

@@ -113,7 +113,7 @@ class Batches(NamedTuple):
 
     def limit_rows(self, config: ModelConfig, length: int) -> int:
         """The largest number of rows of each pair that run at once."""
-        return max(limit_rows(config, length) * self.devices // self.pairs, 1)
+        return max(limit_rows(config, length) // self.pairs, 1) * self.devices
 
 
 def choose_batches(config: ModelConfig, pairs: int, rows: int, length: int) -> Batches:
