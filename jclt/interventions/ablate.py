@@ -136,17 +136,15 @@ def ablate(
     def limit(start: int) -> int:
         return (batch or limit_rows(model.config, len(ids) - start)) * mesh.size
 
-    def run_batch(start: int, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
-        rows = gather_rows(coder, settings, features[numbers], index[numbers], (factor - 1) * before[numbers], mesh)
-        first_layer = np.int32(features[numbers, 0].min())
-        return jax.device_get(run_changed_rows(settings, start, params, skips, original, rows, first_layer, chosen))
-
     kinds = ((len(chosen),), logits.dtype), ((), logits.dtype), ((), np.int64)
     columns = [np.zeros((len(features), *shape), dtype) for shape, dtype in kinds]
     starts = choose_starts(model.config, len(features), len(ids))
     with tqdm(total=len(features), unit="feature", disable=None if progress else True) as bar:
         for start, numbers in split_rows(features[:, 1], features[:, 0], starts, limit, mesh.size):
-            for column, values in zip(columns, run_batch(start, numbers), strict=True):
+            rows = gather_rows(coder, settings, features[numbers], index[numbers], (factor - 1) * before[numbers], mesh)
+            first_layer = np.int32(features[numbers, 0].min())
+            measured = run_changed_rows(settings, start, params, skips, original, rows, first_layer, chosen)
+            for column, values in zip(columns, jax.device_get(measured), strict=True):
                 column[numbers] = values
             bar.update(len(np.unique(numbers)))
     names = tuple(decode_token(model, int(token)) for token in chosen)
