@@ -32,16 +32,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     add_options(parser)
-    parser.addoption("--half", type=int, metavar="N", help="of tests marked exhaustive, the even (0) or odd (1) ones")
+    parser.addoption("--share", metavar="K/N", help="every N-th of the selected tests, from number K on")
 
 
+@pytest.hookimpl(trylast=True)  # after the selection by markers
 def pytest_collection_modifyitems(config, items):
-    half = config.getoption("--half")
-    if half is not None:
-        exhaustive = [item for item in items if item.get_closest_marker("exhaustive")]
-        left_out = exhaustive[1 - half % 2 :: 2]  # neighbours are mostly families of one test: each half has every test
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    if share := config.getoption("--share"):
+        first, step = map(int, share.split("/"))
+        chosen = items[first::step]  # neighbours are mostly cases of one test, so that each share has most of the tests
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
 
 
 def pytest_configure(config):
