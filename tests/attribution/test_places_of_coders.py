@@ -37,7 +37,7 @@ CASES = [
     ("skip", "circuit-tracer", "float32"),
     ("topk", "jclt", "float16"),
 ]
-FEW = [("clt", "jclt", "bfloat16"), ("skip", "circuit-tracer", "float32")]
+FEW = [("clt", "jclt", "bfloat16")]
 
 
 def draw_prompt(seed: int) -> np.ndarray:

@@ -32,8 +32,8 @@ def test_all_senders_into_a_receiver_patch_its_input(name, site):
     edit = Replace({site: seen[site]}, layer=1, position=clean.shape[1] - 1, **head)
     want = compute_difference(np.asarray(jclt.run(model, clean, edit=edit)[0][:, -1]))
     unchanged = result.clean_measures.logit_difference
-    np.testing.assert_allclose(result.per_pair[:, 0], want, atol=2e-6)
-    np.testing.assert_allclose(result.per_pair[:, 1], unchanged, atol=2e-6)
+    np.testing.assert_allclose(result.per_pair[:, 0], want, atol=5e-6)
+    np.testing.assert_allclose(result.per_pair[:, 1], unchanged, atol=5e-6)
     assert abs(want - unchanged).max() > 1e-5 and result.changed == "clean"
 
 
@@ -49,11 +49,11 @@ def test_the_direct_path_to_the_logits_is_what_a_sender_adds_to_the_last_stream(
         change = np.einsum("btk,kd->btd", heads[layer][:, :, head], np.asarray(model.params["attn_out"])[layer, head])
         want = jclt.run(model, clean, edit=Add(change, site="resid_post", layer=last))[0][:, -1]
         at = result.axes["sender"].index(f"head_out {layer}.{head}")
-        np.testing.assert_allclose(result.per_pair[:, at], compute_difference(np.asarray(want)), atol=2e-6)
+        np.testing.assert_allclose(result.per_pair[:, at], compute_difference(np.asarray(want)), atol=5e-6)
     change = np.asarray(new["mlp_out"])[0] - np.asarray(old["mlp_out"])[0]
     want = jclt.run(model, clean, edit=Add(change, site="resid_post", layer=last))[0][:, -1]
     at = result.axes["sender"].index("mlp_out 0")
-    np.testing.assert_allclose(result.per_pair[:, at], compute_difference(np.asarray(want)), atol=2e-6)
+    np.testing.assert_allclose(result.per_pair[:, at], compute_difference(np.asarray(want)), atol=5e-6)
 
 
 def test_what_cannot_send_or_receive_is_named():

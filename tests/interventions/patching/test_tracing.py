@@ -42,8 +42,8 @@ def test_each_restoration_is_one_edited_pass(severed):
         if severed:
             edits.append(Replace({severed: noised[severed]}, layer=slice(1, None), position=3))
         want.append(compute_difference(np.asarray(jclt.run(model, clean, edit=Compose(edits))[0][:, -1])))
-    np.testing.assert_allclose(result.corrupted, np.mean(want[::2]), atol=2e-6)
-    np.testing.assert_allclose(result.per_pair[:, 0, 1, 0], np.mean(want[1::2], axis=0), atol=2e-6)
+    np.testing.assert_allclose(result.corrupted, np.mean(want[::2]), atol=5e-6)
+    np.testing.assert_allclose(result.per_pair[:, 0, 1, 0], np.mean(want[1::2], axis=0), atol=5e-6)
     np.testing.assert_allclose(result.total_effect, result.clean - result.corrupted)
     assert abs(result.effects[0, 1, 0]) > 1e-4
 
