@@ -88,10 +88,14 @@ def estimate_source_bytes(
     return (2 * in_tiles + in_lists) * itemsize
 
 
+def count_edges(model: ModelConfig, length: int, layout: Layout) -> int:
+    """The numbers that a device keeps of the edges into one target."""
+    return layout.groups * layout.tiles * layout.tile_size + model.layers * length
+
+
 def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, itemsize: int) -> int:
     """What the gradients and edges of one target take on a device."""
-    tiles = layout.groups * layout.tiles * layout.tile_size
-    return (2 * length * model.width + tiles + model.layers * length) * itemsize
+    return (2 * length * model.width + count_edges(model, length, layout)) * itemsize
 
 
 def choose_block_shape(backend: str, targets: int, length: int, width: int) -> BlockShape:
@@ -105,8 +109,8 @@ def choose_blocks_per_call(
     backend: str, blocks: int, length: int, model: ModelConfig, layout: Layout, shape: BlockShape, itemsize: int
 ) -> int:
     """How many of a device's blocks one call computes, a power of two."""
-    edges = layout.groups * layout.tiles * layout.tile_size + model.layers * length
-    most = max(CALL_BYTES[backend] // (shape.parts * shape.size * edges * itemsize), 1)
+    block_bytes = shape.parts * shape.size * count_edges(model, length, layout) * itemsize
+    most = max(CALL_BYTES[backend] // block_bytes, 1)
     return min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())
 
 

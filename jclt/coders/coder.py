@@ -68,6 +68,23 @@ class Coder(Protocol):
         ...
 
 
+def write_by_rows(
+    coder: Coder, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
+) -> Float[Array, "*N D"]:
+    """`Coder.write`, by the coder's decoder rows, bias and skip."""
+    n = token_letters(x)
+    output = coder.decoder_bias(layer).astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
+    for source, a in enumerate(activations[: layer + 1]):
+        if layer - source < coder.config.reach(source):
+            rows = coder.decoder_rows(source)[:, layer - source]
+            output = output + apply_weight(f"{n}f,fd->{n}d", widen_for_product(a, rows), rows)
+    skip = coder.skip(layer)
+    if skip is None:
+        return output
+    skipped = apply_weight(f"{n}d,ed->{n}e", widen_for_product(x, skip), skip)
+    return output + skipped.astype(output.dtype)
+
+
 class CoderLayer(eqx.Module):
     """The weights of the features that read one layer. R is their reach: the number of layers that they write to."""
 
@@ -131,16 +148,7 @@ class SparseCoder(eqx.Module):
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
     ) -> Float[Array, "*N D"]:
-        weights, n = self.layers[layer], token_letters(x)
-        output = weights.decoder_bias.astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
-        for source, a in enumerate(activations[: layer + 1]):
-            if layer - source < self.config.reach(source):
-                rows = self.layers[source].decoder_rows[:, layer - source]
-                output = output + apply_weight(f"{n}f,fd->{n}d", widen_for_product(a, rows), rows)
-        if weights.skip is None:
-            return output
-        skipped = apply_weight(f"{n}d,ed->{n}e", widen_for_product(x, weights.skip), weights.skip)
-        return output + skipped.astype(output.dtype)
+        return write_by_rows(self, layer, activations, x)
 
     def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
         return self.layers[layer].encoder, self.layers[layer].encoder_bias

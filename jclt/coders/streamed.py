@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jclt.coders.coder import Coder, CoderLayer, SparseCoder
+from jclt.coders.coder import Coder, CoderLayer, SparseCoder, write_by_rows
 from jclt.coders.config import CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint, hash_json, sum_blocks
-from jclt.kernels.matmuls import apply_weight, token_letters, widen_for_product
 from jclt.models.ops import find_finite_rows
 from jclt.shapes import Array, ArrayLike, DTypeLike, Float, Int
 
@@ -79,17 +78,7 @@ class StreamedCoder:
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
     ) -> Float[Array, "*N D"]:
-        n = token_letters(x)
-
-        def multiply(equation: str, x: Array, weight: Array) -> Array:
-            return apply_weight(equation, widen_for_product(x, weight), weight)
-
-        output = self.decoder_bias(layer).astype(activations[0].dtype)[(None,) * (x.ndim - 1)]
-        for source, a in enumerate(activations[: layer + 1]):
-            if layer - source < self.config.reach(source):
-                output = output + multiply(f"{n}f,fd->{n}d", a, self.decoder_rows(source)[:, layer - source])
-        skip = self.skip(layer)
-        return output if skip is None else output + multiply(f"{n}d,ed->{n}e", x, skip).astype(output.dtype)
+        return write_by_rows(self, layer, activations, x)
 
     def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:
         return self.load_encoder(layer).encoder(0)

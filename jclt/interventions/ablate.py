@@ -186,17 +186,12 @@ def gather_rows(
     for source in np.unique(index):
         rows = np.flatnonzero(index == source)
         padded = np.resize(features[rows, 2], 1 << max(len(rows) - 1, 0).bit_length())
-        decoders = np.asarray(gather_decoders(coder, int(source), padded))[: len(rows)]
+        decoders = np.asarray(coder.take_decoder_rows(int(source), padded))[: len(rows)]
         for step in range(decoders.shape[1]):
             writes[covered[source + step], rows] = decoders[:, step] * changes[rows, None]
     by_row, by_layer = NamedSharding(mesh, P("rows")), NamedSharding(mesh, P(None, "rows"))
     arrays = features[:, 0].astype(np.int32), features[:, 1].astype(np.int32), writes
     return Rows(*jax.device_put(arrays, (by_row, by_row, by_layer)))
-
-
-@partial(jax.jit, static_argnames=("index",))
-def gather_decoders(coder: Coder, index: int, features: Int[Array, "n"]) -> Float[Array, "n R D"]:
-    return coder.decoder_rows(index)[features]
 
 
 @partial(jax.jit, static_argnames=("settings",))

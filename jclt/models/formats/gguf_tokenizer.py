@@ -63,10 +63,8 @@ def read_tokenizer(file: GgufFile) -> Tokenizer | None:
     vocabulary = file.header["token_embd.weight"].shape[0] if "token_embd.weight" in file.header else 0
     if len(fields.tokens) > vocabulary:
         raise UserError(f"{where}: {len(fields.tokens)} tokens, expected at most {vocabulary}, one for each embedding")
-    source, named = (
-        file.keys.get("tokenizer.chat_template"),
-        {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"},
-    )
+    source = file.keys.get("tokenizer.chat_template")
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     numbers = {ours: fields.find_token(theirs) for ours, theirs in named.items()}
     texts = {f"{name}_token": fields.tokens[number] for name, number in numbers.items() if number is not None}
     return Tokenizer(backend, ChatTemplate(source, texts) if isinstance(source, str) else None)
