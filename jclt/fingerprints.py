@@ -32,8 +32,8 @@ def sum_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 @jax.jit
-def _sum_bfloat16_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: _sum_array_bits(x.astype(jnp.bfloat16)) for name, x in arrays.items()}
+def _sum_bfloat16_bits(x: Array) -> Array:
+    return _sum_array_bits(x.astype(jnp.bfloat16))
 
 
 def _sum_array_bits(x: Array) -> Array:
@@ -74,9 +74,8 @@ def fingerprint(weights: Any) -> str:
     named = {
         jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(weights)
     }
-    sums = _sum_bfloat16_bits(
-        {name: x for name, x in named.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
-    )
+    floating = {name: x for name, x in named.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+    sums = {name: _sum_bfloat16_bits(x) for name, x in floating.items()}  # a program for each shape, not for each name
     result = hash_json({name: [list(named[name].shape), np.asarray(pair).tolist()] for name, pair in sums.items()})
     try:
         key = id(weights)
@@ -93,8 +92,7 @@ def sum_blocks(blocks: Iterable[Array]) -> list[int]:
     """
     start = first = second = 0
     for block in blocks:
-        of_block = _sum_bfloat16_bits({"block": block})["block"]
-        in_block, weighted = map(int, np.asarray(of_block))
+        in_block, weighted = map(int, np.asarray(_sum_bfloat16_bits(block)))
         first, second, start = first + in_block, second + weighted + 2 * start * in_block, start + block.size
     return [first % (1 << 32), second % (1 << 32)]
 

@@ -150,29 +150,16 @@ def take_encoder_rows(encoder: Coder, features: Int[Array, "n"]) -> tuple[Float[
     return take_from_shards(rows, features), take_from_shards(biases, features)
 
 
-def gather_features(coder: Coder, active: ActiveFeatures, dtype: DTypeLike, by_prompt: NamedSharding) -> FeatureNodes:
-    """The nodes of a batch of prompts, with the decoder rows of each."""
+def gather_features(active: ActiveFeatures, dtype: DTypeLike, by_prompt: NamedSharding) -> FeatureNodes:
+    """The nodes of a batch of prompts."""
     padded = [layer.pad(active.length) for layer in active.lists]
     positions, features, activations = (np.stack(x, axis=1) for x in zip(*padded, strict=True))
     counts = np.array([[len(x) for x in layer.features] for layer in active.lists]).T
     valid = np.arange(active.length) < counts[..., None]
     lists = (valid, positions.astype(int), features.astype(int), activations.astype(dtype))
     valid, positions, features, activations = jax.device_put(lists, by_prompt)
-    decoders = []
-    for index, (_, layer_features, _) in enumerate(padded):
-        rows = coder.take_decoder_rows(index, layer_features.ravel())
-        rows = jax.device_put(rows.reshape(*layer_features.shape, *rows.shape[1:]), by_prompt)
-        decoders.append(_multiply_rows(rows, activations, np.int32(index)))
     encoders, biases = _stack_encoders(tuple(active.encoders), active.length, dtype)
-    return FeatureNodes(valid, positions, features, activations, encoders, biases, tuple(decoders))
-
-
-@jax.jit
-def _multiply_rows(
-    rows: Float[Array, "B n R D"], activations: Float[Array, "B C n"], index: Int[Array, ""]
-) -> Float[Array, "B n R D"]:
-    of_layer = jax.lax.dynamic_index_in_dim(activations, index, axis=1, keepdims=False)
-    return rows.astype(of_layer.dtype) * of_layer[:, :, None, None]
+    return FeatureNodes(valid, positions, features, activations, encoders, biases)
 
 
 @partial(jax.jit, static_argnames=("length", "dtype"))

@@ -7,8 +7,7 @@ A basis lists the nodes of a prompt and gives for each
 - what it writes: a vector into the MLP output of one or several layers, at its position;
 - its activation.
 
-`FeatureNodes` holds what nodes read and, until it is in tiles, what they write; `SourceWrites` holds the tiles, and
-`Layout` the sizes of both.
+`FeatureNodes` holds what nodes read, `SourceWrites` what they write, and `Layout` the sizes of both.
 Edges, ranking and graphs (`edges.py`, `ranking.py`, `schedule.py`) know nothing else of the coder: not how many
 features it has, nor where its weights are stored.
 
@@ -25,13 +24,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 
 from jclt.attribution.tiles import Layout, TilePlan
+from jclt.coders import Coder
 from jclt.shapes import Array, Bool, Float, Int
 
 
 class FeatureNodes(NamedTuple):
-    """One prompt's active features by covered layer: what they read and write. Lists are padded."""
+    """One prompt's active features by covered layer: what they read. Lists are padded."""
 
     valid: Bool[Array, "C n"]  # False: padding
     positions: Int[Array, "C n"]
@@ -39,7 +41,6 @@ class FeatureNodes(NamedTuple):
     activations: Float[Array, "C n"]
     encoders: Float[Array, "C n D"]
     biases: Float[Array, "C n"]
-    decoders: tuple[Float[Array, "n R D"], ...]  # by covered layer, what each writes: activation times decoder row
 
 
 class SourceWrites(NamedTuple):
@@ -51,69 +52,81 @@ class SourceWrites(NamedTuple):
     errors: Float[Array, "*B L T D"]
 
 
-@partial(jax.jit, static_argnames=("layout",))
-@jax.named_scope("gather_sources")
 def gather_sources(
+    coder: Coder,
     layout: Layout,
     plan: TilePlan,
     nodes: FeatureNodes,
     counts: Int[Array, "B C T"],
     unexplained: Float[Array, "B L T D"],
+    by_prompt: NamedSharding,
 ) -> tuple[Int[Array, "B C n"], SourceWrites]:
-    """What the nodes of a batch of prompts write; and each feature's slot, numbered through the tiles of all groups."""
-    return jax.vmap(partial(_gather_prompt, layout))(plan, nodes, counts, unexplained)
+    """What the nodes of a batch of prompts write; and each feature's slot, numbered through the tiles of all groups.
+
+    The decoder rows of one layer at a time are read, and put in the tiles.
+    """
+    slots = find_slots(layout, plan, nodes, counts)
+    shape = len(slots), len(layout.layers), layout.tiles * layout.tile_size, unexplained.shape[-1]
+    tiles = jnp.zeros(shape, unexplained.dtype, device=by_prompt)
+    features = np.asarray(nodes.features)
+    reach = max(map(coder.config.reach, range(len(layout.layers))))
+    for index in range(len(layout.layers)):
+        rows = coder.take_decoder_rows(index, features[:, index].ravel())
+        rows = jnp.pad(rows, ((0, 0), (0, reach - rows.shape[1]), (0, 0)))  # one shape, one program
+        rows = jax.device_put(rows.reshape(len(slots), -1, *rows.shape[1:]), by_prompt)
+        tiles = put_rows(layout, tiles, rows, nodes.activations, slots, np.int32(index))
+    return slots, find_errors(layout, plan, tiles, unexplained)
 
 
-def _gather_prompt(
-    layout: Layout, plan: TilePlan, nodes: FeatureNodes, counts: Array, unexplained: Array
-) -> tuple[Int[Array, "C n"], SourceWrites]:
-    slots = _find_slots(layout, jnp.asarray(plan.numbers), nodes, counts)
-    tiles, explained = _gather_writes(layout, nodes, slots, jnp.asarray(plan.positions), unexplained)
-    places = jnp.asarray(plan.positions), jnp.asarray(plan.layers)
-    return slots, SourceWrites(tiles, *places, unexplained - explained)
+@partial(jax.jit, static_argnames=("layout",))
+@jax.named_scope("find_slots")
+def find_slots(layout: Layout, plan: TilePlan, nodes: FeatureNodes, counts: Int[Array, "B C T"]) -> Int[Array, "B C n"]:
+    def find(tile_numbers: Int[Array, "G T J"], nodes: FeatureNodes, counts: Int[Array, "C T"]) -> Int[Array, "C n"]:
+        layers, positions, size = jnp.arange(len(layout.layers))[:, None], nodes.positions, layout.tile_size
+        earlier = jnp.cumsum(counts, axis=1) - counts  # active features of the same layer at earlier positions
+        # In the tiles of a position, features of lower layers come first.
+        below = jnp.zeros_like(counts) if layout.groups > 1 else jnp.cumsum(counts, axis=0) - counts
+        ordinals = (below - earlier)[layers, positions] + jnp.arange(layout.list_length)[None]
+        groups = layers if layout.groups > 1 else jnp.zeros_like(layers)
+        tiles = groups * layout.tiles + tile_numbers[groups, positions, ordinals // size]
+        return jnp.where(nodes.valid, tiles * size + ordinals % size, layout.groups * layout.tiles * size)
+
+    return jax.vmap(find)(jnp.asarray(plan.numbers), nodes, counts)
 
 
-def _find_slots(
-    layout: Layout, tile_numbers: Int[Array, "G T J"], nodes: FeatureNodes, counts: Int[Array, "C T"]
-) -> Int[Array, "C n"]:
-    layers, positions, size = jnp.arange(len(layout.layers))[:, None], nodes.positions, layout.tile_size
-    earlier = jnp.cumsum(counts, axis=1) - counts  # active features of the same layer at earlier positions
-    # In the tiles of a position, features of lower layers come first.
-    below = jnp.zeros_like(counts) if layout.groups > 1 else jnp.cumsum(counts, axis=0) - counts
-    ordinals = (below - earlier)[layers, positions] + jnp.arange(layout.list_length)[None]
-    groups = layers if layout.groups > 1 else jnp.zeros_like(layers)
-    tiles = groups * layout.tiles + tile_numbers[groups, positions, ordinals // size]
-    return jnp.where(nodes.valid, tiles * size + ordinals % size, layout.groups * layout.tiles * size)
-
-
-def _gather_writes(
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("tiles",))
+@jax.named_scope("gather_sources")
+def put_rows(
     layout: Layout,
-    nodes: FeatureNodes,
-    slots: Int[Array, "C n"],
-    positions: Int[Array, "G K"],
-    unexplained: Float[Array, "L T D"],
-) -> tuple[Float[Array, "C K S D"], Float[Array, "L T D"]]:
-    """What the features of each tile write to each covered layer; and what all features write together."""
-    covered, width, dtype = layout.layers, unexplained.shape[-1], unexplained.dtype
-    groups, tiles, tile_size = layout.groups, layout.tiles, layout.tile_size
-    # Nodes are numbered through all lists. An empty slot has the number after the last, and writes nothing.
-    count = nodes.valid.size
-    numbers = jnp.where(nodes.valid, jnp.arange(count).reshape(nodes.valid.shape), count)
-    slot_nodes = jnp.full(groups * tiles * tile_size, count).at[slots].set(numbers, mode="drop")
-    slot_nodes = slot_nodes.reshape(groups, -1)
-    tile_writes, explained = [], jnp.zeros_like(unexplained)
-    for target, layer in enumerate(covered):
-        if groups > 1:
-            node_writes, node_numbers = nodes.decoders[target][:, 0], slot_nodes[target] - target * layout.list_length
-        else:
-            from_layers = [
-                nodes.decoders[index][:, target - index]
-                if target - index < nodes.decoders[index].shape[1]
-                else jnp.zeros((layout.list_length, width), dtype)
-                for index in range(target + 1)
-            ]
-            node_writes, node_numbers = jnp.concatenate(from_layers), slot_nodes[0]
-        slot_writes = node_writes.at[node_numbers].get(mode="fill", fill_value=0).reshape(tiles, tile_size, width)
-        explained = explained.at[layer, positions[target if groups > 1 else 0]].add(slot_writes.sum(axis=1))
-        tile_writes.append(slot_writes)
-    return jnp.stack(tile_writes), explained
+    tiles: Float[Array, "B C Q D"],  # Q: the slots of all tiles of a group
+    rows: Float[Array, "B n R D"],
+    activations: Float[Array, "B C n"],
+    slots: Int[Array, "B C n"],
+    index: Int[Array, ""],
+) -> Float[Array, "B C Q D"]:
+    """Puts in the tiles what the features of one covered layer write to it and to the next ones. A padded feature has a
+    slot after the last one, and a padded row a layer after the last one; both are left out."""
+
+    def put(tiles: Array, rows: Array, activations: Array, slots: Array) -> Float[Array, "C Q D"]:
+        writes = rows.astype(tiles.dtype) * activations[index][:, None, None]
+        in_group = slots[index] - (index * tiles.shape[1] if layout.groups > 1 else 0)
+        layers = index + jnp.arange(rows.shape[1], dtype=index.dtype)
+        return tiles.at[layers[:, None], in_group[None]].set(jnp.moveaxis(writes, 1, 0), mode="drop")
+
+    return jax.vmap(put)(tiles, rows, activations, slots)
+
+
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("tiles", "unexplained"))
+@jax.named_scope("find_errors")
+def find_errors(
+    layout: Layout, plan: TilePlan, tiles: Float[Array, "B C Q D"], unexplained: Float[Array, "B L T D"]
+) -> SourceWrites:
+    """The tiles, with what is left after all that their features write together."""
+
+    def subtract(tiles: Array, positions: Int[Array, "G K"], unexplained: Array) -> Float[Array, "L T D"]:
+        written = tiles.reshape(len(tiles), layout.tiles, layout.tile_size, -1).sum(axis=2)
+        return unexplained.at[jnp.asarray(layout.layers)[:, None], positions].add(-written)
+
+    errors = jax.vmap(subtract)(tiles, jnp.asarray(plan.positions), unexplained)
+    tiles = tiles.reshape(*tiles.shape[:2], layout.tiles, layout.tile_size, -1)
+    return SourceWrites(tiles, jnp.asarray(plan.positions), jnp.asarray(plan.layers), errors)

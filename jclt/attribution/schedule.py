@@ -172,11 +172,11 @@ def gather_nodes(
 ) -> tuple[FeatureNodes, Int[Array, "B C n"], PromptNodes, EmbeddingEdges]:
     """Gathers a batch's features, their slots and sources, traces its embeddings, and folds its nodes."""
     log.debug("2 gather sources: %d tiles of %d slots", layout.groups * layout.tiles, layout.tile_size)
-    features = gather_features(setup.coder, active, true_pass.reads.dtype, setup.by_prompt)
+    features = gather_features(active, true_pass.reads.dtype, setup.by_prompt)
     plan, on_device = jax.device_put((plan_tiles(counts, layout), counts.astype(int)), setup.by_prompt)
     assert true_pass.unexplained is not None
-    slots, sources = gather_sources(layout, plan, features, on_device, true_pass.unexplained)
-    features, true_pass = features._replace(decoders=()), true_pass.drop_unexplained()
+    unexplained, true_pass = true_pass.unexplained, true_pass.drop_unexplained()
+    slots, sources = gather_sources(setup.coder, layout, plan, features, on_device, unexplained, setup.by_prompt)
     log.debug("3 trace embeddings")
     output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
     output_nodes = jax.device_put(output_nodes, setup.by_prompt)
