@@ -34,12 +34,13 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jclt.attribution.calls import Setup
 from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Conventions, Options
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.ranking import PromptRows
-from jclt.attribution.schedule import Setup, trace_prompts
+from jclt.attribution.schedule import trace_prompts
 from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, round_up_length
 from jclt.attribution.targets import Target, decode_token, make_unembedding, parse_targets, resolve_targets
 from jclt.attribution.true_pass import stack_biases, stack_skips, widen_outside_layers

@@ -74,7 +74,7 @@ def gather_sources(
         rows = coder.take_decoder_rows(index, features[:, index].ravel())
         rows = jnp.pad(rows, ((0, 0), (0, reach - rows.shape[1]), (0, 0)))  # one shape, one program
         rows = jax.device_put(rows.reshape(len(slots), -1, *rows.shape[1:]), by_prompt)
-        tiles = put_rows(layout, tiles, rows, nodes.activations, slots, np.int32(index))
+        tiles = put_rows(layout, tiles, rows, nodes.activations, slots, np.array(index, slots.dtype))
     return slots, find_errors(layout, plan, tiles, unexplained)
 
 

@@ -20,70 +20,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.bases import FeatureNodes, SourceWrites
-from jclt.attribution.folding import (
-    FoldedLayer,
-    FoldedPrompt,
-    FoldedWeights,
-    fold_prompt,
-    fold_targets,
-    fold_writes,
-    invert_write_norms,
-    run_folded_layer,
-    writes_through_norm,
-)
-from jclt.attribution.local import Frozen, LocalModel, Weights
+from jclt.attribution.columns import Columns, meet_columns
+from jclt.attribution.folding import FoldedLayer, FoldedWeights, run_folded_layer
+from jclt.attribution.local import LocalModel
+from jclt.attribution.nodes import PromptNodes, Sweep, TargetNodes
 from jclt.attribution.tiles import Layout
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int
-
-
-class TargetNodes(NamedTuple):
-    """The targets of edges. A target's value is its vector times what is read at its layer and position, and a bias;
-    once folded, its vector times the residual stream there."""
-
-    layers: Int[Array, "*B N"]  # the number of layers for what the unembedding reads
-    positions: Int[Array, "*B N"]
-    vectors: Float[Array, "*B N D"]
-
-
-class PromptNodes(NamedTuple):
-    """What the edges of B prompts are computed from: linear models, sources and targets, folded (`folding.py`)."""
-
-    folded: FoldedPrompt
-    sources: SourceWrites
-    targets: TargetNodes
-
-
-@partial(jax.jit, static_argnames=("local", "layout"))
-@jax.named_scope("fold_nodes")
-def fold_nodes(
-    local: LocalModel,
-    layout: Layout,
-    weights: Weights,
-    frozen: Frozen,
-    features: FeatureNodes,
-    outputs: TargetNodes,
-    sources: SourceWrites,
-) -> PromptNodes:
-    """The nodes of a batch of prompts. Targets are its features layer by layer, padding included, then its outputs."""
-
-    def fold(frozen: Frozen, features: FeatureNodes, outputs: TargetNodes, sources: SourceWrites) -> PromptNodes:
-        encoders = features.encoders.reshape(-1, features.encoders.shape[-1])
-        layers = jnp.repeat(jnp.asarray(layout.layers), features.valid.shape[1]).astype(outputs.layers.dtype)
-        layers = jnp.concatenate([layers, outputs.layers])
-        positions = jnp.concatenate([features.positions.ravel(), outputs.positions])
-        vectors = jnp.concatenate([encoders, outputs.vectors])
-        vectors = fold_targets(local, weights.params, frozen, layers, positions, vectors)
-        if writes_through_norm(local):
-            scales, covered = invert_write_norms(local, frozen), jnp.asarray(layout.layers)
-            tile_scales = scales[covered[:, None], jnp.broadcast_to(sources.tile_positions, sources.tiles.shape[:2])]
-            tiles = fold_writes(local, weights.params, covered, sources.tiles) * tile_scales[:, :, None, None]
-            errors = fold_writes(local, weights.params, jnp.arange(len(scales)), sources.errors) * scales[:, :, None]
-            sources = sources._replace(tiles=tiles, errors=errors)
-        return PromptNodes(fold_prompt(local, weights, frozen), sources, TargetNodes(layers, positions, vectors))
-
-    return jax.vmap(fold)(frozen, features, outputs, sources)
 
 
 class Blocks(NamedTuple):
@@ -101,27 +44,7 @@ class Edges(NamedTuple):
 
     features: Float[Array, "*M G K r S"]  # by group of tiles, tile and slot; r: P times R
     errors: Float[Array, "*M L T r"]
-
-
-class Sweep(NamedTuple):
-    """The arrays and settings that all blocks of one call share."""
-
-    local: LocalModel
-    layout: Layout
-    start: int  # the first position with sources
-    stops: tuple[int, ...]  # numbers of positions, counted from `start`
-    weights: FoldedWeights
-    prompts: PromptNodes
-
-    def take_layer(self, prompt: Array, layer: Array) -> FoldedLayer:
-        folded, weights, start = self.prompts.folded, self.weights, self.start
-        return FoldedLayer(
-            values=weights.values[layer],
-            outputs=weights.outputs[layer],
-            skip=None if weights.skips is None else weights.skips[layer],
-            pattern=folded.patterns[prompt, layer, :, start:, start:],
-            skip_scale=None if folded.skip_scales is None else folded.skip_scales[prompt, layer, start:],
-        )
+    columns: Float[Array, "*M N r s"] | None  # from the sources below the cut, by block of sources
 
 
 @partial(jax.jit, static_argnames=("local", "layout", "start", "stops", "mesh"))
@@ -134,47 +57,55 @@ def trace_blocks(
     mesh: Mesh,
     weights: FoldedWeights,
     prompts: PromptNodes,
+    columns: Columns | None,
     blocks: Blocks,
 ) -> Edges:
     """Traces blocks one after the other, on each device those of its own prompts."""
 
-    def trace_on_device(weights: FoldedWeights, prompts: PromptNodes, blocks: Blocks) -> Edges:
+    def trace_on_device(weights: FoldedWeights, prompts: PromptNodes, columns: Columns | None, blocks: Blocks) -> Edges:
         sweep = Sweep(local, layout, start, stops, weights, prompts)
         count, parts, size = blocks.numbers.shape
-        nothing = make_edges(sweep, parts * size)
+        nothing = make_edges(sweep, columns, parts * size)
         edges = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), nothing)
 
         def trace_next(number: Array, edges: Edges) -> Edges:
-            block = (blocks.prompts[number], blocks.numbers[number], blocks.tops[number], blocks.stop_indices[number])
-            of_block = trace_block(sweep, *block)
+            of_block = trace_block(sweep, columns, *(x[number] for x in blocks[1:]))
             return jax.tree.map(lambda all_edges, x: all_edges.at[number].set(x), edges, of_block)
 
         return jax.lax.fori_loop(0, blocks.used[0], trace_next, edges)
 
     if mesh.size == 1:
-        return trace_on_device(weights, prompts, blocks)
+        return trace_on_device(weights, prompts, columns, blocks)
     split = P("prompts")
-    return jax.shard_map(trace_on_device, mesh=mesh, in_specs=(P(), split, split), out_specs=split, check_vma=False)(
-        weights, prompts, blocks
+    specs = (P(), split, split, split)
+    return jax.shard_map(trace_on_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(
+        weights, prompts, columns, blocks
     )
 
 
-def make_edges(sweep: Sweep, targets: int) -> Edges:
+def make_edges(sweep: Sweep, columns: Columns | None, targets: int) -> Edges:
     """Zeros for one block of so many targets."""
-    layout, dtype = sweep.layout, sweep.prompts.targets.vectors.dtype
+    layout, dtype = sweep.layout, sweep.dtype
     return Edges(
         features=jnp.zeros((layout.groups, layout.tiles, targets, layout.tile_size), dtype),
         errors=jnp.zeros((sweep.local.model.layers, sweep.stops[-1], targets), dtype),
+        columns=columns and jnp.zeros((columns.streams.shape[1], targets, columns.streams.shape[3]), dtype),
     )
 
 
 def trace_block(
-    sweep: Sweep, prompt: Int[Array, ""], numbers: Int[Array, "P R"], top: Int[Array, ""], stop_index: Int[Array, ""]
+    sweep: Sweep,
+    columns: Columns | None,
+    prompt: Int[Array, ""],
+    numbers: Int[Array, "P R"],
+    top: Int[Array, ""],
+    stop_index: Int[Array, ""],
 ) -> Edges:
     """The edges into one block of targets."""
     targets = TargetNodes(*(x[prompt, numbers] for x in sweep.prompts.targets))
-    (parts, size), width, dtype = numbers.shape, targets.vectors.shape[-1], targets.vectors.dtype
+    (parts, size), width, dtype = numbers.shape, sweep.width, sweep.dtype
     part_tops = jnp.max(targets.layers, axis=1)
+    floor = jnp.zeros_like(top) if columns is None else columns.cuts[prompt]
 
     def begin(layer: Array, part: Array) -> Float[Array, "T R D"]:
         """The gradients of a part that begin in this layer: the vectors of the targets that read here, else zero."""
@@ -199,10 +130,19 @@ def trace_block(
         streams, edges = carry
         active = jnp.sum((part_tops >= layer).astype(top.dtype))
         streams = jax.lax.fori_loop(0, active, trace_part, streams)
-        return streams, add_shares(sweep, LayerStep(prompt, layer - 1, stop_index, active), streams, edges)
+        step = LayerStep(prompt, layer - 1, stop_index, active)
+        edges = jax.lax.cond(
+            step.layer >= floor, partial(add_shares, sweep, step), lambda streams, edges: edges, streams, edges
+        )
+        return streams, edges
 
     streams = jnp.zeros((sweep.stops[-1], parts, size, width), dtype)
-    return jax.lax.fori_loop(0, top, trace_layer, (streams, make_edges(sweep, parts * size)))[1]
+    layers = top + 1 - jnp.maximum(floor, 1)
+    streams, edges = jax.lax.fori_loop(0, layers, trace_layer, (streams, make_edges(sweep, columns, parts * size)))
+    if columns is None:
+        return edges
+    stop = jnp.asarray(sweep.stops)[stop_index]
+    return edges._replace(columns=meet_columns(columns, prompt, stop, streams.reshape(-1, parts * size, width)))
 
 
 def pull_back(
@@ -247,7 +187,7 @@ def add_shares(sweep: Sweep, step: LayerStep, streams: Float[Array, "T P R D"], 
             streams,
             edges.features,
         )
-    return Edges(to_features, edges.errors.at[layer].set(to_errors))
+    return edges._replace(features=to_features, errors=edges.errors.at[layer].set(to_errors))
 
 
 def add_features(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jclt.attribution.edges import Edges
 from jclt.attribution.embeddings import EmbeddingEdges
 from jclt.attribution.targets import Outputs
 from jclt.graphs.graph import Graph
@@ -77,6 +78,10 @@ class PromptRows:
         self.embeddings = [x for x in (embedding_edges.tokens, embedding_edges.positions) if x is not None]
         self.padded_numbers = padded_numbers
         self.is_traced = np.zeros(len(features), bool)  # has a row, or will have it at the end of the round
+        self.cut = 0  # the layer down to which targets go to meet columns (`columns.py`); 0: none
+        self.column_places = np.full((2, self.source_count), -1)  # block and place in it of each source below the cut
+        self.low_places = np.zeros((2, len(features)), int)  # tile and slot of each target below the cut
+        self.low_edges: Float[np.ndarray, "N m K r S"] | None = None  # from the former into the latter
         self.rows: list[Rows] = []
         self.columns: dict[tuple[int, int], np.ndarray] = {}
 
@@ -94,6 +99,23 @@ class PromptRows:
             others = [start + np.arange(stop) for start in starts]
             self.columns[layer, stop] = np.concatenate([features, *others]).astype(np.int32)
         return self.columns[layer, stop]
+
+    def count_features(self, start: int, length: int) -> Int[np.ndarray, "L T"]:
+        """How many are active in each layer, at `length` positions from `start` on."""
+        counts = np.zeros((self.layers, length), int)
+        np.add.at(counts, (self.features[:, 0], self.features[:, 1] - start), 1)
+        return counts
+
+    def list_sources(self, cut: int, start: int) -> Int[np.ndarray, "s"]:
+        """The features and errors in layers below the cut."""
+        features, errors = np.flatnonzero(self.features[:, 0] < cut), np.arange(cut * len(self.tokens))
+        return np.concatenate([features, len(self.features) + errors[errors % len(self.tokens) >= start]])
+
+    def locate_sources(self, numbers: Int[np.ndarray, "s"]) -> tuple[Int[np.ndarray, "s"], Int[np.ndarray, "s"]]:
+        """Layers and positions of features and errors."""
+        errors = np.stack(np.divmod(np.arange(self.layers * len(self.tokens)), len(self.tokens)), axis=1)
+        layers, positions = np.concatenate([self.features[:, :2], errors])[numbers].T
+        return layers, positions
 
     def choose_first(self) -> Int[np.ndarray, "_"]:
         """The targets of the first round: the outputs, and every feature if all are traced whatever their rank."""
@@ -118,27 +140,44 @@ class PromptRows:
     def add_block(
         self,
         targets: Int[np.ndarray, "n"],
-        to_features: Float[np.ndarray, "G K r S"],
-        to_errors: Float[np.ndarray, "L T r"],
+        block: Edges,
         start: int,
         length: int,
     ) -> None:
         """Keeps the rows of a block, which begins with the rows of these targets: edges from sources at `length`
         positions from `start` on."""
-        tiles = to_features.reshape(-1, *to_features.shape[2:])
+        tiles = block.features.reshape(-1, *block.features.shape[2:])
         stop, count = min(len(self.tokens), start + length), len(self.features)
         for layer in np.unique(self.target_layers[targets]):
             place = np.flatnonzero(self.target_layers[targets] == layer)
             columns = self.list_columns(int(layer), stop)
             features = columns[: np.searchsorted(columns, count)]
             tile, slot = self.slots[:, features]
-            edges = np.zeros((len(place), len(columns)), to_features.dtype)
+            edges = np.zeros((len(place), len(columns)), tiles.dtype)
             end = len(features) + int(layer) * stop
             edges[:, : len(features)] = tiles[tile, place[:, None], slot]
             errors = edges[:, len(features) : end].reshape(len(place), int(layer), stop)
-            errors[:, :, start:] = np.moveaxis(to_errors[:layer, : stop - start, place], 2, 0)
+            errors[:, :, start:] = np.moveaxis(np.asarray(block.errors)[:layer, : stop - start, place], 2, 0)
             edges[:, len(features) : end] = errors.reshape(len(place), -1)
+            if block.columns is not None:
+                number, slot = self.column_places[:, columns[:end]]
+                met = np.flatnonzero(number >= 0)
+                edges[:, met] += block.columns[number[met], place[:, None], slot[met]]
             self.add_rows(int(layer), targets[place], columns, edges, end)
+
+    def add_low_targets(self, targets: Int[np.ndarray, "r"]) -> None:
+        """Keeps the rows of targets below the cut, whose edges are there already."""
+        for layer in np.unique(self.target_layers[targets]):
+            assert self.low_edges is not None
+            of_layer = targets[self.target_layers[targets] == layer]
+            stop = int(self.target_positions[of_layer].max()) + 1
+            columns = self.list_columns(int(layer), stop)
+            end = len(columns) - len(self.embeddings) * stop
+            block, place = self.column_places[:, columns[:end]]
+            tile, slot = self.low_places[:, of_layer, None]
+            edges = np.zeros((len(of_layer), len(columns)), self.values.dtype)
+            edges[:, :end] = np.where(block < 0, 0, self.low_edges[block, layer, tile, place, slot])
+            self.add_rows(int(layer), of_layer, columns, edges, end)
 
     def add_first_layer(self, targets: Int[np.ndarray, "r"]) -> None:
         """Keeps the rows of targets in the first layer, into which only embeddings lead."""

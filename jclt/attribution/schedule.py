@@ -1,36 +1,24 @@
-"""Schedules steps 1 to 4 for prompts of similar length: the host chooses targets, the device computes their edges.
-
-Edges are computed in blocks of targets. A call of the program computes several blocks, for all prompts of the batch at
-once; while the device works on the next calls, the host stores the rows of the one before.
-"""
+"""Schedules steps 1 to 4 for prompts of similar length: gathers their nodes, and traces targets in rounds."""
 
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.active import ActiveFeatures, find_active, gather_features
 from jclt.attribution.bases import FeatureNodes, gather_sources
-from jclt.attribution.blocks import Block, BlockShape, split_targets
-from jclt.attribution.edges import Blocks, Edges, PromptNodes, TargetNodes, fold_nodes, trace_blocks
+from jclt.attribution.calls import Batch, Setup, push_columns, trace_rows
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
-from jclt.attribution.folding import FoldedWeights
-from jclt.attribution.local import LocalModel, Weights
-from jclt.attribution.options import Options, count_silent_positions
+from jclt.attribution.nodes import PromptNodes, TargetNodes, fold_nodes
+from jclt.attribution.options import count_silent_positions
 from jclt.attribution.ranking import Limits, PromptRows
 from jclt.attribution.sizes import (
     BATCH_BYTES,
-    CALLS_IN_FLIGHT,
     DeviceBytes,
     check_rows,
-    choose_block_shape,
-    choose_blocks_per_call,
     choose_embeddings_at_once,
     choose_layout,
     estimate_pass_bytes,
@@ -40,57 +28,18 @@ from jclt.attribution.sizes import (
     round_up,
     round_up_length,
 )
-from jclt.attribution.targets import Outputs, Target, Unembedding, build_outputs
+from jclt.attribution.targets import Outputs, Target, build_outputs
 from jclt.attribution.tiles import Layout, plan_tiles
 from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
-from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.memory import check_memory
 from jclt.models import Model
-from jclt.shapes import Array, Float, Int
+from jclt.shapes import Array, Int
 
 log = logging.getLogger(__name__)
 
 PEER_ROUND_SIZE = 4 * 256
 """Features that circuit-tracer traces between two rankings: its command line's batches of 256, four at a time."""
-
-
-class Setup(NamedTuple):
-    """What all prompts of one call of `attribute_each` share, on the devices of the mesh."""
-
-    model: Model
-    local: LocalModel
-    weights: Weights
-    folded: FoldedWeights
-    biases: Float[Array, "L D"]
-    coder: Coder
-    unembedding: Unembedding
-    mesh: Mesh
-    options: Options
-
-    @property
-    def by_prompt(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P("prompts"))
-
-    @property
-    def uses_our_conventions(self) -> bool:
-        return self.options.conventions == "jclt"
-
-    @property
-    def itemsize(self) -> int:
-        return self.unembedding.table.dtype.itemsize
-
-
-class Batch(NamedTuple):
-    """Prompts whose sources are gathered: the arrays on the devices, and the rows on the host."""
-
-    setup: Setup
-    layout: Layout
-    nodes: PromptNodes
-    rows: list[PromptRows]
-    per_device: int  # prompts, with those that only fill the batch up
-    start: int  # the first position with sources
-    stops: tuple[int, ...]  # numbers of positions from there on that blocks are computed for
 
 
 def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequence[Target] | None]) -> list[PromptRows]:
@@ -135,7 +84,7 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     if not bool(jnp.isfinite(nodes.sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
     start = min(silent, min(map(len, prompts)) - 1)
-    batch = Batch(setup, layout, nodes, rows, per_device, start, list_stops(length - start))
+    batch = push_columns(Batch(setup, layout, nodes, rows, per_device, start, list_stops(length - start)))
     log.debug("3 trace outputs")
     trace_rows(batch, [prompt_rows.choose_first() for prompt_rows in rows])
     while any(map(len, wanted := [prompt_rows.choose_next() for prompt_rows in rows])):
@@ -231,70 +180,3 @@ def make_rows(
         )
         all_rows.append(prompt_rows)
     return all_rows
-
-
-def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
-    """Computes the edges into each prompt's targets, given by number, and stores them as its rows."""
-    in_flight: deque[tuple[list[Block | None], Edges]] = deque()
-
-    def store_oldest() -> None:
-        blocks, edges = in_flight.popleft()
-        to_features, to_errors = map(np.asarray, edges)
-        for block, features, errors in zip(blocks, to_features, to_errors, strict=True):
-            if block is not None:
-                length = batch.stops[block.stop_index]
-                batch.rows[block.prompt].add_block(block.targets, features, errors, batch.start, length)
-
-    # Targets in the first layer only read embeddings, so they need no block.
-    above: list[np.ndarray] = []
-    for rows, numbers in zip(batch.rows, wanted, strict=True):
-        is_first = rows.target_layers[numbers] == 0
-        rows.add_first_layer(numbers[is_first])
-        above.append(numbers[~is_first])
-    width = batch.setup.model.config.width
-    shape = choose_block_shape(jax.default_backend(), max(map(len, above)), batch.stops[-1], width)
-    for call in launch_calls(batch, shape, split_blocks(batch, shape, above)):
-        in_flight.append(call)
-        if len(in_flight) > CALLS_IN_FLIGHT:
-            store_oldest()
-    while in_flight:
-        store_oldest()
-
-
-def split_blocks(batch: Batch, shape: BlockShape, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
-    """The blocks of each device."""
-    by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
-    for prompt, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
-        layers, positions = rows.target_layers[numbers], rows.target_positions[numbers] - batch.start
-        blocks = split_targets(prompt, numbers, layers, positions, batch.stops, shape)
-        by_device[prompt // batch.per_device] += blocks
-    return by_device
-
-
-def launch_calls(
-    batch: Batch, shape: BlockShape, by_device: list[list[Block]]
-) -> Iterator[tuple[list[Block | None], Edges]]:
-    """Starts one call of the program after another; yields the blocks of each call, None for padding, and their
-    edges."""
-    setup, layout, config, backend = batch.setup, batch.layout, batch.setup.model.config, jax.default_backend()
-    longest = max(map(len, by_device))
-    if not longest:
-        return
-    most = choose_blocks_per_call(backend, longest, batch.stops[-1], config, layout, shape, setup.itemsize)
-    padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
-    for first in range(0, longest, most):
-        in_call = [of_device[first : first + most] for of_device in by_device]
-        numbers = np.full((len(in_call), most, shape.parts * shape.size), padding)
-        prompts, tops, stop_indices = np.zeros((3, len(in_call), most), int)
-        for device, of_device in enumerate(in_call):
-            for place, block in enumerate(of_device):
-                padded_numbers = batch.rows[block.prompt].padded_numbers
-                numbers[device, place, : len(block.targets)] = padded_numbers[block.targets]
-                prompts[device, place], tops[device, place] = block.prompt % batch.per_device, block.top
-                stop_indices[device, place] = block.stop_index
-        used = np.array([len(of_device) for of_device in in_call])
-        arrays = used, prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stop_indices.ravel()
-        blocks = Blocks(*jax.device_put(arrays, setup.by_prompt))
-        program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
-        edges = trace_blocks(*program, setup.folded, batch.nodes, blocks)
-        yield [block for of_device in in_call for block in [*of_device, *[None] * (most - len(of_device))]], edges

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jclt.attribution.blocks import BlockShape
+from jclt.attribution.cuts import COLUMN_BYTES
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import estimate_sizes
@@ -105,12 +106,9 @@ def choose_block_shape(backend: str, targets: int, length: int, width: int) -> B
     return BlockShape(min(MOST_PARTS, 1 << (-(-targets // size) - 1).bit_length()), size)
 
 
-def choose_blocks_per_call(
-    backend: str, blocks: int, length: int, model: ModelConfig, layout: Layout, shape: BlockShape, itemsize: int
-) -> int:
-    """How many of a device's blocks one call computes, a power of two."""
-    block_bytes = shape.parts * shape.size * count_edges(model, length, layout) * itemsize
-    most = max(CALL_BYTES[backend] // block_bytes, 1)
+def choose_blocks_per_call(backend: str, blocks: int, target_bytes: int, shape: BlockShape) -> int:
+    """How many of a device's blocks one call computes, a power of two, given the bytes of the edges into a target."""
+    most = max(CALL_BYTES[backend] // (shape.parts * shape.size * target_bytes), 1)
     return min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())
 
 
@@ -152,7 +150,7 @@ def check_rows(
     most_outputs = max(len(prompt_outputs.tokens) for prompt_outputs in outputs)
 
     def estimate_device(limit: int) -> int:
-        calls = (CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend]
+        calls = (CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend] + COLUMN_BYTES[backend]
         return on_device.sources + min(calls, (limit + most_outputs) * on_device.target)
 
     def estimate_host(limit: int) -> float:

@@ -22,6 +22,8 @@ SMALLEST_TILE = 8
 """Where each layer has tiles of its own, tiles may be smaller, as there are fewer features to fill one."""
 TILES_AT_ONCE = {"cpu": 1, "gpu": 32, "tpu": 32}
 """Tiles that are multiplied together, or skipped together where a block of targets does not need them."""
+TARGET_TILE = 16
+"""Slots of a tile of targets, all of one layer and position."""
 NO_LAYER = 2**30
 """The layer of tiles without features."""
 
@@ -83,3 +85,17 @@ def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
     layers = np.full(positions.shape, NO_LAYER)
     positions[places], layers[places] = position, lowest[batch, group, ordinal, position]
     return TilePlan(numbers.swapaxes(2, 3), positions, layers)
+
+
+def place_targets(
+    layers: Int[np.ndarray, "n"], positions: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """Tile and slot of each target, sorted by layer and position. Tiles are numbered within each layer."""
+    places, first, inverse, counts = np.unique(
+        np.stack([layers, positions]), axis=1, return_index=True, return_inverse=True, return_counts=True
+    )
+    tiles = -(-counts // TARGET_TILE)
+    before = np.cumsum(tiles) - tiles
+    first_of_layer = before[np.searchsorted(places[0], places[0])]
+    ordinals = np.arange(len(layers)) - first[inverse.ravel()]
+    return (before - first_of_layer)[inverse.ravel()] + ordinals // TARGET_TILE, ordinals % TARGET_TILE

@@ -1,0 +1,221 @@
+"""Calls of the programs that compute edges, for prompts whose sources are gathered: the host arranges sources and
+targets in blocks, the device computes them.
+
+A call computes several blocks, for all prompts of a batch at once; while the device works on the next calls, the host
+stores the rows of the one before.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jclt.attribution.blocks import Block, BlockShape, split_targets
+from jclt.attribution.columns import Columns, LowTargets, SourceBlocks, push_sources
+from jclt.attribution.cuts import COLUMN_BYTES, Work, choose_cut
+from jclt.attribution.edges import Blocks, Edges, trace_blocks
+from jclt.attribution.folding import FoldedWeights
+from jclt.attribution.local import LocalModel, Weights
+from jclt.attribution.nodes import PromptNodes
+from jclt.attribution.options import Options
+from jclt.attribution.ranking import PromptRows
+from jclt.attribution.sizes import CALLS_IN_FLIGHT, choose_block_shape, choose_blocks_per_call, count_edges, round_up
+from jclt.attribution.targets import Unembedding
+from jclt.attribution.tiles import NO_LAYER, TARGET_TILE, Layout, place_targets
+from jclt.coders import Coder
+from jclt.models import Model
+from jclt.shapes import Array, Float, Int
+
+log = logging.getLogger(__name__)
+
+
+class Setup(NamedTuple):
+    """What all prompts of one call of `attribute_each` share, on the devices of the mesh."""
+
+    model: Model
+    local: LocalModel
+    weights: Weights
+    folded: FoldedWeights
+    biases: Float[Array, "L D"]
+    coder: Coder
+    unembedding: Unembedding
+    mesh: Mesh
+    options: Options
+
+    @property
+    def by_prompt(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P("prompts"))
+
+    @property
+    def uses_our_conventions(self) -> bool:
+        return self.options.conventions == "jclt"
+
+    @property
+    def itemsize(self) -> int:
+        return self.unembedding.table.dtype.itemsize
+
+
+class Batch(NamedTuple):
+    """Prompts whose sources are gathered: the arrays on the devices, and the rows on the host."""
+
+    setup: Setup
+    layout: Layout
+    nodes: PromptNodes
+    rows: list[PromptRows]
+    per_device: int  # prompts, with those that only fill the batch up
+    start: int  # the first position with sources
+    stops: tuple[int, ...]  # numbers of positions from there on that blocks are computed for
+    columns: Columns | None = None
+
+    @property
+    def prompts(self) -> int:
+        return self.per_device * self.setup.mesh.size
+
+
+def push_columns(batch: Batch) -> Batch:
+    """The batch, with the columns of its sources where a cut saves operations."""
+    setup, length, width = batch.setup, batch.stops[-1], batch.setup.model.config.width
+    most_numbers = COLUMN_BYTES[jax.default_backend()] // (batch.per_device * setup.itemsize)
+    for rows in batch.rows:
+        work = Work(
+            features=rows.count_features(batch.start, length),
+            traced=rows.limit / len(rows.features),
+            outputs=len(rows.outputs.tokens),
+            writes_on=batch.layout.groups == 1,
+        )
+        rows.cut = choose_cut(setup.model.config, work, most_numbers)
+    if not any(rows.cut for rows in batch.rows):
+        return batch
+    numbers = [rows.list_sources(rows.cut, batch.start) for rows in batch.rows]
+    shape = choose_block_shape(jax.default_backend(), max(map(len, numbers)), length, width)
+    log.debug("3 carry %d sources up to layer %d", sum(map(len, numbers)), max(rows.cut for rows in batch.rows))
+    arranged = arrange_sources(batch, shape, numbers), arrange_low_targets(batch)
+    program = (setup.local, batch.layout, batch.start, batch.stops, setup.mesh)
+    arrays = jax.device_put(arranged, setup.by_prompt)
+    columns, low_edges = push_sources(*program, setup.folded, batch.nodes, *arrays)
+    for rows, of_prompt in zip(batch.rows, np.asarray(low_edges), strict=False):
+        rows.low_edges = of_prompt
+    return batch._replace(columns=columns)
+
+
+def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarray, "_"]]) -> SourceBlocks:
+    """The sources below the cut of each prompt, given by number, in blocks. They go up as targets go down, so layers
+    are counted down from the cut and positions from the last one to arrange them."""
+    layout, length, located = batch.layout, batch.stops[-1], []
+    blocks: list[list[Block]] = []
+    for prompt, (rows, sources) in enumerate(zip(batch.rows, numbers, strict=True)):
+        layers, positions = rows.locate_sources(sources)
+        positions = positions - batch.start
+        located.append((layers, positions))
+        order = rows.cut - 1 - layers, length - 1 - positions
+        blocks.append(split_targets(prompt, np.arange(len(sources)), *order, batch.stops, shape))
+    sizes = batch.prompts, round_up(max(map(len, blocks))), shape.parts * shape.size
+    layers, positions, row_numbers = np.full(sizes, NO_LAYER), np.zeros(sizes, int), np.zeros(sizes, int)
+    used, cuts = np.zeros((2, batch.prompts), int)
+    are_errors, stop_indices = np.zeros(sizes, bool), np.zeros(sizes[:2], int)
+    for prompt, (rows, sources) in enumerate(zip(batch.rows, numbers, strict=True)):
+        used[prompt], cuts[prompt], count = len(blocks[prompt]), rows.cut, len(rows.features)
+        tiles, slots = rows.slots
+        in_group = tiles % layout.tiles * layout.tile_size + slots
+        for number, block in enumerate(blocks[prompt]):
+            place, chosen = (prompt, number, slice(0, len(block.targets))), sources[block.targets]
+            layers[place], positions[place] = (x[block.targets] for x in located[prompt])
+            are_errors[place] = chosen >= count
+            row_numbers[place] = np.where(chosen >= count, 0, in_group[np.minimum(chosen, count - 1)])
+            stop_indices[prompt, number] = block.stop_index
+            rows.column_places[:, chosen] = np.full(len(chosen), number), np.arange(len(chosen))
+    in_parts = [x.reshape(*sizes[:2], *shape) for x in (layers, positions, row_numbers, are_errors)]
+    return SourceBlocks(used, cuts, *in_parts, stop_indices)  # type: ignore[arg-type]
+
+
+def arrange_low_targets(batch: Batch) -> LowTargets:
+    """The targets below the cut of each prompt in tiles."""
+    for rows in batch.rows:
+        low = np.flatnonzero(rows.features[:, 0] < rows.cut)
+        rows.low_places[:, low] = place_targets(rows.target_layers[low], rows.target_positions[low])
+    most = round_up(1 + max(int(rows.low_places[0].max()) for rows in batch.rows))
+    sizes = batch.prompts, max(rows.cut for rows in batch.rows), most
+    numbers = np.full((*sizes, TARGET_TILE), batch.nodes.targets.layers.shape[1] - 1)  # its vector is 0
+    positions = np.full(sizes, -1)
+    for prompt, rows in enumerate(batch.rows):
+        low = np.flatnonzero(rows.features[:, 0] < rows.cut)
+        tiles, slots = rows.low_places[:, low]
+        numbers[prompt, rows.target_layers[low], tiles, slots] = rows.padded_numbers[low]
+        positions[prompt, rows.target_layers[low], tiles] = rows.target_positions[low] - batch.start
+    return LowTargets(numbers, positions)  # type: ignore[arg-type]
+
+
+def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
+    """Computes the edges into each prompt's targets, given by number, and stores them as its rows."""
+    in_flight: deque[tuple[list[Block | None], Edges]] = deque()
+
+    def store_oldest() -> None:
+        blocks, edges = in_flight.popleft()
+        edges = jax.tree.map(np.asarray, edges)
+        for number, block in enumerate(blocks):
+            if block is not None:
+                of_block = jax.tree.map(lambda x, number=number: x[number], edges)
+                length = batch.stops[block.stop_index]
+                batch.rows[block.prompt].add_block(block.targets, of_block, batch.start, length)
+
+    # Targets in the first layer only read embeddings, and those below the cut have their edges, so they need no block.
+    above: list[np.ndarray] = []
+    for rows, numbers in zip(batch.rows, wanted, strict=True):
+        layers = rows.target_layers[numbers]
+        rows.add_first_layer(numbers[layers == 0])
+        rows.add_low_targets(numbers[(layers > 0) & (layers < rows.cut)])
+        above.append(numbers[layers >= max(rows.cut, 1)])
+    width = batch.setup.model.config.width
+    shape = choose_block_shape(jax.default_backend(), max(map(len, above)), batch.stops[-1], width)
+    for call in launch_calls(batch, shape, split_blocks(batch, shape, above)):
+        in_flight.append(call)
+        if len(in_flight) > CALLS_IN_FLIGHT:
+            store_oldest()
+    while in_flight:
+        store_oldest()
+
+
+def split_blocks(batch: Batch, shape: BlockShape, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
+    """The blocks of each device."""
+    by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
+    for prompt, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
+        layers, positions = rows.target_layers[numbers], rows.target_positions[numbers] - batch.start
+        blocks = split_targets(prompt, numbers, layers, positions, batch.stops, shape)
+        by_device[prompt // batch.per_device] += blocks
+    return by_device
+
+
+def launch_calls(
+    batch: Batch, shape: BlockShape, by_device: list[list[Block]]
+) -> Iterator[tuple[list[Block | None], Edges]]:
+    """Starts one call of the program after another; yields the blocks of each call, None for padding, and their
+    edges."""
+    setup, layout, config, backend = batch.setup, batch.layout, batch.setup.model.config, jax.default_backend()
+    longest = max(map(len, by_device))
+    if not longest:
+        return
+    met = 0 if batch.columns is None else batch.columns.streams.shape[1] * batch.columns.streams.shape[3]
+    target_bytes = (count_edges(config, batch.stops[-1], layout) + met) * setup.itemsize
+    most = choose_blocks_per_call(backend, longest, target_bytes, shape)
+    padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
+    for first in range(0, longest, most):
+        in_call = [of_device[first : first + most] for of_device in by_device]
+        numbers = np.full((len(in_call), most, shape.parts * shape.size), padding)
+        prompts, tops, stop_indices = np.zeros((3, len(in_call), most), int)
+        for device, of_device in enumerate(in_call):
+            for place, block in enumerate(of_device):
+                rows = batch.rows[block.prompt]
+                numbers[device, place, : len(block.targets)] = rows.padded_numbers[block.targets]
+                prompts[device, place], tops[device, place] = block.prompt % batch.per_device, block.top
+                stop_indices[device, place] = block.stop_index
+        used = np.array([len(of_device) for of_device in in_call])
+        arrays = prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stop_indices.ravel()
+        blocks = Blocks(*jax.device_put((used, *arrays), setup.by_prompt))
+        program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
+        edges = trace_blocks(*program, setup.folded, batch.nodes, batch.columns, blocks)
+        yield [block for of_device in in_call for block in [*of_device, *[None] * (most - len(of_device))]], edges

@@ -1,0 +1,205 @@
+"""Columns: sources carried up to the layer where targets, carried down, meet them.
+
+All that is written below a layer m, the cut, reaches the layers above it through the residual stream x_m that enters
+layer m. So the edges into a target that reads in layer m or above are
+
+    edge(source -> target) = gradient(target)[x_m] . column(source) + the shares of layers from m on (`edges.py`)
+    column(source) = sum over layers l < m: the derivative of x_m by what is written in l, times write(source)[l]
+
+A column is carried up layer by layer, as a gradient is carried down: the linear model is its own `jax.jvp`. On its way
+it passes the targets that read below the cut, and its products with their vectors are the edges into them. To carry
+each half of the way takes half the operations of carrying all targets all the way; `cuts.py` counts, and chooses m.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jclt.attribution.folding import FoldedLayer, FoldedWeights, run_folded_layer
+from jclt.attribution.local import LocalModel
+from jclt.attribution.nodes import PromptNodes, Sweep
+from jclt.attribution.tiles import Layout
+from jclt.numerics import einsum
+from jclt.shapes import Array, Bool, Float, Int
+
+
+class SourceBlocks(NamedTuple):
+    """The sources below the cut of B prompts: N blocks of P parts of R sources, from low layers to high. Positions are
+    counted from the first with sources. A source that only fills a part up has a layer above all others."""
+
+    used: Int[Array, "B"]  # blocks
+    cuts: Int[Array, "B"]
+    layers: Int[Array, "B N P R"]
+    positions: Int[Array, "B N P R"]
+    rows: Int[Array, "B N P R"]  # of a feature: its slot, numbered through the tiles of its group
+    are_errors: Bool[Array, "B N P R"]
+    stop_indices: Int[Array, "B N"]  # how many positions they reach, an index in the program's `stops`
+
+
+class LowTargets(NamedTuple):
+    """The targets of B prompts that read below the cut, layer by layer in tiles of one position each."""
+
+    numbers: Int[Array, "B m K S"]  # among the prompt's targets
+    positions: Int[Array, "B m K"]  # counted from the first with sources; that of an unused tile is below 0
+
+
+class Columns(NamedTuple):
+    """What the sources below the cut add to the residual stream there."""
+
+    used: Int[Array, "B"]  # blocks
+    cuts: Int[Array, "B"]
+    starts: Int[Array, "B N"]  # the first position that one of them reaches
+    streams: Float[Array, "B N T r D"]  # r: P times R
+
+
+@partial(jax.jit, static_argnames=("local", "layout", "start", "stops", "mesh"))
+@jax.named_scope("push_sources")
+def push_sources(
+    local: LocalModel,
+    layout: Layout,
+    start: int,
+    stops: tuple[int, ...],
+    mesh: Mesh,
+    weights: FoldedWeights,
+    prompts: PromptNodes,
+    blocks: SourceBlocks,
+    targets: LowTargets,
+) -> tuple[Columns, Float[Array, "B N m K r S"]]:
+    """Carries sources up to the cut, block by block, on each device those of its own prompts. Returns what they add
+    there, and the edges from them into the targets below the cut."""
+
+    def push_on_device(
+        weights: FoldedWeights, prompts: PromptNodes, blocks: SourceBlocks, targets: LowTargets
+    ) -> tuple[Columns, Float[Array, "B N m K r S"]]:
+        sweep = Sweep(local, layout, start, stops, weights, prompts)
+        (count, most, parts, size), vectors = blocks.layers.shape, prompts.targets.vectors
+        _, layers, tiles, tile_size = targets.numbers.shape
+        streams = jnp.zeros((count, most, stops[-1], parts * size, vectors.shape[-1]), vectors.dtype)
+        edges = jnp.zeros((count, most, layers, tiles, parts * size, tile_size), vectors.dtype)
+
+        def push_prompt(prompt: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            def push_next(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                of_block = push_block(sweep, blocks, targets, prompt, number)
+                return jax.tree.map(lambda x, of_block: x.at[prompt, number].set(of_block), carry, of_block)
+
+            return jax.lax.fori_loop(0, blocks.used[prompt], push_next, carry)
+
+        streams, edges = jax.lax.fori_loop(0, count, push_prompt, (streams, edges))
+        starts = stops[-1] - jnp.asarray(stops)[blocks.stop_indices]
+        return Columns(blocks.used, blocks.cuts, starts, streams), edges
+
+    if mesh.size == 1:
+        return push_on_device(weights, prompts, blocks, targets)
+    split = P("prompts")
+    specs = (P(), split, split, split)
+    return jax.shard_map(push_on_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(
+        weights, prompts, blocks, targets
+    )
+
+
+def push_block(
+    sweep: Sweep, blocks: SourceBlocks, targets: LowTargets, prompt: Int[Array, ""], number: Int[Array, ""]
+) -> tuple[Float[Array, "T r D"], Float[Array, "m K r S"]]:
+    """The residual streams at the cut that one block of sources makes, and the edges into the targets below it."""
+    layers, positions, rows, are_errors = (x[prompt, number] for x in blocks[2:6])
+    (parts, size), (width, dtype) = layers.shape, (sweep.width, sweep.dtype)
+    part_bottoms = jnp.min(layers, axis=1)
+    bottom, stop_index = jnp.min(part_bottoms), blocks.stop_indices[prompt, number]
+    places = positions, jnp.arange(parts)[:, None], jnp.arange(size)[None]
+
+    def push_layer(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        layer = bottom + step
+        folded = sweep.take_layer(prompt, layer)
+
+        def push_part(part: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            streams, edges = carry
+            after, read = push_forward(sweep, folded, stop_index, streams[:, part])
+            return streams.at[:, part].set(after), edges.at[layer, :, part].set(
+                read_targets(sweep, targets, prompt, layer, read)
+            )
+
+        streams, edges = jax.lax.fori_loop(0, jnp.sum((part_bottoms < layer).astype(layer.dtype)), push_part, carry)
+        writes = take_writes(sweep, prompt, layer, layers, positions, rows, are_errors)
+        return streams.at[places].add(writes), edges
+
+    _, most, tiles, tile_size = targets.numbers.shape
+    streams = jnp.zeros((sweep.stops[-1], parts, size, width), dtype)
+    edges = jnp.zeros((most, tiles, parts, size, tile_size), dtype)
+    streams, edges = jax.lax.fori_loop(0, blocks.cuts[prompt] - bottom, push_layer, (streams, edges))
+    return streams.reshape(-1, parts * size, width), edges.reshape(most, tiles, parts * size, tile_size)
+
+
+def push_forward(
+    sweep: Sweep, folded: FoldedLayer, stop_index: Int[Array, ""], streams: Float[Array, "T R D"]
+) -> tuple[Float[Array, "T R D"], Float[Array, "T R D"]]:
+    """Carries residual streams through one layer, which they enter at the last positions only: the streams after it,
+    and those that its targets read."""
+
+    def push_positions(stop: int, streams: Array) -> tuple[Array, Array]:
+        first = len(streams) - stop
+        cut = folded._replace(
+            pattern=folded.pattern[:, first:, first:],
+            skip_scale=None if folded.skip_scale is None else folded.skip_scale[first:],
+        )
+        after, read = run_folded_layer(sweep.local.model.parallel, cut, streams[first:])
+        return streams.at[first:].set(after), streams.at[first:].set(read)
+
+    return jax.lax.switch(stop_index, [partial(push_positions, stop) for stop in sweep.stops], streams)
+
+
+def read_targets(
+    sweep: Sweep, targets: LowTargets, prompt: Int[Array, ""], layer: Int[Array, ""], read: Float[Array, "T R D"]
+) -> Float[Array, "K R S"]:
+    """The products of one layer's targets with what they read."""
+    numbers, positions = targets.numbers[prompt, layer], targets.positions[prompt, layer]
+
+    def read_tile(tile: Array, edges: Array) -> Array:
+        def multiply() -> Float[Array, "R S"]:
+            vectors = sweep.prompts.targets.vectors[prompt, numbers[tile]]
+            return einsum("rd,sd->rs", read[positions[tile]], vectors)
+
+        nothing = jnp.zeros(edges.shape[1:], edges.dtype)
+        return edges.at[tile].set(jax.lax.cond(positions[tile] >= 0, multiply, lambda: nothing))
+
+    edges = jnp.zeros((len(numbers), read.shape[1], numbers.shape[1]), read.dtype)
+    return jax.lax.fori_loop(0, len(numbers), read_tile, edges)
+
+
+def take_writes(
+    sweep: Sweep,
+    prompt: Int[Array, ""],
+    layer: Int[Array, ""],
+    layers: Int[Array, "P R"],
+    positions: Int[Array, "P R"],
+    rows: Int[Array, "P R"],
+    are_errors: Bool[Array, "P R"],
+) -> Float[Array, "P R D"]:
+    """What each source of a block writes in one layer."""
+    sources, layout = sweep.prompts.sources, sweep.layout
+    covered = jnp.asarray(layout.layers)
+    index = jnp.minimum(jnp.searchsorted(covered, layer), len(covered) - 1)
+    of_features = sources.tiles[prompt, index, rows // layout.tile_size, rows % layout.tile_size]
+    of_errors = sources.errors[prompt, layer, sweep.start + positions]
+    writes_on = (layers == layer) if layout.groups > 1 else (layers <= layer)
+    writes_here = jnp.where(are_errors, layers == layer, writes_on & (covered[index] == layer))
+    return jnp.where(writes_here[..., None], jnp.where(are_errors[..., None], of_errors, of_features), 0)
+
+
+def meet_columns(
+    columns: Columns, prompt: Int[Array, ""], stop: Int[Array, ""], gradients: Float[Array, "T r D"]
+) -> Float[Array, "N r s"]:
+    """Gradients at the cut times all columns of the prompt, over the positions that both reach."""
+    _, blocks, _, sources, _ = columns.streams.shape
+    nothing = jnp.zeros((blocks, gradients.shape[1], sources), gradients.dtype)
+
+    def meet_block(number: Array, edges: Array) -> Array:
+        def add_position(position: Array, total: Array) -> Array:
+            return total + einsum("rd,sd->rs", gradients[position], columns.streams[prompt, number, position])
+
+        return edges.at[number].set(jax.lax.fori_loop(columns.starts[prompt, number], stop, add_position, nothing[0]))
+
+    return jax.lax.fori_loop(0, columns.used[prompt], meet_block, nothing)

@@ -1,0 +1,99 @@
+"""The sources and targets of edges (the end of step 2), folded, and what one call of the sweep is computed from."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jclt.attribution.bases import FeatureNodes, SourceWrites
+from jclt.attribution.folding import (
+    FoldedLayer,
+    FoldedPrompt,
+    FoldedWeights,
+    fold_prompt,
+    fold_targets,
+    fold_writes,
+    invert_write_norms,
+    writes_through_norm,
+)
+from jclt.attribution.local import Frozen, LocalModel, Weights
+from jclt.attribution.tiles import Layout
+from jclt.shapes import Array, DTypeLike, Float, Int
+
+
+class TargetNodes(NamedTuple):
+    """The targets of edges. A target's value is its vector times what is read at its layer and position, and a bias;
+    once folded, its vector times the residual stream there."""
+
+    layers: Int[Array, "*B N"]  # the number of layers for what the unembedding reads
+    positions: Int[Array, "*B N"]
+    vectors: Float[Array, "*B N D"]
+
+
+class PromptNodes(NamedTuple):
+    """What the edges of B prompts are computed from: linear models, sources and targets, folded (`folding.py`)."""
+
+    folded: FoldedPrompt
+    sources: SourceWrites
+    targets: TargetNodes
+
+
+@partial(jax.jit, static_argnames=("local", "layout"))
+@jax.named_scope("fold_nodes")
+def fold_nodes(
+    local: LocalModel,
+    layout: Layout,
+    weights: Weights,
+    frozen: Frozen,
+    features: FeatureNodes,
+    outputs: TargetNodes,
+    sources: SourceWrites,
+) -> PromptNodes:
+    """The nodes of a batch of prompts. Targets are its features layer by layer, padding included, then its outputs."""
+
+    def fold(frozen: Frozen, features: FeatureNodes, outputs: TargetNodes, sources: SourceWrites) -> PromptNodes:
+        encoders = features.encoders.reshape(-1, features.encoders.shape[-1])
+        layers = jnp.repeat(jnp.asarray(layout.layers), features.valid.shape[1]).astype(outputs.layers.dtype)
+        layers = jnp.concatenate([layers, outputs.layers])
+        positions = jnp.concatenate([features.positions.ravel(), outputs.positions])
+        vectors = jnp.concatenate([encoders, outputs.vectors])
+        vectors = fold_targets(local, weights.params, frozen, layers, positions, vectors)
+        if writes_through_norm(local):
+            scales, covered = invert_write_norms(local, frozen), jnp.asarray(layout.layers)
+            tile_scales = scales[covered[:, None], jnp.broadcast_to(sources.tile_positions, sources.tiles.shape[:2])]
+            tiles = fold_writes(local, weights.params, covered, sources.tiles) * tile_scales[:, :, None, None]
+            errors = fold_writes(local, weights.params, jnp.arange(len(scales)), sources.errors) * scales[:, :, None]
+            sources = sources._replace(tiles=tiles, errors=errors)
+        return PromptNodes(fold_prompt(local, weights, frozen), sources, TargetNodes(layers, positions, vectors))
+
+    return jax.vmap(fold)(frozen, features, outputs, sources)
+
+
+class Sweep(NamedTuple):
+    """The arrays and settings that all blocks of one call share."""
+
+    local: LocalModel
+    layout: Layout
+    start: int  # the first position with sources
+    stops: tuple[int, ...]  # numbers of positions, counted from `start`
+    weights: FoldedWeights
+    prompts: PromptNodes
+
+    @property
+    def width(self) -> int:
+        return self.local.model.width
+
+    @property
+    def dtype(self) -> DTypeLike:
+        return self.prompts.targets.vectors.dtype
+
+    def take_layer(self, prompt: Array, layer: Array) -> FoldedLayer:
+        folded, weights, start = self.prompts.folded, self.weights, self.start
+        return FoldedLayer(
+            values=weights.values[layer],
+            outputs=weights.outputs[layer],
+            skip=None if weights.skips is None else weights.skips[layer],
+            pattern=folded.patterns[prompt, layer, :, start:, start:],
+            skip_scale=None if folded.skip_scales is None else folded.skip_scales[prompt, layer, start:],
+        )
