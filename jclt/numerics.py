@@ -1,10 +1,30 @@
-"""Products that are exact to float32 on every device, and functions of logits."""
+"""Products that are exact to float32 on every device, or of a named precision; and functions of logits."""
+
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jclt.errors import UserError
 from jclt.shapes import Array, DTypeLike, Float
+
+Precision = Literal["float32", "tf32_3x", "tf32", "bfloat16_3x", "bfloat16"]
+"""How float32 numbers are multiplied. Their products are always summed in float32. `_3x`: each number is the sum of two
+of the narrow type, and three of the four products are computed."""
+
+
+class NarrowProduct(NamedTuple):
+    algorithm: jax.lax.DotAlgorithmPreset
+    bits: int  # that it keeps of each number's fraction
+
+
+NARROW_PRODUCTS: dict[Precision, NarrowProduct] = {
+    "tf32_3x": NarrowProduct(jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3, 21),
+    "tf32": NarrowProduct(jax.lax.DotAlgorithmPreset.TF32_TF32_F32, 10),
+    "bfloat16_3x": NarrowProduct(jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, 15),
+    "bfloat16": NarrowProduct(jax.lax.DotAlgorithmPreset.BF16_BF16_F32, 7),
+}
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
@@ -12,11 +32,15 @@ def at_least_float32(dtype: DTypeLike) -> DTypeLike:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def einsum(equation: str, x: Array, *others: Array, out_sharding: P | None = None) -> Array:
+def einsum(
+    equation: str, x: Array, *others: Array, precision: Precision = "float32", out_sharding: P | None = None
+) -> Array:
     """An einsum in which float32 means float32 on every device; operands in bfloat16 or float16 give a float32 sum.
 
-    By default accelerators multiply float32 numbers in fewer bits.
+    Left to themselves accelerators multiply float32 numbers in fewer bits. They do so here if `precision` names it.
     """
+    if precision != "float32" and x.dtype == jnp.float32:
+        return multiply_narrowly(equation, NARROW_PRODUCTS[precision], x, *others)
     return jnp.einsum(
         equation,
         x,
@@ -25,6 +49,39 @@ def einsum(equation: str, x: Array, *others: Array, out_sharding: P | None = Non
         preferred_element_type=at_least_float32(x.dtype),
         out_sharding=out_sharding,
     )
+
+
+def multiply_narrowly(equation: str, product: NarrowProduct, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
+    """An einsum of float32 numbers in fewer bits. CPUs have no such products: there the operands, and in the derivative
+    the results, are rounded to the bits that the product keeps, and errors are as large as on a device that has it."""
+
+    def multiply(*operands: Array) -> Array:
+        return jnp.einsum(equation, *operands, precision=product.algorithm, preferred_element_type=jnp.float32)
+
+    def multiply_rounded(*operands: Array) -> Array:
+        return einsum(equation, *(jax.lax.reduce_precision(x, 8, product.bits) for x in operands))
+
+    return jax.lax.platform_dependent(*operands, cpu=multiply_rounded, default=multiply)
+
+
+def check_precision(name: str) -> None:
+    """An error of one line where the device has no products of this precision."""
+    names = get_args(Precision)
+    if name not in names:
+        raise UserError(f"precision '{name}': expected {', '.join(names[:-1])} or {names[-1]}")
+    if not has_precision(name):
+        able = " or ".join(other for other in names if has_precision(other))
+        raise UserError(f"precision '{name}': this {jax.default_backend()} has no such products, expected {able}")
+
+
+def has_precision(name: Any) -> bool:
+    """Whether the device's compiler takes a small product of this precision."""
+    x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    try:
+        jax.jit(lambda x, y: einsum("ab,bc->ac", x, y, precision=name)).lower(x, x).compile()
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return False
+    return True
 
 
 def kl_divergence(logits: Float[Array, "*N V"], other: Float[Array, "*N V"]) -> Float[Array, "*N"]:

@@ -52,6 +52,7 @@ from jclt.mesh import mesh_of
 from jclt.models import Model
 from jclt.models.chat import is_chat
 from jclt.models.model import Prompt
+from jclt.numerics import Precision
 from jclt.shapes import Array, Int
 
 log = logging.getLogger(__name__)
@@ -69,15 +70,18 @@ def attribute(
     max_features: int = 7500,
     tolerance: float = 0.0,
     conventions: Conventions = "jclt",
+    precision: Precision = "float32",
 ) -> Graph:
     """The attribution graph of one prompt: text, a chat as a list of messages, or token ids `[T]`.
 
     It explains the likeliest next tokens, or the `targets`: tokens as text or id, pairs of tokens (the first one's
     logit minus the second's), or a `Direction`. At most `max_features` features get their incoming edges, the most
     influential first, and no more once every influence is known to within `tolerance`. What the others add to a node is
-    its `rest`. Everything is computed in at least float32, whatever the types of model and coder.
+    its `rest`. Everything is computed in at least float32, whatever the types of model and coder; but of a narrower
+    `precision`, such as bfloat16_3x, are the products that edges are summed up from. What edges then miss of the nodes'
+    values is the graph's `conservation_error`.
     """
-    options = Options(parse_targets(targets), max_features, tolerance, conventions)
+    options = Options(parse_targets(targets), max_features, tolerance, conventions, precision)
     ((_, graph),) = attribute_each(model, coder, [encode_prompt(model, prompt, conventions)], options)
     if isinstance(graph, UserError):
         raise graph
@@ -93,6 +97,7 @@ def attribute_batch(
     max_features: int = 7500,
     tolerance: float = 0.0,
     conventions: Conventions = "jclt",
+    precision: Precision = "float32",
     batch: int = BATCH,
 ) -> list[Graph]:
     """The graph of each prompt, as `attribute` gives it. `batch` prompts of similar length are traced together, split
@@ -101,7 +106,7 @@ def attribute_batch(
         raise UserError("prompts: a text, expected a list of prompts; attribute takes one")
     if is_chat(prompts):
         raise UserError("prompts: one chat, expected a list of prompts; attribute takes one")
-    options = Options(parse_targets(targets), max_features, tolerance, conventions)
+    options = Options(parse_targets(targets), max_features, tolerance, conventions, precision)
     tokens = [encode_prompt(model, prompt, conventions) for prompt in prompts]
     graphs: dict[int, Graph] = {}
     for number, graph in attribute_each(model, coder, tokens, options, batch):
@@ -128,6 +133,7 @@ def attribute_each(
     depend on the other prompts in the batch.
     """
     local, options = check_coder(model, coder), options.check()
+    local = local._replace(precision=options.precision)
     if options.targets is not None:
         resolve_targets(model, options.targets)
     if batch < 1:
@@ -151,6 +157,7 @@ def attribute_each(
                 prompt_about = {"begins_with_bos": begins_with_bos, "chat_template": False}
                 provenance = about | {"settings": settings} | prompt_about
                 graph = traced.pop(0).build_graph(decode_tokens(model, prompts[number]), provenance)
+                graph.provenance["conservation_error"] = graph.conservation_error
             except Exception as error:
                 graph = make_user_error(error, [len(prompts[number])])
             if number not in done:

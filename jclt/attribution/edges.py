@@ -155,7 +155,7 @@ def pull_back(
             pattern=folded.pattern[:, :stop, :stop],
             skip_scale=None if folded.skip_scale is None else folded.skip_scale[:stop],
         )
-        run = partial(run_folded_layer, sweep.local.model.parallel, cut)
+        run = partial(run_folded_layer, sweep.local, cut)
         _, pull = jax.vjp(run, jnp.zeros_like(stream[:stop]))
         return stream.at[:stop].set(pull((stream[:stop], begun[:stop]))[0])
 
@@ -176,7 +176,8 @@ def add_shares(sweep: Sweep, step: LayerStep, streams: Float[Array, "T P R D"], 
     source writes there."""
     covered, layer, (length, parts, size, width) = sweep.layout.layers, step.layer, streams.shape
     errors = sweep.prompts.sources.errors[step.prompt, layer, sweep.start :]
-    to_errors = einsum("trd,td->tr", streams.reshape(length, parts * size, width), errors)
+    gradients = streams.reshape(length, parts * size, width)
+    to_errors = einsum("trd,td->tr", gradients, errors, precision=sweep.local.precision)
     if len(covered) == sweep.local.model.layers:
         to_features = add_features(sweep, step, layer, streams, edges.features)
     else:
@@ -214,7 +215,8 @@ def add_features(
         def multiply(active: int) -> Float[Array, "k r S"]:
             place, shape = (step.prompt, index, first, zero, zero), (1, 1, at_once, *sources.tiles.shape[3:])
             writes = jax.lax.dynamic_slice(sources.tiles, place, shape)[0, 0]
-            shares = einsum("krd,ksd->krs", gradients[cut(positions), : active * size], writes)
+            places, precision = gradients[cut(positions), : active * size], sweep.local.precision
+            shares = einsum("krd,ksd->krs", places, writes, precision=precision)
             return jnp.pad(shares, ((0, 0), (0, (parts - active) * size), (0, 0)))
 
         nothing = jnp.zeros((at_once, parts * size, layout.tile_size), edges.dtype)

@@ -139,19 +139,20 @@ def writes_through_norm(local: LocalModel) -> bool:
 
 
 def run_folded_layer(
-    parallel: bool, layer: FoldedLayer, x: Float[Array, "T R D"]
+    local: LocalModel, layer: FoldedLayer, x: Float[Array, "T R D"]
 ) -> tuple[Float[Array, "T R D"], Float[Array, "T R D"]]:
     """R residual streams after one layer, without what sources write there; and those where its coder reads."""
     (heads, length, _), groups = layer.pattern.shape, layer.values.shape[1]
-    values = einsum("srd,dgk->srgk", x, layer.values)
+    multiply = partial(einsum, precision=local.precision)
+    values = multiply("srd,dgk->srgk", x, layer.values)
     pattern = layer.pattern.reshape(groups, heads // groups, length, length)
-    mixed = einsum("ghts,srgk->trghk", pattern, values)
+    mixed = multiply("ghts,srgk->trghk", pattern, values)
     outputs = layer.outputs.reshape(groups, heads // groups, *layer.outputs.shape[1:])
-    after = x + einsum("trghk,ghkd->trd", mixed, outputs)
-    read = x if parallel else after
+    after = x + multiply("trghk,ghkd->trd", mixed, outputs)
+    read = x if local.model.parallel else after
     if layer.skip is None or layer.skip_scale is None:
         return after, read
-    return after + layer.skip_scale[:, None, None] * einsum("trd,ed->tre", read, layer.skip), read
+    return after + layer.skip_scale[:, None, None] * multiply("trd,ed->tre", read, layer.skip), read
 
 
 def read_gain(config: ModelConfig, params: Params, name: str) -> Float[Array, "*L D"]:

@@ -15,7 +15,7 @@ from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Freeze, ModelConfig,
 from jclt.models.sites import list_absent_sites
 from jclt.models.transformer import apply_norm, block, make_context
 from jclt.models.weights import declare_layer_weights
-from jclt.numerics import einsum
+from jclt.numerics import Precision, einsum
 from jclt.shapes import Array, Float, Params
 
 Frozen = Mapping[str, Array]
@@ -28,6 +28,7 @@ class LocalModel(NamedTuple):
     model: ModelConfig
     reads: str  # the site that the coder reads in each layer
     writes: str  # the site that it writes
+    precision: Precision = "float32"  # of the products that edges are summed up from; the true pass is always exact
 
 
 class Weights(NamedTuple):

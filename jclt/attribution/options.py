@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from jclt.attribution.targets import Direction, Target, parse_targets
 from jclt.errors import UserError
 from jclt.models import Model
+from jclt.numerics import Precision, check_precision
 
 Conventions = Literal["jclt", "circuit-tracer"]
 """Under circuit-tracer's conventions prompts begin with a special token; what is written at its position belongs to no
@@ -21,6 +22,7 @@ class Options(NamedTuple):
     max_features: int = 7500
     tolerance: float = 0.0
     conventions: Conventions = "jclt"
+    precision: Precision = "float32"
 
     def check(self) -> "Options":
         """The same options in plain types; an error of one line where one is wrong."""
@@ -30,11 +32,13 @@ class Options(NamedTuple):
             raise UserError(f"max_features={self.max_features}: expected at least 1")
         if not isinstance(self.tolerance, Real) or not 0 <= self.tolerance < 1:
             raise UserError(f"tolerance={self.tolerance}: expected from 0 to below 1")
+        check_precision(self.precision)
         return Options(
             targets=parse_targets(self.targets),
             max_features=int(self.max_features),
             tolerance=float(self.tolerance),
             conventions=self.conventions,
+            precision=self.precision,
         )
 
     def summary(self) -> dict[str, Any]:

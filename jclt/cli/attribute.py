@@ -73,6 +73,12 @@ def add_command(commands: Subcommands) -> None:
         help="jclt (default), or circuit-tracer to get the graphs of that tool",
     )
     command.add_argument(
+        "--precision",
+        default="float32",
+        metavar="NAME",
+        help="of the products that edges are summed up from: float32 (default), tf32_3x, tf32, bfloat16_3x or bfloat16",
+    )
+    command.add_argument(
         "--batch", type=make_int_parser(1), default=8, metavar="N", help="prompts per batch (default 8)"
     )
     command.set_defaults(function=run)
@@ -95,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_features=arguments.max_features,
         tolerance=arguments.tolerance,
         conventions=arguments.conventions,
+        precision=arguments.precision,
     )
     options.check()
     if arguments.prompts is not None:

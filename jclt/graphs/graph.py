@@ -123,6 +123,12 @@ class Graph:
         return np.where(self.nodes.is_kind("feature", "output"), total - self.nodes.value, 0.0)
 
     @property
+    def conservation_error(self) -> float:
+        """The largest residual as a share of the largest value; about 1e-6 where edges are exact to float32."""
+        largest = np.abs(self.values).max(initial=0.0)
+        return float(np.abs(self.residual).max(initial=0.0) / largest) if largest else 0.0
+
+    @property
     def edges(self) -> Edges:
         """The input of the functions in `influence.py`."""
         return Edges(

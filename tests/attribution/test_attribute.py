@@ -424,6 +424,7 @@ def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
         "max_features": 3,
         "tolerance": 0.5,
         "conventions": "jclt",
+        "precision": "float32",
     }
 
 

@@ -128,6 +128,10 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
     ("arguments", "says"),
     [
         (["attribute", "x", "--tolerance", "nan"], "tolerance=nan: expected from 0 to below 1"),
+        (
+            ["attribute", "x", "--precision", "half"],
+            "precision 'half': expected float32, tf32_3x, tf32, bfloat16_3x or ",
+        ),
         (["attribute", "x", "--max-features", "0"], "max_features=0: expected at least 1"),
         (["attribute", "x", "--chat", "y"], "attribute: both a prompt and --chat, expected one of them"),
         (["intervene", "--set", "1/2/3=1"], "intervene: expected a prompt or --chat TEXT"),
