@@ -23,7 +23,7 @@ from jclt.attribution.folding import FoldedLayer, FoldedWeights, run_folded_laye
 from jclt.attribution.local import LocalModel
 from jclt.attribution.nodes import PromptNodes, Sweep
 from jclt.attribution.tiles import Layout
-from jclt.numerics import einsum
+from jclt.numerics import Precision, einsum
 from jclt.shapes import Array, Bool, Float, Int
 
 
@@ -145,7 +145,7 @@ def push_forward(
             pattern=folded.pattern[:, first:, first:],
             skip_scale=None if folded.skip_scale is None else folded.skip_scale[first:],
         )
-        after, read = run_folded_layer(sweep.local.model.parallel, cut, streams[first:])
+        after, read = run_folded_layer(sweep.local, cut, streams[first:])
         return streams.at[first:].set(after), streams.at[first:].set(read)
 
     return jax.lax.switch(stop_index, [partial(push_positions, stop) for stop in sweep.stops], streams)
@@ -160,7 +160,7 @@ def read_targets(
     def read_tile(tile: Array, edges: Array) -> Array:
         def multiply() -> Float[Array, "R S"]:
             vectors = sweep.prompts.targets.vectors[prompt, numbers[tile]]
-            return einsum("rd,sd->rs", read[positions[tile]], vectors)
+            return einsum("rd,sd->rs", read[positions[tile]], vectors, precision=sweep.local.precision)
 
         nothing = jnp.zeros(edges.shape[1:], edges.dtype)
         return edges.at[tile].set(jax.lax.cond(positions[tile] >= 0, multiply, lambda: nothing))
@@ -190,15 +190,20 @@ def take_writes(
 
 
 def meet_columns(
-    columns: Columns, prompt: Int[Array, ""], stop: Int[Array, ""], gradients: Float[Array, "T r D"]
+    precision: Precision,
+    columns: Columns,
+    prompt: Int[Array, ""],
+    stop: Int[Array, ""],
+    gradients: Float[Array, "T r D"],
 ) -> Float[Array, "N r s"]:
     """Gradients at the cut times all columns of the prompt, over the positions that both reach."""
-    _, blocks, _, sources, _ = columns.streams.shape
-    nothing = jnp.zeros((blocks, gradients.shape[1], sources), gradients.dtype)
+    _, blocks, _, size, _ = columns.streams.shape
+    nothing = jnp.zeros((blocks, gradients.shape[1], size), gradients.dtype)
 
     def meet_block(number: Array, edges: Array) -> Array:
         def add_position(position: Array, total: Array) -> Array:
-            return total + einsum("rd,sd->rs", gradients[position], columns.streams[prompt, number, position])
+            sources = columns.streams[prompt, number, position]
+            return total + einsum("rd,sd->rs", gradients[position], sources, precision=precision)
 
         return edges.at[number].set(jax.lax.fori_loop(columns.starts[prompt, number], stop, add_position, nothing[0]))
 

@@ -142,7 +142,8 @@ def trace_block(
     if columns is None:
         return edges
     stop = jnp.asarray(sweep.stops)[stop_index]
-    return edges._replace(columns=meet_columns(columns, prompt, stop, streams.reshape(-1, parts * size, width)))
+    gradients = streams.reshape(-1, parts * size, width)
+    return edges._replace(columns=meet_columns(sweep.local.precision, columns, prompt, stop, gradients))
 
 
 def pull_back(
