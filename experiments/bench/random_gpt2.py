@@ -98,12 +98,11 @@ def copy_to_peer(model: Model, peer: Any) -> None:
     peer.load_and_process_state_dict(arrays, **unchanged)
 
 
-def make_peer(model: Model, coder: SparseCoder) -> Any:
-    """The same model and coder, number for number, as circuit-tracer's; None where it is not installed."""
+def make_peer_model(model: Model) -> Any:
+    """The same model, number for number, as circuit-tracer's, without a coder; None where it is not installed."""
     try:
         import torch
         from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
-        from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
         from tokenizers import Tokenizer, models
         from transformers import PreTrainedTokenizerFast
     except ImportError:
@@ -115,6 +114,17 @@ def make_peer(model: Model, coder: SparseCoder) -> Any:
     peer = TransformerLensReplacementModel(describe_for_peer(model.config))
     peer.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     copy_to_peer(model, peer)
+    return peer
+
+
+def make_peer(model: Model, coder: SparseCoder) -> Any:
+    """The same model and coder, number for number, as circuit-tracer's; None where it is not installed."""
+    peer = make_peer_model(model)
+    if peer is None:
+        return None
+    import torch
+    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
+
     sites = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out", "lazy_decoder": False}
     kind: dict[str, Any] = {"activation_function": "jump_relu", "dtype": torch.float32, "device": torch.device("cpu")}
     peer_coder = CrossLayerTranscoder(LAYERS, coder.config.features, WIDTH, **kind, **sites)
