@@ -55,7 +55,10 @@ def _sum_array_bits(x: Array) -> Array:
         weight = weight if x.ndim else jnp.array([1, 3], jnp.uint32)
     else:
         bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
-    return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * weight, dtype=jnp.uint32)])
+    # Both sums by one reduction: two would each write out all bits and weights before they add them up.
+    nothing, axes = (jnp.uint32(0), jnp.uint32(0)), range(bits.ndim)
+    sums = jax.lax.reduce((bits, bits * weight), nothing, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+    return jnp.stack(sums)
 
 
 _known: dict[int, tuple[Any, str]] = {}

@@ -52,6 +52,14 @@ def test_sums_are_the_same_on_every_mesh():
             assert np.asarray(sum_bits({"x": placed})["x"]).tolist() == full_sums.tolist()
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_second_array_of_the_weights_is_made(dtype):
+    x = {"x": jax.ShapeDtypeStruct((512, 3, 64), dtype)}
+    memory = fingerprints._sum_bfloat16_bits.lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 512 * 3 * 64
+
+
 def test_a_scalar_and_an_empty_array_have_sums():
     sums = sum_bits({"scalar": jnp.float32(1), "empty": jnp.zeros((0, 3))})
     assert np.asarray(sums["scalar"]).tolist() == [0x3F800000] * 2 and not np.asarray(sums["empty"]).any()

@@ -18,7 +18,7 @@ from jclt.fingerprints import fingerprint, hash_json, sum_blocks
 from jclt.models.ops import find_finite_rows
 from jclt.shapes import Array, ArrayLike, DTypeLike, Float, Int
 
-BLOCK_BYTES = 1 << 28
+BLOCK_BYTES = 1 << 26
 """The most bytes of a weight that are on the device at once while all of them are looked at."""
 
 
