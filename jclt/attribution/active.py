@@ -5,7 +5,8 @@ kept, on the host, with their encoder rows; then the decoder rows of these featu
 how large the coder is, or where its weights are: on one device, split over a mesh, or on disk.
 """
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,23 +54,25 @@ def find_active(
     reads: Float[Array, "B L T D"],
     has_nodes: Bool[np.ndarray, "B T"],
     by_prompt: NamedSharding,
+    chosen: Sequence[Bool[Array, "B T F"]] | None = None,
 ) -> ActiveFeatures:
-    """Encodes what the coder reads in one layer after another, the prompts of one device at a time.
+    """Encodes what the coder reads in one layer after another, the prompts of one device at a time. Of each layer only
+    the `chosen` features are listed, if given.
 
     Encoder rows are placed `by_prompt`, as the arrays of prompts are.
     """
     lists, encoders, longest = [], [], 0
     at_once = len(has_nodes) // by_prompt.mesh.size
     for index, layer in enumerate(coder.config.covered):
-        encoder, read = coder.load_encoder(index), _take_layer(reads, np.int32(layer))
-        leaf: Any = jax.tree.leaves(encoder)[0]
-        mesh = mesh_of(leaf)
-        read, has = jax.device_put((read, has_nodes), leaf.sharding if mesh is None else NamedSharding(mesh, P()))
-        with jax.set_mesh(mesh) if mesh else nullcontext():
+        encoder, read = coder.load_encoder(index), take_layer(reads, np.int32(layer))
+        on_mesh, place = find_place(encoder)
+        read, has = jax.device_put((read, has_nodes), place)
+        with on_mesh:
             layer_list = LayerList([], [], [])
             for start in range(0, len(has_nodes), at_once):
                 some = slice(start, start + at_once)
-                part = list_active_features(encoder, read[some], has[some])
+                of_layer = None if chosen is None else chosen[index][some]
+                part = list_active_features(encoder, read[some], has[some], of_layer)
                 for prompts, more in zip(layer_list, part, strict=True):
                     prompts.extend(more)
             # Lists never become shorter from layer to layer, so that few programs are compiled.
@@ -82,14 +85,24 @@ def find_active(
     return ActiveFeatures(lists, encoders, longest)
 
 
+def find_place(weights: Any) -> tuple[AbstractContextManager[Any], Any]:
+    """The mesh over which weights are split, if any, as a context; and the sharding of arrays that all their devices
+    have whole."""
+    leaf: Any = jax.tree.leaves(weights)[0]
+    mesh = mesh_of(leaf)
+    return (nullcontext(), leaf.sharding) if mesh is None else (jax.set_mesh(mesh), NamedSharding(mesh, P()))
+
+
 @jax.jit
-def _take_layer(x: Float[Array, "B L T D"], layer: Int[Array, ""]) -> Float[Array, "B T D"]:
+def take_layer(x: Float[Array, "B L T D"], layer: Int[Array, ""]) -> Float[Array, "B T D"]:
     return jax.lax.dynamic_index_in_dim(x, layer, axis=1, keepdims=False)
 
 
-def list_active_features(encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bool[Array, "B T"]) -> LayerList:
-    """The active features of the one layer that the encoder has."""
-    activations, counts = encode_layer(encoder, x, has_nodes)
+def list_active_features(
+    encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bool[Array, "B T"], chosen: Bool[Array, "B T F"] | None = None
+) -> LayerList:
+    """The active features of the one layer that the encoder has, or those of them that are chosen."""
+    activations, counts = encode_layer(encoder, x, has_nodes, chosen)
     counts = np.asarray(counts)
     length = round_up(int(counts.max()), 16)
     positions, features, values = map(np.asarray, list_nonzero(activations, length))
@@ -106,16 +119,18 @@ def list_active_features(encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bo
 @jax.jit
 @jax.named_scope("encode_layer")
 def encode_layer(
-    encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bool[Array, "B T"]
+    encoder: Coder, x: Float[Array, "B T D"], has_nodes: Bool[Array, "B T"], chosen: Bool[Array, "B T F"] | None = None
 ) -> tuple[Float[Array, "B T F"], Int[Array, "B S"]]:
-    """The activations of one layer, 0 where a position has no nodes; and how many features are active on each of the
-    feature shards, S of them."""
+    """The activations of one layer, 0 where a position has no nodes or a feature is not chosen; and how many features
+    are left on each of the feature shards, S of them."""
 
     def count(activations: Array, has_nodes: Array) -> tuple[Array, Array]:
         masked = jnp.where(has_nodes[..., None], activations, 0)
         return masked, jnp.sum(masked != 0, axis=(1, 2))[:, None]
 
     activations = encoder.encode(0, x)
+    if chosen is not None:
+        activations = jnp.where(chosen, activations, 0)
     outputs = (P(None, None, FEATURES_AXIS), P(None, FEATURES_AXIS))
     count = map_over_devices(count, outputs) if is_split(activations) else count
     return count(activations, has_nodes)

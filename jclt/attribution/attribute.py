@@ -9,7 +9,7 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 2. Gather sources (`encode_layer`, `gather_sources`, `fold_nodes`). Encode layer by layer and list the active features;
    gather what each of them reads and writes. The errors are what the MLPs write beyond features, biases and skips. Fold
    norms into patterns and nodes (into weights once, before the first batch).
-   `active.py`, `bases.py`, `tiles.py`, `folding.py`
+   `scores.py`, `active.py`, `bases.py`, `tiles.py`, `folding.py`
 3. Trace embeddings and outputs (`trace_embeddings`, `trace_targets`). Compute the edges from embeddings and biases into
    all targets, by carrying the embeddings up through the linear model; and the edges into the outputs, by carrying
    their gradients down. `embeddings.py`, `edges.py`
@@ -37,11 +37,11 @@ from jax.sharding import PartitionSpec as P
 from jclt.attribution.calls import Setup
 from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
-from jclt.attribution.options import Conventions, Options
+from jclt.attribution.options import Conventions, Nodes, Options
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.ranking import PromptRows
 from jclt.attribution.schedule import trace_prompts
-from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, round_up_length
+from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, estimate_score_bytes, round_up_length
 from jclt.attribution.targets import Target, decode_token, make_unembedding, parse_targets, resolve_targets
 from jclt.attribution.true_pass import stack_biases, stack_skips, widen_outside_layers
 from jclt.coders import Coder, SparseCoder, StreamedCoder, read_fingerprint
@@ -70,6 +70,7 @@ def attribute(
     max_features: int = 7500,
     tolerance: float = 0.0,
     conventions: Conventions = "jclt",
+    nodes: Nodes | None = None,
     precision: Precision = "float32",
 ) -> Graph:
     """The attribution graph of one prompt: text, a chat as a list of messages, or token ids `[T]`.
@@ -77,11 +78,17 @@ def attribute(
     It explains the likeliest next tokens, or the `targets`: tokens as text or id, pairs of tokens (the first one's
     logit minus the second's), or a `Direction`. At most `max_features` features get their incoming edges, the most
     influential first, and no more once every influence is known to within `tolerance`. What the others add to a node is
-    its `rest`. Everything is computed in at least float32, whatever the types of model and coder; but of a narrower
-    `precision`, such as bfloat16_3x, are the products that edges are summed up from. What edges then miss of the nodes'
-    values is the graph's `conservation_error`.
+    its `rest`.
+
+    `nodes` says how many of the active features are nodes, those with the highest scores (`scores.py`): a number, or as
+    a float up to 1.0 their share of all scores. What the others write counts as error. By default all are, but 2,000 of
+    a model's neurons.
+
+    Everything is computed in at least float32, whatever the types of model and coder; but the products that edges are
+    summed up from can have a narrower `precision`, such as bfloat16_3x. What edges then miss of the nodes' values is the
+    graph's `conservation_error`.
     """
-    options = Options(parse_targets(targets), max_features, tolerance, conventions, precision)
+    options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision)
     ((_, graph),) = attribute_each(model, coder, [encode_prompt(model, prompt, conventions)], options)
     if isinstance(graph, UserError):
         raise graph
@@ -97,6 +104,7 @@ def attribute_batch(
     max_features: int = 7500,
     tolerance: float = 0.0,
     conventions: Conventions = "jclt",
+    nodes: Nodes | None = None,
     precision: Precision = "float32",
     batch: int = BATCH,
 ) -> list[Graph]:
@@ -106,7 +114,7 @@ def attribute_batch(
         raise UserError("prompts: a text, expected a list of prompts; attribute takes one")
     if is_chat(prompts):
         raise UserError("prompts: one chat, expected a list of prompts; attribute takes one")
-    options = Options(parse_targets(targets), max_features, tolerance, conventions, precision)
+    options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision)
     tokens = [encode_prompt(model, prompt, conventions) for prompt in prompts]
     graphs: dict[int, Graph] = {}
     for number, graph in attribute_each(model, coder, tokens, options, batch):
@@ -141,7 +149,7 @@ def attribute_each(
     about, done = describe_provenance(model, coder, options), frozenset(done)
     by_prompt = [options.targets if wanted is None else wanted for wanted in targets or [None] * len(prompts)]
     setup = place_on_devices(model, coder, local, options, min(batch, len(prompts)))
-    waiting = split_batches(model, coder, [len(prompt) for prompt in prompts], batch, setup.mesh.size)
+    waiting = split_batches(setup, [len(prompt) for prompt in prompts], batch)
     waiting = [numbers for numbers in waiting if not done.issuperset(numbers)]
     while waiting:
         numbers, failure, traced = waiting.pop(0), None, list[PromptRows]()
@@ -193,14 +201,17 @@ def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Opt
     )
 
 
-def split_batches(model: Model, coder: Coder, lengths: Sequence[int], batch: int, devices: int) -> list[list[int]]:
+def split_batches(setup: Setup, lengths: Sequence[int], batch: int) -> list[list[int]]:
     """The numbers of the prompts that are traced together: at most `batch` of similar length, in their order, and fewer
     where they take much memory. It depends neither on free memory nor on what is done."""
+    sizes, devices = (setup.model.config, setup.coder.config), setup.mesh.size
     padded_lengths = np.array([round_up_length(length) for length in lengths])
     batches = []
     for length in np.unique(padded_lengths):
         numbers = np.flatnonzero(padded_lengths == length).tolist()
-        prompt_bytes = estimate_pass_bytes(model.config, coder.config, int(length), 4)
+        prompt_bytes = estimate_pass_bytes(*sizes, int(length), 4)
+        if setup.options.count_nodes(setup.coder.config) is not None:
+            prompt_bytes += devices * estimate_score_bytes(*sizes, int(length), 4)
         size = min(batch, max(BATCH_BYTES[jax.default_backend()] // prompt_bytes, 1) * devices)
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return batches
@@ -254,7 +265,7 @@ def describe_provenance(model: Model, coder: Coder, options: Options) -> dict[st
     """What made a graph. Where several hosts share a model or coder, all of them must call this."""
     c = coder.config
     k = "" if c.k is None else f" (k={c.k})"
-    features = f"{len(c.covered)} layers of {c.features} {c.rule}{k} features"
+    features = f"{len(c.covered)} layers of {c.features}{'' if c.dense else f' {c.rule}{k} features'}"
     return {
         "model": model.name,
         "model_fingerprint": model.fingerprint,

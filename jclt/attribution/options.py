@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from jclt.attribution.targets import Direction, Target, parse_targets
+from jclt.coders import CoderConfig
 from jclt.errors import UserError
 from jclt.models import Model
 from jclt.numerics import Precision, check_precision
@@ -15,6 +18,13 @@ node; position embeddings are no nodes; as many features are traced between two 
 outputs' probabilities are not normalised. What belongs to no node is part of the bias."""
 
 
+Nodes = int | float
+"""How many active features are nodes of a graph, those with the highest scores (`scores.py`); as a float from 0 to 1,
+with what share of the sum of all scores."""
+
+NODES_OF_DENSE_BASIS = 2000
+
+
 class Options(NamedTuple):
     """The arguments of `attribute` with these names."""
 
@@ -22,6 +32,7 @@ class Options(NamedTuple):
     max_features: int = 7500
     tolerance: float = 0.0
     conventions: Conventions = "jclt"
+    nodes: Nodes | None = None  # None: all active features, or `NODES_OF_DENSE_BASIS` if nearly all are active
     precision: Precision = "float32"
 
     def check(self) -> "Options":
@@ -38,13 +49,30 @@ class Options(NamedTuple):
             max_features=int(self.max_features),
             tolerance=float(self.tolerance),
             conventions=self.conventions,
+            nodes=parse_nodes(self.nodes),
             precision=self.precision,
         )
+
+    def count_nodes(self, config: CoderConfig) -> Nodes | None:
+        """How many nodes are chosen from this coder's active features, or the share of the scores that they have; None
+        if all are nodes."""
+        return NODES_OF_DENSE_BASIS if self.nodes is None and config.dense else self.nodes
 
     def summary(self) -> dict[str, Any]:
         """For a graph's file."""
         targets = [t.summary() if isinstance(t, Direction) else t for t in self.targets or ()]
         return {**self._asdict(), "targets": targets or "likeliest"}
+
+
+def parse_nodes(nodes: Any) -> Nodes | None:
+    """In plain types."""
+    if nodes is None:
+        return None
+    if isinstance(nodes, int | np.integer) and not isinstance(nodes, bool) and nodes >= 1:
+        return int(nodes)
+    if isinstance(nodes, float | np.floating) and 0 < nodes <= 1:
+        return float(nodes)
+    raise UserError(f"nodes={nodes}: expected a number from 1 on, or a share of the scores: a float up to 1.0")
 
 
 def count_silent_positions(model: Model, options: Options) -> int:

@@ -1,10 +1,15 @@
-"""Prompts as token ids, with the beginning that each set of conventions gives them."""
+"""Prompts as token ids, with the beginning that each set of conventions gives them. Many prompts, and their
+outputs, as arrays of one shape."""
 
 import logging
+from typing import Any
 
 import numpy as np
 
+from jclt.attribution.nodes import TargetNodes
 from jclt.attribution.options import Conventions, is_gemma_3_it
+from jclt.attribution.sizes import round_up, round_up_length
+from jclt.attribution.targets import Outputs
 from jclt.errors import UserError
 from jclt.models import Model, token_array
 from jclt.models.model import Prompt
@@ -66,3 +71,27 @@ def list_unknown_words(model: Model, text: str) -> list[str]:
     encoding = backend.encode(text, add_special_tokens=False)
     spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == number]
     return list(dict.fromkeys(text[start:stop].strip() for start, stop in spans))
+
+
+def pad_prompts(
+    prompts: list[np.ndarray], context: int, devices: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+    """Tokens of one length, for a number of prompts that the devices can share; and the prompts' own lengths."""
+    length = min(round_up_length(max(map(len, prompts))), context)
+    count = -(-round_up(len(prompts)) // devices) * devices
+    tokens, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    return tokens, lengths
+
+
+def stack_outputs(outputs: list[Outputs], count: int, dtype: Any) -> TargetNodes:
+    """All prompts' outputs in arrays of one shape, longer than any of them: the last entry has a vector of zeros."""
+    most = round_up(max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + 1, 16)
+    width = outputs[0].vectors.shape[1]
+    layers, positions = np.zeros((count, most), np.int64), np.zeros((count, most), np.int64)
+    vectors = np.zeros((count, most, width), dtype)
+    for row, prompt in enumerate(outputs):
+        size = len(prompt.tokens)
+        layers[row, :size], positions[row, :size], vectors[row, :size] = prompt.layers, prompt.positions, prompt.vectors
+    return TargetNodes(layers, positions, vectors)  # type: ignore[arg-type]

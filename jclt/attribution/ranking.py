@@ -65,10 +65,11 @@ class PromptRows:
         embedding_edges: EmbeddingEdges,
         padded_numbers: Int[np.ndarray, "_"],  # of each target among the arrays' targets, with padding (`fold_nodes`)
         layers: int,
+        about: dict[str, Any],  # for the graph's provenance
         limits: Limits,
     ):
         self.tokens, self.features, self.activations, self.slots = tokens, features, activations, slots
-        self.outputs, self.layers = outputs, layers
+        self.outputs, self.layers, self.about = outputs, layers, about
         self.limit, self.tolerance = min(limits.max_features, len(features)), limits.tolerance
         default_size = min(ROUND_SIZE, max(16, len(features) // 16))
         self.round_size = default_size if limits.round_size is None else limits.round_size
@@ -255,7 +256,7 @@ class PromptRows:
             logit_probabilities=self.outputs.probabilities,
             logit_weights=self.outputs.weights,
             layers=self.layers,
-            provenance=provenance,
+            provenance=provenance | self.about,
         )
 
 

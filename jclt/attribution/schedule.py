@@ -12,9 +12,11 @@ from jclt.attribution.active import ActiveFeatures, find_active, gather_features
 from jclt.attribution.bases import FeatureNodes, gather_sources
 from jclt.attribution.calls import Batch, Setup, push_columns, trace_rows
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
-from jclt.attribution.nodes import PromptNodes, TargetNodes, fold_nodes
+from jclt.attribution.nodes import PromptNodes, fold_nodes
 from jclt.attribution.options import count_silent_positions
+from jclt.attribution.prompts import pad_prompts, stack_outputs
 from jclt.attribution.ranking import Limits, PromptRows
+from jclt.attribution.scores import Chosen, choose_features, score_features
 from jclt.attribution.sizes import (
     BATCH_BYTES,
     DeviceBytes,
@@ -22,19 +24,17 @@ from jclt.attribution.sizes import (
     choose_embeddings_at_once,
     choose_layout,
     estimate_pass_bytes,
+    estimate_score_bytes,
     estimate_source_bytes,
     estimate_target_bytes,
     list_stops,
-    round_up,
-    round_up_length,
 )
 from jclt.attribution.targets import Outputs, Target, build_outputs
 from jclt.attribution.tiles import Layout, plan_tiles
 from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
 from jclt.errors import UserError
 from jclt.memory import check_memory
-from jclt.models import Model
-from jclt.shapes import Array, Int
+from jclt.shapes import Array, Bool, Int
 
 log = logging.getLogger(__name__)
 
@@ -46,21 +46,34 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     """Traces prompts of one length bucket, split over the mesh; as two halves where they take too much memory."""
     model, config, backend = setup.model, setup.coder.config, jax.default_backend()
     log.debug("1 true pass: %d prompts of up to %d tokens", len(prompts), max(map(len, prompts)))
-    tokens, lengths = pad_prompts(setup, prompts)
+    tokens, lengths = pad_prompts(prompts, model.config.context, setup.mesh.size)
     (count, length), itemsize = tokens.shape, setup.itemsize
     per_device = count // setup.mesh.size
     pass_bytes = estimate_pass_bytes(model.config, config, length, itemsize)
+    if setup.options.count_nodes(config) is not None:
+        pass_bytes += setup.mesh.size * estimate_score_bytes(model.config, config, length, itemsize)
     what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
     check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)
     silent = count_silent_positions(model, setup.options)
     true_pass = run_true_pass(setup.local, setup.weights, setup.biases, *arrays, silent)
     logits = np.asarray(true_pass.logits)[: len(prompts)]
+    if not np.isfinite(logits).all():
+        raise UserError(f"model {model.name}: its logits are not finite, expected weights without NaN or infinity")
+    outputs = [
+        build_outputs(model, setup.unembedding, len(prompt), prompt_logits, wanted, setup.uses_our_conventions)
+        for prompt, prompt_logits, wanted in zip(prompts, logits, targets, strict=True)
+    ]
     log.debug("2 gather sources: encode %d layers", len(config.covered))
     has_nodes = np.asarray(find_positions_with_nodes(jnp.asarray(lengths), length, silent))
-    active = find_active(setup.coder, true_pass.reads, has_nodes, setup.by_prompt)
+    chosen = choose_nodes(setup, true_pass, has_nodes, outputs)
+    of_chosen = None if chosen is None else chosen.features
+    active = find_active(setup.coder, true_pass.reads, has_nodes, setup.by_prompt, of_chosen)
+    about = [{} if chosen is None else chosen.describe(prompt) for prompt in range(len(prompts))]
+    del chosen, of_chosen
     counts = active.count_by_position(length)
-    check_true_pass(model, logits, counts[: len(prompts)])
+    if not counts[: len(prompts)].any(axis=(1, 2)).all():
+        raise UserError("prompt: no feature of the coder is active on it, expected at least one")
 
     layout = choose_layout(config, counts, active.length, backend)
     at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device, itemsize)
@@ -69,17 +82,13 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
         del true_pass, active
         halves = slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)
         return [rows for half in halves for rows in trace_prompts(setup, prompts[half], targets[half])]
-    outputs = [
-        build_outputs(model, setup.unembedding, len(prompt), prompt_logits, wanted, setup.uses_our_conventions)
-        for prompt, prompt_logits, wanted in zip(prompts, logits, targets, strict=True)
-    ]
     target_bytes = estimate_target_bytes(model.config, length, layout, itemsize)
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
 
     features, slots, nodes, embedding_edges = gather_nodes(setup, layout, true_pass, active, counts, outputs, at_once)
     del true_pass, active
-    rows = make_rows(setup, layout, prompts, outputs, features, slots, embedding_edges)
+    rows = make_rows(setup, layout, prompts, about, outputs, features, slots, embedding_edges)
     del features
     if not bool(jnp.isfinite(nodes.sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
@@ -93,21 +102,17 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     return rows
 
 
-def pad_prompts(setup: Setup, prompts: list[np.ndarray]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    """Tokens of one length, for a number of prompts that the mesh can split; and the prompts' own lengths."""
-    length = min(round_up_length(max(map(len, prompts))), setup.model.config.context)
-    count = -(-round_up(len(prompts)) // setup.mesh.size) * setup.mesh.size
-    tokens, lengths = np.zeros((count, length), np.int32), np.ones(count, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-    return tokens, lengths
-
-
-def check_true_pass(model: Model, logits: np.ndarray, counts: np.ndarray) -> None:
-    if not np.isfinite(logits).all():
-        raise UserError(f"model {model.name}: its logits are not finite, expected weights without NaN or infinity")
-    if not counts.any(axis=(1, 2)).all():
-        raise UserError("prompt: no feature of the coder is active on it, expected at least one")
+def choose_nodes(
+    setup: Setup, true_pass: TruePass, has_nodes: Bool[np.ndarray, "B T"], outputs: list[Outputs]
+) -> Chosen | None:
+    """Which active features are nodes; None if all are, by the options or as there are no more."""
+    config, nodes = setup.coder.config, setup.options.count_nodes(setup.coder.config)
+    most = config.features * len(config.covered) * int(has_nodes.sum(axis=1).max())
+    if nodes is None or (isinstance(nodes, int) and most <= nodes):
+        return None
+    log.debug("2 gather sources: score the features of %d layers", len(config.covered))
+    scores = score_features(setup.coder, setup.local, setup.weights, true_pass, has_nodes, outputs, setup.by_prompt)
+    return choose_features(scores, nodes, len(outputs))
 
 
 def gather_nodes(
@@ -135,22 +140,11 @@ def gather_nodes(
     return features, slots, nodes, embedding_edges
 
 
-def stack_outputs(outputs: list[Outputs], count: int, dtype: Any) -> TargetNodes:
-    """All prompts' outputs in arrays of one shape, longer than any of them: the last entry has a vector of zeros."""
-    most = round_up(max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + 1, 16)
-    width = outputs[0].vectors.shape[1]
-    layers, positions = np.zeros((count, most), np.int64), np.zeros((count, most), np.int64)
-    vectors = np.zeros((count, most, width), dtype)
-    for row, prompt in enumerate(outputs):
-        size = len(prompt.tokens)
-        layers[row, :size], positions[row, :size], vectors[row, :size] = prompt.layers, prompt.positions, prompt.vectors
-    return TargetNodes(layers, positions, vectors)  # type: ignore[arg-type]
-
-
 def make_rows(
     setup: Setup,
     layout: Layout,
     prompts: list[np.ndarray],
+    about: list[dict[str, Any]],
     outputs: list[Outputs],
     features: FeatureNodes,
     slots: Int[Array, "B C n"],
@@ -176,6 +170,7 @@ def make_rows(
             embedding_edges=jax.tree.map(lambda x, row=row: x[row], embedding_edges),
             padded_numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),
             layers=setup.model.config.layers,
+            about=about[row],
             limits=Limits(setup.options.max_features, setup.options.tolerance, round_size),
         )
         all_rows.append(prompt_rows)

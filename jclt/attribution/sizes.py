@@ -35,6 +35,9 @@ BATCH_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 32}
 """The most bytes of a device for prompts that are traced together; beyond it, fewer are traced together. It does not
 depend on what is free, since that must not decide which prompts share a batch."""
 
+OUTPUTS_AT_ONCE = 8
+"""Outputs whose gradients with respect to a layer's features are in memory together."""
+
 CALLS_IN_FLIGHT = 2
 """Calls that the device works on while the host stores the results of the one before."""
 
@@ -97,6 +100,15 @@ def count_edges(model: ModelConfig, length: int, layout: Layout) -> int:
 def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, itemsize: int) -> int:
     """What the gradients and edges of one target take on a device."""
     return (2 * length * model.width + count_edges(model, length, layout)) * itemsize
+
+
+def estimate_score_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
+    """About what scoring the features of one prompt takes on the device with the coder."""
+    covered = len(coder.covered)
+    kept = covered * coder.features * (4 + 1)  # scores, and which features are chosen
+    gradients = OUTPUTS_AT_ONCE * coder.features * itemsize
+    streams = 2 * OUTPUTS_AT_ONCE * (2 + coder.reach(0)) * model.width * itemsize
+    return length * (kept + gradients + streams)
 
 
 def choose_block_shape(backend: str, targets: int, length: int, width: int) -> BlockShape:

@@ -72,6 +72,16 @@ def parse_amount(typed: str) -> float:
     return number
 
 
+def parse_nodes(typed: str) -> int | float:
+    """A number of nodes, or a share of the scores, which is written with a point."""
+    try:
+        return int(typed) if typed.strip("+-").isdigit() else float(typed)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{typed[:40]!r}, expected a number of features or a share of the scores"
+        ) from None
+
+
 def parse_target(typed: str) -> str | tuple[str, str]:
     """A token, or two tokens separated by ~."""
     parts = parse_text(typed).split("~") if typed.strip() != "~" else [typed]
@@ -181,7 +191,7 @@ def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, Any]":
     if coder is None and name not in (None, "demo"):
         raise UserError(f"model '{name}': expected --coder too, a coder of this model (demo is the demo model's)")
     coder = coder or "demo"
-    if name is None and coder != "demo":
+    if name is None and coder not in ("demo", "neurons"):
         name = _find_model_name(coder)
         log.info("model %s, as the coder's files say", name)
         try:

@@ -14,6 +14,7 @@ from jclt.cli.arguments import (
     find_prompt,
     load_coder_and_model,
     make_int_parser,
+    parse_nodes,
     parse_target,
 )
 from jclt.errors import UserError
@@ -45,7 +46,10 @@ def add_command(commands: Subcommands) -> None:
         "--json", action="store_true", help="with --prompts: also write each pruned graph as NUMBER.json for viewers"
     )
     add_model_argument(command)
-    command.add_argument("--coder", help="demo, or a folder in any known layout (default demo, for model demo)")
+    command.add_argument(
+        "--coder",
+        help="demo, a folder in any known layout, or neurons: those of the model (default demo, for model demo)",
+    )
     add_fit_arguments(command)
     add_keep_argument(command)
     command.add_argument(
@@ -58,6 +62,13 @@ def add_command(commands: Subcommands) -> None:
     )
     command.add_argument(
         "--max-features", type=int, default=7500, metavar="N", help="trace at most N features (default 7500)"
+    )
+    command.add_argument(
+        "--nodes",
+        type=parse_nodes,
+        metavar="N",
+        help="take the N features with the most influence to first order as nodes, or with 0.9 as many as have 90%% of "
+        "it; the others are errors (default: all active features, 2000 of neurons)",
     )
     command.add_argument(
         "--tolerance",
@@ -101,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_features=arguments.max_features,
         tolerance=arguments.tolerance,
         conventions=arguments.conventions,
+        nodes=arguments.nodes,
         precision=arguments.precision,
     )
     options.check()

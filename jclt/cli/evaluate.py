@@ -28,7 +28,9 @@ def add_command(commands: Subcommands) -> None:
         epilog="example: jclt eval runs/tiny/coder; jclt eval runs/gpt2/coder --data stories.txt --rows 32 --json "
         "figures.json; jclt eval scope/layer_12 --model google/gemma-2-2b --reads mlp_in --writes mlp_out",
     )
-    command.add_argument("coder", metavar="CODER", help="demo, or a folder in any layout that load_coder reads")
+    command.add_argument(
+        "coder", metavar="CODER", help="demo, neurons, or a folder in any layout that load_coder reads"
+    )
     add_model_argument(command)
     add_fit_arguments(command)
     command.add_argument(

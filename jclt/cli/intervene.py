@@ -59,7 +59,10 @@ def add_command(commands: Subcommands) -> None:
         help="multiply every member of a supernode of --graph",
     )
     add_model_argument(command)
-    command.add_argument("--coder", help="demo, or a folder in any known layout (default demo, for model demo)")
+    command.add_argument(
+        "--coder",
+        help="demo, a folder in any known layout, or neurons: those of the model (default demo, for model demo)",
+    )
     add_fit_arguments(command)
     add_setting_arguments(command)
     command.add_argument("--graph", type=Path, metavar="FILE", help="the prompt's graph (default: it is computed)")

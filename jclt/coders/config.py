@@ -38,6 +38,11 @@ class CoderConfig:
         return "jumprelu" if self.activation == "batchtopk" else self.activation
 
     @property
+    def dense(self) -> bool:
+        """Whether nearly all features are active on every token, so that a graph must choose its nodes."""
+        return self.kind == "neurons"
+
+    @property
     def covered(self) -> tuple[int, ...]:
         assert self.layers is not None
         return self.layers

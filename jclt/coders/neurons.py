@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from jclt.coders.config import CoderConfig
+from jclt.errors import UserError
 from jclt.kernels.matmuls import token_letters, widen_for_product
 from jclt.kernels.take_rows import take_rows
 from jclt.models import Model
@@ -66,7 +67,7 @@ class Neurons(eqx.Module):
 
 
 def neurons(model: Model) -> Neurons:
-    """The MLP neurons of a model as a coder from `mlp_in` to `mlp_raw_out`."""
+    """The MLP neurons of a model as a coder from `mlp_in` to `mlp_raw_out`. Its weights are the model's."""
     config = CoderConfig(
         kind="neurons",
         features=model.config.mlp_width,
@@ -75,3 +76,14 @@ def neurons(model: Model) -> Neurons:
         writes="mlp_raw_out",
     ).fit_to_model(model.config, model.name)
     return Neurons({name: model.params[name] for name in WEIGHTS if name in model.params}, model.config, config)
+
+
+def load_neurons(model: Model | None, **others: object) -> Neurons:
+    """What `load_coder("neurons", model=model)` gives; an error of one line if it was also told how to read files."""
+    if model is None:
+        raise UserError("coder 'neurons': expected model=, the model whose neurons they are")
+    for name, given in others.items():
+        if given is not None:
+            given = f"'{given}'" if isinstance(given, str) else "a mesh"
+            raise UserError(f"coder 'neurons': {name}={given}, expected none: they are the model's own weights")
+    return neurons(model)

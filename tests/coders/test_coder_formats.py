@@ -632,7 +632,9 @@ def test_what_is_wrong_gets_one_line(layout, spoil, line, tmp_path):
 
 
 def test_folders_that_hold_no_coder(tmp_path):
-    with pytest.raises(UserError, match="nowhere': no such folder, expected 'demo' or the folder that holds the coder"):
+    with pytest.raises(
+        UserError, match="nowhere': no such folder, expected 'demo', 'neurons' or the folder that holds the coder"
+    ):
         jclt.load_coder(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file': is a file, expected"):

@@ -31,6 +31,7 @@ from jclt.coders.formats import circuit_tracer, gemma_scope, saelens
 from jclt.coders.formats.names import parse_site
 from jclt.coders.formats.tensors import DTYPES, StoredCoder, declare_stored, load_weights, write_tensors
 from jclt.coders.model_fit import check_fit
+from jclt.coders.neurons import Neurons, load_neurons
 from jclt.coders.streamed import StreamedCoder, load_on_host
 from jclt.errors import UserError, first_line, suggest_name
 from jclt.files import create_folder, write_json
@@ -80,6 +81,19 @@ COMFORTABLE_SHARE = 0.5
 
 @overload
 def load_coder(
+    name: Literal["neurons"],
+    *,
+    keep: str | Mesh | None = None,
+    model: Model | None = None,
+    dtype: str | None = None,
+    reads: str | None = None,
+    writes: str | None = None,
+    check: bool = True,
+) -> Neurons: ...
+
+
+@overload
+def load_coder(
     name: str | Path,
     *,
     keep: Literal["device"] | Mesh,
@@ -101,7 +115,7 @@ def load_coder(
     reads: str | None = None,
     writes: str | None = None,
     check: bool = True,
-) -> SparseCoder | StreamedCoder: ...
+) -> SparseCoder | StreamedCoder | Neurons: ...
 
 
 def load_coder(
@@ -113,8 +127,9 @@ def load_coder(
     reads: str | None = None,
     writes: str | None = None,
     check: bool = True,
-) -> SparseCoder | StreamedCoder:
-    """Loads "demo", a folder in any of `LAYOUTS`, or the coder of a training run's folder.
+) -> SparseCoder | StreamedCoder | Neurons:
+    """Loads "demo", a folder in any of `LAYOUTS`, or the coder of a training run's folder; "neurons" are those of the
+    `model`, with its own weights.
 
     `keep` says where the weights are kept. On a mesh each device has its shard of every weight. Those of a coder that
     is kept on the "host" or on "disk" are on the device while they are used; only graphs can be made with it. By
@@ -124,6 +139,8 @@ def load_coder(
     and sites, and, unless `check=False`, by its reconstruction of a short text (`check_fit`). `reads` and `writes` give
     the sites where the files do not name them, or name wrong ones.
     """
+    if name == "neurons":
+        return load_neurons(model, keep=None if keep == "device" else keep, dtype=dtype, reads=reads, writes=writes)
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype '{dtype}': expected one of: {', '.join(DTYPES)}")
     mesh = keep if isinstance(keep, Mesh) else None
@@ -189,7 +206,9 @@ def find_coder(name: str) -> Path:
         raise UserError(f"coder '{name}': cannot be read ({first_line(error)})") from None
     if not is_folder:
         problem = "is a file" if os.path.lexists(folder) else "no such folder"
-        raise UserError(f"coder '{name}': {problem}, expected 'demo' or the folder that holds the coder's files")
+        raise UserError(
+            f"coder '{name}': {problem}, expected 'demo', 'neurons' or the folder that holds the coder's files"
+        )
     inner = folder / "coder"
     return inner if circuit_tracer.is_jclt_folder(inner) and not circuit_tracer.is_jclt_folder(folder) else folder
 
