@@ -85,8 +85,8 @@ def attribute(
     a model's neurons.
 
     Everything is computed in at least float32, whatever the types of model and coder; but the products that edges are
-    summed up from can have a narrower `precision`, such as bfloat16_3x. What edges then miss of the nodes' values is the
-    graph's `conservation_error`.
+    summed up from can have a narrower `precision`, such as bfloat16_3x. What edges then miss of the nodes' values is
+    the graph's `conservation_error`.
     """
     options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision)
     ((_, graph),) = attribute_each(model, coder, [encode_prompt(model, prompt, conventions)], options)
