@@ -55,7 +55,7 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
     check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)
-    silent = count_silent_positions(model, setup.options)
+    silent = max(count_silent_positions(model, setup.options), config.first_position)
     true_pass = run_true_pass(setup.local, setup.weights, setup.biases, *arrays, silent)
     logits = np.asarray(true_pass.logits)[: len(prompts)]
     if not np.isfinite(logits).all():

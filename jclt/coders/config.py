@@ -27,6 +27,7 @@ class CoderConfig:
     through: GradientTo = "all"  # the arguments that receive that gradient (Circuit Tracing 2025)
     skip: bool = False  # a linear map from input to output of each layer, beside the features
     tied: bool = False  # the decoder is the encoder (SAEs)
+    first_position: int = 0  # positions of a text before this one stay the model's own; 1 leaves out an attention sink
     layers: tuple[int, ...] | None = None  # the covered layers of the model, in order
     width: int | None = None
     model: str = ""
@@ -82,6 +83,8 @@ class CoderConfig:
             raise UserError(f"setting 'coder.features': {self.features}, expected at least 1")
         if self.width is not None and self.width < 1:
             raise UserError(f"setting 'coder.width': {self.width}, expected at least 1")
+        if self.first_position < 0:
+            raise UserError(f"setting 'coder.first_position': {self.first_position}, expected at least 0")
         if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
             raise UserError(f"setting 'coder.bandwidth': {self.bandwidth}, expected a number above 0")
         if (self.k is None) == (self.activation in ("topk", "batchtopk")):

@@ -54,8 +54,8 @@ def measure_fit(coder: Coder, model: Model) -> Fit:
     config = coder.config
     _, seen = run(model, _get_probe_tokens(model), capture=(config.reads, config.writes))
     # Without the first position: many models use it as an attention sink, and its activations are like no others.
-    covered = list(config.covered)
-    x, y = (fetch_to_host(seen[site]).astype(np.float32)[covered, 1:] for site in (config.reads, config.writes))
+    covered, start = list(config.covered), max(1, config.first_position)
+    x, y = (fetch_to_host(seen[site]).astype(np.float32)[covered, start:] for site in (config.reads, config.writes))
     reconstruction, active = np.zeros_like(y), np.zeros(len(y))
     for layer, layer_input in enumerate(x):
         a = _encode(coder, layer, layer_input)

@@ -8,14 +8,16 @@ from jclt.coders.coder import Coder, SparseCoder
 from jclt.coders.decoder_sums import DecoderSums
 from jclt.mesh import shard_by_axes
 from jclt.models import Place
+from jclt.models.ranges import Ranges, select
 from jclt.shapes import Array
 
 
 class CoderReplacement(eqx.Module):
     """The edit that makes a forward pass with unrolled layers the replacement model.
 
-    At every position the coder's output replaces what the covered layers write. Attention is free, and no error is
-    added. With `trained` the coder receives gradients; its products are then dense, and in the type of what it reads.
+    From the coder's `first_position` on its output replaces what the covered layers write. Attention is free, and no
+    error is added. With `trained` the coder receives gradients; its products are then dense, and in the type of what it
+    reads.
     """
 
     coder: Coder
@@ -41,7 +43,11 @@ class CoderReplacement(eqx.Module):
             output = state["decoder_sums"].output(index, state["read"])
             if index == len(config.covered) - 1:
                 state.clear()
-            return shard_by_axes(output, ("batch", None, None)).astype(value.dtype)
+            output = shard_by_axes(output, ("batch", None, None)).astype(value.dtype)
+            if config.first_position:
+                start = Ranges(position=slice(config.first_position, None))
+                output = select(start.find(place, value), output, value)
+            return output
         return value
 
     def _encode(self, index: int, x: Array) -> Array:

@@ -42,6 +42,15 @@ def iterate_batches(model: Model, rows: ArrayLike, mask: ArrayLike | None, size:
         yield jax.device_put(batch[0], where), jax.device_put(batch[1], where)
 
 
+def mask_first_positions(coder: CoderConfig, rows: ArrayLike, mask: ArrayLike | None) -> ArrayLike | None:
+    """The mask without the positions that the coder leaves to the model."""
+    if not coder.first_position:
+        return mask
+    measured = np.ones(np.shape(rows), bool) if mask is None else np.array(mask, bool)
+    measured[..., : coder.first_position] = False
+    return measured
+
+
 def make_one_batch(model: Model, rows: ArrayLike) -> Array:
     """All rows at once, padded to a number that the model's mesh can split."""
     ((tokens, _),) = iterate_batches(model, rows, None, len(np.asarray(rows)))

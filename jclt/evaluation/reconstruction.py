@@ -22,7 +22,13 @@ import numpy as np
 
 from jclt.coders import Coder
 from jclt.coders.decoder_sums import DecoderSums
-from jclt.evaluation.batches import check_finite, choose_batch_size, iterate_batches, to_host
+from jclt.evaluation.batches import (
+    check_finite,
+    choose_batch_size,
+    iterate_batches,
+    mask_first_positions,
+    to_host,
+)
 from jclt.mesh import replicate, shard_by_axes
 from jclt.models import Model, ModelConfig, forward
 from jclt.models.model import on_mesh
@@ -182,7 +188,8 @@ def evaluate_reconstruction(
     model: Model, coder: Coder, rows: ArrayLike, *, mask: ArrayLike | None = None, batch: int | None = None
 ) -> Reconstruction:
     """Measures on token rows `[N, T]`, `batch` rows at once or as many as fit in memory. A mask of the same shape can
-    leave tokens out, such as padding."""
+    leave tokens out, such as padding. Positions before the coder's first one are always left out."""
+    mask = mask_first_positions(coder.config, rows, mask)
     batch = batch or choose_batch_size(model, coder.config, rows, mask)
     with on_mesh(model):
         sums = reduce(

@@ -14,7 +14,14 @@ import numpy as np
 
 from jclt.coders import Coder, CoderConfig, CoderReplacement
 from jclt.errors import UserError
-from jclt.evaluation.batches import LARGEST_BATCH, check_finite, choose_batch_size, iterate_batches, to_host
+from jclt.evaluation.batches import (
+    LARGEST_BATCH,
+    check_finite,
+    choose_batch_size,
+    iterate_batches,
+    mask_first_positions,
+    to_host,
+)
 from jclt.evaluation.reconstruction import Moments, measure_moments, merge_moments
 from jclt.mesh import shard_by_axes
 from jclt.models import Model, ModelConfig, Replace, forward
@@ -41,8 +48,9 @@ def compute_replaced_logits(config: ModelConfig, params: Params, coder: Coder, t
 def compute_ablated_logits(
     config: ModelConfig, params: Params, coder: CoderConfig, means: Float[ArrayLike, "L D"], tokens: Tokens
 ) -> Logits:
-    """Logits where every covered layer writes its mean."""
-    ablation = Replace({coder.writes: jnp.asarray(means)[:, None, None]}, value_layers=coder.covered)
+    """Logits where every covered layer writes its mean, from the coder's first position on."""
+    start = slice(coder.first_position, None) if coder.first_position else None
+    ablation = Replace({coder.writes: jnp.asarray(means)[:, None, None]}, position=start, value_layers=coder.covered)
     return forward(config, params, tokens, edit=ablation, unroll=True)[0]
 
 
@@ -165,8 +173,9 @@ def evaluate_replacement(
     batch: int | None = None,
 ) -> Replacement:
     """Measures on token rows `[N, T]`, `batch` rows at once or as many as fit in memory. The control's `means` are by
-    default those over the same tokens."""
+    default those over the same tokens. Positions before the coder's first one stay the model's and are left out."""
     check_replaceable(coder.config)
+    mask = mask_first_positions(coder.config, rows, mask)
     batch = batch or choose_batch_size(model, coder.config, rows, mask)
     if means is None:
         means = measure_mean_writes(model, coder.config, rows, mask=mask, batch=batch)

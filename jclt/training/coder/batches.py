@@ -45,6 +45,7 @@ def make_store_reader(config: TrainConfig, model: Model, rows: TokenRows, count:
         "reads": c.reads,
         "writes": c.writes,
         "layers": list(c.covered),
+        "first_position": c.first_position,
     }
     shape = (len(c.covered), config.length, c.size)
     store = create_store(config.store, description, count, shape, config.compute)

@@ -34,12 +34,19 @@ class Scaling(eqx.Module):
 
 
 def harvest(model: ModelConfig, coder: CoderConfig, params: Params, tokens: Tokens) -> Harvest:
-    """One forward pass. The compiled program leaves out the unembedding, since nothing uses it."""
+    """One forward pass. The compiled program leaves out the unembedding, since nothing uses it.
+
+    Positions before the coder's first one are left out: in their place stand copies of the row's last positions, so
+    that no shape depends on it.
+    """
     _, seen, _ = forward(model, params, tokens, capture=(coder.reads, coder.writes))
-    if coder.covered == tuple(range(model.layers)):
-        return Harvest(seen[coder.reads], seen[coder.writes])
-    covered = jnp.asarray(coder.covered)
-    return Harvest(seen[coder.reads][covered], seen[coder.writes][covered])
+    reads, writes, first = seen[coder.reads], seen[coder.writes], coder.first_position
+    if coder.covered != tuple(range(model.layers)):
+        covered = jnp.asarray(coder.covered)
+        reads, writes = reads[covered], writes[covered]
+    if first:
+        reads, writes = (jnp.concatenate([x[:, :, -first:], x[:, :, first:]], axis=2) for x in (reads, writes))
+    return Harvest(reads, writes)
 
 
 def scale_tokens(x: Float[Array, "L B T D"], mean: Array, scale: Array, dtype: DTypeLike) -> Float[Array, "L N D"]:

@@ -50,6 +50,11 @@ def complete_config(config: TrainConfig, model: ModelConfig, mesh: Mesh, fingerp
     for name in ("micro_batches", "shuffle"):
         if config.length % getattr(config, name):
             raise UserError(f"setting '{name}': {getattr(config, name)}, expected a divisor of length={config.length}")
+    if config.length < 2 * config.coder.first_position:
+        raise UserError(
+            f"setting 'length': {config.length}, expected at least twice coder.first_position="
+            f"{config.coder.first_position}"
+        )
     if config.sparsity == "l0" and config.coder.activation != "jumprelu":
         raise UserError("setting 'sparsity': l0 counts gates, expected coder.activation=jumprelu")
     if config.end_to_end_steps and (config.store or config.shuffle > 1):
