@@ -38,7 +38,8 @@ def add_command(commands: Subcommands) -> None:
         "--end",
         type=parse_text,
         metavar="TOKEN",
-        help="the end token, as text or number (default: eos_token of the tokenizer's tokenizer_config.json)",
+        help="the end token, as text or number (default: eos_token of the tokenizer's "
+        "tokenizer_config.json, or of the GGUF file)",
     )
     command.add_argument("--workers", type=int, metavar="N", help="number of threads (default: one per core)")
     command.add_argument(

@@ -148,7 +148,9 @@ def tokenize_file(path: Path, tokenizer: Tokenizer, end: Sequence[int]) -> np.nd
 
 def _read_documents(path: Path) -> list[str]:
     if not path.is_file():
-        raise UserError(f"data '{path}': not found, expected 'world', a text file or JSON lines")
+        raise UserError(
+            f"data '{path}': not found, expected a folder made by `jclt tokenize`, a text file, JSON lines or 'world'"
+        )
     documents: list[str] = []
     for piece in read_pieces(Input(LocalFileSystem(), str(path))):
         if piece.begins:

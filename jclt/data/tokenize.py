@@ -17,7 +17,7 @@ from jclt.data.manifest import MANIFEST, UNFINISHED, TokenFolder, describe_setti
 from jclt.data.prefetch import map_ahead
 from jclt.errors import UserError
 from jclt.files import read_json
-from jclt.models import Tokenizer, load_tokenizer
+from jclt.models import Tokenizer, known_config, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 18
 """How much text a worker tokenises at once."""
@@ -95,7 +95,10 @@ def disable_library_threads() -> Iterator[None]:
 
 
 def find_end_token(tokenizer: Tokenizer, folder: Path, end: str | None) -> int:
-    """The token that ends a document: `end` is its number or text; by default tokenizer_config.json names it."""
+    """The token that ends a document: `end` is its number or text; by default tokenizer_config.json or the GGUF file
+    names it."""
+    if end is None and folder.is_file() and (stops := known_config(str(folder)).stop_tokens):
+        return stops[0]
     if end is None:
         path = folder / "tokenizer_config.json"
         named = read_json(path).get("eos_token") if path.exists() else None

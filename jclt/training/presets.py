@@ -62,4 +62,44 @@ def tiny() -> TrainConfig:
     return replace(shipped, coder=coder, steps=400, end_to_end_steps=0, save_every=200)
 
 
-CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {"tiny": tiny, "small-world": small_world_coder}
+def smollm2_transcoders() -> TrainConfig:
+    """A transcoder of each of the 30 MLPs of SmolLM2-135M-Instruct, with 276 thousand features in all.
+
+    Data: the folder `tokens`, made by `jclt tokenize TEXT --tokenizer smollm2 --out tokens`.
+    """
+    return _smollm2(CoderConfig("transcoder", features=9_216, k=480))
+
+
+def smollm2_clt() -> TrainConfig:
+    """A cross-layer transcoder of layers 10 to 19 of SmolLM2-135M-Instruct, with 164 thousand features in all.
+
+    Data: as `smollm2_transcoders`.
+    """
+    return _smollm2(CoderConfig("clt", features=16_384, k=100, layers=tuple(range(10, 20))))
+
+
+def _smollm2(coder: CoderConfig) -> TrainConfig:
+    """A third of a billion tokens, for a GPU or a TPU; README.md in this folder says what to override on a CPU."""
+    return TrainConfig(
+        replace(coder, activation="batchtopk", first_position=1),
+        model="smollm2",
+        data="tokens",
+        steps=10_000,
+        batch=128,
+        length=256,  # with `batch`, 32,768 tokens a step (January 2025)
+        preactivation_weight=3e-4,
+        initial="transposed",
+        learning_rate=4e-4,
+        warmup=1_000,
+        beta1=0.9,
+        compute="bfloat16",
+        micro_batches=16,
+    )
+
+
+CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "tiny": tiny,
+    "small-world": small_world_coder,
+    "smollm2-transcoders": smollm2_transcoders,
+    "smollm2-clt": smollm2_clt,
+}

@@ -189,7 +189,10 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
         ({"length": 33}, "setting 'length': 33, expected at most 32, the model's context"),
         ({"steps": 0}, "setting 'steps': 0, expected at least 1"),
         ({"warmup": -1}, "setting 'warmup': -1, expected at least 0"),
-        ({"data": "none.txt"}, "data 'none.txt': not found, expected 'world', a text file or JSON lines"),
+        (
+            {"data": "none.txt"},
+            "data 'none.txt': not found, expected a folder made by `jclt tokenize`, a text file, JSON lines or 'world'",
+        ),
         (
             {"tokenizer": None},
             "setting 'tokenizer': missing, expected a folder with tokenizer.json for data that are text",

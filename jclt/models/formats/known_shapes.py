@@ -38,6 +38,22 @@ def _gemma2() -> dict[str, Any]:
     }
 
 
+SMOLLM2_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 KNOWN: dict[str, dict[str, Any]] = {
     "gpt2": {
         "model_type": "gpt2",
@@ -49,6 +65,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "bos_token_id": 50256,
         "eos_token_id": 50256,
     },
+    **dict.fromkeys(("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"), SMOLLM2_CONFIG),
     "meta-llama/Llama-3.2-1B": _llama3(32.0)
     | {
         "hidden_size": 2048,
