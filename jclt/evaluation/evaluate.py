@@ -38,7 +38,8 @@ def evaluate(
     }
     if data == "world":
         parts["tasks"] = measure_world_agreement(model, coder, tasks)
-    text = "\n\n".join(f"{name}, {tokens.size} tokens\n{part.table()}" for name, part in parts.items())
+    measured = parts["reconstruction"].tokens
+    text = "\n\n".join(f"{name}, {measured} tokens\n{part.table()}" for name, part in parts.items())
     figures = {name: part.summary() for name, part in parts.items()}
     if data == "world" and coder.config.kind in ("clt", "transcoder"):
         # All layers but the last, after which nothing is left to look a state's capital up.

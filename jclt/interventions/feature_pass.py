@@ -26,7 +26,7 @@ from jclt.interventions.changes import Changes
 from jclt.kernels.matmuls import apply_weight, sharded_einsum, token_letters, widen_for_product
 from jclt.mesh import shard_by_axes
 from jclt.models import Edit, Place, SiteEdit
-from jclt.models.ranges import Ranges
+from jclt.models.ranges import Ranges, select
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float
 
@@ -126,7 +126,7 @@ class FeaturePass(eqx.Module):
         kept = error if self.keeps_errors else jnp.zeros_like(error)
         if (first := self.coder.config.first_position) and not self.keeps_errors:
             start = Ranges(position=slice(first, None)).find(place, value)
-            kept = jnp.where(start, kept, error)  # before, the model keeps what it writes
+            kept = select(start, kept, jnp.broadcast_to(error, value.shape))  # before, the model's writes stay
         for edit in self.error_edits:
             kept = edit(Place("errors", layer, place.positions), kept)
         return jnp.broadcast_to(out + (kept - error), value.shape).astype(value.dtype)
