@@ -1,0 +1,13 @@
+"""SmolLM2 135M, a cross-layer transcoder of its layers 10 to 19 with 164 thousand features, on 4 chips of v5e.
+
+jclt plan tpu_configs/smollm2_164k_v5e_4.py
+jclt train tpu_configs/smollm2_164k_v5e_4.py --out gs://BUCKET/smollm2_164k_v5e_4
+"""
+
+from dataclasses import replace
+
+from jclt.pods import Pod
+from jclt.training.presets import smollm2_clt
+
+config = replace(smollm2_clt(), model="HuggingFaceTB/SmolLM2-135M-Instruct", data="gs://BUCKET/tokens")
+pod = Pod("v5e:2x2")
