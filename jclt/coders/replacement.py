@@ -15,9 +15,8 @@ from jclt.shapes import Array
 class CoderReplacement(eqx.Module):
     """The edit that makes a forward pass with unrolled layers the replacement model.
 
-    From the coder's `first_position` on its output replaces what the covered layers write. Attention is free, and no
-    error is added. With `trained` the coder receives gradients; its products are then dense, and in the type of what it
-    reads.
+    From the coder's `first_position` on its output replaces what the covered layers write; attention is free, no error
+    is added. If `trained`, the coder receives gradients; its products are then dense, in the type of what it reads.
     """
 
     coder: Coder
@@ -45,8 +44,7 @@ class CoderReplacement(eqx.Module):
                 state.clear()
             output = shard_by_axes(output, ("batch", None, None)).astype(value.dtype)
             if config.first_position:
-                start = Ranges(position=slice(config.first_position, None))
-                output = select(start.find(place, value), output, value)
+                output = select(Ranges(position=slice(config.first_position, None)).find(place, value), output, value)
             return output
         return value
 
