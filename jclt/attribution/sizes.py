@@ -160,10 +160,11 @@ def check_rows(
     embeddings = 1 + (model.config.learned_positions and options.conventions == "jclt")
     most_active = int(counts.sum(axis=(1, 2)).max())
     most_outputs = max(len(prompt_outputs.tokens) for prompt_outputs in outputs)
+    columns = most_active * counts.shape[2] * model.config.width * itemsize
 
     def estimate_device(limit: int) -> int:
-        calls = (CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend] + COLUMN_BYTES[backend]
-        return on_device.sources + min(calls, (limit + most_outputs) * on_device.target)
+        calls = min((CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend], (limit + most_outputs) * on_device.target)
+        return on_device.sources + calls + min(COLUMN_BYTES[backend], columns)
 
     def estimate_host(limit: int) -> float:
         sizes = [

@@ -16,16 +16,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.active import encode_layer, list_nonzero
-from jclt.attribution.bases import FeatureNodes, gather_sources
-from jclt.attribution.edges import Blocks, TargetNodes, fold_nodes, trace_blocks
+from jclt.attribution.bases import FeatureNodes, find_errors, put_rows
+from jclt.attribution.edges import Blocks, trace_blocks
 from jclt.attribution.embeddings import trace_embeddings
 from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
+from jclt.attribution.nodes import TargetNodes, fold_nodes
 from jclt.attribution.sizes import (
     CALLS_IN_FLIGHT,
     choose_block_shape,
     choose_blocks_per_call,
     choose_embeddings_at_once,
+    count_edges,
     list_stops,
     round_up,
     round_up_length,
@@ -137,10 +139,17 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
     nodes = inputs.by_prompt(expect_nodes(config, layout, count))
     in_tiles = numbers(layout.groups, layout.tiles)
     plan = TilePlan(numbers(layout.groups, length, layout.at_position), in_tiles, in_tiles)
-    gather = (layout, plan, nodes, numbers(len(layout.layers), length), true_pass.unexplained)
-    yield LoweredProgram(gather_sources.lower(*gather), count_chip_bytes(true_pass, nodes))
-    _, sources = inputs.by_prompt(evaluate_shape(gather_sources, *gather, static=(0,)))
-    true_pass, features = true_pass.drop_unexplained(), nodes._replace(decoders=())
+    in_tiles_of_layer = len(layout.layers), layout.tiles * layout.tile_size, model.width
+    tiles = inputs.by_prompt(jax.ShapeDtypeStruct((count, *in_tiles_of_layer), jnp.float32))
+    reach = max(map(config.reach, range(len(layout.layers))))
+    rows = inputs.by_prompt(jax.ShapeDtypeStruct((count, layout.list_length, reach, model.width), jnp.float32))
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    put = (layout, tiles, rows, nodes.activations, numbers(len(layout.layers), layout.list_length), index)
+    yield LoweredProgram(put_rows.lower(*put), count_chip_bytes(true_pass, nodes))
+    find = (layout, plan, tiles, true_pass.unexplained)
+    yield LoweredProgram(find_errors.lower(*find), count_chip_bytes(true_pass, nodes))
+    sources = inputs.by_prompt(evaluate_shape(find_errors, *find, static=(0,)))
+    true_pass, features = true_pass.drop_unexplained(), nodes
 
     vectors = inputs.by_prompt(jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32))
     outputs = TargetNodes(numbers(OUTPUTS), numbers(OUTPUTS), vectors)  # type: ignore[arg-type]
@@ -156,11 +165,12 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
 
     targets, stops = ACTIVE_PER_TOKEN * length, list_stops(length)
     shape = choose_block_shape("tpu", targets, length, model.width)
-    most = choose_blocks_per_call("tpu", -(-targets // (shape.parts * shape.size)), length, model, layout, shape, 4)
+    target_bytes = 4 * count_edges(model, length, layout)
+    most = choose_blocks_per_call("tpu", -(-targets // (shape.parts * shape.size)), target_bytes, shape)
     of_blocks = inputs.by_prompt(jax.ShapeDtypeStruct((count * most,), jnp.int32))
     chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, *shape), jnp.int32))
     blocks = Blocks(numbers(), of_blocks, chosen, of_blocks, of_blocks)  # type: ignore[arg-type]
-    traced = trace_blocks.lower(local, layout, 0, stops, inputs.mesh, folded, prompts, blocks)
+    traced = trace_blocks.lower(local, layout, 0, stops, inputs.mesh, folded, prompts, None, blocks)
     yield LoweredProgram(traced, count_chip_bytes(folded, prompts, features, embedding_edges), CALLS_IN_FLIGHT)
 
 
@@ -190,7 +200,6 @@ def expect_nodes(config: CoderConfig, layout: Layout, count: int) -> FeatureNode
         activations=declare(layers, listed),
         encoders=declare(layers, listed, config.size),
         biases=declare(layers, listed),
-        decoders=tuple(declare(listed, config.reach(index), config.size) for index in range(layers)),
     )
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from traced_graphs import assert_close, assert_same, make_case, measure_residual, trace_whole_graph
 
 import jclt
-from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, sizes
+from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, calls, sizes
 from jclt.attribution import schedule as tracing
 from jclt.attribution.options import Options, count_silent_positions
 from jclt.attribution.prompts import encode_prompt, list_unknown_words
@@ -172,25 +172,25 @@ def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(ma
 
 
 def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
-    calls, trace = [], tracing.trace_blocks
+    seen, trace = [], calls.trace_blocks
 
     def count(*arguments):
-        calls.append(arguments[-1].numbers.shape[0])
+        seen.append(arguments[-1].numbers.shape[0])
         return trace(*arguments)
 
-    monkeypatch.setattr(tracing, "trace_blocks", count)
+    monkeypatch.setattr(calls, "trace_blocks", count)
     monkeypatch.setattr(sizes, "LARGEST_PART", {"cpu": 16})
     monkeypatch.setattr(sizes, "MOST_PARTS", 1)
     monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
     assert_same(attribute(*make_case(*CASE)), trace_whole_graph(*CASE))
-    assert len(calls) > 3 and set(calls) == {1}
+    assert len(seen) > 3 and set(seen) == {1}
 
 
 def test_features_that_write_to_one_layer_are_kept_for_that_layer_alone(monkeypatch):
     seen, gather = [], tracing.gather_sources
 
-    def watch(layout, plan, nodes, counts, unexplained):
-        slots, sources = gather(layout, plan, nodes, counts, unexplained)
+    def watch(coder, layout, plan, nodes, counts, *others):
+        slots, sources = gather(coder, layout, plan, nodes, counts, *others)
         seen.append((np.asarray(counts), sources, layout))
         return slots, sources
 
@@ -207,7 +207,7 @@ def test_prompts_that_take_too_much_memory_together_are_traced_in_parts(monkeypa
     model, coder, tokens = make_case(*CASE)
     prompts = [tokens, draw_prompt(0), draw_prompt(1)]
     want, batch_sizes, gather = attribute_batch(model, coder, prompts), [], tracing.gather_sources
-    monkeypatch.setattr(tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[3])), gather(*args))[1])
+    monkeypatch.setattr(tracing, "gather_sources", lambda *args: (batch_sizes.append(len(args[4])), gather(*args))[1])
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(tracing, "BATCH_BYTES", {"cpu": 1})
     for got, expected in zip(attribute_batch(model, coder, prompts), want, strict=True):
