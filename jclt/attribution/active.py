@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.bases import FeatureNodes
 from jclt.attribution.sizes import round_up
+from jclt.attribution.sweep.bases import FeatureNodes
 from jclt.coders import Coder
 from jclt.kernels.take_rows import take_from_shards
 from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of

@@ -9,14 +9,16 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 2. Gather sources (`encode_layer`, `gather_sources`, `fold_nodes`). Encode layer by layer and list the active features;
    gather what each of them reads and writes. The errors are what the MLPs write beyond features, biases and skips. Fold
    norms into patterns and nodes (into weights once, before the first batch).
-   `scores.py`, `active.py`, `bases.py`, `tiles.py`, `folding.py`
+   `scores.py`, `active.py`; `sweep/bases.py`, `sweep/tiles.py`, `sweep/folding.py`
 3. Trace embeddings and outputs (`trace_embeddings`, `trace_targets`). Compute the edges from embeddings and biases into
    all targets, by carrying the embeddings up through the linear model; and the edges into the outputs, by carrying
-   their gradients down. `embeddings.py`, `edges.py`
+   their gradients down. `embeddings.py`, `sweep/edges.py`
+   Where it saves operations, what low layers write is carried up to a middle layer first (`push_sources`), and
+   gradients go down to that layer only. `sweep/cuts.py`, `sweep/columns.py`
 4. Rank and trace features (`trace_targets`), in rounds. Rank the untraced features by their influence on the outputs,
    and compute the edges into the most influential ones. Stop after `max_features` features, or when no influence can
    change by more than `tolerance`.
-   `ranking.py` ranks, `blocks.py` and `schedule.py` arrange the computation in blocks, `edges.py` computes.
+   `ranking.py` ranks, `calls.py` and `sweep/blocks.py` arrange the computation, `sweep/edges.py` computes.
 5. Assemble the graph. Nodes are the traced features, all errors and embeddings, and the outputs; what untraced features
    add to a node is its `rest`. `ranking.py`
 """
@@ -35,13 +37,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.calls import Setup
-from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Conventions, Nodes, Options
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.ranking import PromptRows
 from jclt.attribution.schedule import trace_prompts
 from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, estimate_score_bytes, round_up_length
+from jclt.attribution.sweep.folding import fold_weights
 from jclt.attribution.targets import Target, decode_token, make_unembedding, parse_targets, resolve_targets
 from jclt.attribution.true_pass import stack_biases, stack_skips, widen_outside_layers
 from jclt.coders import Coder, SparseCoder, StreamedCoder, read_fingerprint

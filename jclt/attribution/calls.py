@@ -15,18 +15,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.blocks import Block, BlockShape, split_targets
-from jclt.attribution.columns import Columns, LowTargets, SourceBlocks, push_sources
-from jclt.attribution.cuts import COLUMN_BYTES, Work, choose_cut
-from jclt.attribution.edges import Blocks, Edges, trace_blocks
-from jclt.attribution.folding import FoldedWeights
 from jclt.attribution.local import LocalModel, Weights
-from jclt.attribution.nodes import PromptNodes
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import PromptRows
 from jclt.attribution.sizes import CALLS_IN_FLIGHT, choose_block_shape, choose_blocks_per_call, count_edges, round_up
+from jclt.attribution.sweep.blocks import Block, BlockShape, split_targets
+from jclt.attribution.sweep.columns import Columns, LowTargets, SourceBlocks, push_sources
+from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut
+from jclt.attribution.sweep.edges import Blocks, Edges, trace_blocks
+from jclt.attribution.sweep.folding import FoldedWeights
+from jclt.attribution.sweep.nodes import PromptNodes
+from jclt.attribution.sweep.tiles import NO_LAYER, TARGET_TILE, Layout, place_targets
 from jclt.attribution.targets import Unembedding
-from jclt.attribution.tiles import NO_LAYER, TARGET_TILE, Layout, place_targets
 from jclt.coders import Coder
 from jclt.models import Model
 from jclt.shapes import Array, Float, Int

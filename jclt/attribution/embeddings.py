@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jclt.attribution.bases import FeatureNodes
 from jclt.attribution.local import LocalModel, Reads, Weights, linearize_embeddings, propagate
-from jclt.attribution.nodes import TargetNodes
+from jclt.attribution.sweep.bases import FeatureNodes
+from jclt.attribution.sweep.nodes import TargetNodes
 from jclt.attribution.true_pass import TruePass
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float

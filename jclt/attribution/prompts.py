@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from jclt.attribution.nodes import TargetNodes
 from jclt.attribution.options import Conventions, is_gemma_3_it
 from jclt.attribution.sizes import round_up, round_up_length
+from jclt.attribution.sweep.nodes import TargetNodes
 from jclt.attribution.targets import Outputs
 from jclt.errors import UserError
 from jclt.models import Model, token_array

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jclt.attribution.edges import Edges
 from jclt.attribution.embeddings import EmbeddingEdges
+from jclt.attribution.sweep.edges import Edges
 from jclt.attribution.targets import Outputs
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import build_node_table
@@ -79,7 +79,7 @@ class PromptRows:
         self.embeddings = [x for x in (embedding_edges.tokens, embedding_edges.positions) if x is not None]
         self.padded_numbers = padded_numbers
         self.is_traced = np.zeros(len(features), bool)  # has a row, or will have it at the end of the round
-        self.cut = 0  # the layer down to which targets go to meet columns (`columns.py`); 0: none
+        self.cut = 0  # the layer down to which targets go to meet columns (`sweep/columns.py`); 0: none
         self.column_places = np.full((2, self.source_count), -1)  # block and place in it of each source below the cut
         self.low_places = np.zeros((2, len(features)), int)  # tile and slot of each target below the cut
         self.low_edges: Float[np.ndarray, "N m K r S"] | None = None  # from the former into the latter

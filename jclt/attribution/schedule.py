@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.attribution.active import ActiveFeatures, find_active, gather_features
-from jclt.attribution.bases import FeatureNodes, gather_sources
 from jclt.attribution.calls import Batch, Setup, push_columns, trace_rows
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
-from jclt.attribution.nodes import PromptNodes, fold_nodes
 from jclt.attribution.options import count_silent_positions
 from jclt.attribution.prompts import pad_prompts, stack_outputs
 from jclt.attribution.ranking import Limits, PromptRows
@@ -29,8 +27,10 @@ from jclt.attribution.sizes import (
     estimate_target_bytes,
     list_stops,
 )
+from jclt.attribution.sweep.bases import FeatureNodes, gather_sources
+from jclt.attribution.sweep.nodes import PromptNodes, fold_nodes
+from jclt.attribution.sweep.tiles import Layout, plan_tiles
 from jclt.attribution.targets import Outputs, Target, build_outputs
-from jclt.attribution.tiles import Layout, plan_tiles
 from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
 from jclt.errors import UserError
 from jclt.memory import check_memory

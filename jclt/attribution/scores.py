@@ -23,9 +23,9 @@ from jax.sharding import NamedSharding
 
 from jclt.attribution.active import find_place, take_layer
 from jclt.attribution.local import Frozen, LocalModel, Weights, read_final, run_layer, stack_layers
-from jclt.attribution.nodes import TargetNodes
 from jclt.attribution.prompts import stack_outputs
 from jclt.attribution.sizes import OUTPUTS_AT_ONCE
+from jclt.attribution.sweep.nodes import TargetNodes
 from jclt.attribution.targets import Outputs
 from jclt.attribution.true_pass import TruePass
 from jclt.coders import Coder

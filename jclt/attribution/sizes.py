@@ -5,13 +5,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jclt.attribution.blocks import BlockShape
-from jclt.attribution.cuts import COLUMN_BYTES
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import estimate_sizes
+from jclt.attribution.sweep.blocks import BlockShape
+from jclt.attribution.sweep.cuts import COLUMN_BYTES
+from jclt.attribution.sweep.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
 from jclt.attribution.targets import Outputs
-from jclt.attribution.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
 from jclt.coders import CoderConfig
 from jclt.memory import SPARE_SHARE, check_memory, measure_free_host_memory
 from jclt.models import Model, ModelConfig

@@ -60,6 +60,12 @@ def add_command(commands: Subcommands) -> None:
         help="a token to explain, such as ' Denver', or the difference of two tokens' logits, such as "
         "' Denver~ Austin'; can be repeated (default: the likeliest next tokens)",
     )
+    add_trace_arguments(command)
+    command.set_defaults(function=run)
+
+
+def add_trace_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments that say how much of a graph is computed, and how."""
     command.add_argument(
         "--max-features", type=int, default=7500, metavar="N", help="trace at most N features (default 7500)"
     )
@@ -92,7 +98,6 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--batch", type=make_int_parser(1), default=8, metavar="N", help="prompts per batch (default 8)"
     )
-    command.set_defaults(function=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,12 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.active import encode_layer, list_nonzero
-from jclt.attribution.bases import FeatureNodes, find_errors, put_rows
-from jclt.attribution.edges import Blocks, trace_blocks
 from jclt.attribution.embeddings import trace_embeddings
-from jclt.attribution.folding import fold_weights
 from jclt.attribution.local import LocalModel, Weights
-from jclt.attribution.nodes import TargetNodes, fold_nodes
 from jclt.attribution.sizes import (
     CALLS_IN_FLIGHT,
     choose_block_shape,
@@ -32,7 +28,11 @@ from jclt.attribution.sizes import (
     round_up,
     round_up_length,
 )
-from jclt.attribution.tiles import LARGEST_TILE, SMALLEST_TILE, TILES_AT_ONCE, Layout, TilePlan, count_groups
+from jclt.attribution.sweep.bases import FeatureNodes, find_errors, put_rows
+from jclt.attribution.sweep.edges import Blocks, trace_blocks
+from jclt.attribution.sweep.folding import fold_weights
+from jclt.attribution.sweep.nodes import TargetNodes, fold_nodes
+from jclt.attribution.sweep.tiles import LARGEST_TILE, SMALLEST_TILE, TILES_AT_ONCE, Layout, TilePlan, count_groups
 from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips
 from jclt.coders import CoderConfig, abstract_coder
 from jclt.models import ModelConfig, abstract_params

@@ -98,7 +98,7 @@ def many_rounds(monkeypatch):
 
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
     want = attribute(*make_case(*CASE), max_features=45)
-    monkeypatch.setattr("jclt.attribution.blocks.WINDOWS", (2,))
+    monkeypatch.setattr("jclt.attribution.sweep.blocks.WINDOWS", (2,))
     monkeypatch.setattr("jclt.attribution.sizes.LARGEST_PART", {"cpu": 16})
     assert_same(attribute(*make_case(*CASE), max_features=45), want)
     full_graph = trace_whole_graph(*CASE)
@@ -236,6 +236,7 @@ def test_the_size_that_is_said_to_fit_is_the_one_that_fits(monkeypatch):
     free = full_graph.adjacency.nbytes + 400_000
     monkeypatch.setattr(tracing, "estimate_source_bytes", lambda *_: 400_000)
     monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
+    monkeypatch.setattr(sizes, "COLUMN_BYTES", {"cpu": 0})
     for module in ("jclt.attribution.sizes", "jclt.memory"):
         monkeypatch.setattr(f"{module}.measure_free_host_memory", lambda: free)
     with pytest.raises(UserError, match="max_features=") as caught:
@@ -423,6 +424,7 @@ def test_one_target_may_stand_for_itself_and_numbers_may_be_numpys(tmp_path):
         "targets": [4],
         "max_features": 3,
         "tolerance": 0.5,
+        "nodes": None,
         "conventions": "jclt",
         "precision": "float32",
     }

@@ -70,7 +70,8 @@ def test_the_graph_does_not_depend_on_where_the_coder_lies(kind, layout, dtype, 
     for place, coder in load_everywhere(tmp_path / "saved").items():
         for got, graph in zip(attribute_batch(model, coder, prompts), want, strict=True):
             assert_same(got, graph)
-            assert got.provenance == graph.provenance, place
+            about = [x.provenance | {"conservation_error": None} for x in (got, graph)]
+            assert about[0] == about[1], place
 
 
 @pytest.mark.parametrize("layout", ["jclt", "saelens", "gemma-scope", "gemma-scope compressed", "gemma-scope-2"])

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.folding import FoldedLayer, FoldedWeights, run_folded_layer
 from jclt.attribution.local import LocalModel
-from jclt.attribution.nodes import PromptNodes, Sweep
-from jclt.attribution.tiles import Layout
+from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, run_folded_layer
+from jclt.attribution.sweep.nodes import PromptNodes, Sweep
+from jclt.attribution.sweep.tiles import Layout
 from jclt.numerics import Precision, einsum
 from jclt.shapes import Array, Bool, Float, Int
 

@@ -9,7 +9,7 @@ from more_cases import mark_others
 from traced_graphs import DOUBLE, assert_close, assert_same, make_case, measure_residual, trace_whole_graph
 
 from jclt.attribution import attribute, attribute_batch, calls
-from jclt.attribution.cuts import COLUMN_BYTES, Work, choose_cut, count_operations
+from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut, count_operations
 from jclt.models import ModelConfig
 
 FEW = [("gemma2", "raw writes", 2), ("gemma3", "some layers", 2), ("gpt2", "clt", 1), ("neox", "some skips", 2)]

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jclt.attribution.tiles import Layout, TilePlan
+from jclt.attribution.sweep.tiles import Layout, TilePlan
 from jclt.coders import Coder
 from jclt.shapes import Array, Bool, Float, Int
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jclt.attribution.bases import FeatureNodes, SourceWrites
-from jclt.attribution.folding import (
+from jclt.attribution.local import Frozen, LocalModel, Weights
+from jclt.attribution.sweep.bases import FeatureNodes, SourceWrites
+from jclt.attribution.sweep.folding import (
     FoldedLayer,
     FoldedPrompt,
     FoldedWeights,
@@ -17,8 +18,7 @@ from jclt.attribution.folding import (
     invert_write_norms,
     writes_through_norm,
 )
-from jclt.attribution.local import Frozen, LocalModel, Weights
-from jclt.attribution.tiles import Layout
+from jclt.attribution.sweep.tiles import Layout
 from jclt.shapes import Array, DTypeLike, Float, Int
 
 
