@@ -31,7 +31,7 @@ def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path
     """On one device, with prompts of one length and pictures of few dots: with few programs and little work."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    for module in ("attribute", "schedule"):
+    for module in ("attribute", "prompts"):
         monkeypatch.setattr(import_module(f"jclt.attribution.{module}"), "round_up_length", lambda length: 24)
     monkeypatch.setattr("jclt.viewer.picture_files.DOTS_PER_INCH", 50)
     assert main(["demo"]) == 0
