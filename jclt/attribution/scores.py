@@ -29,7 +29,7 @@ from jclt.attribution.sweep.nodes import TargetNodes
 from jclt.attribution.targets import Outputs
 from jclt.attribution.true_pass import TruePass
 from jclt.coders import Coder
-from jclt.coders.activations import find_largest_reached, kth_largest
+from jclt.coders.activations import find_largest_reached
 from jclt.errors import UserError
 from jclt.kernels.matmuls import apply_weight, widen_for_product
 from jclt.shapes import Array, Bool, Float, Int
@@ -214,40 +214,42 @@ def choose_features(scores: list[Scores], nodes: int | float, prompts: int) -> C
     on_mesh, place = find_place(values)
     with on_mesh:
         active = sum_layers(layer.active for layer in scores)
-        features, counts, sums = choose_highest(values, jax.device_put(active, place), nodes)
+        wanted = jnp.asarray(min(nodes, np.iinfo(np.int32).max) if isinstance(nodes, int) else np.float32(nodes))
+        features, counts, sums = choose_highest(values, *jax.device_put((active, wanted), place))
     total, chosen = map(np.asarray, sums)
     if not total[:prompts].all():
         raise UserError("prompt: no feature of the coder has any influence on the outputs, expected at least one")
     return Chosen(list(features), np.asarray(counts), np.asarray(active), chosen / np.maximum(total, 1e-30))
 
 
-@partial(jax.jit, static_argnames=("nodes",))
+@jax.jit
 @jax.named_scope("choose_highest")
 def choose_highest(
-    values: tuple[Float[Array, "B T F"], ...], active: Int[Array, "B"], nodes: int | float
+    values: tuple[Float[Array, "B T F"], ...], active: Int[Array, "B"], nodes: Int[Array, ""] | Float[Array, ""]
 ) -> tuple[tuple[Bool[Array, "B T F"], ...], Int[Array, "B"], tuple[Float[Array, "B"], Float[Array, "B"]]]:
     """Which features are chosen, and how many; the sum of all scores, and that of those chosen."""
+
+    def count(threshold: Float[Array, "B 1 1"]) -> Int[Array, "B 1 1"]:
+        return sum_layers((x >= threshold).sum(axis=(1, 2), keepdims=True) for x in values)
 
     def add_up(threshold: Float[Array, "B 1 1"]) -> Float[Array, "B 1 1"]:
         reached = [jnp.where(x >= threshold, x, 0) for x in values]
         # A long sum loses digits, so it is summed in pieces.
         return sum_layers(x.sum(axis=2, keepdims=True).sum(axis=1, keepdims=True) for x in reached)
 
-    zero = jnp.zeros_like(values[0].sum(axis=(1, 2), keepdims=True), jnp.int32)
-    total = add_up(zero.astype(jnp.float32))
-    if isinstance(nodes, int):
-        threshold = kth_largest(values, min(nodes, np.iinfo(np.int32).max), (1, 2))
-    elif nodes == 1:
-        threshold = zero.astype(jnp.float32)
+    nothing = jnp.zeros_like(values[0].sum(axis=(1, 2), keepdims=True))
+    total, zero = add_up(nothing), nothing.astype(jnp.int32)
+    if jnp.issubdtype(nodes.dtype, jnp.integer):
+        threshold = find_largest_reached(lambda value: count(value) >= nodes, zero)
+        takes_all = active <= nodes
     else:
         threshold = find_largest_reached(lambda value: add_up(value) >= nodes * total, zero)
+        threshold = jnp.where(nodes == 1, nothing, threshold)
+        takes_all = jnp.zeros_like(active, bool)
     threshold = jnp.maximum(threshold, jnp.finfo(jnp.float32).tiny)
+    counts = jnp.where(takes_all, active, count(threshold)[:, 0, 0])
     sums = total[:, 0, 0], add_up(threshold)[:, 0, 0]
-    counts = sum_layers((x >= threshold).sum(axis=(1, 2)) for x in values)
-    if isinstance(nodes, int):
-        takes_all = active <= nodes
-        threshold = jnp.where(takes_all[:, None, None], -1, threshold)
-        counts = jnp.where(takes_all, active, counts)
+    threshold = jnp.where(takes_all[:, None, None], -1, threshold)
     return tuple(x >= threshold for x in values), counts, sums
 
 

@@ -98,6 +98,7 @@ def test_help_and_mistakes_do_not_wait_for_jax():
         (["attribute", "x", "--target", "a~b~c"], "argument --target: 'a~b~c', expected TOKEN, or FIRST~SECOND"),
         (["attribute", "x", "--target", ""], "argument --target: '', expected TOKEN"),
         (["attribute", "x", "--batch", "-1"], "argument --batch: -1, expected at least 1"),
+        (["attribute", "x", "--nodes", "all"], "argument --nodes: 'all', expected a number of features or a share"),
         (["attribute", "\udcff"], "argument PROMPT: not UTF-8 text"),
         (["intervene", "x", "--set", "3/17=1"], "argument --set: '3/17=1', expected LAYER/POSITION/FEATURE=NUMBER"),
         (["intervene", "x", "--scale", "1/5-3-2/0=1"], "argument --scale: '1/5-3-2/0=1', expected LAYER"),
@@ -133,6 +134,8 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
             "precision 'half': expected float32, tf32_3x, tf32, bfloat16_3x or ",
         ),
         (["attribute", "x", "--max-features", "0"], "max_features=0: expected at least 1"),
+        (["attribute", "x", "--nodes", "0"], "nodes=0: expected a number from 1 on, or a share of the scores"),
+        (["attribute", "x", "--nodes", "1.5"], "nodes=1.5: expected a number from 1 on, or a share of the scores"),
         (["attribute", "x", "--chat", "y"], "attribute: both a prompt and --chat, expected one of them"),
         (["intervene", "--set", "1/2/3=1"], "intervene: expected a prompt or --chat TEXT"),
         (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
@@ -270,6 +273,7 @@ def test_the_model_is_the_one_that_the_coder_is_of(monkeypatch, capsys):
     for arguments in (["eval", "demo"], ["attribute", "x"], ["attribute", "x", "--coder", "runs/y", "--model", "z"]):
         assert main(arguments) == 2
     assert loaded == ["smol", "demo", "demo", "z"]
+    assert main(["eval", "neurons"]) == 2 and loaded[-1] == "demo"
 
 
 def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
