@@ -11,9 +11,10 @@ A basis lists the nodes of a prompt and gives for each
 Edges, ranking and graphs (`edges.py`, `ranking.py`, `schedule.py`) know nothing else of the coder: not how many
 features it has, nor where its weights are stored.
 
-There is one basis today: the active features of a coder (`active.py`), with the coder's error at each layer and
-position as a source beside them. (Embeddings are sources of every graph: `embeddings.py`.) Another basis is another
-function that fills the same arrays.
+The basis is the active features of a coder (`active.py`), with the coder's error at each layer and position as a source
+beside them. A model's neurons are a coder, too. Of a dense basis, and wherever it is asked for, some of the active
+features are chosen first, by their score (`scores.py`); what the others write is part of the errors. (Embeddings are
+sources of every graph: `embeddings.py`.) Another basis is another function that fills the same arrays.
 
 Features are kept in two orders: `FeatureNodes` lists them by covered layer, position and feature, as a graph does, each
 layer's list padded to the length of the longest. `SourceWrites` keeps what they write in tiles (`tiles.py`).
