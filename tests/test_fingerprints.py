@@ -55,7 +55,7 @@ def test_sums_are_the_same_on_every_mesh():
 @pytest.mark.optimized
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_second_array_of_the_weights_is_made(dtype):
-    x = {"x": jax.ShapeDtypeStruct((512, 3, 64), dtype)}
+    x = jax.ShapeDtypeStruct((512, 3, 64), dtype)
     memory = fingerprints._sum_bfloat16_bits.lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 512 * 3 * 64
 

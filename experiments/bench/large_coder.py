@@ -61,7 +61,9 @@ def random_gemma() -> Model:
     config = known_config("google/gemma-2-2b")
     weights, key = enumerate(declare(config).items()), jax.random.key(0)
     make = jax.jit(lambda key, weight: weight.init(key, jnp.bfloat16), static_argnums=1)
-    return Model(config, {name: make(jax.random.fold_in(key, i), w) for i, (name, w) in weights}, None, "random")
+    # One after the other: beside each its numbers in float32 take twice as much.
+    made = {name: make(jax.random.fold_in(key, i), w).block_until_ready() for i, (name, w) in weights}
+    return Model(config, made, None, "random")
 
 
 SIZES = {

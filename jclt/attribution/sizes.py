@@ -83,13 +83,17 @@ def estimate_pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, ite
 def estimate_source_bytes(
     model: ModelConfig, coder: CoderConfig, length: int, layout: Layout, at_once: int, itemsize: int
 ) -> int:
-    """About what one prompt's sources and targets take on a device while edges are computed, beside the true pass."""
+    """About what one prompt's sources and targets take on a device, beside the true pass: the tiles, encoder rows (as
+    they are read, and in one array), and the largest of what is computed beside them: decoder rows of one layer, what
+    targets read of embeddings, and folded targets."""
     covered, width = len(coder.covered), model.width
     reach = max(coder.reach(index) for index in range(covered))
+    copies = 2 if model.post_norms and coder.writes == "mlp_raw_out" else 1  # folding these norms makes new tiles
+    in_tiles = copies * covered * layout.tiles * layout.tile_size * width
     listed = covered * layout.list_length
-    in_tiles = covered * layout.tiles * layout.tile_size * width
-    in_lists = listed * width * (2 + max(reach, at_once)) + 2 * listed * length
-    return (2 * in_tiles + in_lists) * itemsize
+    of_one_layer = 3 * layout.list_length * reach * width
+    beside = max(of_one_layer, listed * width * max(2 * at_once, 3))
+    return (in_tiles + 2 * listed * width + beside + 2 * listed * length) * itemsize
 
 
 def count_edges(model: ModelConfig, length: int, layout: Layout) -> int:

@@ -167,6 +167,13 @@ def widen_like(weight: Array, x: Array) -> Array:
     return weight.astype(x.dtype) if weight.dtype.itemsize < x.dtype.itemsize else weight
 
 
+def take_layer(stacked: Params, layer: Array) -> Params:
+    """One layer's weights, of those that are then widened. Without the barrier the compiler widens those of all layers
+    before the first one, and keeps them."""
+    layer, stacked = jax.lax.optimization_barrier((layer, stacked))
+    return {name: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False) for name, w in stacked.items()}
+
+
 def select_for_layer(config: ModelConfig, layer: int | Array, global_and_local: tuple[Any, Any]) -> Any:
     """The value for this layer, of a pair: one for global layers, one for layers with a sliding window."""
     local = config.local_layers
@@ -253,7 +260,15 @@ def forward(
             per_layer.append(outputs)
         seen, cache = jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
     else:
-        x, (seen, cache) = jax.lax.scan(step, x, (jnp.arange(config.layers), stacked, cache))
+        narrow = {name: w for name, w in stacked.items() if w.dtype.itemsize < x.dtype.itemsize}
+        others = {name: w for name, w in stacked.items() if name not in narrow}
+
+        def step_widening(x: Stream, scanned: tuple[Array, Params, Cache | None]) -> Any:
+            layer, weights, layer_cache = scanned
+            return step(x, (layer, {**weights, **take_layer(narrow, layer)}, layer_cache))
+
+        run = step_widening if narrow else step
+        x, (seen, cache) = jax.lax.scan(run, x, (jnp.arange(config.layers), others, cache))
     logits = unembed(config, params, x, outside)
     everything = {**seen, **outside.seen}
     return logits, {name: everything[name] for name in capture if name in everything}, cache

@@ -1,6 +1,7 @@
 """`attribute`: many prompts at once, parts of graphs and what they lack, targets, and bad input."""
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_cases import golden_model
 from random_coders import random_coder
 from tokenizers import Tokenizer, models
 from traced_graphs import assert_close, assert_same, make_case, measure_residual, trace_whole_graph
@@ -17,16 +19,20 @@ from traced_graphs import assert_close, assert_same, make_case, measure_residual
 import jclt
 from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, calls, sizes
 from jclt.attribution import schedule as tracing
+from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Options, count_silent_positions
 from jclt.attribution.prompts import encode_prompt, list_unknown_words
-from jclt.attribution.ranking import PromptRows
+from jclt.attribution.ranking import PromptRows, estimate_sizes
 from jclt.attribution.targets import choose_likeliest, parse_targets
+from jclt.attribution.true_pass import run_true_pass
 from jclt.coders import Coder, CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
 from jclt.graphs import Graph
 from jclt.models import Tokenizer as ModelTokenizer
+from jclt.models import declare
 from jclt.models.chat import ChatTemplate
+from jclt.models.weights import declare_layer_weights
 
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
@@ -169,6 +175,34 @@ def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(ma
         assert sum(rows for _, rows, _ in shapes) == count
         assert all(columns <= sources * (layer + 1) / (graph.layers + 1) + 20 for layer, _, columns in shapes)
         assert sum(rows * columns for _, rows, columns in shapes) < 0.7 * count * sources
+        if not options:
+            counts = np.zeros((graph.layers, len(graph.tokens)), int)
+            np.add.at(counts, (graph.features[:, 0], graph.features[:, 1]), 1)
+            embeddings = 1 + bool(len(graph.positions))
+            covered = tuple(range(graph.layers))
+            outputs = len(graph.logit_tokens)
+            estimate = estimate_sizes(counts, covered, graph.layers, embeddings, len(graph.features), outputs)
+            numbers = sum(rows * columns for _, rows, columns in shapes)
+            assert 0.5 * numbers < estimate[0] < 1.1 * numbers and estimate[1] == graph.adjacency.size
+
+
+@pytest.mark.optimized
+def test_the_true_pass_widens_the_weights_of_one_layer_at_a_time():
+    config = replace(golden_model("llama3").config, layers=8, mlp_width=2048)
+    layer_weights, length = declare_layer_weights(config), 5
+    params = {
+        name: jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16 if name in layer_weights else jnp.float32)
+        for name, weight in declare(config).items()
+    }
+    arrays = (
+        jax.ShapeDtypeStruct((config.layers, config.width), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    local = LocalModel(config, "resid_mid", "mlp_out")
+    memory = run_true_pass.lower(local, Weights(params, None), *arrays, 0).compile().memory_analysis()
+    of_layer = 4 * sum(math.prod(weight.shape) for weight in layer_weights.values())
+    assert memory.temp_size_in_bytes < 2 * of_layer
 
 
 def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
