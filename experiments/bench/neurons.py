@@ -6,8 +6,8 @@
 SmolLM2-135M has 30 layers x 576 with 1,536 gated neurons each. The graph explains by how much the logit of ' are'
 exceeds that of ' is'. Expected is a whole call, once compiled, in less than 60 seconds on 2 CPU cores, with a peak of
 memory below 4 GB. Then each of the 100 neurons with the highest scores is set to 0 in the true model. What that does to
-the difference of logits is compared with the score, by its rank (Spearman's correlation): with attention patterns and
-denominators of norms frozen, as they are in a graph, and with all of the model free to react.
+the difference of logits is compared with the score, by its rank (Spearman's correlation): with attention patterns
+frozen, as they are in a graph, and with all of the model free to react. Norms always react.
 
 Operations are those that are needed: the true pass; for scores the two products that give a layer's neurons, and two
 that carry a gradient through them; for edges, as in `attribution.py`. Cost: 3 minutes and 3 GB.
@@ -31,7 +31,7 @@ from jclt.models import Model, token_array
 
 PROMPT, TARGET = "The keys to the old wooden kitchen cabinet", (" are", " is")
 ABLATIONS = 100
-TREATMENTS: tuple[Treatment, ...] = ("frozen", "free")
+ATTENTION: tuple[Treatment, ...] = ("frozen", "free")
 
 
 def count_operations(model: Model, graph: Graph) -> float:
@@ -73,16 +73,16 @@ def compare_with_ablation(model: Model, coder: Neurons) -> None:
     features, scores = find_best(model, coder)
     tokens = np.concatenate([token_array(model, text) for text in TARGET])
 
-    def ablate(treatment: Treatment) -> np.ndarray:
-        run = partial(jclt.ablate, attention=treatment, norms=treatment)
+    def ablate(attention: Treatment) -> np.ndarray:
+        run = partial(jclt.ablate, attention=attention, norms="free")
         result = run(model, coder, PROMPT, features, tokens=tokens, progress=False)
         return np.abs(result.effects[:, 0] - result.effects[:, 1])
 
     print(f"the {ABLATIONS} highest scores, {scores[0]:.2f} to {scores[-1]:.2f}, and exact ablation:")
-    for treatment in TREATMENTS:
-        seconds, changes = time_call(partial(ablate, treatment))
+    for attention in ATTENTION:
+        seconds, changes = time_call(partial(ablate, attention))
         rank, size = spearmanr(scores, changes)[0], np.corrcoef(scores, changes)[0, 1]
-        print(f"  {treatment}: Spearman {rank:.3f}, Pearson {size:.3f} ({seconds:.0f} s, with compilation)")
+        print(f"  attention {attention}: Spearman {rank:.3f}, Pearson {size:.3f} ({seconds:.0f} s, with compilation)")
 
 
 def main() -> None:
