@@ -176,7 +176,8 @@ def test_silent_positions_have_no_nodes(conventions):
     assert (graph.features[:, 1] > 0).all() == (conventions == "circuit-tracer")
 
 
-@pytest.mark.parametrize("kind", mark_others(["clt", "transcoder"], ["clt"]))
+@pytest.mark.exhaustive  # test_places_of_coders.py tests the same gathering of rows
+@pytest.mark.parametrize("kind", ["clt", "transcoder"])
 def test_the_nodes_do_not_depend_on_where_the_coder_lies(kind, tmp_path):
     model = golden_model("llama3")
     coder = random_coder(CoderConfig(kind, 24, skip=kind == "transcoder").fit_to_model(model.config, "random"))

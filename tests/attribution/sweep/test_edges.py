@@ -219,15 +219,14 @@ def test_circuit_tracer_finds_the_same_graph(name):
 def test_edges_of_a_narrow_precision_miss_as_much_as_the_graph_says():
     """The nodes and their values are those of the exact pass."""
     case, exact = make_case("gemma2", "clt", "float32"), trace_whole_graph("gemma2", "clt", "float32")
-    names: list[Precision] = ["float32", "tf32_3x", "bfloat16_3x", "bfloat16"]
+    names: list[Precision] = ["bfloat16_3x", "bfloat16"]
     graphs = [attribute(*case, precision=name) for name in names]
     for name, graph in zip(names, graphs, strict=True):
         np.testing.assert_array_equal(graph.features, exact.features)
         np.testing.assert_array_equal(graph.values, exact.values)
         assert graph.provenance["settings"]["precision"] == name
         assert graph.provenance["conservation_error"] == pytest.approx(measure_residual(graph))
-    np.testing.assert_array_equal(graphs[0].adjacency, exact.adjacency)
     differences = [np.abs(graph.adjacency - exact.adjacency).max() / np.abs(exact.adjacency).max() for graph in graphs]
     errors = [graph.provenance["conservation_error"] for graph in graphs]
-    assert differences[0] == 0 < differences[1] < 2e-6 < differences[2] < 1e-4 < differences[3] < 2e-2
-    assert errors[0] < 3e-6 and errors[1] < 3e-6 < errors[2] < 2e-4 < errors[3] < 5e-2
+    assert 2e-6 < differences[0] < 1e-4 < differences[1] < 2e-2
+    assert exact.provenance["conservation_error"] < 3e-6 < errors[0] < 2e-4 < errors[1] < 5e-2
