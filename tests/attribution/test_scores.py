@@ -25,7 +25,7 @@ from jclt.pods.collectives import find_collectives
 from jclt.world.handmade import PROMPTS, STATE_OF_CITY, build_two_hop
 
 CASES = [*DOUBLE.items(), ("llama3", "neurons"), ("gemma3", "neurons")]
-FEW = [("gemma2", "neurons"), ("neox", "some skips")]
+FEW = [("gemma2", "neurons")]
 
 
 @pytest.fixture

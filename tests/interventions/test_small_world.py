@@ -59,6 +59,7 @@ def move(edits: list[SiteEdit], by: int) -> list[SiteEdit]:
     return moved
 
 
+@pytest.mark.exhaustive  # slow; test_two_hop.py swaps the state of a compiled model in a plain run
 def test_swapping_the_states_supernode_moves_the_capital_and_only_at_the_right_place(demo, one_form):
     model, coder = demo
     features = choose_features(model, coder)

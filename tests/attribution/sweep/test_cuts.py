@@ -12,9 +12,10 @@ from jclt.attribution import attribute, attribute_batch, calls
 from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut, count_operations
 from jclt.models import ModelConfig
 
-FEW = [("gemma2", "raw writes", 2), ("gemma3", "some layers", 2), ("gpt2", "clt", 1), ("neox", "some skips", 2)]
+FEW = [("gemma2", "raw writes", 2), ("gpt2", "clt", 1), ("neox", "some skips", 2)]
 """Post-norms, learned positions, parallel blocks; CLTs and transcoders, also of some layers, with and without skips."""
-CUTS = [(name, kind, cut) for name, kind in {*DOUBLE.items(), *(case[:2] for case in FEW)} for cut in (1, 2)]
+PAIRS = {*DOUBLE.items(), ("gemma3", "some layers"), *(case[:2] for case in FEW)}
+CUTS = [(name, kind, cut) for name, kind in PAIRS for cut in (1, 2)]
 
 
 def cut_at(monkeypatch: pytest.MonkeyPatch, *cuts: int) -> None:
