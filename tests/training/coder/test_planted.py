@@ -122,11 +122,13 @@ def trained(truth) -> dict[str, Trained]:
     return {"sparse": train(SPARSE, truth), "dense": train(DENSE, truth)}
 
 
+@pytest.mark.exhaustive  # slow, as it trains two coders
 def test_a_planted_dictionary_is_recovered_with_its_layer_pairs(truth, trained):
     score = recovery(truth, trained["sparse"].dictionary)
     assert score.passes, score
 
 
+@pytest.mark.exhaustive  # the control of the test above
 def test_the_best_reconstruction_without_sparsity_fails_the_recovery(truth, trained):
     """It reconstructs better than the sparse run, and better than the planted features."""
     score = recovery(truth, trained["dense"].dictionary)
