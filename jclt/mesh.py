@@ -9,6 +9,7 @@ without a call that asks for it does not trace.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -75,6 +76,11 @@ def make_mesh(data: int = 1, features: int | None = None, devices: Sequence[Any]
 def mesh_of(x: Array) -> Mesh | None:
     """The mesh that an array is sharded over, if any."""
     return x.sharding.mesh if isinstance(x.sharding, NamedSharding) and isinstance(x.sharding.mesh, Mesh) else None
+
+
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """A context in which programs run on the mesh, if there is one."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def device_kind() -> str:

@@ -6,21 +6,20 @@ how large the coder is, or where its weights are: on one device, split over a me
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.sizes import round_up
 from jclt.attribution.sweep.bases import FeatureNodes
 from jclt.coders import Coder
 from jclt.kernels.take_rows import take_from_shards
-from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of
+from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of, use_mesh
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int
 
 
@@ -65,9 +64,9 @@ def find_active(
     at_once = len(has_nodes) // by_prompt.mesh.size
     for index, layer in enumerate(coder.config.covered):
         encoder, read = coder.load_encoder(index), take_layer(reads, np.int32(layer))
-        on_mesh, place = find_place(encoder)
+        mesh, place = find_place(encoder)
         read, has = jax.device_put((read, has_nodes), place)
-        with on_mesh:
+        with use_mesh(mesh):
             layer_list = LayerList([], [], [])
             for start in range(0, len(has_nodes), at_once):
                 some = slice(start, start + at_once)
@@ -85,12 +84,11 @@ def find_active(
     return ActiveFeatures(lists, encoders, longest)
 
 
-def find_place(weights: Any) -> tuple[AbstractContextManager[Any], Any]:
-    """The mesh over which weights are split, if any, as a context; and the sharding of arrays that all their devices
-    have whole."""
+def find_place(weights: Any) -> tuple[Mesh | None, Sharding]:
+    """The mesh over which weights are split, if any; and the sharding of arrays that all their devices have whole."""
     leaf: Any = jax.tree.leaves(weights)[0]
     mesh = mesh_of(leaf)
-    return (nullcontext(), leaf.sharding) if mesh is None else (jax.set_mesh(mesh), NamedSharding(mesh, P()))
+    return mesh, leaf.sharding if mesh is None else NamedSharding(mesh, P())
 
 
 @jax.jit

@@ -25,7 +25,6 @@ device programs are in a `jax.named_scope` of their own, given in brackets.
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -50,7 +49,7 @@ from jclt.coders import Coder, SparseCoder, StreamedCoder, read_fingerprint
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
 from jclt.memory import is_out_of_memory
-from jclt.mesh import mesh_of
+from jclt.mesh import mesh_of, use_mesh
 from jclt.models import Model
 from jclt.models.chat import is_chat
 from jclt.models.model import Prompt
@@ -185,9 +184,9 @@ def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Opt
     if not isinstance(coder, StreamedCoder | SparseCoder):
         coder = jax.device_put(coder, devices[0])  # a part of the model, which may be split in other ways
     check_finite(coder)
-    on_all, layers, coder_mesh = NamedSharding(mesh, P()), model.config.layers, mesh_of(coder.decoder_bias(0))
+    on_all, layers = NamedSharding(mesh, P()), model.config.layers
     params = widen_outside_layers(model.config, jax.device_put(dict(model.params), on_all))
-    with jax.set_mesh(coder_mesh) if coder_mesh else nullcontext():
+    with use_mesh(mesh_of(coder.decoder_bias(0))):
         skips, biases = stack_skips(coder, layers), stack_biases(coder, layers)
     weights = Weights(params, jax.device_put(skips, on_all))
     return Setup(

@@ -121,12 +121,13 @@ def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarra
     for prompt, (rows, sources) in enumerate(zip(batch.rows, numbers, strict=True)):
         used[prompt], cuts[prompt], count = len(blocks[prompt]), rows.cut, len(rows.features)
         tiles, slots = rows.slots
-        in_group = tiles % layout.tiles * layout.tile_size + slots
+        in_group = np.zeros(rows.source_count, int)  # 0 for errors
+        in_group[:count] = tiles % layout.tiles * layout.tile_size + slots
         for number, block in enumerate(blocks[prompt]):
             place, chosen = (prompt, number, slice(0, len(block.targets))), sources[block.targets]
             layers[place], positions[place] = (x[block.targets] for x in located[prompt])
             are_errors[place] = chosen >= count
-            row_numbers[place] = np.where(chosen >= count, 0, in_group[np.minimum(chosen, count - 1)])
+            row_numbers[place] = in_group[chosen]
             stop_indices[prompt, number] = block.stop_index
             rows.column_places[:, chosen] = np.full(len(chosen), number), np.arange(len(chosen))
     in_parts = [x.reshape(*sizes[:2], *shape) for x in (layers, positions, row_numbers, are_errors)]
@@ -135,15 +136,14 @@ def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarra
 
 def arrange_low_targets(batch: Batch) -> LowTargets:
     """The targets below the cut of each prompt in tiles."""
-    for rows in batch.rows:
-        low = np.flatnonzero(rows.features[:, 0] < rows.cut)
+    low_targets = [np.flatnonzero(rows.features[:, 0] < rows.cut) for rows in batch.rows]
+    for rows, low in zip(batch.rows, low_targets, strict=True):
         rows.low_places[:, low] = place_targets(rows.target_layers[low], rows.target_positions[low])
     most = round_up(1 + max(int(rows.low_places[0].max()) for rows in batch.rows))
     sizes = batch.prompts, max(rows.cut for rows in batch.rows), most
     numbers = np.full((*sizes, TARGET_TILE), batch.nodes.targets.layers.shape[1] - 1)  # its vector is 0
     positions = np.full(sizes, -1)
-    for prompt, rows in enumerate(batch.rows):
-        low = np.flatnonzero(rows.features[:, 0] < rows.cut)
+    for prompt, (rows, low) in enumerate(zip(batch.rows, low_targets, strict=True)):
         tiles, slots = rows.low_places[:, low]
         numbers[prompt, rows.target_layers[low], tiles, slots] = rows.padded_numbers[low]
         positions[prompt, rows.target_layers[low], tiles] = rows.target_positions[low] - batch.start

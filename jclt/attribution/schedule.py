@@ -28,7 +28,7 @@ from jclt.attribution.sizes import (
     list_stops,
 )
 from jclt.attribution.sweep.bases import FeatureNodes, gather_sources
-from jclt.attribution.sweep.nodes import PromptNodes, fold_nodes
+from jclt.attribution.sweep.nodes import PromptNodes, TargetNodes, fold_nodes
 from jclt.attribution.sweep.tiles import Layout, plan_tiles
 from jclt.attribution.targets import Outputs, Target, build_outputs
 from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
@@ -57,16 +57,11 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)
     silent = max(count_silent_positions(model, setup.options), config.first_position)
     true_pass = run_true_pass(setup.local, setup.weights, setup.biases, *arrays, silent)
-    logits = np.asarray(true_pass.logits)[: len(prompts)]
-    if not np.isfinite(logits).all():
-        raise UserError(f"model {model.name}: its logits are not finite, expected weights without NaN or infinity")
-    outputs = [
-        build_outputs(model, setup.unembedding, len(prompt), prompt_logits, wanted, setup.uses_our_conventions)
-        for prompt, prompt_logits, wanted in zip(prompts, logits, targets, strict=True)
-    ]
+    outputs = find_outputs(setup, true_pass, prompts, targets)
+    output_nodes = jax.device_put(stack_outputs(outputs, count, true_pass.logits.dtype), setup.by_prompt)
     log.debug("2 gather sources: encode %d layers", len(config.covered))
     has_nodes = np.asarray(find_positions_with_nodes(jnp.asarray(lengths), length, silent))
-    chosen = choose_nodes(setup, true_pass, has_nodes, outputs)
+    chosen = choose_nodes(setup, true_pass, has_nodes, outputs, output_nodes)
     of_chosen = None if chosen is None else chosen.features
     active = find_active(setup.coder, true_pass.reads, has_nodes, setup.by_prompt, of_chosen)
     about = [{} if chosen is None else chosen.describe(prompt) for prompt in range(len(prompts))]
@@ -86,7 +81,9 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
 
-    features, slots, nodes, embedding_edges = gather_nodes(setup, layout, true_pass, active, counts, outputs, at_once)
+    features, slots, nodes, embedding_edges = gather_nodes(
+        setup, layout, true_pass, active, counts, output_nodes, at_once
+    )
     del true_pass, active
     rows = make_rows(setup, layout, prompts, about, outputs, features, slots, embedding_edges)
     del features
@@ -102,8 +99,25 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     return rows
 
 
+def find_outputs(
+    setup: Setup, true_pass: TruePass, prompts: list[np.ndarray], targets: list[Sequence[Target] | None]
+) -> list[Outputs]:
+    """The outputs of each prompt's graph."""
+    model, logits = setup.model, np.asarray(true_pass.logits)[: len(prompts)]
+    if not np.isfinite(logits).all():
+        raise UserError(f"model {model.name}: its logits are not finite, expected weights without NaN or infinity")
+    return [
+        build_outputs(model, setup.unembedding, len(prompt), prompt_logits, wanted, setup.uses_our_conventions)
+        for prompt, prompt_logits, wanted in zip(prompts, logits, targets, strict=True)
+    ]
+
+
 def choose_nodes(
-    setup: Setup, true_pass: TruePass, has_nodes: Bool[np.ndarray, "B T"], outputs: list[Outputs]
+    setup: Setup,
+    true_pass: TruePass,
+    has_nodes: Bool[np.ndarray, "B T"],
+    outputs: list[Outputs],
+    output_nodes: TargetNodes,
 ) -> Chosen | None:
     """Which active features are nodes; None if all are, by the options or as there are no more."""
     config, nodes = setup.coder.config, setup.options.count_nodes(setup.coder.config)
@@ -111,7 +125,8 @@ def choose_nodes(
     if nodes is None or (isinstance(nodes, int) and most <= nodes):
         return None
     log.debug("2 gather sources: score the features of %d layers", len(config.covered))
-    scores = score_features(setup.coder, setup.local, setup.weights, true_pass, has_nodes, outputs, setup.by_prompt)
+    of_outputs = outputs, output_nodes, setup.by_prompt
+    scores = score_features(setup.coder, setup.local, setup.weights, true_pass, has_nodes, *of_outputs)
     return choose_features(scores, nodes, len(outputs))
 
 
@@ -121,7 +136,7 @@ def gather_nodes(
     true_pass: TruePass,
     active: ActiveFeatures,
     counts: Int[np.ndarray, "B C T"],
-    outputs: list[Outputs],
+    output_nodes: TargetNodes,
     at_once: int,
 ) -> tuple[FeatureNodes, Int[Array, "B C n"], PromptNodes, EmbeddingEdges]:
     """Gathers a batch's features, their slots and sources, traces its embeddings, and folds its nodes."""
@@ -132,8 +147,6 @@ def gather_nodes(
     unexplained, true_pass = true_pass.unexplained, true_pass.drop_unexplained()
     slots, sources = gather_sources(setup.coder, layout, plan, features, on_device, unexplained, setup.by_prompt)
     log.debug("3 trace embeddings")
-    output_nodes = stack_outputs(outputs, len(true_pass.logits), true_pass.logits.dtype)
-    output_nodes = jax.device_put(output_nodes, setup.by_prompt)
     program = (setup.local, layout.layers, setup.uses_our_conventions, at_once)
     embedding_edges = trace_embeddings(*program, setup.weights, true_pass, features, output_nodes)
     nodes = fold_nodes(setup.local, layout, setup.weights, true_pass.frozen, features, output_nodes, sources)

@@ -23,15 +23,15 @@ from jax.sharding import NamedSharding
 
 from jclt.attribution.active import find_place, take_layer
 from jclt.attribution.local import Frozen, LocalModel, Weights, read_final, run_layer, stack_layers
-from jclt.attribution.prompts import stack_outputs
 from jclt.attribution.sizes import OUTPUTS_AT_ONCE
-from jclt.attribution.sweep.nodes import TargetNodes
+from jclt.attribution.sweep.nodes import TargetNodes, begin_gradients
 from jclt.attribution.targets import Outputs
 from jclt.attribution.true_pass import TruePass
 from jclt.coders import Coder
 from jclt.coders.activations import find_largest_reached
 from jclt.errors import UserError
 from jclt.kernels.matmuls import apply_weight, widen_for_product
+from jclt.mesh import use_mesh
 from jclt.shapes import Array, Bool, Float, Int
 
 
@@ -64,15 +64,15 @@ def score_features(
     true_pass: TruePass,
     has_nodes: Bool[np.ndarray, "B T"],
     outputs: list[Outputs],
+    targets: TargetNodes,
     by_prompt: NamedSharding,
 ) -> list[Scores]:
-    """By covered layer, for a batch of prompts: `outputs` are those of all but the prompts that only fill it up."""
+    """By covered layer, for a batch of prompts: `outputs` are those of all but the prompts that only fill it up, and
+    `targets` the same in arrays."""
     config, frozen = coder.config, true_pass.frozen
-    targets = stack_outputs(outputs, len(has_nodes), true_pass.logits.dtype)
     output_weights = np.zeros(targets.layers.shape, true_pass.logits.dtype)
     for row, prompt_outputs in enumerate(outputs):
         output_weights[row, : len(prompt_outputs.weights)] = prompt_outputs.weights
-    targets = jax.device_put(targets, by_prompt)
     stream = begin_at_outputs(local, weights, frozen, targets)
     scores: list[Scores] = []
     to_writes: list[Array] = []  # gradients of what the MLPs write, of this covered layer and those above it
@@ -82,8 +82,8 @@ def score_features(
         if index is not None:
             to_writes = [pull_to_write(local, weights, frozen, number, stream), *to_writes][: config.reach(index)]
             encoder, read = coder.load_encoder(index), take_layer(true_pass.reads, number)
-            on_mesh, place = find_place(encoder)
-            with on_mesh:
+            mesh, place = find_place(encoder)
+            with use_mesh(mesh):
                 arrays = jax.device_put((read, has_nodes, tuple(to_writes), output_weights), place)
                 *of_layer, to_read = score_layer(encoder, coder.decoder_rows(index), *arrays)
             scores.insert(0, Scores(*of_layer))
@@ -100,19 +100,15 @@ def begin_at_outputs(
     """The gradients of the outputs with respect to the residual stream after the last layer."""
 
     def begin(frozen: Frozen, outputs: TargetNodes) -> Float[Array, "k T D"]:
-        gradients = spread_vectors(outputs, jnp.full_like(outputs.layers[0], local.model.layers), frozen)
+        gradients = begin_outputs(outputs, local.model.layers, frozen)
         _, pull = jax.vjp(partial(read_final, local.model, weights.params, frozen), jnp.zeros_like(gradients[0]))
         return jax.vmap(pull)(gradients)[0]
 
     return jax.vmap(begin)(frozen, outputs)
 
 
-def spread_vectors(outputs: TargetNodes, layer: Array, frozen: Frozen) -> Float[Array, "k T D"]:
-    """The outputs' vectors at their positions, for those that read in this layer; 0 for the others."""
-    dtype, length = outputs.vectors.dtype, frozen["final_denominator"].shape[-1]
-    at_position = jax.nn.one_hot(outputs.positions, length, dtype=dtype)
-    reads_here = (outputs.layers == layer).astype(dtype)
-    return at_position[:, :, None] * (outputs.vectors * reads_here[:, None])[:, None]
+def begin_outputs(outputs: TargetNodes, layer: int | Array, frozen: Frozen) -> Float[Array, "k T D"]:
+    return jnp.moveaxis(begin_gradients(outputs, layer, frozen["final_denominator"].shape[-1]), 1, 0)
 
 
 @partial(jax.jit, static_argnames=("local",))
@@ -144,7 +140,7 @@ def pull_to_input(
 
     def pull_prompt(frozen: Frozen, outputs: TargetNodes, stream: Array, to_read: Array) -> Array:
         pull = transpose_layer(local, weights, frozen, layer, stream[0])
-        to_read = to_read + spread_vectors(outputs, layer, frozen)
+        to_read = to_read + begin_outputs(outputs, layer, frozen)
         return jax.vmap(lambda *gradients: pull(gradients)[0])(stream, to_read)
 
     return jax.vmap(pull_prompt)(frozen, outputs, stream, to_read)
@@ -211,8 +207,8 @@ def choose_features(scores: list[Scores], nodes: int | float, prompts: int) -> C
     scores. Those with the same score as the last of them are nodes, too; those of score 0 are none. But where at most
     so many are active, all are nodes. Beyond so many `prompts` the others only fill the batch up."""
     values = tuple(layer.values for layer in scores)
-    on_mesh, place = find_place(values)
-    with on_mesh:
+    mesh, place = find_place(values)
+    with use_mesh(mesh):
         active = sum_layers(layer.active for layer in scores)
         wanted = jnp.asarray(min(nodes, np.iinfo(np.int32).max) if isinstance(nodes, int) else np.float32(nodes))
         features, counts, sums = choose_highest(values, *jax.device_put((active, wanted), place))

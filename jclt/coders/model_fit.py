@@ -1,7 +1,6 @@
 """Checks that a coder belongs to a model, by its reconstruction error on a short text."""
 
 import logging
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from jclt.coders.coder import Coder
 from jclt.errors import UserError
-from jclt.mesh import fetch_to_host, mesh_of
+from jclt.mesh import fetch_to_host, mesh_of, use_mesh
 from jclt.models import Model, run
 from jclt.numerics import einsum
 from jclt.shapes import Array, ArrayLike, Float
@@ -78,7 +77,7 @@ def measure_fit(coder: Coder, model: Model) -> Fit:
 def _encode(coder: Coder, layer: int, x: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N F"]:
     encoder = coder.load_encoder(layer)
     mesh = mesh_of(jax.tree.leaves(encoder)[0])
-    with jax.set_mesh(mesh) if mesh else nullcontext():
+    with use_mesh(mesh):
         return fetch_to_host(_encode_layer(encoder, jnp.asarray(x))).astype(np.float32)
 
 

@@ -1,19 +1,16 @@
 """Some rows of a table, wherever it lies: in the memory of one device, or split over the feature shards of a mesh."""
 
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of, sum_over_feature_shards
+from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of, sum_over_feature_shards, use_mesh
 from jclt.shapes import Array, ArrayLike, Float, Int
 
 
 def take_rows(table: Float[Array, "F ..."], rows: Int[ArrayLike, "n"]) -> Float[Array, "n ..."]:
     """The rows with these numbers, on all devices that hold a part of the table. The table itself is never gathered."""
-    mesh = mesh_of(table)
-    with jax.set_mesh(mesh) if mesh else nullcontext():
+    with use_mesh(mesh_of(table)):
         return take_from_shards(table, jnp.asarray(rows, jnp.int32))
 
 

@@ -3,7 +3,7 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
-from jclt.mesh import make_sharding, mesh_of
+from jclt.mesh import make_sharding, mesh_of, use_mesh
 from jclt.models.chat import Messages, is_chat, render_chat
 from jclt.models.config import ModelConfig
 from jclt.models.edits import check_edit
@@ -103,7 +103,7 @@ def run(
 
 def on_mesh(model: Model) -> AbstractContextManager[Any]:
     """A context in which programs run on the mesh of the model's weights."""
-    return nullcontext() if model.mesh is None else jax.set_mesh(model.mesh)
+    return use_mesh(model.mesh)
 
 
 @eqx.filter_jit

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.local import LocalModel
 from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, run_folded_layer
-from jclt.attribution.sweep.nodes import PromptNodes, Sweep
+from jclt.attribution.sweep.nodes import PromptNodes, Sweep, map_over_prompts
 from jclt.attribution.sweep.tiles import Layout
 from jclt.numerics import Precision, einsum
 from jclt.shapes import Array, Bool, Float, Int
@@ -76,10 +75,10 @@ def push_sources(
         weights: FoldedWeights, prompts: PromptNodes, blocks: SourceBlocks, targets: LowTargets
     ) -> tuple[Columns, Float[Array, "B N m K r S"]]:
         sweep = Sweep(local, layout, start, stops, weights, prompts)
-        (count, most, parts, size), vectors = blocks.layers.shape, prompts.targets.vectors
+        count, most, parts, size = blocks.layers.shape
         _, layers, tiles, tile_size = targets.numbers.shape
-        streams = jnp.zeros((count, most, stops[-1], parts * size, vectors.shape[-1]), vectors.dtype)
-        edges = jnp.zeros((count, most, layers, tiles, parts * size, tile_size), vectors.dtype)
+        streams = jnp.zeros((count, most, stops[-1], parts * size, sweep.width), sweep.dtype)
+        edges = jnp.zeros((count, most, layers, tiles, parts * size, tile_size), sweep.dtype)
 
         def push_prompt(prompt: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             def push_next(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -92,13 +91,7 @@ def push_sources(
         starts = stops[-1] - jnp.asarray(stops)[blocks.stop_indices]
         return Columns(blocks.used, blocks.cuts, starts, streams), edges
 
-    if mesh.size == 1:
-        return push_on_device(weights, prompts, blocks, targets)
-    split = P("prompts")
-    specs = (P(), split, split, split)
-    return jax.shard_map(push_on_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(
-        weights, prompts, blocks, targets
-    )
+    return map_over_prompts(mesh, push_on_device, weights, prompts, blocks, targets)
 
 
 def push_block(
@@ -141,11 +134,7 @@ def push_forward(
 
     def push_positions(stop: int, streams: Array) -> tuple[Array, Array]:
         first = len(streams) - stop
-        cut = folded._replace(
-            pattern=folded.pattern[:, first:, first:],
-            skip_scale=None if folded.skip_scale is None else folded.skip_scale[first:],
-        )
-        after, read = run_folded_layer(sweep.local, cut, streams[first:])
+        after, read = run_folded_layer(sweep.local, folded.select(slice(first, None)), streams[first:])
         return streams.at[first:].set(after), streams.at[first:].set(read)
 
     return jax.lax.switch(stop_index, [partial(push_positions, stop) for stop in sweep.stops], streams)

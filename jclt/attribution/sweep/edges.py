@@ -18,12 +18,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.local import LocalModel
 from jclt.attribution.sweep.columns import Columns, meet_columns
 from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, run_folded_layer
-from jclt.attribution.sweep.nodes import PromptNodes, Sweep, TargetNodes
+from jclt.attribution.sweep.nodes import PromptNodes, Sweep, TargetNodes, begin_gradients, map_over_prompts
 from jclt.attribution.sweep.tiles import Layout
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int
@@ -74,13 +73,7 @@ def trace_blocks(
 
         return jax.lax.fori_loop(0, blocks.used[0], trace_next, edges)
 
-    if mesh.size == 1:
-        return trace_on_device(weights, prompts, columns, blocks)
-    split = P("prompts")
-    specs = (P(), split, split, split)
-    return jax.shard_map(trace_on_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(
-        weights, prompts, columns, blocks
-    )
+    return map_over_prompts(mesh, trace_on_device, weights, prompts, columns, blocks)
 
 
 def make_edges(sweep: Sweep, columns: Columns | None, targets: int) -> Edges:
@@ -107,12 +100,10 @@ def trace_block(
     part_tops = jnp.max(targets.layers, axis=1)
     floor = jnp.zeros_like(top) if columns is None else columns.cuts[prompt]
 
+    targets = targets._replace(positions=targets.positions - sweep.start)
+
     def begin(layer: Array, part: Array) -> Float[Array, "T R D"]:
-        """The gradients of a part that begin in this layer: the vectors of the targets that read here, else zero."""
-        positions = targets.positions[part] - sweep.start
-        at_position = jax.nn.one_hot(positions, sweep.stops[-1], axis=0, dtype=dtype)
-        reads_here = (targets.layers[part] == layer).astype(dtype)
-        return (at_position * reads_here[None])[:, :, None] * targets.vectors[part][None]
+        return begin_gradients(TargetNodes(*(x[part] for x in targets)), layer, sweep.stops[-1])
 
     def trace_layer(number: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
         layer = top - number
@@ -152,11 +143,7 @@ def pull_back(
     """Carries gradients from a layer's output, and those that begin at what its coder reads, to its input."""
 
     def pull_positions(stop: int, stream: Array, begun: Array) -> Array:
-        cut = folded._replace(
-            pattern=folded.pattern[:, :stop, :stop],
-            skip_scale=None if folded.skip_scale is None else folded.skip_scale[:stop],
-        )
-        run = partial(run_folded_layer, sweep.local, cut)
+        run = partial(run_folded_layer, sweep.local, folded.select(slice(stop)))
         _, pull = jax.vjp(run, jnp.zeros_like(stream[:stop]))
         return stream.at[:stop].set(pull((stream[:stop], begun[:stop]))[0])
 

@@ -54,6 +54,11 @@ class FoldedLayer(NamedTuple):
     pattern: Float[Array, "H T T"]
     skip_scale: Float[Array, "T"] | None
 
+    def select(self, positions: slice) -> "FoldedLayer":
+        """The layer at some positions alone."""
+        skip_scale = None if self.skip_scale is None else self.skip_scale[positions]
+        return self._replace(pattern=self.pattern[:, positions, positions], skip_scale=skip_scale)
+
 
 @partial(jax.jit, static_argnames=("local",))
 def fold_weights(local: LocalModel, weights: Weights) -> FoldedWeights:

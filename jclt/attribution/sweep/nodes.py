@@ -1,10 +1,13 @@
 """The sources and targets of edges (the end of step 2), folded, and what one call of the sweep is computed from."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.local import Frozen, LocalModel, Weights
 from jclt.attribution.sweep.bases import FeatureNodes, SourceWrites
@@ -68,6 +71,26 @@ def fold_nodes(
         return PromptNodes(fold_prompt(local, weights, frozen), sources, TargetNodes(layers, positions, vectors))
 
     return jax.vmap(fold)(frozen, features, outputs, sources)
+
+
+def begin_gradients(targets: TargetNodes, layer: int | Array, length: int) -> Float[Array, "T N D"]:
+    """The gradients that begin in this layer: the vectors of the targets that read here at their positions, else 0."""
+    dtype = targets.vectors.dtype
+    at_position = jax.nn.one_hot(targets.positions, length, axis=0, dtype=dtype)
+    reads_here = (targets.layers == layer).astype(dtype)
+    return (at_position * reads_here[None])[:, :, None] * targets.vectors[None]
+
+
+Result = TypeVar("Result")
+
+
+def map_over_prompts(mesh: Mesh, function: Callable[..., Result], weights: FoldedWeights, *of_prompts: Any) -> Result:
+    """Calls a function on each device, with all weights and the arrays of its own prompts."""
+    if mesh.size == 1:
+        return function(weights, *of_prompts)
+    split = P("prompts")
+    specs = (P(), *[split] * len(of_prompts))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(weights, *of_prompts)
 
 
 class Sweep(NamedTuple):
