@@ -104,15 +104,15 @@ def push_columns(batch: Batch) -> Batch:
 
 
 def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarray, "_"]]) -> SourceBlocks:
-    """The sources below the cut of each prompt, given by number, in blocks. They go up as targets go down, so layers
-    are counted down from the cut and positions from the last one to arrange them."""
+    """The sources below the cut of each prompt, given by number, in blocks. They go up as targets go down, so positions
+    are counted from the last one to arrange them."""
     layout, length, located = batch.layout, batch.stops[-1], []
     blocks: list[list[Block]] = []
     for prompt, (rows, sources) in enumerate(zip(batch.rows, numbers, strict=True)):
         layers, positions = rows.locate_sources(sources)
         positions = positions - batch.start
         located.append((layers, positions))
-        order = rows.cut - 1 - layers, length - 1 - positions
+        order = np.maximum(rows.cut - 2 - layers, 0), length - 1 - positions
         blocks.append(split_targets(prompt, np.arange(len(sources)), *order, batch.stops, shape))
     sizes = batch.prompts, round_up(max(map(len, blocks))), shape.parts * shape.size
     layers, positions, row_numbers = np.full(sizes, NO_LAYER), np.zeros(sizes, int), np.zeros(sizes, int)
@@ -185,7 +185,8 @@ def split_blocks(batch: Batch, shape: BlockShape, wanted: list[Int[np.ndarray, "
     by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
     for prompt, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
         layers, positions = rows.target_layers[numbers], rows.target_positions[numbers] - batch.start
-        blocks = split_targets(prompt, numbers, layers, positions, batch.stops, shape)
+        steps = layers - max(rows.cut, 1)
+        blocks = split_targets(prompt, numbers, steps, positions, batch.stops, shape)
         by_device[prompt // batch.per_device] += blocks
     return by_device
 
@@ -211,7 +212,8 @@ def launch_calls(
             for place, block in enumerate(of_device):
                 rows = batch.rows[block.prompt]
                 numbers[device, place, : len(block.targets)] = rows.padded_numbers[block.targets]
-                prompts[device, place], tops[device, place] = block.prompt % batch.per_device, block.top
+                prompts[device, place] = block.prompt % batch.per_device
+                tops[device, place] = rows.target_layers[block.targets].max()
                 stop_indices[device, place] = block.stop_index
         used = np.array([len(of_device) for of_device in in_call])
         arrays = prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stop_indices.ravel()

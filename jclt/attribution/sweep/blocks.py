@@ -1,7 +1,8 @@
 """Blocks of targets (step 4): which targets go down through the layers together.
 
-All targets of a part of a block cost as much as its highest one at the block's latest position. So a prompt's targets
-are split by position into windows, and sorted by layer within each; the number of windows is the one that costs least.
+All targets of a part of a block cost as much as the one that goes through the most layers, at the block's latest
+position; the first layer of a part costs little (`read_folded_layer_at`). So a prompt's targets are split by position
+into windows, and sorted by layer within each; the number of windows is the one that costs least.
 """
 
 from typing import NamedTuple
@@ -21,7 +22,6 @@ class Block(NamedTuple):
 
     prompt: int  # its number in the batch
     targets: Int[np.ndarray, "r"]
-    top: int  # the highest layer in which one of them reads
     stop_index: int  # in the program's `stops`: of the first one beyond all their positions
 
 
@@ -35,26 +35,27 @@ class BlockShape(NamedTuple):
 def split_targets(
     prompt: int,
     targets: Int[np.ndarray, "n"],
-    layers: Int[np.ndarray, "n"],
+    steps: Int[np.ndarray, "n"],
     positions: Int[np.ndarray, "n"],
     stops: tuple[int, ...],
     shape: BlockShape,
 ) -> list[Block]:
-    """The targets of one prompt in blocks; positions are counted from the first with sources."""
+    """The targets of one prompt in blocks. Each goes through so many layers after its first one; positions are counted
+    from the first with sources."""
     stop_indices = np.searchsorted(stops, positions + 1)
     best: list[Block] = []
     least = np.inf
     whole = shape.parts * shape.size
     for windows in WINDOWS:
         window = stop_indices * windows // len(stops)
-        order = np.lexsort((-layers, window))
+        order = np.lexsort((-steps, window))
         cuts = np.flatnonzero(np.diff(window[order])) + 1
         members = [inside[i : i + whole] for inside in np.split(order, cuts) for i in range(0, len(inside), whole)]
-        blocks = [Block(prompt, targets[i], int(layers[i].max()), int(stop_indices[i].max())) for i in members]
+        blocks = [Block(prompt, targets[i], int(stop_indices[i].max())) for i in members]
         cost = 0
         for block, inside in zip(blocks, members, strict=True):
-            levels = int(layers[inside][:: shape.size].sum())  # of all parts together
-            cost += levels * stops[block.stop_index] * shape.size + block.top * BLOCK_OVERHEAD
+            of_parts = steps[inside][:: shape.size]
+            cost += int(of_parts.sum()) * stops[block.stop_index] * shape.size + int(of_parts[0]) * BLOCK_OVERHEAD
         if cost < least:
             best, least = blocks, cost
     return best

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jclt.attribution.local import LocalModel
-from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, run_folded_layer
+from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, run_folded_layer, run_folded_layer_from
 from jclt.attribution.sweep.nodes import PromptNodes, Sweep, map_over_prompts
 from jclt.attribution.sweep.tiles import Layout
 from jclt.numerics import Precision, einsum
@@ -110,7 +110,12 @@ def push_block(
 
         def push_part(part: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             streams, edges = carry
-            after, read = push_forward(sweep, folded, stop_index, streams[:, part])
+            after, read = jax.lax.cond(
+                layer == part_bottoms[part] + 1,
+                partial(push_first, sweep, folded, positions[part]),
+                partial(push_forward, sweep, folded, stop_index),
+                streams[:, part],
+            )
             return streams.at[:, part].set(after), edges.at[layer, :, part].set(
                 read_targets(sweep, targets, prompt, layer, read)
             )
@@ -138,6 +143,13 @@ def push_forward(
         return streams.at[first:].set(after), streams.at[first:].set(read)
 
     return jax.lax.switch(stop_index, [partial(push_positions, stop) for stop in sweep.stops], streams)
+
+
+def push_first(
+    sweep: Sweep, folded: FoldedLayer, positions: Int[Array, "R"], streams: Float[Array, "T R D"]
+) -> tuple[Float[Array, "T R D"], Float[Array, "T R D"]]:
+    """What `push_forward` does where each stream is not 0 at its source's position only."""
+    return run_folded_layer_from(sweep.local, folded, positions, streams[positions, jnp.arange(len(positions))])
 
 
 def read_targets(

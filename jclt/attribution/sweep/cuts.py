@@ -1,8 +1,9 @@
 """The cut of a prompt: the layer where its sources and targets meet (`columns.py`), chosen by counting operations.
 
-Carrying one target or source through a layer takes the same number of operations at each position that it reaches. With
-a cut at layer m, targets above it go down to m over the positions before them, and sources below it go up to m over the
-positions after them. There each pair is one product of two vectors at each position that both reach.
+Carrying one target or source through a layer takes the same number of operations at each position that it reaches. In
+its first layer it comes from one position, which takes few of them, so that layer is not counted. With a cut at layer
+m, targets above it go down to m over the positions before them, and sources below it go up to m over the positions
+after them. There each pair is one product of two vectors at each position that both reach.
 """
 
 from typing import NamedTuple
@@ -51,10 +52,10 @@ def count_operations(model: ModelConfig, work: Work, cut: int) -> float:
     targets = np.vstack([work.features * work.traced, np.zeros(length)])
     targets[layers, -1] = work.outputs
     above, floor = np.arange(cut, layers + 1), max(cut, 1)
-    steps = np.maximum(above + 1 - floor, 0)
+    steps = np.maximum(above - floor, 0)
     pulled = (targets[cut:] * steps[:, None] * (positions + 1)).sum()
     sources = work.features + 1  # each layer has an error at each position
-    pushed = (sources[:cut] * (cut - 1 - np.arange(cut))[:, None] * (length - positions)).sum()
+    pushed = (sources[:cut] * np.maximum(cut - 2 - np.arange(cut), 0)[:, None] * (length - positions)).sum()
     # Products: of gradients with all that is written in each layer that they pass, of columns with targets below the
     # cut, and of gradients with columns at the cut.
     written = np.cumsum(np.cumsum(work.features, axis=0) + 1 if work.writes_on else sources, axis=1)

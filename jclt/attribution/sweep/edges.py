@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from jclt.attribution.local import LocalModel
 from jclt.attribution.sweep.columns import Columns, meet_columns
-from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, run_folded_layer
+from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, read_folded_layer_at, run_folded_layer
 from jclt.attribution.sweep.nodes import PromptNodes, Sweep, TargetNodes, begin_gradients, map_over_prompts
 from jclt.attribution.sweep.tiles import Layout
 from jclt.numerics import einsum
@@ -102,21 +102,21 @@ def trace_block(
 
     targets = targets._replace(positions=targets.positions - sweep.start)
 
-    def begin(layer: Array, part: Array) -> Float[Array, "T R D"]:
-        return begin_gradients(TargetNodes(*(x[part] for x in targets)), layer, sweep.stops[-1])
-
     def trace_layer(number: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
         layer = top - number
         folded = sweep.take_layer(prompt, jnp.minimum(layer, sweep.local.model.layers - 1))
 
         def trace_part(part: Array, streams: Float[Array, "T P R D"]) -> Float[Array, "T P R D"]:
-            stream = jax.lax.cond(
-                layer == sweep.local.model.layers,
-                lambda stream: begin(layer, part),  # of what the unembedding reads
-                lambda stream: pull_back(sweep, folded, stop_index, stream, begin(layer, part)),
-                streams[:, part],
-            )
-            return streams.at[:, part].set(stream)
+            of_part = TargetNodes(*(x[part] for x in targets))
+            begun = partial(begin_gradients, of_part, layer, sweep.stops[-1])
+            cases = [
+                lambda stream: begun(),  # of what the unembedding reads
+                lambda stream: pull_first(sweep, folded, layer, of_part),
+                lambda stream: pull_back(sweep, folded, stop_index, stream, begun()),
+            ]
+            is_first = layer == part_tops[part]
+            case = jnp.where(layer == sweep.local.model.layers, 0, jnp.where(is_first, 1, 2))
+            return streams.at[:, part].set(jax.lax.switch(case, cases, streams[:, part]))
 
         streams, edges = carry
         active = jnp.sum((part_tops >= layer).astype(top.dtype))
@@ -148,6 +148,14 @@ def pull_back(
         return stream.at[:stop].set(pull((stream[:stop], begun[:stop]))[0])
 
     return jax.lax.switch(stop_index, [partial(pull_positions, stop) for stop in sweep.stops], stream, begun)
+
+
+def pull_first(sweep: Sweep, folded: FoldedLayer, layer: Array, targets: TargetNodes) -> Float[Array, "T R D"]:
+    """What `pull_back` does where no gradient comes from above. Then each has one position."""
+    vectors = jnp.where((targets.layers == layer)[:, None], targets.vectors, 0)
+    read = partial(read_folded_layer_at, sweep.local, folded, targets.positions)
+    _, pull = jax.vjp(read, jnp.zeros((sweep.stops[-1], *vectors.shape), vectors.dtype))
+    return pull(vectors)[0]
 
 
 class LayerStep(NamedTuple):

@@ -58,7 +58,7 @@ def test_operations_are_those_of_every_pair_and_step():
     expected = 0
     for layer, position in targets:
         if layer >= cut:
-            expected += carry * (layer + 1 - cut) * (position + 1)
+            expected += carry * (layer - cut) * (position + 1)
         for number, (source, place) in enumerate(sources):
             if place > position or source >= layer:
                 continue
@@ -70,7 +70,7 @@ def test_operations_are_those_of_every_pair_and_step():
             expected += product * (source >= cut if is_error else len(range(max(source, cut), layer)))
             expected += product * (position - place + 1) * (source < cut)
     for source, place in sources:
-        expected += carry * max(cut - 1 - source, 0) * (length - place)
+        expected += carry * max(cut - 2 - source, 0) * (length - place)
     assert count_operations(MODEL, work, cut) == expected
 
 
