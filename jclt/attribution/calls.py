@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import PromptRows
-from jclt.attribution.sizes import CALLS_IN_FLIGHT, choose_block_shape, choose_blocks_per_call, count_edges, round_up
-from jclt.attribution.sweep.blocks import Block, BlockShape, split_targets
+from jclt.attribution.sizes import CALLS_IN_FLIGHT, choose_block_size, choose_blocks_per_call, count_edges, round_up
+from jclt.attribution.sweep.blocks import Block, split_targets
 from jclt.attribution.sweep.columns import Columns, LowTargets, SourceBlocks, push_sources
 from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut
 from jclt.attribution.sweep.edges import Blocks, Edges, trace_blocks
@@ -92,9 +92,9 @@ def push_columns(batch: Batch) -> Batch:
     if not any(rows.cut for rows in batch.rows):
         return batch
     numbers = [rows.list_sources(rows.cut, batch.start) for rows in batch.rows]
-    shape = choose_block_shape(jax.default_backend(), max(map(len, numbers)), length, width)
+    size = choose_block_size(jax.default_backend(), max(map(len, numbers)), length, width)
     log.debug("3 carry %d sources up to layer %d", sum(map(len, numbers)), max(rows.cut for rows in batch.rows))
-    arranged = arrange_sources(batch, shape, numbers), arrange_low_targets(batch)
+    arranged = arrange_sources(batch, size, numbers), arrange_low_targets(batch)
     program = (setup.local, batch.layout, batch.start, batch.stops, setup.mesh)
     arrays = jax.device_put(arranged, setup.by_prompt)
     columns, low_edges = push_sources(*program, setup.folded, batch.nodes, *arrays)
@@ -103,7 +103,7 @@ def push_columns(batch: Batch) -> Batch:
     return batch._replace(columns=columns)
 
 
-def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarray, "_"]]) -> SourceBlocks:
+def arrange_sources(batch: Batch, size: int, numbers: list[Int[np.ndarray, "_"]]) -> SourceBlocks:
     """The sources below the cut of each prompt, given by number, in blocks. They go up as targets go down, so positions
     are counted from the last one to arrange them."""
     layout, length, located = batch.layout, batch.stops[-1], []
@@ -113,8 +113,8 @@ def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarra
         positions = positions - batch.start
         located.append((layers, positions))
         order = np.maximum(rows.cut - 2 - layers, 0), length - 1 - positions
-        blocks.append(split_targets(prompt, np.arange(len(sources)), *order, batch.stops, shape))
-    sizes = batch.prompts, round_up(max(map(len, blocks))), shape.parts * shape.size
+        blocks.append(split_targets(prompt, np.arange(len(sources)), *order, batch.stops, size))
+    sizes = batch.prompts, round_up(max(map(len, blocks))), size
     layers, positions, row_numbers = np.full(sizes, NO_LAYER), np.zeros(sizes, int), np.zeros(sizes, int)
     used, cuts = np.zeros((2, batch.prompts), int)
     are_errors, stop_indices = np.zeros(sizes, bool), np.zeros(sizes[:2], int)
@@ -130,8 +130,7 @@ def arrange_sources(batch: Batch, shape: BlockShape, numbers: list[Int[np.ndarra
             row_numbers[place] = in_group[chosen]
             stop_indices[prompt, number] = block.stop_index
             rows.column_places[:, chosen] = np.full(len(chosen), number), np.arange(len(chosen))
-    in_parts = [x.reshape(*sizes[:2], *shape) for x in (layers, positions, row_numbers, are_errors)]
-    return SourceBlocks(used, cuts, *in_parts, stop_indices)  # type: ignore[arg-type]
+    return SourceBlocks(used, cuts, layers, positions, row_numbers, are_errors, stop_indices)  # type: ignore[arg-type]
 
 
 def arrange_low_targets(batch: Batch) -> LowTargets:
@@ -171,8 +170,8 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
         rows.add_low_targets(numbers[(layers > 0) & (layers < rows.cut)])
         above.append(numbers[layers >= max(rows.cut, 1)])
     width = batch.setup.model.config.width
-    shape = choose_block_shape(jax.default_backend(), max(map(len, above)), batch.stops[-1], width)
-    for call in launch_calls(batch, shape, split_blocks(batch, shape, above)):
+    size = choose_block_size(jax.default_backend(), max(1, *map(len, above)), batch.stops[-1], width)
+    for call in launch_calls(batch, size, split_blocks(batch, size, above)):
         in_flight.append(call)
         if len(in_flight) > CALLS_IN_FLIGHT:
             store_oldest()
@@ -180,20 +179,18 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
         store_oldest()
 
 
-def split_blocks(batch: Batch, shape: BlockShape, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
+def split_blocks(batch: Batch, size: int, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
     """The blocks of each device."""
     by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
     for prompt, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
         layers, positions = rows.target_layers[numbers], rows.target_positions[numbers] - batch.start
         steps = layers - max(rows.cut, 1)
-        blocks = split_targets(prompt, numbers, steps, positions, batch.stops, shape)
+        blocks = split_targets(prompt, numbers, steps, positions, batch.stops, size)
         by_device[prompt // batch.per_device] += blocks
     return by_device
 
 
-def launch_calls(
-    batch: Batch, shape: BlockShape, by_device: list[list[Block]]
-) -> Iterator[tuple[list[Block | None], Edges]]:
+def launch_calls(batch: Batch, size: int, by_device: list[list[Block]]) -> Iterator[tuple[list[Block | None], Edges]]:
     """Starts one call of the program after another; yields the blocks of each call, None for padding, and their
     edges."""
     setup, layout, config, backend = batch.setup, batch.layout, batch.setup.model.config, jax.default_backend()
@@ -202,11 +199,11 @@ def launch_calls(
         return
     met = 0 if batch.columns is None else batch.columns.streams.shape[1] * batch.columns.streams.shape[3]
     target_bytes = (count_edges(config, batch.stops[-1], layout) + met) * setup.itemsize
-    most = choose_blocks_per_call(backend, longest, target_bytes, shape)
+    most = choose_blocks_per_call(backend, longest, target_bytes, size)
     padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
     for first in range(0, longest, most):
         in_call = [of_device[first : first + most] for of_device in by_device]
-        numbers = np.full((len(in_call), most, shape.parts * shape.size), padding)
+        numbers = np.full((len(in_call), most, size), padding)
         prompts, tops, stop_indices = np.zeros((3, len(in_call), most), int)
         for device, of_device in enumerate(in_call):
             for place, block in enumerate(of_device):
@@ -216,7 +213,7 @@ def launch_calls(
                 tops[device, place] = rows.target_layers[block.targets].max()
                 stop_indices[device, place] = block.stop_index
         used = np.array([len(of_device) for of_device in in_call])
-        arrays = prompts.ravel(), numbers.reshape(-1, *shape), tops.ravel(), stop_indices.ravel()
+        arrays = prompts.ravel(), numbers.reshape(-1, size), tops.ravel(), stop_indices.ravel()
         blocks = Blocks(*jax.device_put((used, *arrays), setup.by_prompt))
         program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
         edges = trace_blocks(*program, setup.folded, batch.nodes, batch.columns, blocks)

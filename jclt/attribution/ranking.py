@@ -82,7 +82,7 @@ class PromptRows:
         self.cut = 0  # the layer down to which targets go to meet columns (`sweep/columns.py`); 0: none
         self.column_places = np.full((2, self.source_count), -1)  # block and place in it of each source below the cut
         self.low_places = np.zeros((2, len(features)), int)  # tile and slot of each target below the cut
-        self.low_edges: Float[np.ndarray, "N m K r S"] | None = None  # from the former into the latter
+        self.low_edges: Float[np.ndarray, "N m K R S"] | None = None  # from the former into the latter
         self.rows: list[Rows] = []
         self.columns: dict[tuple[int, int], np.ndarray] = {}
 

@@ -8,7 +8,6 @@ import numpy as np
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import estimate_sizes
-from jclt.attribution.sweep.blocks import BlockShape
 from jclt.attribution.sweep.cuts import COLUMN_BYTES
 from jclt.attribution.sweep.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
 from jclt.attribution.targets import Outputs
@@ -17,13 +16,10 @@ from jclt.memory import SPARE_SHARE, check_memory, measure_free_host_memory
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Int
 
-GRADIENT_SIZE = {"cpu": 3 << 18, "gpu": 1 << 27, "tpu": 1 << 27}
-SMALLEST_PART, LARGEST_PART = 16, {"cpu": 64, "gpu": 1024, "tpu": 1024}
-"""About how many numbers the gradients of a part of a block have, and its least and most targets, by kind of device:
-enough for efficient products, few enough that the targets of a part begin in much the same layer."""
-
-MOST_PARTS = 4
-"""Parts of a block: what sources write is read from memory once for all of them."""
+GRADIENT_SIZE = {"cpu": 3 << 19, "gpu": 1 << 27, "tpu": 1 << 27}
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 128, "gpu": 1024, "tpu": 1024}
+"""About how many numbers the gradients of a block have, and its least and most targets, by kind of device: enough for
+efficient products, few enough that the targets of a block begin in much the same layer."""
 
 MOST_STOPS = 8
 """A block ends at the first of this many evenly spaced positions that lies beyond all its targets."""
@@ -115,16 +111,15 @@ def estimate_score_bytes(model: ModelConfig, coder: CoderConfig, length: int, it
     return length * (kept + gradients + streams)
 
 
-def choose_block_shape(backend: str, targets: int, length: int, width: int) -> BlockShape:
-    """The shape of the blocks for at most so many targets of a prompt; both sizes are powers of two."""
-    size = min(max(SMALLEST_PART, GRADIENT_SIZE[backend] // (length * width)), LARGEST_PART[backend])
-    size = 1 << (size.bit_length() - 1)
-    return BlockShape(min(MOST_PARTS, 1 << (-(-targets // size) - 1).bit_length()), size)
+def choose_block_size(backend: str, targets: int, length: int, width: int) -> int:
+    """The size of the blocks for at most so many targets of a prompt, a power of two."""
+    most = min(max(SMALLEST_BLOCK, GRADIENT_SIZE[backend] // (length * width)), LARGEST_BLOCK[backend])
+    return min(1 << (most.bit_length() - 1), max(SMALLEST_BLOCK, 1 << (targets - 1).bit_length()))
 
 
-def choose_blocks_per_call(backend: str, blocks: int, target_bytes: int, shape: BlockShape) -> int:
+def choose_blocks_per_call(backend: str, blocks: int, target_bytes: int, size: int) -> int:
     """How many of a device's blocks one call computes, a power of two, given the bytes of the edges into a target."""
-    most = max(CALL_BYTES[backend] // (shape.parts * shape.size * target_bytes), 1)
+    most = max(CALL_BYTES[backend] // (size * target_bytes), 1)
     return min(1 << (most.bit_length() - 1), 1 << (blocks - 1).bit_length())
 
 

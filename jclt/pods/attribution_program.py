@@ -20,7 +20,7 @@ from jclt.attribution.embeddings import trace_embeddings
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.sizes import (
     CALLS_IN_FLIGHT,
-    choose_block_shape,
+    choose_block_size,
     choose_blocks_per_call,
     choose_embeddings_at_once,
     count_edges,
@@ -164,11 +164,11 @@ def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgr
     folded = inputs.on_all(evaluate_shape(fold_weights, local, weights, static=(0,)))
 
     targets, stops = ACTIVE_PER_TOKEN * length, list_stops(length)
-    shape = choose_block_shape("tpu", targets, length, model.width)
+    size = choose_block_size("tpu", targets, length, model.width)
     target_bytes = 4 * count_edges(model, length, layout)
-    most = choose_blocks_per_call("tpu", -(-targets // (shape.parts * shape.size)), target_bytes, shape)
+    most = choose_blocks_per_call("tpu", -(-targets // size), target_bytes, size)
     of_blocks = inputs.by_prompt(jax.ShapeDtypeStruct((count * most,), jnp.int32))
-    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, *shape), jnp.int32))
+    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, size), jnp.int32))
     blocks = Blocks(numbers(), of_blocks, chosen, of_blocks, of_blocks)  # type: ignore[arg-type]
     traced = trace_blocks.lower(local, layout, 0, stops, inputs.mesh, folded, prompts, None, blocks)
     yield LoweredProgram(traced, count_chip_bytes(folded, prompts, features, embedding_edges), CALLS_IN_FLIGHT)

@@ -105,7 +105,7 @@ def many_rounds(monkeypatch):
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
     want = attribute(*make_case(*CASE), max_features=45)
     monkeypatch.setattr("jclt.attribution.sweep.blocks.WINDOWS", (2,))
-    monkeypatch.setattr("jclt.attribution.sizes.LARGEST_PART", {"cpu": 16})
+    monkeypatch.setattr("jclt.attribution.sizes.LARGEST_BLOCK", {"cpu": 16})
     assert_same(attribute(*make_case(*CASE), max_features=45), want)
     full_graph = trace_whole_graph(*CASE)
     assert len(want.features) == 45 < len(full_graph.features)
@@ -213,8 +213,7 @@ def test_blocks_are_computed_in_as_many_calls_as_memory_asks_for(monkeypatch):
         return trace(*arguments)
 
     monkeypatch.setattr(calls, "trace_blocks", count)
-    monkeypatch.setattr(sizes, "LARGEST_PART", {"cpu": 16})
-    monkeypatch.setattr(sizes, "MOST_PARTS", 1)
+    monkeypatch.setattr(sizes, "LARGEST_BLOCK", {"cpu": 16})
     monkeypatch.setattr(sizes, "CALL_BYTES", {"cpu": 1})
     assert_same(attribute(*make_case(*CASE)), trace_whole_graph(*CASE))
     assert len(seen) > 3 and set(seen) == {1}

@@ -11,6 +11,7 @@ it passes the targets that read below the cut, and its products with their vecto
 each half of the way takes half the operations of carrying all targets all the way; `cuts.py` counts, and chooses m.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -27,15 +28,15 @@ from jclt.shapes import Array, Bool, Float, Int
 
 
 class SourceBlocks(NamedTuple):
-    """The sources below the cut of B prompts: N blocks of P parts of R sources, from low layers to high. Positions are
-    counted from the first with sources. A source that only fills a part up has a layer above all others."""
+    """The sources below the cut of B prompts: N blocks of R sources. Positions are counted from the first with sources.
+    A source that only fills a block up has a layer above all others."""
 
     used: Int[Array, "B"]  # blocks
     cuts: Int[Array, "B"]
-    layers: Int[Array, "B N P R"]
-    positions: Int[Array, "B N P R"]
-    rows: Int[Array, "B N P R"]  # of a feature: its slot, numbered through the tiles of its group
-    are_errors: Bool[Array, "B N P R"]
+    layers: Int[Array, "B N R"]
+    positions: Int[Array, "B N R"]
+    rows: Int[Array, "B N R"]  # of a feature: its slot, numbered through the tiles of its group
+    are_errors: Bool[Array, "B N R"]
     stop_indices: Int[Array, "B N"]  # how many positions they reach, an index in the program's `stops`
 
 
@@ -52,7 +53,7 @@ class Columns(NamedTuple):
     used: Int[Array, "B"]  # blocks
     cuts: Int[Array, "B"]
     starts: Int[Array, "B N"]  # the first position that one of them reaches
-    streams: Float[Array, "B N T r D"]  # r: P times R
+    streams: Float[Array, "B N T R D"]
 
 
 @partial(jax.jit, static_argnames=("local", "layout", "start", "stops", "mesh"))
@@ -67,18 +68,18 @@ def push_sources(
     prompts: PromptNodes,
     blocks: SourceBlocks,
     targets: LowTargets,
-) -> tuple[Columns, Float[Array, "B N m K r S"]]:
+) -> tuple[Columns, Float[Array, "B N m K R S"]]:
     """Carries sources up to the cut, block by block, on each device those of its own prompts. Returns what they add
     there, and the edges from them into the targets below the cut."""
 
     def push_on_device(
         weights: FoldedWeights, prompts: PromptNodes, blocks: SourceBlocks, targets: LowTargets
-    ) -> tuple[Columns, Float[Array, "B N m K r S"]]:
+    ) -> tuple[Columns, Float[Array, "B N m K R S"]]:
         sweep = Sweep(local, layout, start, stops, weights, prompts)
-        count, most, parts, size = blocks.layers.shape
+        count, most, size = blocks.layers.shape
         _, layers, tiles, tile_size = targets.numbers.shape
-        streams = jnp.zeros((count, most, stops[-1], parts * size, sweep.width), sweep.dtype)
-        edges = jnp.zeros((count, most, layers, tiles, parts * size, tile_size), sweep.dtype)
+        streams = jnp.zeros((count, most, stops[-1], size, sweep.width), sweep.dtype)
+        edges = jnp.zeros((count, most, layers, tiles, size, tile_size), sweep.dtype)
 
         def push_prompt(prompt: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             def push_next(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -96,39 +97,32 @@ def push_sources(
 
 def push_block(
     sweep: Sweep, blocks: SourceBlocks, targets: LowTargets, prompt: Int[Array, ""], number: Int[Array, ""]
-) -> tuple[Float[Array, "T r D"], Float[Array, "m K r S"]]:
+) -> tuple[Float[Array, "T R D"], Float[Array, "m K R S"]]:
     """The residual streams at the cut that one block of sources makes, and the edges into the targets below it."""
     layers, positions, rows, are_errors = (x[prompt, number] for x in blocks[2:6])
-    (parts, size), (width, dtype) = layers.shape, (sweep.width, sweep.dtype)
-    part_bottoms = jnp.min(layers, axis=1)
-    bottom, stop_index = jnp.min(part_bottoms), blocks.stop_indices[prompt, number]
-    places = positions, jnp.arange(parts)[:, None], jnp.arange(size)[None]
+    (size,), bottom, stop_index = layers.shape, jnp.min(layers), blocks.stop_indices[prompt, number]
 
     def push_layer(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        layer = bottom + step
+        layer, (streams, edges) = bottom + step, carry
         folded = sweep.take_layer(prompt, layer)
 
-        def push_part(part: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            streams, edges = carry
-            after, read = jax.lax.cond(
-                layer == part_bottoms[part] + 1,
-                partial(push_first, sweep, folded, positions[part]),
-                partial(push_forward, sweep, folded, stop_index),
-                streams[:, part],
-            )
-            return streams.at[:, part].set(after), edges.at[layer, :, part].set(
-                read_targets(sweep, targets, prompt, layer, read)
-            )
+        def push(push_streams: Callable[..., tuple[Array, Array]], streams: Array, edges: Array) -> tuple[Array, Array]:
+            after, read = push_streams(streams)
+            return after, edges.at[layer].set(read_targets(sweep, targets, prompt, layer, read))
 
-        streams, edges = jax.lax.fori_loop(0, jnp.sum((part_bottoms < layer).astype(layer.dtype)), push_part, carry)
+        cases = [
+            lambda streams, edges: (streams, edges),
+            partial(push, partial(push_first, sweep, folded, positions)),
+            partial(push, partial(push_forward, sweep, folded, stop_index)),
+        ]
+        streams, edges = jax.lax.switch(jnp.minimum(step, 2), cases, streams, edges)
         writes = take_writes(sweep, prompt, layer, layers, positions, rows, are_errors)
-        return streams.at[places].add(writes), edges
+        return streams.at[positions, jnp.arange(size)].add(writes), edges
 
     _, most, tiles, tile_size = targets.numbers.shape
-    streams = jnp.zeros((sweep.stops[-1], parts, size, width), dtype)
-    edges = jnp.zeros((most, tiles, parts, size, tile_size), dtype)
-    streams, edges = jax.lax.fori_loop(0, blocks.cuts[prompt] - bottom, push_layer, (streams, edges))
-    return streams.reshape(-1, parts * size, width), edges.reshape(most, tiles, parts * size, tile_size)
+    streams = jnp.zeros((sweep.stops[-1], size, sweep.width), sweep.dtype)
+    edges = jnp.zeros((most, tiles, size, tile_size), sweep.dtype)
+    return jax.lax.fori_loop(0, blocks.cuts[prompt] - bottom, push_layer, (streams, edges))
 
 
 def push_forward(
@@ -174,11 +168,11 @@ def take_writes(
     sweep: Sweep,
     prompt: Int[Array, ""],
     layer: Int[Array, ""],
-    layers: Int[Array, "P R"],
-    positions: Int[Array, "P R"],
-    rows: Int[Array, "P R"],
-    are_errors: Bool[Array, "P R"],
-) -> Float[Array, "P R D"]:
+    layers: Int[Array, "R"],
+    positions: Int[Array, "R"],
+    rows: Int[Array, "R"],
+    are_errors: Bool[Array, "R"],
+) -> Float[Array, "R D"]:
     """What each source of a block writes in one layer."""
     sources, layout = sweep.prompts.sources, sweep.layout
     covered = jnp.asarray(layout.layers)
@@ -195,8 +189,8 @@ def meet_columns(
     columns: Columns,
     prompt: Int[Array, ""],
     stop: Int[Array, ""],
-    gradients: Float[Array, "T r D"],
-) -> Float[Array, "N r s"]:
+    gradients: Float[Array, "T R D"],
+) -> Float[Array, "N R s"]:
     """Gradients at the cut times all columns of the prompt, over the positions that both reach."""
     _, blocks, _, size, _ = columns.streams.shape
     nothing = jnp.zeros((blocks, gradients.shape[1], size), gradients.dtype)

@@ -7,9 +7,9 @@ A target's gradient begins with its own vector, at the layer and position where 
 `jax.vjp` of one layer of the linear model carries it from the layer's output to its input. There its product with what
 each source writes below is that layer's share of the edge.
 
-Targets go down in blocks. A block leaves out the positions after its last target, since they cannot reach it. It has
-several parts: each of them begins at the layer of its highest target, and writes are multiplied with all at once. Edges
-from embeddings come from `embeddings.py`, so no gradient goes below the first layer's output.
+Targets go down in blocks, from the layer of its highest target each. A block leaves out the positions after its last
+target, since they cannot reach it. Edges from embeddings come from `embeddings.py`, so no gradient goes below the first
+layer's output.
 """
 
 from functools import partial
@@ -29,11 +29,11 @@ from jclt.shapes import Array, Float, Int
 
 
 class Blocks(NamedTuple):
-    """Blocks of P parts of R targets, from high layers to low, each of one prompt; those from `used` on are padding."""
+    """Blocks of R targets, each of one prompt; those from `used` on are padding."""
 
     used: Int[Array, "1"]
     prompts: Int[Array, "M"]
-    numbers: Int[Array, "M P R"]  # among the prompt's targets
+    numbers: Int[Array, "M R"]  # among the prompt's targets
     tops: Int[Array, "M"]  # the highest layer in which one of them reads
     stop_indices: Int[Array, "M"]  # in the program's `stops`: of the first one beyond all their positions
 
@@ -41,9 +41,9 @@ class Blocks(NamedTuple):
 class Edges(NamedTuple):
     """The edges into the targets of M blocks, or of one."""
 
-    features: Float[Array, "*M G K r S"]  # by group of tiles, tile and slot; r: P times R
-    errors: Float[Array, "*M L T r"]
-    columns: Float[Array, "*M N r s"] | None  # from the sources below the cut, by block of sources
+    features: Float[Array, "*M G K R S"]  # by group of tiles, tile and slot
+    errors: Float[Array, "*M L T R"]
+    columns: Float[Array, "*M N R s"] | None  # from the sources below the cut, by block of sources
 
 
 @partial(jax.jit, static_argnames=("local", "layout", "start", "stops", "mesh"))
@@ -63,8 +63,8 @@ def trace_blocks(
 
     def trace_on_device(weights: FoldedWeights, prompts: PromptNodes, columns: Columns | None, blocks: Blocks) -> Edges:
         sweep = Sweep(local, layout, start, stops, weights, prompts)
-        count, parts, size = blocks.numbers.shape
-        nothing = make_edges(sweep, columns, parts * size)
+        count, size = blocks.numbers.shape
+        nothing = make_edges(sweep, columns, size)
         edges = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), nothing)
 
         def trace_next(number: Array, edges: Edges) -> Edges:
@@ -90,51 +90,38 @@ def trace_block(
     sweep: Sweep,
     columns: Columns | None,
     prompt: Int[Array, ""],
-    numbers: Int[Array, "P R"],
+    numbers: Int[Array, "R"],
     top: Int[Array, ""],
     stop_index: Int[Array, ""],
 ) -> Edges:
     """The edges into one block of targets."""
     targets = TargetNodes(*(x[prompt, numbers] for x in sweep.prompts.targets))
-    (parts, size), width, dtype = numbers.shape, sweep.width, sweep.dtype
-    part_tops = jnp.max(targets.layers, axis=1)
-    floor = jnp.zeros_like(top) if columns is None else columns.cuts[prompt]
-
     targets = targets._replace(positions=targets.positions - sweep.start)
+    last, floor = sweep.local.model.layers, jnp.zeros_like(top) if columns is None else columns.cuts[prompt]
 
     def trace_layer(number: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
-        layer = top - number
-        folded = sweep.take_layer(prompt, jnp.minimum(layer, sweep.local.model.layers - 1))
-
-        def trace_part(part: Array, streams: Float[Array, "T P R D"]) -> Float[Array, "T P R D"]:
-            of_part = TargetNodes(*(x[part] for x in targets))
-            begun = partial(begin_gradients, of_part, layer, sweep.stops[-1])
-            cases = [
-                lambda stream: begun(),  # of what the unembedding reads
-                lambda stream: pull_first(sweep, folded, layer, of_part),
-                lambda stream: pull_back(sweep, folded, stop_index, stream, begun()),
-            ]
-            is_first = layer == part_tops[part]
-            case = jnp.where(layer == sweep.local.model.layers, 0, jnp.where(is_first, 1, 2))
-            return streams.at[:, part].set(jax.lax.switch(case, cases, streams[:, part]))
-
-        streams, edges = carry
-        active = jnp.sum((part_tops >= layer).astype(top.dtype))
-        streams = jax.lax.fori_loop(0, active, trace_part, streams)
-        step = LayerStep(prompt, layer - 1, stop_index, active)
+        layer, (stream, edges) = top - number, carry
+        folded = sweep.take_layer(prompt, jnp.minimum(layer, last - 1))
+        begin = partial(begin_gradients, targets, layer, sweep.stops[-1])
+        cases = [
+            lambda stream: begin(),  # of what the unembedding reads
+            lambda stream: pull_first(sweep, folded, layer, targets),
+            lambda stream: pull_back(sweep, folded, stop_index, stream, begin()),
+        ]
+        stream = jax.lax.switch(jnp.where(layer == last, 0, jnp.where(number == 0, 1, 2)), cases, stream)
+        step = LayerStep(prompt, layer - 1, stop_index)
         edges = jax.lax.cond(
-            step.layer >= floor, partial(add_shares, sweep, step), lambda streams, edges: edges, streams, edges
+            step.layer >= floor, partial(add_shares, sweep, step), lambda stream, edges: edges, stream, edges
         )
-        return streams, edges
+        return stream, edges
 
-    streams = jnp.zeros((sweep.stops[-1], parts, size, width), dtype)
+    stream = jnp.zeros((sweep.stops[-1], len(numbers), sweep.width), sweep.dtype)
     layers = top + 1 - jnp.maximum(floor, 1)
-    streams, edges = jax.lax.fori_loop(0, layers, trace_layer, (streams, make_edges(sweep, columns, parts * size)))
+    stream, edges = jax.lax.fori_loop(0, layers, trace_layer, (stream, make_edges(sweep, columns, len(numbers))))
     if columns is None:
         return edges
     stop = jnp.asarray(sweep.stops)[stop_index]
-    gradients = streams.reshape(-1, parts * size, width)
-    return edges._replace(columns=meet_columns(sweep.local.precision, columns, prompt, stop, gradients))
+    return edges._replace(columns=meet_columns(sweep.local.precision, columns, prompt, stop, stream))
 
 
 def pull_back(
@@ -164,24 +151,22 @@ class LayerStep(NamedTuple):
     prompt: Int[Array, ""]
     layer: Int[Array, ""]  # whose output has been reached
     stop_index: Int[Array, ""]
-    active: Int[Array, ""]  # the parts that have begun; the others have gradients of zero
 
 
-def add_shares(sweep: Sweep, step: LayerStep, streams: Float[Array, "T P R D"], edges: Edges) -> Edges:
+def add_shares(sweep: Sweep, step: LayerStep, stream: Float[Array, "T R D"], edges: Edges) -> Edges:
     """Adds one layer's term of the formula at the head of this file: gradients of the layer's output times what each
     source writes there."""
-    covered, layer, (length, parts, size, width) = sweep.layout.layers, step.layer, streams.shape
+    covered, layer = sweep.layout.layers, step.layer
     errors = sweep.prompts.sources.errors[step.prompt, layer, sweep.start :]
-    gradients = streams.reshape(length, parts * size, width)
-    to_errors = einsum("trd,td->tr", gradients, errors, precision=sweep.local.precision)
+    to_errors = einsum("trd,td->tr", stream, errors, precision=sweep.local.precision)
     if len(covered) == sweep.local.model.layers:
-        to_features = add_features(sweep, step, layer, streams, edges.features)
+        to_features = add_features(sweep, step, layer, stream, edges.features)
     else:
         to_features = jax.lax.cond(
             jnp.isin(layer, jnp.asarray(covered)),
             partial(add_features, sweep, step, jnp.searchsorted(jnp.asarray(covered), layer).astype(layer.dtype)),
-            lambda streams, features: features,
-            streams,
+            lambda stream, features: features,
+            stream,
             edges.features,
         )
     return edges._replace(features=to_features, errors=edges.errors.at[layer].set(to_errors))
@@ -191,14 +176,13 @@ def add_features(
     sweep: Sweep,
     step: LayerStep,
     index: Int[Array, ""],
-    streams: Float[Array, "T P R D"],
-    edges: Float[Array, "G K r S"],
-) -> Float[Array, "G K r S"]:
+    stream: Float[Array, "T R D"],
+    edges: Float[Array, "G K R S"],
+) -> Float[Array, "G K R S"]:
     """Adds the products with what features write to the covered layer of this index. Tiles are skipped that hold only
     features of higher layers, or lie at positions that no target of the block reads."""
     layout, sources = sweep.layout, sweep.prompts.sources
-    (length, parts, size, width), at_once = streams.shape, layout.tiles_at_once
-    gradients = streams.reshape(length, parts * size, width)
+    at_once = layout.tiles_at_once
     group = index if layout.groups > 1 else jnp.zeros_like(index)
     positions = sources.tile_positions[step.prompt, group] - sweep.start
     needed = sources.tile_layers[step.prompt, group] <= step.layer
@@ -208,17 +192,13 @@ def add_features(
         first, zero = number * at_once, jnp.zeros_like(number)
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=at_once)
 
-        def multiply(active: int) -> Float[Array, "k r S"]:
+        def multiply(edges: Array) -> Array:
             place, shape = (step.prompt, index, first, zero, zero), (1, 1, at_once, *sources.tiles.shape[3:])
             writes = jax.lax.dynamic_slice(sources.tiles, place, shape)[0, 0]
-            places, precision = gradients[cut(positions), : active * size], sweep.local.precision
-            shares = einsum("krd,ksd->krs", places, writes, precision=precision)
-            return jnp.pad(shares, ((0, 0), (0, (parts - active) * size), (0, 0)))
+            shares = einsum("krd,ksd->krs", stream[cut(positions)], writes, precision=sweep.local.precision)[None]
+            before = jax.lax.dynamic_slice(edges, (group, first, zero, zero), shares.shape)
+            return jax.lax.dynamic_update_slice(edges, before + shares, (group, first, zero, zero))
 
-        nothing = jnp.zeros((at_once, parts * size, layout.tile_size), edges.dtype)
-        branches = [lambda: nothing, *(partial(multiply, active) for active in range(1, parts + 1))]
-        shares = jax.lax.switch(jnp.where(jnp.any(cut(needed)), step.active, zero), branches)[None]
-        before = jax.lax.dynamic_slice(edges, (group, first, zero, zero), shares.shape)
-        return jax.lax.dynamic_update_slice(edges, before + shares, (group, first, zero, zero))
+        return jax.lax.cond(jnp.any(cut(needed)), multiply, lambda edges: edges, edges)
 
     return jax.lax.fori_loop(0, layout.tiles // at_once, add_next, edges)
