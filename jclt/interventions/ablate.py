@@ -9,6 +9,7 @@ the coder nor the layers below its feature, nor the positions before it (`batche
     after the clamped layers            out(l) = MLP(l)
 """
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -32,6 +33,8 @@ from jclt.models import Model, ModelConfig, Place
 from jclt.models.model import Prompt, token_row
 from jclt.numerics import einsum, kl_divergence
 from jclt.shapes import Array, Captured, Float, Int, Params, Tokens
+
+log = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 10
 
@@ -112,6 +115,8 @@ def ablate(
     tokens      whose logits to report, by default the ten likeliest next tokens
     batch       rows that run at once on a device, by default as many as suit it
 
+    With frozen norms a change can grow from layer to layer until its logits are NaN; a warning says how many did.
+
     The rows are split over this host's devices; each holds a copy of the model and the coder.
     """
     setting = Setting(attention=attention, norms=norms, reference="current")
@@ -148,7 +153,12 @@ def ablate(
                 column[numbers] = values
             bar.update(len(np.unique(numbers)))
     names = tuple(decode_token(model, int(token)) for token in chosen)
-    return Ablations(features, before, chosen, names, logits[chosen], *columns)
+    ablations = Ablations(features, before, chosen, names, logits[chosen], *columns)
+    if lost := np.count_nonzero(~np.isfinite(ablations.kl)):
+        grown = ": with frozen norms activations can grow without bound; norms='free' bounds them"
+        hint = grown if norms == "frozen" else ""
+        log.warning("ablate: %d of %d changes end in logits that are not finite%s", lost, len(features), hint)
+    return ablations
 
 
 def list_active(active: np.ndarray, coder: Coder) -> np.ndarray:

@@ -196,6 +196,13 @@ def test_a_sweep_gives_what_each_strength_gives_alone():
         assert result.features.after[result.features.edited] == alone.features.after[alone.features.edited]
 
 
+def test_changes_that_grow_beyond_all_numbers_are_reported(caplog):
+    case = make_case("gemma2", "neurons", "float32")
+    for norms in ("free", "frozen"):
+        ablate(*case, factor=1e20, norms=norms, progress=False)
+        assert ("norms='free'" in caplog.text) == (norms == "frozen")
+
+
 @pytest.mark.parametrize(
     ("clamped", "attention", "norms"),
     mark_others(
