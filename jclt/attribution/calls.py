@@ -84,7 +84,7 @@ def push_columns(batch: Batch) -> Batch:
     for rows in batch.rows:
         work = Work(
             features=rows.count_features(batch.start, length),
-            traced=rows.limit / len(rows.features),
+            traced=rows.estimate_traced(),
             outputs=len(rows.outputs.tokens),
             writes_on=batch.layout.groups == 1,
         )

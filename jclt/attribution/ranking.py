@@ -13,6 +13,11 @@ untraced feature. Then
 
 Tracing stops when m falls below the tolerance, or when enough features are traced.
 
+Only embeddings lead into features of the first layer, so their rows are there before anything is traced, and no walk
+goes from them to another feature. So with a tolerance, rounds are counted in features of higher layers; those of the
+first layer are taken with them as far as they rank as high. Once walks end at untraced features of higher layers with a
+probability below the tolerance, only features of the first layer are taken, until m is below it, too.
+
 Rows are kept without the sources that cannot reach their targets: those in the target's own layer, in higher layers and
 at positions after its block's last one. Each row is dropped as soon as it has been copied into the graph.
 """
@@ -31,6 +36,10 @@ from jclt.shapes import Float, Int
 ROUND_SIZE = 512
 """Features traced between two rankings: at most so many, at most a sixteenth of all, and at least 16. So which features
 are kept does not depend on how rows are computed."""
+
+
+TRACED_FOR_TOLERANCE = 0.2
+"""About the share of features that a tolerance needs."""
 
 
 class Limits(NamedTuple):
@@ -118,6 +127,10 @@ class PromptRows:
         layers, positions = np.concatenate([self.features[:, :2], errors])[numbers].T
         return layers, positions
 
+    def estimate_traced(self) -> float:
+        """About the share of features that will be traced."""
+        return min(self.limit / len(self.features), TRACED_FOR_TOLERANCE if self.tolerance else 1.0)
+
     def choose_first(self) -> Int[np.ndarray, "_"]:
         """The targets of the first round: the outputs, and every feature if all are traced whatever their rank."""
         outputs = len(self.features) + np.arange(len(self.outputs.tokens))
@@ -132,9 +145,17 @@ class PromptRows:
         if not budget or not len(untraced):
             return untraced[:0]
         influence = self.compute_influence()[untraced]
-        if influence.sum() < self.tolerance * self.outputs.weights.sum():
+        allowed = self.tolerance * self.outputs.weights.sum()
+        if influence.sum() < allowed:
             return untraced[:0]
-        chosen = untraced[np.argsort(-influence, kind="stable")[: min(self.round_size, budget)]]
+        order, size = np.argsort(-influence, kind="stable"), self.round_size
+        if self.tolerance:
+            higher = np.flatnonzero(self.features[untraced[order], 0] > 0)
+            if influence[order[higher]].sum() < allowed:
+                order = np.delete(order, higher)
+            else:
+                size = higher[:size][-1] + 1
+        chosen = untraced[order[: min(size, budget)]]
         self.is_traced[chosen] = True
         return chosen
 
