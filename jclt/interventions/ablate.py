@@ -115,8 +115,7 @@ def ablate(
     tokens      whose logits to report, by default the ten likeliest next tokens
     batch       rows that run at once on a device, by default as many as suit it
 
-    The rows are split over this host's devices; each holds a copy of the model and the coder. A warning says how many
-    changes end in logits that are not finite.
+    The rows are split over this host's devices; each holds a copy of the model and the coder.
     """
     setting = Setting(attention=attention, norms=norms, reference="current")
     local = check_coder(model, coder)
@@ -128,9 +127,8 @@ def ablate(
     mesh = make_rows_mesh()
     params, coder = jax.device_put((dict(model.params), coder), NamedSharding(mesh, P()))
     params, skips = widen(params), stack_skips(coder, model.config.layers)
-    settings = AblationSettings(
-        model.config, local.reads, local.writes, setting.list_frozen_sites(model.config), clamped
-    )
+    frozen = setting.list_frozen_sites(model.config)
+    settings = AblationSettings(model.config, local.reads, local.writes, frozen, clamped)
     original = run_unchanged(settings, params, coder, jax.device_put(ids[None], NamedSharding(mesh, P())))
     active, logits = np.asarray(original.activations), np.asarray(original.kept.logits)
     features = list_active(active, coder) if features is None else features
@@ -153,18 +151,16 @@ def ablate(
                 column[numbers] = values
             bar.update(len(np.unique(numbers)))
     names = tuple(decode_token(model, int(token)) for token in chosen)
-    ablations = Ablations(features, before, chosen, names, logits[chosen], *columns)
-    report_lost(ablations, norms)
-    return ablations
+    report_lost(columns[1], norms)
+    return Ablations(features, before, chosen, names, logits[chosen], *columns)
 
 
-def report_lost(ablations: Ablations, norms: Treatment) -> None:
+def report_lost(kl: Float[np.ndarray, "n"], norms: Treatment) -> None:
     """Warns of changes that end in logits that are not finite."""
-    lost, count = np.count_nonzero(~np.isfinite(ablations.kl)), len(ablations.kl)
-    if lost:
+    if lost := np.count_nonzero(~np.isfinite(kl)):
         grown = ": with frozen norms activations can grow without bound; norms='free' bounds them"
         hint = grown if norms == "frozen" else ""
-        log.warning("ablate: %d of %d changes end in logits that are not finite%s", lost, count, hint)
+        log.warning("ablate: %d of %d changes end in logits that are not finite%s", lost, len(kl), hint)
 
 
 def list_active(active: np.ndarray, coder: Coder) -> np.ndarray:
