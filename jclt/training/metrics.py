@@ -158,7 +158,9 @@ def draw_curves(entries: list[Entry], names: tuple[str, ...], path: Path) -> Non
     """Draws the metrics of these names over the steps, one below the other, without values that are not finite."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1 + 2.5 * len(names)), layout="constrained")
+    height = 1 + 2.5 * len(names)
+    figure = Figure(figsize=(7, height))  # with margins in inches: to look for the best ones takes as long as to draw
+    figure.subplots_adjust(1.1 / 7, 0.6 / height, 1 - 0.2 / 7, 1 - 0.2 / height, hspace=0.1)
     rows = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(rows, names, strict=True):
         points = [(entry["step"], entry[name]) for entry in entries if is_finite(entry.get(name))]
