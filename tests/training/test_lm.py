@@ -77,7 +77,7 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_it_learns_the_rule_of_its_text(config, tmp_path):
-    model = train_lm(replace(config, steps=150, save_every=150, learning_rate=1e-2), tmp_path / "run", ONE_DEVICE_MESH)
+    model = train_lm(replace(config, steps=100, save_every=100, learning_rate=1e-2), tmp_path / "run", ONE_DEVICE_MESH)
     assert jclt.generate(model, "word10 word11 word12", 3) == "word10 word11 word12 word13 word14 word15"
     again = jclt.load_model(tmp_path / "run" / "model")
     assert jclt.generate(again, "word28 word29", 2) == "word28 word29 word10 word11"
@@ -139,7 +139,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path
 
 
 def test_two_processes_train_a_model_as_one_does(config, tmp_path):
-    config = replace(config, save_every=config.steps)
+    config = replace(config, steps=8, save_every=8)
     for process in start_two_processes(config, tmp_path / "run"):
         _, output = process.communicate(timeout=300)
         assert process.returncode == 0, output

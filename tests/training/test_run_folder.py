@@ -71,7 +71,7 @@ def are_equal(a: dict[str, Array], b: dict[str, Array]) -> bool:
 def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
     save_steps(tmp_path / "whole", 1, 2)
     rng, passed_over = random.Random(0), 0
-    for number in range(40):
+    for number in range(20):
         damaged = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", damaged)
         file = rng.choice(list_array_files(damaged / "2"))
@@ -83,7 +83,7 @@ def test_no_flipped_bit_is_resumed_with_other_numbers(tmp_path, caplog):
         assert restored is not None and (are_equal(restored, weights(1)) or are_equal(restored, weights(2))), file
         passed_over += are_equal(restored, weights(1))
         shutil.rmtree(damaged)
-    assert passed_over > 5
+    assert passed_over > 2
     assert "checkpoint of step 2 cannot be read, passing over it" in caplog.text
     assert "are not those that were saved" in caplog.text
 

@@ -36,12 +36,12 @@ def read_divergences(folder: Path) -> np.ndarray:
     return np.array([entry["kl"] for entry in read_metrics(folder / "metrics.jsonl") if "kl" in entry])
 
 
-def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for(folder: Path, step: int, process: subprocess.Popen[str] | None = None) -> None:
     """Waits until a checkpoint of this step is complete."""
     for _ in range(1200):
         if (folder / "checkpoints" / str(step) / "commit_success.txt").exists():
             return
-        if process.poll() is not None:
+        if process is not None and process.poll() is not None:
             raise AssertionError(f"no checkpoint of step {step}: {process.communicate()[1]}")
         time.sleep(0.1)
     raise AssertionError(f"no checkpoint of step {step} in time")
@@ -102,7 +102,7 @@ def test_training_lowers_the_error_and_leaves_a_coder_of_the_model(one_device):
 
 SHUFFLED = replace(
     CONFIG,
-    steps=40,
+    steps=30,
     save_every=10,
     shuffle=4,
     sparsity="tanh",
@@ -110,12 +110,32 @@ SHUFFLED = replace(
 )
 
 
-@IGNORE_ABANDONED_LOADS
-def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path, caplog):
-    killed = start_run(SHUFFLED, tmp_path / "killed")
-    wait_for(tmp_path / "killed", 20, killed)
+def kill_process(folder: Path) -> None:
+    killed = start_run(SHUFFLED, folder)
+    wait_for(folder, 20, killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
+
+
+def copy_running(folder: Path) -> None:
+    """The files that a process would leave that is killed at its 25th step."""
+    with pytest.MonkeyPatch.context() as patch:
+        running, advance = folder.with_name("straight"), Trainer.advance
+
+        def copy_and_advance(self: Trainer, step: int, *inputs: Any) -> Any:
+            if step == 25:
+                wait_for(running, 20)
+                shutil.copytree(running, folder)
+            return advance(self, step, *inputs)
+
+        patch.setattr(Trainer, "advance", copy_and_advance)
+        train_coder(SHUFFLED, running, ONE_DEVICE_MESH)
+
+
+@IGNORE_ABANDONED_LOADS
+@pytest.mark.parametrize("leave_unfinished", mark_others([copy_running, kill_process], [copy_running]))
+def test_a_run_killed_and_resumed_ends_in_the_same_bits(leave_unfinished, tmp_path, caplog):
+    leave_unfinished(tmp_path / "killed")
     # Half of the newest checkpoint is lost as well: the run goes on from the one before.
     complete = [path for path in (tmp_path / "killed" / "checkpoints").iterdir() if path.name.isdigit()]
     newest = max(complete, key=lambda path: int(path.name))
@@ -123,7 +143,8 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path, caplog):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     train_coder(SHUFFLED, tmp_path / "killed", ONE_DEVICE_MESH)
     assert f"checkpoint of step {newest.name} cannot be read" in caplog.text
-    train_coder(SHUFFLED, tmp_path / "straight", ONE_DEVICE_MESH)
+    if not (tmp_path / "straight").exists():
+        train_coder(SHUFFLED, tmp_path / "straight", ONE_DEVICE_MESH)
     assert digest(tmp_path / "killed") == digest(tmp_path / "straight")
     assert read_losses(tmp_path / "killed").tolist() == read_losses(tmp_path / "straight").tolist()
     # There is no evaluation, which `evaluate_every=-1` forbids.
@@ -165,10 +186,10 @@ def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
 
 @pytest.mark.parametrize(("data", "features"), mark_others([(1, 1), (2, 2)], [(1, 1)]))
 def test_the_end_to_end_phase_lowers_the_divergence(data, features, tmp_path):
-    config = replace(CONFIG, steps=60, end_to_end_steps=40, end_to_end_weight=4.0, learning_rate=3e-3)
+    config = replace(CONFIG, steps=40, end_to_end_steps=30, end_to_end_weight=4.0, learning_rate=3e-3)
     train_coder(config, tmp_path / "run", make_mesh(data, features))
     divergences = read_divergences(tmp_path / "run")
-    assert len(divergences) == 40 and divergences[-5:].mean() < 0.8 * divergences[:5].mean()
+    assert len(divergences) == 30 and divergences[-5:].mean() < 0.8 * divergences[:5].mean()
 
 
 @pytest.mark.exhaustive  # slow: the control of the test above
@@ -213,7 +234,9 @@ def test_what_cannot_work_is_said_in_one_line_before_anything_is_written(setting
     assert not (tmp_path / "out").exists()
 
 
-def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys, one_form):
+def test_eval_and_inspect_print_what_they_find(one_device, tmp_path, capsys, monkeypatch, one_form):
+    monkeypatch.setattr("jclt.evaluation.world.PROMPTS_AT_ONCE", 16)
+    monkeypatch.setattr("jclt.evaluation.world.LENGTH_MULTIPLE", 32)  # one program for all tasks
     sizes = ["--rows", "8", "--length", "32", "--tasks", "10"]
     assert main(["eval", str(one_device / "coder"), *sizes, "--json", str(tmp_path / "e.json")]) == 0
     text = capsys.readouterr().out
