@@ -37,6 +37,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(trylast=True)  # after the selection by markers
 def pytest_collection_modifyitems(config, items):
+    # Last, since compiled programs are forgotten before the first of them.
+    items.sort(key=lambda item: item.get_closest_marker("optimized") is not None)
     if share := config.getoption("--share"):
         first, step = map(int, share.split("/"))
         # Neighbours are mostly cases of one test, so that each share has most of the tests.
@@ -55,6 +57,9 @@ def pytest_configure(config):
         for name, value in settings.items():
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)
+    # With `-n`, neighbours go to one process, which has their fixtures and programs; at the end it gives some away.
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "worksteal"
 
 
 @pytest.fixture(scope="session")

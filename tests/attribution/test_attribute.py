@@ -71,13 +71,14 @@ def draw_prompt(seed: int, length: int = 5) -> np.ndarray:
 
 
 def test_many_prompts_have_the_graphs_that_each_has_alone():
-    """On four devices. The batches have fewer prompts than devices, and differ in length and number of prompts."""
+    """On four devices. The batches have fewer prompts than devices, and differ in length and number of prompts: three
+    of at most 8 tokens, and one of more."""
     assert len(jax.local_devices()) == 4
     model, coder, tokens = make_case(*CASE)
-    prompts = [draw_prompt(0, 9), tokens, draw_prompt(1, 10)]  # padded to 8 and 16 tokens, not in order of length
+    prompts = [draw_prompt(0, 9), tokens, draw_prompt(1), draw_prompt(2, 4)]  # not in order of length
     graphs = attribute_batch(model, coder, prompts)
     assert [len(graph.tokens) for graph in graphs] == [len(prompt) for prompt in prompts]
-    assert len({len(graph.features) for graph in graphs}) == 3
+    assert len({len(graph.features) for graph in graphs}) == 4
     for graph, prompt in zip(graphs, prompts, strict=True):
         assert measure_residual(graph) < 1e-5
         assert_same(graph, attribute(model, coder, prompt))

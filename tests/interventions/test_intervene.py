@@ -77,7 +77,7 @@ def test_direct_effects_are_the_graphs_edges(name, kind):
 
 
 def test_they_are_so_in_single_precision():
-    case, graph = make_case("qwen3", "clt", "float32"), trace_whole_graph("qwen3", "clt", "float32")
+    case, graph = plain_case(), trace_whole_graph("gpt2", "clt", "float32")
     edits, relative = scale_everything(graph, 1)
     got = measure_changes(graph, jclt.intervene(*case, edits, layers=range(case.model.config.layers), graph=graph))
     want = graph.adjacency @ relative
@@ -142,7 +142,7 @@ def test_under_the_models_own_reaction_a_features_change_is_what_its_decoder_add
 
 def test_a_prediction_counts_what_it_leaves_out():
     """The errors are dropped, one of them is scaled beside; and a head is changed, which the graph does not have."""
-    case, graph = make_case("qwen3", "clt", "float32"), trace_whole_graph("qwen3", "clt", "float32")
+    case, graph = plain_case(), trace_whole_graph("gpt2", "clt", "float32")
     every = {"layers": (0, case.model.config.layers - 1), "graph": graph}
 
     def measure_deviation(result) -> float:
@@ -166,7 +166,7 @@ def test_the_prediction_of_total_effects_is_that_of_repeated_direct_ones():
     """Iterative patching of a ReLU network that nothing switches on or off: with a small change, the prediction through
     other features is the measured change."""
     with jax.enable_x64():
-        case, graph = make_case("llama3", "clt", "float64"), trace_whole_graph("llama3", "clt", "float64")
+        case, graph = make_case("gpt2", "clt", "float64"), trace_whole_graph("gpt2", "clt", "float64")
         layer, position, feature = (int(x) for x in graph.features[0])
         edit = jclt.Scale(1 + 1e-6, layer=layer, position=position, feature=feature)
         result = jclt.intervene(*case, edit, graph=graph)

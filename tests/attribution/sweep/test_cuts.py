@@ -12,8 +12,9 @@ from jclt.attribution import attribute, attribute_batch, calls
 from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut, count_operations
 from jclt.models import ModelConfig
 
-FEW = [("gemma2", "raw writes", 2), ("gpt2", "clt", 1), ("neox", "some skips", 2)]
-"""Post-norms, learned positions, parallel blocks; CLTs and transcoders, also of some layers, with and without skips."""
+FEW = [("gemma2", "raw writes", 2), ("neox", "some skips", 2)]
+"""Post-norms and parallel blocks; CLTs and transcoders, also of some layers, with and without skips. A batch has
+learned positions, and a cut at another layer."""
 PAIRS = {*DOUBLE.items(), ("gemma3", "some layers"), *(case[:2] for case in FEW)}
 CUTS = [(name, kind, cut) for name, kind in PAIRS for cut in (1, 2)]
 
@@ -36,9 +37,9 @@ def test_graphs_are_the_same_with_a_cut(name, kind, cut, monkeypatch):
 
 def test_prompts_of_a_batch_have_cuts_of_their_own(monkeypatch):
     model, coder, tokens = make_case("gpt2", "clt", "float32")
-    prompts = [tokens, tokens[::-1], tokens[:4]]
+    prompts = [tokens, tokens[::-1]]
     want = [attribute(model, coder, prompt) for prompt in prompts]
-    cut_at(monkeypatch, 2, 0, 1)
+    cut_at(monkeypatch, 2, 1)
     for got, graph in zip(attribute_batch(model, coder, prompts), want, strict=True):
         assert_same(got, graph)
 

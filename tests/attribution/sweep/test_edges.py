@@ -218,7 +218,7 @@ def test_circuit_tracer_finds_the_same_graph(name):
 
 def test_edges_of_a_narrow_precision_miss_as_much_as_the_graph_says():
     """The nodes and their values are those of the exact pass."""
-    case, exact = make_case("gemma2", "clt", "float32"), trace_whole_graph("gemma2", "clt", "float32")
+    case, exact = make_case("llama3", "clt", "float32"), trace_whole_graph("llama3", "clt", "float32")
     names: list[Precision] = ["bfloat16_3x", "bfloat16"]
     graphs = [attribute(*case, precision=name) for name in names]
     for name, graph in zip(names, graphs, strict=True):
