@@ -52,7 +52,7 @@ def pytest_configure(config):
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and hasattr(config, "cache"):
         settings = {
             "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
-            "jax_persistent_cache_min_compile_time_secs": 0.1,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
         }
         for name, value in settings.items():
             jax.config.update(name, value)
