@@ -76,11 +76,32 @@ class Batch(NamedTuple):
     def prompts(self) -> int:
         return self.per_device * self.setup.mesh.size
 
+    @property
+    def target_bytes(self) -> int:
+        """Of the edges into one target."""
+        met = 0 if self.columns is None else self.columns.streams.shape[1] * self.columns.streams.shape[3]
+        return (count_edges(self.setup.model.config, self.stops[-1], self.layout) + met) * self.setup.itemsize
+
 
 def push_columns(batch: Batch) -> Batch:
     """The batch, with the columns of its sources where a cut saves operations."""
-    setup, length, width = batch.setup, batch.stops[-1], batch.setup.model.config.width
-    most_numbers = COLUMN_BYTES[jax.default_backend()] // (batch.per_device * setup.itemsize)
+    setup, arranged = batch.setup, arrange_columns(batch, jax.default_backend())
+    if arranged is None:
+        return batch
+    count = np.count_nonzero(arranged[0].layers != NO_LAYER)
+    log.debug("3 carry %d sources up to layer %d", count, max(rows.cut for rows in batch.rows))
+    program = (setup.local, batch.layout, batch.start, batch.stops, setup.mesh)
+    arrays = jax.device_put(arranged, setup.by_prompt)
+    columns, low_edges = push_sources(*program, setup.folded, batch.nodes, *arrays)
+    for rows, of_prompt in zip(batch.rows, np.asarray(low_edges), strict=False):
+        rows.low_edges = of_prompt
+    return batch._replace(columns=columns)
+
+
+def arrange_columns(batch: Batch, backend: str) -> tuple[SourceBlocks, LowTargets] | None:
+    """Chooses the cut of each prompt, and arranges the sources and targets below it; None where no prompt has one."""
+    model, length = batch.setup.model.config, batch.stops[-1]
+    most_numbers = COLUMN_BYTES[backend] // (batch.per_device * batch.setup.itemsize)
     for rows in batch.rows:
         work = Work(
             features=rows.count_features(batch.start, length),
@@ -88,19 +109,12 @@ def push_columns(batch: Batch) -> Batch:
             outputs=len(rows.outputs.tokens),
             writes_on=batch.layout.groups == 1,
         )
-        rows.cut = choose_cut(setup.model.config, work, most_numbers)
+        rows.cut = choose_cut(model, work, most_numbers)
     if not any(rows.cut for rows in batch.rows):
-        return batch
+        return None
     numbers = [rows.list_sources(rows.cut, batch.start) for rows in batch.rows]
-    size = choose_block_size(jax.default_backend(), max(map(len, numbers)), length, width)
-    log.debug("3 carry %d sources up to layer %d", sum(map(len, numbers)), max(rows.cut for rows in batch.rows))
-    arranged = arrange_sources(batch, size, numbers), arrange_low_targets(batch)
-    program = (setup.local, batch.layout, batch.start, batch.stops, setup.mesh)
-    arrays = jax.device_put(arranged, setup.by_prompt)
-    columns, low_edges = push_sources(*program, setup.folded, batch.nodes, *arrays)
-    for rows, of_prompt in zip(batch.rows, np.asarray(low_edges), strict=False):
-        rows.low_edges = of_prompt
-    return batch._replace(columns=columns)
+    size = choose_block_size(backend, max(map(len, numbers)), length, model.width)
+    return arrange_sources(batch, size, numbers), arrange_low_targets(batch)
 
 
 def arrange_sources(batch: Batch, size: int, numbers: list[Int[np.ndarray, "_"]]) -> SourceBlocks:
@@ -163,15 +177,11 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
                 batch.rows[block.prompt].add_block(block.targets, of_block, batch.start, length)
 
     # Targets in the first layer only read embeddings, and those below the cut have their edges, so they need no block.
-    above: list[np.ndarray] = []
     for rows, numbers in zip(batch.rows, wanted, strict=True):
         layers = rows.target_layers[numbers]
         rows.add_first_layer(numbers[layers == 0])
         rows.add_low_targets(numbers[(layers > 0) & (layers < rows.cut)])
-        above.append(numbers[layers >= max(rows.cut, 1)])
-    width = batch.setup.model.config.width
-    size = choose_block_size(jax.default_backend(), max(1, *map(len, above)), batch.stops[-1], width)
-    for call in launch_calls(batch, size, split_blocks(batch, size, above)):
+    for call in launch_calls(batch, *arrange_targets(batch, wanted, jax.default_backend())):
         in_flight.append(call)
         if len(in_flight) > CALLS_IN_FLIGHT:
             store_oldest()
@@ -179,27 +189,29 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
         store_oldest()
 
 
-def split_blocks(batch: Batch, size: int, wanted: list[Int[np.ndarray, "_"]]) -> list[list[Block]]:
-    """The blocks of each device."""
+def arrange_targets(batch: Batch, wanted: list[Int[np.ndarray, "_"]], backend: str) -> tuple[int, list[list[Block]]]:
+    """The targets of each prompt from its cut on in blocks: their size, and the blocks of each device."""
+    above = [
+        numbers[rows.target_layers[numbers] >= max(rows.cut, 1)]
+        for rows, numbers in zip(batch.rows, wanted, strict=True)
+    ]
+    size = choose_block_size(backend, max(1, *map(len, above)), batch.stops[-1], batch.setup.model.config.width)
     by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
-    for prompt, (rows, numbers) in enumerate(zip(batch.rows, wanted, strict=True)):
-        layers, positions = rows.target_layers[numbers], rows.target_positions[numbers] - batch.start
-        steps = layers - max(rows.cut, 1)
+    for prompt, (rows, numbers) in enumerate(zip(batch.rows, above, strict=True)):
+        positions = rows.target_positions[numbers] - batch.start
+        steps = rows.target_layers[numbers] - max(rows.cut, 1)
         blocks = split_targets(prompt, numbers, steps, positions, batch.stops, size)
         by_device[prompt // batch.per_device] += blocks
-    return by_device
+    return size, by_device
 
 
 def launch_calls(batch: Batch, size: int, by_device: list[list[Block]]) -> Iterator[tuple[list[Block | None], Edges]]:
     """Starts one call of the program after another; yields the blocks of each call, None for padding, and their
     edges."""
-    setup, layout, config, backend = batch.setup, batch.layout, batch.setup.model.config, jax.default_backend()
-    longest = max(map(len, by_device))
+    setup, layout, longest = batch.setup, batch.layout, max(map(len, by_device))
     if not longest:
         return
-    met = 0 if batch.columns is None else batch.columns.streams.shape[1] * batch.columns.streams.shape[3]
-    target_bytes = (count_edges(config, batch.stops[-1], layout) + met) * setup.itemsize
-    most = choose_blocks_per_call(backend, longest, target_bytes, size)
+    most = choose_blocks_per_call(jax.default_backend(), longest, batch.target_bytes, size)
     padding = batch.nodes.targets.layers.shape[1] - 1  # its vector is 0
     for first in range(0, longest, most):
         in_call = [of_device[first : first + most] for of_device in by_device]

@@ -1,6 +1,6 @@
 """Planning for TPU pods: the programs that a run will run, compiled ahead of time."""
 
-from jclt.pods.plan import plan_run, plan_step, plan_sweep
+from jclt.pods.plan import plan_prompts, plan_run, plan_step, plan_sweep
 from jclt.pods.slices import Pod, load_pod
 
-__all__ = ["Pod", "load_pod", "plan_run", "plan_step", "plan_sweep"]
+__all__ = ["Pod", "load_pod", "plan_prompts", "plan_run", "plan_step", "plan_sweep"]

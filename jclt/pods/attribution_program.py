@@ -1,98 +1,99 @@
-"""Whether attribution graphs can be made on a slice: their programs are compiled, for one prompt per chip.
+"""What attribution graphs take on a slice: the memory of a chip, and the seconds of a typical prompt.
 
-Each chip holds the whole model in float32, since graphs have to be exact, and the first chip the whole coder. No time
-is given: it depends on the prompt, as the programs' loops run for as long as there are targets.
+Each chip traces prompts of its own, with the whole model in its memory. The coder lies on one chip, or is split over
+the slice; then all chips encode the prompts of one after the other, and send each the rows of its features. Programs
+are compiled for one chip, those of a split coder for the slice. Of the loops whose rounds depend on the prompt the
+bodies are compiled (`sweep_bodies.py`), and counted for a prompt with evenly spread features (`typical_prompt.py`).
+What the host does meanwhile, and what travels to it, is not counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.active import encode_layer, list_nonzero
+from jclt.attribution.active import encode_layer, list_nonzero, take_encoder_rows
+from jclt.attribution.calls import Batch, Setup, arrange_columns
 from jclt.attribution.embeddings import trace_embeddings
 from jclt.attribution.local import LocalModel, Weights
-from jclt.attribution.sizes import (
-    CALLS_IN_FLIGHT,
-    choose_block_size,
-    choose_blocks_per_call,
-    choose_embeddings_at_once,
-    count_edges,
-    list_stops,
-    round_up,
-    round_up_length,
-)
-from jclt.attribution.sweep.bases import FeatureNodes, find_errors, put_rows
-from jclt.attribution.sweep.edges import Blocks, trace_blocks
+from jclt.attribution.options import Options
+from jclt.attribution.prompts import stack_outputs
+from jclt.attribution.sizes import choose_embeddings_at_once, list_stops, round_up
+from jclt.attribution.sweep.bases import find_errors, find_slots, put_rows
+from jclt.attribution.sweep.columns import push_sources
 from jclt.attribution.sweep.folding import fold_weights
-from jclt.attribution.sweep.nodes import TargetNodes, fold_nodes
-from jclt.attribution.sweep.tiles import LARGEST_TILE, SMALLEST_TILE, TILES_AT_ONCE, Layout, TilePlan, count_groups
-from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips
-from jclt.coders import CoderConfig, abstract_coder
+from jclt.attribution.sweep.nodes import fold_nodes
+from jclt.attribution.targets import Unembedding
+from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips, widen_outside_layers
+from jclt.coders import CoderConfig, SparseCoder, abstract_coder
+from jclt.errors import UserError
+from jclt.kernels.take_rows import take_from_shards
+from jclt.mesh import FEATURES_AXIS, make_mesh
 from jclt.models import ModelConfig, abstract_params
-from jclt.pods.chips import find_chip
+from jclt.numerics import Precision
+from jclt.pods.chips import find_chip, make_network
+from jclt.pods.graph_steps import Shapes, Step, count_bytes, measure_steps
+from jclt.pods.report import GRAPH_PRECISIONS, Report
+from jclt.pods.sweep_bodies import list_bodies, list_push_bodies
+from jclt.pods.typical_prompt import Prompt, count_trips, list_rows, make_prompt
 from jclt.training.config import TrainConfig
 
-ACTIVE_PER_TOKEN = 100
-"""Active features per token over all layers, as published coders have."""
-OUTPUTS = 16
-"""Outputs that a graph explains."""
-
-
-class Inputs(NamedTuple):
-    """What the programs run on, as shapes with shardings."""
-
-    local: LocalModel
-    coder: Any
-    params: Any
-    mesh: Mesh
-    length: int  # of the prompts, one per chip
-
-    def on_all(self, tree: Any) -> Any:
-        """Shapes of arrays that every chip holds whole."""
-        return place(tree, self.mesh, P())
-
-    def by_prompt(self, tree: Any) -> Any:
-        """Shapes of arrays with a leading axis of prompts, one per chip."""
-        return place(tree, self.mesh, P("prompts"))
-
-
-class LoweredProgram(NamedTuple):
-    """A program, before it is compiled, and what else is in a chip's memory while it runs."""
-
-    lowered: jax.stages.Lowered
-    kept_bytes: int = 0  # results of earlier programs, with the arguments of this one
-    waiting_results: int = 0  # results of its earlier calls that wait for the host
+ACTIVE_PER_TOKEN = 100.0
+"""Active features per token over all layers, as published coders have, where the user names no number."""
+MODEL_TYPE = jnp.bfloat16
+"""In which published models are stored. Their layers are widened to float32 as they are computed."""
 
 
 def plan_graphs(
-    config: TrainConfig, model: ModelConfig, topology: str, devices: list[Any], length: int
-) -> dict[str, Any]:
-    """The memory per chip of the programs for prompts of this length; `config` is complete for the model."""
-    limit, length = find_chip(topology).memory, round_up_length(length)
-    mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
-    coder_config = use_inference_form(config.coder)
-    weights = place((abstract_coder(coder_config), abstract_params(model)), mesh, P())
-    weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    report = {"prompt_length": length, "given": weight_bytes, "limit": limit}
-    if weight_bytes > limit:
-        return report | {"fits": False, "total": weight_bytes}
-    local = LocalModel(model=model, reads=coder_config.reads, writes=coder_config.writes)
-    coder, params = weights
-    inputs = Inputs(local, coder, params, mesh, length)
-    total = weight_bytes + max(map(measure_peak, lower_programs(inputs, coder_config)))
-    return report | {"fits": total <= limit, "total": total}
-
-
-def place(tree: Any, mesh: Mesh, spec: P) -> Any:
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    config: TrainConfig, model: ModelConfig, topology: str, devices: list[Any], length: int, active: float
+) -> Report:
+    """The plan for prompts of this length; `config` is complete for the model."""
+    if not 1 <= length <= model.context:
+        raise UserError(f"prompt length {length}: expected from 1 to {model.context}, the model's context")
+    coder, active, limit = use_inference_form(config.coder), active or ACTIVE_PER_TOKEN, find_chip(topology).memory
+    setup = describe_setup(coder, model, devices[0])
+    prompt = make_prompt(setup, length, active, "tpu")
+    steps, batch = list_gathering(setup, prompt)
+    network, model_bytes = make_network(topology, devices[:1]), count_bytes(setup.weights, setup.biases, setup.folded)
+    gathering = measure_steps(steps, network)
+    sweeps = {precision: measure_steps(list_sweep(batch, prompt, precision), network) for precision in GRAPH_PRECISIONS}
+    prompt_bytes = max(cost.peak for cost in (gathering, *sweeps.values()))
+    report: Report = {
+        "prompt_length": length,
+        "active": active,
+        "features": len(batch.rows[0].features),
+        "rows": batch.rows[0].limit,
+        "cut": batch.rows[0].cut,
+        "chips": len(devices),
+        "limit": limit,
+        "model": model_bytes,
+        "prompt": prompt_bytes,
+        "fits": model_bytes + prompt_bytes <= limit,
+        "places": [],
+    }
+    if not report["fits"]:
+        return report
+    for count in dict.fromkeys((1, len(devices))):
+        mesh = make_mesh(1, count, devices[:count]) if count > 1 else None
+        placed = abstract_coder(coder, mesh) if mesh else Shapes(setup.mesh).place(abstract_coder(coder))
+        parts, coder_bytes = dict[str, float](), count_bytes(placed)
+        total = model_bytes + coder_bytes + prompt_bytes
+        if total <= limit:
+            reading_steps = list_coder_steps(setup, prompt, placed, mesh, max(step.kept for step in steps))
+            reading = measure_steps(reading_steps, make_network(topology, devices[:count]))
+            parts, total = reading.parts, max(total, model_bytes + coder_bytes + reading.peak)
+        report["places"].append(
+            {"chips": count, "coder": coder_bytes, "total": total, "fits": total <= limit, "parts": parts}
+        )
+    return report | {name: gathering.parts | cost.parts for name, cost in sweeps.items()}
 
 
 def use_inference_form(config: CoderConfig) -> CoderConfig:
@@ -100,127 +101,93 @@ def use_inference_form(config: CoderConfig) -> CoderConfig:
     return replace(config, activation=config.rule, k=config.k if config.rule == "topk" else None)
 
 
-def expect_layout(config: CoderConfig, length: int) -> Layout:
-    """The layout for prompts with `ACTIVE_PER_TOKEN` active features at each token."""
-    layers, groups = len(config.covered), count_groups(config)
-    in_layer = round_up(-(-ACTIVE_PER_TOKEN // layers))
-    tile_size = LARGEST_TILE if groups == 1 else min(max(in_layer, SMALLEST_TILE), LARGEST_TILE)
-    at_position = -(-ACTIVE_PER_TOKEN // groups // tile_size)
-    return Layout(
-        layers=config.covered,
-        list_length=round_up(2 * ACTIVE_PER_TOKEN * length // layers, 64),
-        groups=groups,
-        tiles=TILES_AT_ONCE["tpu"] * round_up(-(-length * at_position // TILES_AT_ONCE["tpu"])),
-        tile_size=tile_size,
-        at_position=round_up(at_position),
-        tiles_at_once=TILES_AT_ONCE["tpu"],
+def describe_setup(coder_config: CoderConfig, config: ModelConfig, device: Any) -> Setup:
+    """What all prompts of a chip share, with shapes in place of arrays."""
+    mesh = jax.make_mesh((1,), ("prompts",), axis_types=(AxisType.Auto,), devices=[device])
+    shapes = Shapes(mesh)
+    local = LocalModel(model=config, reads=coder_config.reads, writes=coder_config.writes)
+    coder = shapes.place(abstract_coder(coder_config))
+    params = shapes.evaluate(widen_outside_layers, config, abstract_params(config, dtype=MODEL_TYPE), static=1)
+    skips = shapes.evaluate(partial(stack_skips, layers=config.layers), coder, static=0)
+    weights = Weights(params, skips)
+    model: Any = SimpleNamespace(config=config)  # programs get its parameters with the weights
+    return Setup(
+        model=model,
+        local=local,
+        weights=weights,
+        folded=shapes.evaluate(fold_weights, local, weights, static=1),
+        biases=shapes.evaluate(partial(stack_biases, layers=config.layers), coder, static=0),
+        coder=coder,
+        unembedding=Unembedding(params["token_embedding"], np.zeros(config.width)),
+        mesh=mesh,
+        options=Options(),
     )
 
 
-def lower_programs(inputs: Inputs, config: CoderConfig) -> Iterator[LoweredProgram]:
-    """The programs of one graph, in the order in which they run."""
-    local, count, length, model = inputs.local, inputs.mesh.size, inputs.length, inputs.local.model
-    layout = expect_layout(config, length)
-    tokens = inputs.by_prompt(jax.ShapeDtypeStruct((count, length), jnp.int32))
-    lengths = inputs.by_prompt(jax.ShapeDtypeStruct((count,), jnp.int32))
-    skips = inputs.on_all(jax.eval_shape(partial(stack_skips, layers=model.layers), inputs.coder))
-    biases = inputs.on_all(jax.eval_shape(partial(stack_biases, layers=model.layers), inputs.coder))
-    weights = Weights(inputs.params, skips)
-    run = (local, weights, biases, tokens, lengths, 0)
-    yield LoweredProgram(run_true_pass.lower(*run))
-    true_pass = inputs.by_prompt(evaluate_shape(run_true_pass, *run, static=(0, 5)))
-
-    encode = lower_encoder(inputs, layout.list_length)
-    yield from (LoweredProgram(program, count_chip_bytes(true_pass)) for program in encode)
-
-    def numbers(*shape: int) -> Any:
-        return inputs.by_prompt(jax.ShapeDtypeStruct((count, *shape), jnp.int32))
-
-    nodes = inputs.by_prompt(expect_nodes(config, layout, count))
-    in_tiles = numbers(layout.groups, layout.tiles)
-    plan = TilePlan(numbers(layout.groups, length, layout.at_position), in_tiles, in_tiles)
-    in_tiles_of_layer = len(layout.layers), layout.tiles * layout.tile_size, model.width
-    tiles = inputs.by_prompt(jax.ShapeDtypeStruct((count, *in_tiles_of_layer), jnp.float32))
-    reach = max(map(config.reach, range(len(layout.layers))))
-    rows = inputs.by_prompt(jax.ShapeDtypeStruct((count, layout.list_length, reach, model.width), jnp.float32))
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    put = (layout, tiles, rows, nodes.activations, numbers(len(layout.layers), layout.list_length), index)
-    yield LoweredProgram(put_rows.lower(*put), count_chip_bytes(true_pass, nodes))
+def list_gathering(setup: Setup, prompt: Prompt) -> tuple[list[Step], Batch]:
+    """The programs that run the model on a chip's own prompt and gather its nodes, and these nodes."""
+    local, layout, shapes = setup.local, prompt.layout, Shapes(setup.mesh)
+    (_, covered, length), width = prompt.counts.shape, local.model.width
+    numbers = shapes.numbers
+    run = (local, setup.weights, setup.biases, numbers(1, length), numbers(1))
+    true_pass = shapes.evaluate(partial(run_true_pass, silent=prompt.start), *run, static=1)
+    features, plan = shapes.place(prompt.features), shapes.place(prompt.tiles)
+    outputs = shapes.place(stack_outputs([prompt.outputs], 1, np.float32))
+    tiles = shapes.array(1, covered, layout.tiles * layout.tile_size, width)
+    rows = shapes.array(1, layout.list_length, max(map(setup.coder.config.reach, range(covered))), width)
+    slots, counts = numbers(1, covered, layout.list_length), shapes.place(prompt.counts)
     find = (layout, plan, tiles, true_pass.unexplained)
-    yield LoweredProgram(find_errors.lower(*find), count_chip_bytes(true_pass, nodes))
-    sources = inputs.by_prompt(evaluate_shape(find_errors, *find, static=(0,)))
-    true_pass, features = true_pass.drop_unexplained(), nodes
-
-    vectors = inputs.by_prompt(jax.ShapeDtypeStruct((count, OUTPUTS, model.width), jnp.float32))
-    outputs = TargetNodes(numbers(OUTPUTS), numbers(OUTPUTS), vectors)  # type: ignore[arg-type]
-    at_once = choose_embeddings_at_once("tpu", layout, model.width, 1, 4)
-    embed = (local, layout.layers, True, at_once, weights, true_pass, features, outputs)
-    yield LoweredProgram(trace_embeddings.lower(*embed), count_chip_bytes(true_pass, features, sources))
-    embedding_edges = inputs.by_prompt(evaluate_shape(trace_embeddings, *embed, static=(0, 1, 2, 3)))
-
-    fold = (local, layout, weights, true_pass.frozen, features, outputs, sources)
-    yield LoweredProgram(fold_nodes.lower(*fold), count_chip_bytes(features, sources, embedding_edges))
-    prompts = inputs.by_prompt(evaluate_shape(fold_nodes, *fold, static=(0, 1)))
-    folded = inputs.on_all(evaluate_shape(fold_weights, local, weights, static=(0,)))
-
-    targets, stops = ACTIVE_PER_TOKEN * length, list_stops(length)
-    size = choose_block_size("tpu", targets, length, model.width)
-    target_bytes = 4 * count_edges(model, length, layout)
-    most = choose_blocks_per_call("tpu", -(-targets // size), target_bytes, size)
-    of_blocks = inputs.by_prompt(jax.ShapeDtypeStruct((count * most,), jnp.int32))
-    chosen = inputs.by_prompt(jax.ShapeDtypeStruct((count * most, size), jnp.int32))
-    blocks = Blocks(numbers(), of_blocks, chosen, of_blocks, of_blocks)  # type: ignore[arg-type]
-    traced = trace_blocks.lower(local, layout, 0, stops, inputs.mesh, folded, prompts, None, blocks)
-    yield LoweredProgram(traced, count_chip_bytes(folded, prompts, features, embedding_edges), CALLS_IN_FLIGHT)
+    sources = shapes.evaluate(find_errors, *find, static=1)
+    rest = true_pass.drop_unexplained()
+    at_once = choose_embeddings_at_once("tpu", layout, width, 1, setup.itemsize)
+    embed = (local, layout.layers, setup.uses_our_conventions, at_once, setup.weights, rest, features, outputs)
+    edges = shapes.evaluate(trace_embeddings, *embed, static=4)
+    fold = (local, layout, setup.weights, rest.frozen, features, outputs, sources)
+    nodes = shapes.evaluate(fold_nodes, *fold, static=2)
+    gathered = count_bytes(true_pass, features, tiles, rows)
+    put = put_rows.lower(layout, tiles, rows, features.activations, slots, numbers())
+    steps = [
+        Step("true pass", run_true_pass.lower(*run, silent=prompt.start), 0),
+        Step("gather", find_slots.lower(layout, plan, features, counts), gathered),
+        Step("gather", put, gathered, {-1: covered}),
+        Step("gather", find_errors.lower(*find), gathered),
+        Step("embeddings", trace_embeddings.lower(*embed), count_bytes(rest, features, sources)),
+        Step("gather", fold_nodes.lower(*fold), count_bytes(rest, features, sources, edges)),
+    ]
+    prompt_rows = list_rows(setup, prompt, edges)
+    return steps, Batch(setup, layout, nodes, [prompt_rows], 1, prompt.start, list_stops(length - prompt.start))
 
 
-def lower_encoder(inputs: Inputs, listed: int) -> Iterator[jax.stages.Lowered]:
-    """The programs that encode one layer and list its features, for the prompt of one chip at a time."""
-    width = inputs.local.model.width
-    encoder = inputs.on_all(jax.eval_shape(lambda coder: coder.load_encoder(0), inputs.coder))
-    x = inputs.on_all(jax.ShapeDtypeStruct((1, inputs.length, width), jnp.float32))
-    has_nodes = inputs.on_all(jax.ShapeDtypeStruct((1, inputs.length), jnp.bool_))
-    yield encode_layer.lower(encoder, x, has_nodes)
-    activations, _ = inputs.on_all(jax.eval_shape(encode_layer, encoder, x, has_nodes))
-    yield list_nonzero.lower(activations, listed)
+def list_sweep(batch: Batch, prompt: Prompt, precision: Precision) -> Iterator[Step]:
+    """The loops that trace a chip's own prompt."""
+    setup = batch.setup._replace(local=batch.setup.local._replace(precision=precision))
+    batch, shapes, kept = batch._replace(setup=setup), Shapes(setup.mesh), count_bytes(batch.nodes)
+    kept += batch.setup.itemsize * sum(x.size for x in batch.rows[0].embeddings)
+    arranged = arrange_columns(batch, "tpu")
+    if arranged is not None:
+        program = (setup.local, batch.layout, batch.start, batch.stops, setup.mesh)
+        arrays = setup.folded, batch.nodes, *shapes.place(arranged)
+        columns, low_edges = shapes.evaluate(push_sources, *program, *arrays, static=5)
+        batch, kept = batch._replace(columns=columns), kept + count_bytes(columns, low_edges)
+        yield from list_push_bodies(shapes, batch, *arranged, kept)
+    for trips in count_trips(batch, prompt.tiles, None if arranged is None else arranged[0], "tpu"):
+        yield from list_bodies(shapes, batch, trips, kept)
 
 
-def expect_nodes(config: CoderConfig, layout: Layout, count: int) -> FeatureNodes:
-    """The shapes of so many prompts' nodes."""
-
-    def declare(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct((count, *shape), dtype)
-
-    listed, layers = layout.list_length, len(layout.layers)
-    places = declare(layers, listed, dtype=jnp.int32)
-    return FeatureNodes(
-        valid=declare(layers, listed, dtype=jnp.bool_),
-        positions=places,
-        features=places,
-        activations=declare(layers, listed),
-        encoders=declare(layers, listed, config.size),
-        biases=declare(layers, listed),
-    )
-
-
-def evaluate_shape(function: Callable[..., Any], *arguments: Any, static: tuple[int, ...]) -> Any:
-    """The shapes of a function's results; the arguments with these numbers are no arrays."""
-    arrays = [x for number, x in enumerate(arguments) if number not in static]
-
-    def call(*arrays: Any) -> Any:
-        remaining = iter(arrays)
-        return function(*(x if number in static else next(remaining) for number, x in enumerate(arguments)))
-
-    return jax.eval_shape(call, *arrays)
-
-
-def count_chip_bytes(*trees: Any) -> int:
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(trees))
-
-
-def measure_peak(program: LoweredProgram) -> float:
-    """Bytes per chip while the program runs, without the weights."""
-    used: Any = program.lowered.compile().memory_analysis()
-    # The program's arguments are among what is kept, or are weights.
-    temporary = used.peak_memory_in_bytes - used.argument_size_in_bytes + used.generated_code_size_in_bytes
-    return program.kept_bytes + temporary + program.waiting_results * used.output_size_in_bytes
+def list_coder_steps(setup: Setup, prompt: Prompt, coder: SparseCoder, mesh: Mesh | None, kept: int) -> Iterator[Step]:
+    """What is computed where the coder lies; over a mesh the prompts of one chip after the other are encoded."""
+    (_, covered, length), width, prompts = prompt.counts.shape, setup.local.model.width, mesh.size if mesh else 1
+    shapes = Shapes(mesh or setup.mesh)
+    with jax.set_mesh(mesh) if mesh else nullcontext():
+        encoder: Any = coder.load_encoder(0)
+        encode = (encoder, shapes.array(1, length, width), shapes.array(1, length, dtype=jnp.bool_))
+        yield Step("encode", encode_layer.lower(*encode), kept, {-1: covered * prompts})
+        activations = Shapes(shapes.mesh, P(None, None, FEATURES_AXIS) if mesh else P())
+        most = -(-int(prompt.counts.sum(axis=2).max()) // prompts)  # on each chip
+        listed = list_nonzero.lower(activations.array(1, length, coder.config.features), round_up(most, 16))
+        yield Step("encode", listed, kept, {-1: covered * prompts})
+        numbers = shapes.numbers(prompts * prompt.layout.list_length)
+        yield Step("read rows", take_encoder_rows.lower(encoder, numbers), kept, {-1: covered})
+        middle = coder.layers[covered // 2]
+        table = middle.encoder if middle.decoder is None else middle.decoder
+        yield Step("read rows", take_from_shards.lower(table, numbers), kept, {-1: covered})

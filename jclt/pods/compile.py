@@ -33,9 +33,6 @@ from jclt.training.coder.sparse_switch import choose_capacity
 from jclt.training.coder.speed import count_step_operations
 from jclt.training.config import TrainConfig
 
-LOWEST_EFFORT = -1.0
-"""Tells the compiler to spend no time on making a program fast."""
-
 
 def list_devices(pod: Pod) -> list[Any]:
     slices = {"num_slices": pod.slices} if pod.slices > 1 else {}
@@ -211,9 +208,8 @@ def calibrate(pod: Pod) -> Report:
     }
 
 
-def plan_attribution(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int) -> Report:
-    """Whether attribution graphs can be made on the slice. Only the programs' memory is asked for, so the compiler need
-    not spend time on making them fast."""
-    jax.config.update("jax_exec_time_optimization_effort", LOWEST_EFFORT)
+def plan_attribution(config: TrainConfig, model: ModelConfig, pod: Pod, prompt_length: int, active: float) -> Report:
+    """What attribution graphs take on one slice."""
     config = replace(config, coder=config.coder.fit_to_model(model, config.model))
-    return plan_graphs(config, model, pod.topology, list_devices(pod), prompt_length)
+    report = plan_graphs(config, model, pod.topology, list_devices(replace(pod, slices=1)), prompt_length, active)
+    return report | {"jax": jax.__version__, "libtpu": version("libtpu")}

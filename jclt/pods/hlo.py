@@ -75,7 +75,10 @@ class ScheduledStep(NamedTuple):
 
 
 class Program:
-    def __init__(self, text: str):
+    def __init__(self, text: str, branch: int = -1):
+        """Of a conditional's branches the one with this number runs. The last one is what `lax.cond` runs where its
+        condition holds, as it usually does."""
+        self.branch = branch
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] = []
         for line in text.splitlines():
@@ -99,12 +102,8 @@ class Program:
                 rounds = self._count_rounds(instruction, condition[1])
                 yield from self._list_steps(body[1], times * rounds, find_stage(instruction.source))
             elif instruction.kind in ("call", "conditional"):
-                called = re.search(
-                    r"(?:to_apply|branch_computations|true_computation)=\{?([^}]*?)(?:\}|, [a-z_]+=)", instruction.line
-                )
-                assert called
-                # The last of several is what `lax.cond` runs where its condition holds, as it usually does.
-                yield from self._list_steps(re.findall(r"%([\w.\-]+)", called[1])[-1], times, outer_stage)
+                branch = self.branch if instruction.kind == "conditional" else 0
+                yield from self._list_steps(list_branches(instruction.line)[branch], times, outer_stage)
             else:
                 called = instruction.calls or ""
                 stage = find_stage(instruction.source) or self._stages[called] or outer_stage or "other"
@@ -205,6 +204,15 @@ def _find_users(inner: dict[str, Instruction], value: Instruction) -> list[Instr
     while len(users) == 1 and users[0].kind in ("bitcast", "convert", "copy"):
         users = [x for x in inner.values() if users[0].name in x.operands]
     return users
+
+
+def list_branches(line: str) -> list[str]:
+    """The computations of a call, or of a conditional, of which the last is for a condition that holds."""
+    if pair := re.search(r"true_computation=%([\w.\-]+), false_computation=%([\w.\-]+)", line):
+        return [pair[2], pair[1]]
+    called = re.search(r"(?:to_apply|branch_computations)=\{?([^}]*?)(?:\}|, [a-z_]+=)", line)
+    assert called
+    return re.findall(r"%([\w.\-]+)", called[1])
 
 
 def find_stage(source: str) -> str:

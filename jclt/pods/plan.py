@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from jclt.pods.report import PARTS, format_plan, format_sweep
+from jclt.pods.report import PARTS, format_graphs, format_plan, format_sweep
 from jclt.pods.slices import Pod, find_model_config
 from jclt.pods.variants import list_variants
 from jclt.pods.worker import Job, run_job, run_jobs
@@ -41,9 +41,18 @@ def _list_jobs(config: TrainConfig, pod: Pod, prompt_length: int, active: float)
     if active and not explain_why_not_sparse(config):
         jobs["sparse"] = Job("the train step on the sparse path", "compile_step", (config, model, pod, active))
     if prompt_length:
-        jobs["graphs"] = Job("the attribution programs", "plan_attribution", (config, model, pod, prompt_length))
+        jobs["graphs"] = Job(
+            "the attribution programs", "plan_attribution", (config, model, pod, prompt_length, active)
+        )
     jobs["calibration"] = Job("programs whose cost is known", "calibrate", (pod,))
     return jobs
+
+
+def plan_prompts(config: TrainConfig, pod: Pod, prompt_length: int, active: float = 0.0) -> tuple[str, dict[str, Any]]:
+    """The plan of attribution graphs alone, as text and figures."""
+    arguments = config, find_model_config(pod, config), pod, prompt_length, active
+    report = {"graphs": run_job(Job("the attribution programs", "plan_attribution", arguments))}
+    return format_graphs(config, report), report
 
 
 def plan_step(config: TrainConfig, pod: Pod) -> dict[str, Any]:

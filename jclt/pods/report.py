@@ -19,6 +19,8 @@ MEMORY_KINDS = {
     "activations": "activations and other temporaries",
     "program": "program",
 }
+GRAPH_PRECISIONS = ("float32", "bfloat16_3x")
+"""Those of the products that edges are summed up from, for which graphs are planned."""
 HEADROOM = 0.08
 """The share of the memory that a configuration should leave free, for what the compiler does not see, such as
 profiles."""
@@ -108,12 +110,42 @@ def format_sparse(config: TrainConfig, report: Report) -> str:
 
 
 def format_graphs(config: TrainConfig, report: Report) -> str:
-    graphs = report["graphs"]
-    memory = f"{graphs['total'] / GIB:.2f} of {graphs['limit'] / GIB:.2f} GiB a chip"
-    if graphs["total"] == graphs["given"]:
-        return f"attribution       does not fit: each chip holds the whole coder and model, {memory} in float32"
-    verdict = "fits" if graphs["fits"] else "does not fit"
-    return f"attribution       {verdict}: prompts of {graphs['prompt_length']} tokens, one a chip, take {memory}"
+    graphs, indent = report["graphs"], "\n                  "
+    limit = f"{graphs['limit'] / GIB:.2f} GiB a chip"
+    cut = f", columns up to layer {graphs['cut']}" if graphs["cut"] else ""
+    lines = [
+        f"attribution       prompts of {graphs['prompt_length']} tokens with {graphs['features']:,} active features, "
+        f"{graphs['rows']:,} of them traced{cut}",
+        f"each chip holds the model, {graphs['model'] / GIB:.2f} GiB, and traces prompts of its own in up to "
+        f"{graphs['prompt'] / GIB:.2f} GiB",
+    ]
+    if not graphs["fits"]:
+        return indent.join([*lines, f"does not fit: expected at most {limit}; models are not split for graphs"])
+    for precision in GRAPH_PRECISIONS:
+        seconds = sum(graphs[precision].values())
+        shares = ", ".join(f"{name} {part / seconds:.0%}" for name, part in graphs[precision].items())
+        lines.append(f"  {precision:<12} {seconds:.3g} s a graph: {shares}")
+    for place in graphs["places"]:
+        where = f"split over {place['chips']} chips" if place["chips"] > 1 else "on one chip"
+        memory = f"{place['total'] / GIB:.2f} of {limit}, with {place['coder'] / GIB:.2f} GiB of coder"
+        if not place["fits"]:
+            lines.append(f"coder {where}: does not fit: {memory}")
+            continue
+        parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in place["parts"].items())
+        lines.append(f"coder {where}: {memory}; beside it {parts} a graph, so that")
+        for precision in GRAPH_PRECISIONS:
+            seconds = sum_graph_seconds(graphs, place, precision)
+            lines.append(
+                f"  {precision:<12} {seconds:.3g} s a graph, {3600 / seconds:,.0f} graphs a chip-hour, "
+                f"{graphs['chips'] / seconds:,.3g} a second on the slice"
+            )
+    lines.append("by the compiler's schedule of the chips' work; the host's work is not counted")
+    return indent.join(lines)
+
+
+def sum_graph_seconds(graphs: Report, place: Report, precision: str) -> float:
+    """Of one graph on one chip, with the coder in this place."""
+    return sum(graphs[precision].values()) + sum(place["parts"].values())
 
 
 PARTS: dict[str, Callable[[TrainConfig, Report], str]] = {

@@ -22,7 +22,7 @@ from jclt.pods.chips import CHIPS, GIB, Network, count_chips, find_chip
 from jclt.pods.collectives import count_hbm_bytes, find_collectives, parse_first_group
 from jclt.pods.flags import FLAGS, VARIABLE, set_flags
 from jclt.pods.hlo import Program, find_stage
-from jclt.pods.report import advise, format_plan
+from jclt.pods.report import advise, format_graphs, format_plan
 from jclt.pods.schedule import simulate_schedule
 from jclt.pods.slices import find_model_config
 from jclt.pods.variants import list_variants
@@ -53,6 +53,24 @@ def test_a_schedule_is_cycles_and_what_of_its_traffic_nothing_hides():
     assert by_kind["all-reduce"].exposed == pytest.approx(3 * (summed - 3000 / clock))
     assert line.seconds == pytest.approx(line.work + line.exposed)
     assert by_kind["all-gather"].stage == "reshard" and by_kind["all-reduce"].stage == "decode"
+
+
+@pytest.mark.parametrize(
+    "branches", ["branch_computations={%skip, %one, %two}", "true_computation=%two, false_computation=%skip"]
+)
+def test_of_a_conditional_the_chosen_branch_runs(branches):
+    lines = []
+    for name, cycles in (("skip", 1), ("one", 10), ("two", 100)):
+        add = f'  %{name}.1 = f32[8]{{0}} fusion(%x), calls=%f, "estimated_cycles":"{cycles}"'
+        lines += [f"%{name} (x: f32[8]) -> f32[8] {{", add, "}"]
+    choose = f"  %c = f32[8]{{0}} conditional(%p, %x), {branches}, metadata={{}}"
+    text = "\n".join([*lines, "ENTRY %main (x: f32[8]) -> f32[8] {", choose, "}"])
+
+    def count(**branch: int) -> int:
+        return sum(step.instruction.cycles for step in Program(text, **branch).list_steps())
+
+    assert count() == count(branch=-1) == 100 and count(branch=0) == 1
+    assert count(branch=1) == (10 if "%one" in branches else 100)
 
 
 def test_bytes_moved_count_slices_and_what_lies_in_hbm():
@@ -231,7 +249,11 @@ def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
     path = next(path for path in CONFIGS if path.stem.startswith("gpt2"))
     config, plan, messages = load_settings(str(path), TrainConfig, {}), PLANS[path.stem], []
     step = {name: value for name, value in plan.items() if name not in ("sparse", "graphs", "calibration")}
-    graphs = {"prompt_length": 64, "given": 1.0, "limit": 3.0, "fits": True, "total": 2.0}
+    place = {"chips": 1, "coder": 1 * GIB, "total": 3 * GIB, "fits": True, "parts": {"encode": 0.1}}
+    other = {"chips": 8, "coder": 1 * GIB, "total": 5 * GIB, "fits": False, "parts": {}}
+    graphs = {"prompt_length": 64, "model": 1 * GIB, "limit": 4 * GIB, "features": 7500, "rows": 7500, "cut": 6}
+    graphs |= {"chips": 8, "prompt": 1 * GIB, "fits": True, "places": [place, other]}
+    graphs |= {"float32": {"true pass": 0.1, "products": 0.3}, "bfloat16_3x": {"true pass": 0.1, "products": 0.1}}
     sparse = step | {"active": 100.0, "room": 3.0, "kernel_seconds": 0.0, "seconds": step["seconds"] / 2}
     reports = {"step": step, "sparse": sparse, "graphs": graphs, "calibration": plan["calibration"]}
 
@@ -244,7 +266,12 @@ def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
     text, report = plan_run(config, load_pod(str(path), None, None), 64, 100.0, messages.append)
     assert text == "\n\n".join(messages) and len(messages) == 4 and report["sparse"] == sparse
     assert messages[1].startswith("sparse path") and "2.00 times as fast as the dense path" in messages[1]
-    assert messages[2].startswith("attribution       fits") and "a large product" in messages[3]
+    assert messages[2].startswith("attribution       prompts of 64 tokens with 7,500 active features")
+    assert "float32      0.4 s a graph: true pass 25%, products 75%" in messages[2]
+    assert "coder on one chip: 3.00 of 4.00 GiB a chip, with 1.00 GiB of coder; beside it encode 0.1 s" in messages[2]
+    assert "bfloat16_3x  0.3 s a graph, 12,000 graphs a chip-hour, 26.7 a second on the slice" in messages[2]
+    assert "coder split over 8 chips: does not fit: 5.00 of" in messages[2] and "a large product" in messages[3]
+    assert "models are not split" in format_graphs(config, {"graphs": graphs | {"fits": False}})
 
 
 def test_workers_compile_two_at_a_time_and_end_with_the_one_who_asked(monkeypatch):

@@ -86,19 +86,40 @@ def test_the_small_configurations_are_planned_as_their_table_says(name):
 def test_a_plan_from_the_command_line(tmp_path, capsys):
     settings = "coder.features=16384 batch=32 length=128 micro_batches=2 compute=bfloat16".split()
     arguments = ["tiny", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json")]
-    arguments += ["--prompt-length", "16", "--active", "100"]
+    arguments += ["--active", "100"]
     assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 2
     assert "expected at most 64" in capsys.readouterr().err  # the model's context
     settings[2] = "length=64"
     assert main(["plan", *arguments, *(part for setting in settings for part in ("--set", setting))]) == 0
     text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
-    assert "not a measurement" in text and "attribution       fits" in text
+    assert "not a measurement" in text
     assert "sparse path       at 100 active features a token, of all layers (capacity 3 a token" in text
     sparse = report["sparse"]
     assert 0 < sparse["kernel_seconds"] < sparse["seconds"] and f"{report['seconds'] / sparse['seconds']:.2f}" in text
     assert report["calibration"]["product"] == pytest.approx(1.14, abs=0.1)
     assert report["calibration"]["copy"] == pytest.approx(1.24, abs=0.1)
     assert report["calibration"]["all-reduce"] == pytest.approx(1.0)
+
+
+@needs_libtpu
+def test_graphs_are_planned_for_each_place_of_a_coder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1")  # the compiler spends no time on making them fast
+    arguments = ["tiny", "--topology", "v5e:4x4", "--set", "coder.features=16384"]
+    arguments += ["--graphs", "--prompt-length", "16", "--json", str(tmp_path / "plan.json")]
+    assert main(["plan", *arguments]) == 0
+    text, report = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert "attribution       prompts of 16 tokens with 1,600 active features, 1,600 of them traced" in text
+    graphs = report["graphs"]
+    alone, split = graphs["places"]
+    assert (alone["chips"], split["chips"]) == (1, 16) and alone["coder"] == pytest.approx(
+        16 * split["coder"], rel=0.01
+    )
+    for place in (alone, split):
+        assert place["fits"] and place["total"] >= graphs["model"] + graphs["prompt"] + place["coder"]
+        assert set(place["parts"]) == {"encode", "read rows"} and min(place["parts"].values()) > 0
+    exact, narrow = graphs["float32"], graphs["bfloat16_3x"]
+    assert set(exact) == {"true pass", "gather", "embeddings", "carry targets", "products"} == set(narrow)
+    assert narrow["products"] <= exact["products"] and narrow["embeddings"] == exact["embeddings"]
 
 
 @needs_libtpu
