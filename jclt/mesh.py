@@ -151,7 +151,7 @@ def is_split(x: Array) -> bool:
 
 def replicate(x: Array) -> Array:
     """All of the array on every device: gathers the shards of a stored weight where it is used."""
-    return jax.reshard(x, P(*(None,) * x.ndim)) if is_split(x) else x
+    return jax.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P())) if is_split(x) else x
 
 
 def shard_by_axes(x: Array, axes: Sequence[str | None]) -> Array:
@@ -235,3 +235,10 @@ def sum_over_data_shards(x: Array) -> Array:
 
 def _sum_over(mesh_axis: str, x: Array) -> Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, mesh_axis)
+
+
+def gather_shards(x: Array, shape: Sequence[int]) -> Array:
+    """Within a program for one device's shards: all of a stored weight of this shape, of which each device has a part
+    or all."""
+    split = [axis for axis, size in enumerate(shape) if x.shape[axis] < size]
+    return jax.lax.all_gather(x, LOGICAL_AXES["stored"], axis=split[0], tiled=True) if split else x

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.sizes import round_up
 from jclt.attribution.sweep.bases import FeatureNodes
+from jclt.attribution.sweep.nodes import count_prompt_shards
 from jclt.coders import Coder
 from jclt.kernels.take_rows import take_from_shards
 from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of, use_mesh
@@ -61,7 +62,7 @@ def find_active(
     Encoder rows are placed `by_prompt`, as the arrays of prompts are.
     """
     lists, encoders, longest = [], [], 0
-    at_once = len(has_nodes) // by_prompt.mesh.size
+    at_once = len(has_nodes) // count_prompt_shards(by_prompt.mesh)
     for index, layer in enumerate(coder.config.covered):
         encoder, read = coder.load_encoder(index), take_layer(reads, np.int32(layer))
         mesh, place = find_place(encoder)
@@ -149,7 +150,7 @@ def list_nonzero(
     def list_shard(activations: Array) -> tuple[Array, Array, Array]:
         positions, features, values = jax.vmap(list_prompt)(activations)
         if split:
-            features = features + jax.lax.axis_index(FEATURES_AXIS) * activations.shape[2]
+            features = features + jax.lax.axis_index(FEATURES_AXIS).astype(features.dtype) * activations.shape[2]
         return positions[:, None], features[:, None], values[:, None]
 
     split = is_split(activations)

@@ -30,31 +30,26 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.calls import Setup
-from jclt.attribution.local import LocalModel, Weights
+from jclt.attribution.local import LocalModel
 from jclt.attribution.options import Conventions, Nodes, Options
+from jclt.attribution.placement import place_on_devices
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.ranking import PromptRows
 from jclt.attribution.schedule import trace_prompts
 from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, estimate_score_bytes, round_up_length
-from jclt.attribution.sweep.folding import fold_weights
-from jclt.attribution.targets import Target, decode_token, make_unembedding, parse_targets, resolve_targets
-from jclt.attribution.true_pass import stack_biases, stack_skips, widen_outside_layers
-from jclt.coders import Coder, SparseCoder, StreamedCoder, read_fingerprint
+from jclt.attribution.targets import Target, decode_token, parse_targets, resolve_targets
+from jclt.coders import Coder, read_fingerprint
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
 from jclt.memory import is_out_of_memory
-from jclt.mesh import mesh_of, use_mesh
 from jclt.models import Model
 from jclt.models.chat import is_chat
 from jclt.models.model import Prompt
 from jclt.numerics import Precision
-from jclt.shapes import Array, Int
+from jclt.shapes import Int
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +105,7 @@ def attribute_batch(
     batch: int = BATCH,
 ) -> list[Graph]:
     """The graph of each prompt, as `attribute` gives it. `batch` prompts of similar length are traced together, split
-    over all devices."""
+    over all devices; but the devices that a model is split over (`load_model(..., mesh=mesh)`) have all of them."""
     if isinstance(prompts, str):
         raise UserError("prompts: a text, expected a list of prompts; attribute takes one")
     if is_chat(prompts):
@@ -177,35 +172,10 @@ def attribute_each(
             yield numbers[0], failure
 
 
-def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Options, prompts: int) -> Setup:
-    """Copies the model to as many devices as there are prompts in a batch. The coder stays where it is."""
-    devices = jax.local_devices()[: max(prompts, 1)]
-    mesh = jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
-    if not isinstance(coder, StreamedCoder | SparseCoder):
-        coder = jax.device_put(coder, devices[0])  # a part of the model, which may be split in other ways
-    check_finite(coder)
-    on_all, layers = NamedSharding(mesh, P()), model.config.layers
-    params = widen_outside_layers(model.config, jax.device_put(dict(model.params), on_all))
-    with use_mesh(mesh_of(coder.decoder_bias(0))):
-        skips, biases = stack_skips(coder, layers), stack_biases(coder, layers)
-    weights = Weights(params, jax.device_put(skips, on_all))
-    return Setup(
-        model=model,
-        local=local,
-        weights=weights,
-        folded=fold_weights(local, weights),
-        biases=jax.device_put(biases, on_all),
-        coder=coder,
-        unembedding=make_unembedding(model, params),
-        mesh=mesh,
-        options=options,
-    )
-
-
 def split_batches(setup: Setup, lengths: Sequence[int], batch: int) -> list[list[int]]:
     """The numbers of the prompts that are traced together: at most `batch` of similar length, in their order, and fewer
     where they take much memory. It depends neither on free memory nor on what is done."""
-    sizes, devices = (setup.model.config, setup.coder.config), setup.mesh.size
+    sizes, devices = (setup.model.config, setup.coder.config), setup.shards
     padded_lengths = np.array([round_up_length(length) for length in lengths])
     batches = []
     for length in np.unique(padded_lengths):
@@ -228,29 +198,6 @@ def make_user_error(error: Exception, lengths: Sequence[int]) -> UserError:
         f"prompt: not enough memory for the graph of its {max(lengths)} tokens, expected a shorter prompt or a smaller "
         "max_features"
     )
-
-
-def check_finite(coder: Coder) -> None:
-    """Checks encoders and thresholds, one layer at a time. Those of a streamed coder are checked as they are read for
-    its fingerprint."""
-    if isinstance(coder, StreamedCoder):
-        return
-    checks = [check_encoder(coder.load_encoder(layer)) for layer in range(len(coder.config.covered))]
-    encoders, thresholds = (all(map(bool, of_layers)) for of_layers in zip(*checks, strict=True))
-    if not encoders:
-        raise UserError("coder: its encoders are not finite, expected weights without NaN or infinity")
-    if not thresholds:
-        raise UserError("coder: its thresholds hold NaN or -infinity, expected numbers")
-
-
-@jax.jit
-def check_encoder(encoder: Coder) -> tuple[Array, Array]:
-    """Whether one layer's encoder is finite, and whether no threshold is NaN or -infinity. A feature with a threshold
-    of NaN would only seem inactive; one with a threshold of infinity is switched off."""
-    rows, biases = encoder.encoder(0)
-    leaves = jax.tree.leaves_with_path(encoder)
-    thresholds = [(x > -jnp.inf).all() for path, x in leaves if getattr(path[-1], "name", None) == "threshold"]
-    return jnp.isfinite(rows).all() & jnp.isfinite(biases).all(), jnp.stack([jnp.array(True), *thresholds]).all()
 
 
 def mark_chat(graph: Graph, prompt: Prompt) -> Graph:
@@ -282,6 +229,8 @@ def describe_provenance(model: Model, coder: Coder, options: Options) -> dict[st
 def check_coder(model: Model, coder: Coder) -> LocalModel:
     """The local replacement model of this model and coder; an error of one line if they do not fit together."""
     c, m = coder.config, model.config
+    if model.mesh is not None and model.mesh.is_multi_process:
+        raise UserError(f"model {model.name}: split over devices of several hosts, expected those of one for graphs")
     if c.size != m.width or c.covered[-1] >= m.layers:
         size, expected = (f"layer {c.covered[-1]}, width {c.size}", f"layers 0 to {m.layers - 1} of width {m.width}")
         raise UserError(f"coder: made for {size}, expected those of model {model.name}, {expected}")

@@ -24,7 +24,7 @@ from jclt.attribution.sweep.columns import Columns, LowTargets, SourceBlocks, pu
 from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut
 from jclt.attribution.sweep.edges import Blocks, Edges, trace_blocks
 from jclt.attribution.sweep.folding import FoldedWeights
-from jclt.attribution.sweep.nodes import PromptNodes
+from jclt.attribution.sweep.nodes import PromptNodes, count_prompt_shards
 from jclt.attribution.sweep.tiles import NO_LAYER, TARGET_TILE, Layout, place_targets
 from jclt.attribution.targets import Unembedding
 from jclt.coders import Coder
@@ -49,7 +49,21 @@ class Setup(NamedTuple):
 
     @property
     def by_prompt(self) -> NamedSharding:
-        return NamedSharding(self.mesh, P("prompts"))
+        return NamedSharding(self.mesh, P("prompts") if "prompts" in self.mesh.shape else P())
+
+    @property
+    def by_block(self) -> NamedSharding:
+        return NamedSharding(self.mesh, P(self.mesh.axis_names))
+
+    @property
+    def shards(self) -> int:
+        """The number of devices that prompts are split over."""
+        return count_prompt_shards(self.mesh)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the model is split over the mesh. Then all devices have all prompts and share out the targets."""
+        return self.shards < self.mesh.size
 
     @property
     def uses_our_conventions(self) -> bool:
@@ -74,7 +88,11 @@ class Batch(NamedTuple):
 
     @property
     def prompts(self) -> int:
-        return self.per_device * self.setup.mesh.size
+        return self.per_device * self.setup.shards
+
+    def find_top(self, block: Block) -> int:
+        """The highest layer in which one of its targets reads."""
+        return int(self.rows[block.prompt].target_layers[block.targets].max())
 
     @property
     def target_bytes(self) -> int:
@@ -84,8 +102,10 @@ class Batch(NamedTuple):
 
 
 def push_columns(batch: Batch) -> Batch:
-    """The batch, with the columns of its sources where a cut saves operations."""
-    setup, arranged = batch.setup, arrange_columns(batch, jax.default_backend())
+    """The batch, with the columns of its sources where a cut saves operations. The devices of a split model would each
+    carry up all sources, so there targets go down all the way."""
+    setup = batch.setup
+    arranged = None if setup.is_split else arrange_columns(batch, jax.default_backend())
     if arranged is None:
         return batch
     count = np.count_nonzero(arranged[0].layers != NO_LAYER)
@@ -190,18 +210,24 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
 
 
 def arrange_targets(batch: Batch, wanted: list[Int[np.ndarray, "_"]], backend: str) -> tuple[int, list[list[Block]]]:
-    """The targets of each prompt from its cut on in blocks: their size, and the blocks of each device."""
+    """The targets of each prompt from its cut on in blocks: their size, and the blocks of each device. They are those
+    of its prompts, or of a split model its share of all blocks."""
     above = [
         numbers[rows.target_layers[numbers] >= max(rows.cut, 1)]
         for rows, numbers in zip(batch.rows, wanted, strict=True)
     ]
-    size = choose_block_size(backend, max(1, *map(len, above)), batch.stops[-1], batch.setup.model.config.width)
-    by_device: list[list[Block]] = [[] for _ in range(batch.setup.mesh.size)]
+    setup, counts = batch.setup, list(map(len, above))
+    most = -(-sum(counts) // setup.mesh.size) if setup.is_split else max(counts)
+    size = choose_block_size(backend, max(1, most), batch.stops[-1], setup.model.config.width)
+    by_device: list[list[Block]] = [[] for _ in range(setup.shards)]
     for prompt, (rows, numbers) in enumerate(zip(batch.rows, above, strict=True)):
         positions = rows.target_positions[numbers] - batch.start
         steps = rows.target_layers[numbers] - max(rows.cut, 1)
         blocks = split_targets(prompt, numbers, steps, positions, batch.stops, size)
         by_device[prompt // batch.per_device] += blocks
+    if setup.is_split:
+        blocks = sorted(by_device[0], key=batch.find_top, reverse=True)
+        by_device = [blocks[device :: setup.mesh.size] for device in range(setup.mesh.size)]
     return size, by_device
 
 
@@ -222,11 +248,13 @@ def launch_calls(batch: Batch, size: int, by_device: list[list[Block]]) -> Itera
                 rows = batch.rows[block.prompt]
                 numbers[device, place, : len(block.targets)] = rows.padded_numbers[block.targets]
                 prompts[device, place] = block.prompt % batch.per_device
-                tops[device, place] = rows.target_layers[block.targets].max()
+                tops[device, place] = batch.find_top(block)
                 stop_indices[device, place] = block.stop_index
         used = np.array([len(of_device) for of_device in in_call])
+        if setup.is_split:  # each step gathers a layer, so all devices take the same ones
+            used[:], tops[:] = used.max(), tops.max(axis=0)
         arrays = prompts.ravel(), numbers.reshape(-1, size), tops.ravel(), stop_indices.ravel()
-        blocks = Blocks(*jax.device_put((used, *arrays), setup.by_prompt))
+        blocks = Blocks(*jax.device_put((used, *arrays), setup.by_block))
         program = (setup.local, layout, batch.start, batch.stops, setup.mesh)
         edges = trace_blocks(*program, setup.folded, batch.nodes, batch.columns, blocks)
         yield [block for of_device in in_call for block in [*of_device, *[None] * (most - len(of_device))]], edges

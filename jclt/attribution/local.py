@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jclt.mesh import replicate
 from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Freeze, ModelConfig, Place, Sites
 from jclt.models.sites import list_absent_sites
 from jclt.models.transformer import apply_norm, block, make_context
@@ -72,7 +73,7 @@ def run_layer(
         if place.site == local.reads:
             read = value[0]
         if place.site == local.writes:
-            skip_write = 0 if skip is None else einsum("td,ed->te", read, skip)
+            skip_write = 0 if skip is None else replicate(einsum("td,ed->te", read, skip))
             return (write + skip_write)[None]
         return value
 

@@ -46,12 +46,12 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     """Traces prompts of one length bucket, split over the mesh; as two halves where they take too much memory."""
     model, config, backend = setup.model, setup.coder.config, jax.default_backend()
     log.debug("1 true pass: %d prompts of up to %d tokens", len(prompts), max(map(len, prompts)))
-    tokens, lengths = pad_prompts(prompts, model.config.context, setup.mesh.size)
+    tokens, lengths = pad_prompts(prompts, model.config.context, setup.shards)
     (count, length), itemsize = tokens.shape, setup.itemsize
-    per_device = count // setup.mesh.size
+    per_device = count // setup.shards
     pass_bytes = estimate_pass_bytes(model.config, config, length, itemsize)
     if setup.options.count_nodes(config) is not None:
-        pass_bytes += setup.mesh.size * estimate_score_bytes(model.config, config, length, itemsize)
+        pass_bytes += setup.shards * estimate_score_bytes(model.config, config, length, itemsize)
     what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
     check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)

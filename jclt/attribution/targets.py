@@ -12,6 +12,7 @@ import numpy as np
 from jclt.errors import UserError
 from jclt.fingerprints import hash_json
 from jclt.models import Model
+from jclt.models.transformer import look_up_rows
 from jclt.numerics import at_least_float32
 from jclt.shapes import Array, ArrayLike, Float, Int, Params
 
@@ -108,7 +109,7 @@ def make_unembedding(model: Model, params: Params) -> Unembedding:
 
 @jax.jit
 def _gather_rows(table: Array, tokens: Array) -> Array:
-    return table[tokens]
+    return look_up_rows(table, tokens[None])[0]
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jclt.attribution.local import Frozen, LocalModel, Weights, list_frozen_sites
 from jclt.coders import Coder
+from jclt.mesh import replicate
 from jclt.models import ModelConfig, forward, ops
 from jclt.models.weights import declare_layer_weights
 from jclt.numerics import at_least_float32, einsum
@@ -75,7 +76,7 @@ def run_true_pass(
     constant = jnp.broadcast_to(biases[:, None, None].astype(writes.dtype), writes.shape)
     skip_writes = jnp.zeros_like(reads)
     if weights.skips is not None:
-        skip_writes = einsum("lbtd,led->lbte", reads, weights.skips)
+        skip_writes = replicate(einsum("lbtd,led->lbte", reads, weights.skips))
     constant = jnp.where(has_nodes[None, :, :, None], constant, writes - skip_writes)
 
     def prompts_first(x: Array) -> Array:

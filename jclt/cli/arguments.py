@@ -140,6 +140,11 @@ def add_keep_argument(command: argparse.ArgumentParser) -> None:
         help="where the coder's weights are kept: in a device's memory, in the host's, in the coder's files, or split "
         "over all devices (default: the first of device, host and disk that has room)",
     )
+    command.add_argument(
+        "--split-model",
+        action="store_true",
+        help="split the model over all devices, for models that do not fit on one; by default each has a copy",
+    )
 
 
 def add_run_arguments(command: argparse.ArgumentParser, presets: str, settings: str) -> None:
@@ -183,11 +188,14 @@ def start_run(
 
 def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, Any]":
     """Loads the coder and its model; by default, the model that the coder's files name."""
+    import jax
+
     from jclt.coders import load_coder
     from jclt.mesh import make_mesh
     from jclt.models import load_model
 
     name, coder = arguments.model, arguments.coder
+    mesh = make_mesh(devices=jax.local_devices()) if getattr(arguments, "split_model", False) else None
     if coder is None and name not in (None, "demo"):
         raise UserError(f"model '{name}': expected --coder too, a coder of this model (demo is the demo model's)")
     coder = coder or "demo"
@@ -195,11 +203,11 @@ def load_coder_and_model(arguments: argparse.Namespace) -> "tuple[Model, Any]":
         name = _find_model_name(coder)
         log.info("model %s, as the coder's files say", name)
         try:
-            model = load_model(name)
+            model = load_model(name, mesh=mesh)
         except UserError as error:
             raise UserError(f"{error}; the files of coder '{coder}' name it, --model says another") from None
     else:
-        model = load_model(name or "demo")
+        model = load_model(name or "demo", mesh=mesh)
     keep = getattr(arguments, "keep", "device")  # commands without this argument need all weights on the device
     return model, load_coder(
         coder,

@@ -9,6 +9,7 @@ from jclt.coders.config import CoderConfig
 from jclt.errors import UserError
 from jclt.kernels.matmuls import token_letters, widen_for_product
 from jclt.kernels.take_rows import take_rows
+from jclt.mesh import replicate
 from jclt.models import Model
 from jclt.models.config import ModelConfig
 from jclt.models.ops import ACTIVATIONS
@@ -33,6 +34,10 @@ class Neurons(eqx.Module):
         bias = self.params.get(f"{name}_bias")
         return projected if bias is None else projected + bias[layer].astype(x.dtype)[(None,) * (x.ndim - 1)]
 
+    def _take(self, name: str, layer: int) -> Array:
+        """One layer's weight; of a model that is split over a mesh, all of it on every device."""
+        return replicate(self.params[name][layer])
+
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
         act, up = ACTIVATIONS[self.model.activation], self._project("up", layer, x)
         return act(self._project("gate", layer, x)) * up if self.model.gated else act(up)
@@ -43,11 +48,11 @@ class Neurons(eqx.Module):
         return self._project("down", layer, activations[layer])
 
     def load_encoder(self, layer: int) -> "Neurons":
-        params = {name: self.params[name][layer : layer + 1] for name in WEIGHTS[:4] if name in self.params}
+        params = {name: self._take(name, layer)[None] for name in WEIGHTS[:4] if name in self.params}
         return Neurons(params, self.model, self.config.keep_one_layer())
 
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
-        return self.params["down"][layer][:, None]
+        return self._take("down", layer)[:, None]
 
     def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
         return take_rows(self.decoder_rows(layer), features)
@@ -59,8 +64,9 @@ class Neurons(eqx.Module):
         return up, jnp.zeros(up.shape[:1], up.dtype) if bias is None else bias[layer]
 
     def decoder_bias(self, layer: int) -> Float[Array, "D"]:
-        bias = self.params.get("down_bias")
-        return jnp.zeros_like(self.params["down"][layer, 0]) if bias is None else bias[layer]
+        if "down_bias" not in self.params:
+            return jnp.zeros(self.model.width, self.params["down"].dtype)
+        return self._take("down_bias", layer)
 
     def skip(self, layer: int) -> None:
         return None

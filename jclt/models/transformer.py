@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.mesh import is_split, replicate
@@ -192,8 +193,9 @@ def look_up_rows(table: Float[Array, "V D"], index: Int[Array, "B T"]) -> Stream
     if not is_split(index) and not is_split(table):
         return table[index]
     column_axes = jax.typeof(table).sharding.spec[1]
-    table_rows = table.at[replicate(index)].get(out_sharding=P(None, None, column_axes))
-    return jax.reshard(table_rows, P(*jax.typeof(index).sharding.spec, None))
+    mesh = jax.typeof(table if is_split(table) else index).sharding.mesh
+    table_rows = table.at[replicate(index)].get(out_sharding=NamedSharding(mesh, P(None, None, column_axes)))
+    return jax.reshard(table_rows, NamedSharding(mesh, P(*jax.typeof(index).sharding.spec, None)))
 
 
 def embed(config: ModelConfig, params: Params, tokens: Tokens, positions: Int[Array, "B T"], site: Sites) -> Stream:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from traced_graphs import assert_close, assert_same, make_case, measure_residual, trace_whole_graph
 
 import jclt
-from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, calls, sizes
+from jclt.attribution import Direction, attribute, attribute_batch, attribute_each, calls, placement, sizes
 from jclt.attribution import schedule as tracing
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Options, count_silent_positions
@@ -333,7 +333,7 @@ def test_half_precision_is_widened_before_anything_is_computed():
 def test_a_float16_coder_of_large_numbers_is_finite():
     _, coder, _ = make_case(*CASE)
     large = convert(change_weights(coder, "encoder_bias", lambda x: np.full_like(x, 3e4)), np.float16)
-    attributing.check_finite(large)  # though the sum of these numbers is not
+    placement.check_finite(large)  # though the sum of these numbers is not
 
 
 def test_a_threshold_may_be_infinite_but_not_nan():

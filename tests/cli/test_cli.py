@@ -157,7 +157,7 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(arguments, says, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("jclt.models.load_model", lambda name: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("jclt.models.load_model", lambda name, **_: pytest.fail("a model is loaded"))
     assert main([part.replace("{}", str(tmp_path)) for part in arguments]) == 2
     output = capsys.readouterr().err
     assert output.startswith(f"jclt: {says.replace('{}', str(tmp_path))}") and output.count("\n") == 1
@@ -258,10 +258,11 @@ def test_what_runs_out_is_one_line(error, says, monkeypatch, capsys):
 
 
 def test_the_model_is_the_one_that_the_coder_is_of(monkeypatch, capsys):
-    loaded = []
+    loaded, meshes = [], []
 
-    def load_model(name):
+    def load_model(name, mesh):
         loaded.append(name)
+        meshes.append(mesh)
         raise UserError(f"model '{name}': no such folder")
 
     monkeypatch.setattr("jclt.models.load_model", load_model)
@@ -273,7 +274,8 @@ def test_the_model_is_the_one_that_the_coder_is_of(monkeypatch, capsys):
     for arguments in (["eval", "demo"], ["attribute", "x"], ["attribute", "x", "--coder", "runs/y", "--model", "z"]):
         assert main(arguments) == 2
     assert loaded == ["smol", "demo", "demo", "z"]
-    assert main(["eval", "neurons"]) == 2 and loaded[-1] == "demo"
+    assert main(["eval", "neurons"]) == 2 and loaded[-1] == "demo" and not any(meshes)
+    assert main(["attribute", "x", "--split-model"]) == 2 and meshes[-1].size == 4
 
 
 def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
@@ -286,7 +288,7 @@ def test_a_check_can_be_left_out_and_eval_warns(monkeypatch, capsys, caplog):
     def check_fit(coder, model, name):
         raise UserError(f"coder '{name}' does not fit")
 
-    monkeypatch.setattr("jclt.models.load_model", lambda name: None)
+    monkeypatch.setattr("jclt.models.load_model", lambda name, mesh: None)
     monkeypatch.setattr("jclt.coders.load_coder", load_coder)
     monkeypatch.setattr("jclt.coders.check_fit", check_fit)
     monkeypatch.setattr("jclt.evaluation.evaluate.evaluate", lambda *arguments: ("figures", {}))
@@ -339,7 +341,7 @@ def plain_graph(ids: np.ndarray) -> jclt.Graph:
 def test_prompts_that_all_fail_give_status_1(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a\n")
     counts = [(0, 1), (2, 1)]
-    monkeypatch.setattr("jclt.models.load_model", lambda name: None)
+    monkeypatch.setattr("jclt.models.load_model", lambda name, mesh: None)
     monkeypatch.setattr("jclt.coders.load_coder", lambda name, **rest: None)
     monkeypatch.setattr("jclt.attribution.attribute_file", lambda *given, **also: counts.pop(0))
     for name in ("slug_of", "write_viewer_json"):

@@ -22,6 +22,7 @@ from jclt.attribution.sweep.folding import (
     writes_through_norm,
 )
 from jclt.attribution.sweep.tiles import Layout
+from jclt.mesh import AnyMesh, gather_shards
 from jclt.shapes import Array, DTypeLike, Float, Int
 
 
@@ -84,12 +85,20 @@ def begin_gradients(targets: TargetNodes, layer: int | Array, length: int) -> Fl
 Result = TypeVar("Result")
 
 
+def count_prompt_shards(mesh: AnyMesh) -> int:
+    """On how many devices prompts are shared out. On the mesh of a split model each device has all prompts."""
+    return mesh.shape.get("prompts", 1)
+
+
 def map_over_prompts(mesh: Mesh, function: Callable[..., Result], weights: FoldedWeights, *of_prompts: Any) -> Result:
-    """Calls a function on each device, with all weights and the arrays of its own prompts."""
+    """Calls a function on each device, with all weights and the arrays of its own prompts. On the mesh of a split model
+    it gets its shards of the weights, and what their types say of other arrays."""
     if mesh.size == 1:
         return function(weights, *of_prompts)
-    split = P("prompts")
-    specs = (P(), *[split] * len(of_prompts))
+    split = P(mesh.axis_names)
+    specs: Any = (P(), *[split] * len(of_prompts))
+    if count_prompt_shards(mesh) == 1:
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (weights, *of_prompts))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)(weights, *of_prompts)
 
 
@@ -112,11 +121,11 @@ class Sweep(NamedTuple):
         return self.prompts.targets.vectors.dtype
 
     def take_layer(self, prompt: Array, layer: Array) -> FoldedLayer:
-        folded, weights, start = self.prompts.folded, self.weights, self.start
+        folded, weights, start, c = self.prompts.folded, self.weights, self.start, self.local.model
         return FoldedLayer(
-            values=weights.values[layer],
-            outputs=weights.outputs[layer],
-            skip=None if weights.skips is None else weights.skips[layer],
+            values=gather_shards(weights.values[layer], (c.width, c.key_heads, c.head_size)),
+            outputs=gather_shards(weights.outputs[layer], (c.heads, c.head_size, c.width)),
+            skip=None if weights.skips is None else gather_shards(weights.skips[layer], (c.width, c.width)),
             pattern=folded.patterns[prompt, layer, :, start:, start:],
             skip_scale=None if folded.skip_scales is None else folded.skip_scales[prompt, layer, start:],
         )
