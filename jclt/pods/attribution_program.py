@@ -1,10 +1,10 @@
 """What attribution graphs take on a slice: the memory of a chip, and the seconds of a typical prompt.
 
 Each chip traces prompts of its own, with the whole model in its memory. The coder lies on one chip, or is split over
-the slice; then all chips encode the prompts of one after the other, and send each the rows of its features. Programs
-are compiled for one chip, those of a split coder for the slice. Of the loops whose rounds depend on the prompt the
-bodies are compiled (`sweep_bodies.py`), and counted for a prompt with evenly spread features (`typical_prompt.py`).
-What the host does meanwhile, and what travels to it, is not counted.
+the slice; then all chips encode the prompts of one after the other, and the rows of all their features are summed over
+the chips. Programs are compiled for one chip, those of a split coder for the slice. Of the loops whose rounds depend on
+the prompt the bodies are compiled (`sweep_bodies.py`), and counted for a prompt with evenly spread features
+(`typical_prompt.py`). What the host does meanwhile, and what travels to it, is not counted.
 """
 
 from collections.abc import Iterator
@@ -59,6 +59,8 @@ def plan_graphs(
     if not 1 <= length <= model.context:
         raise UserError(f"prompt length {length}: expected from 1 to {model.context}, the model's context")
     coder, active, limit = use_inference_form(config.coder), active or ACTIVE_PER_TOKEN, find_chip(topology).memory
+    if active * length < 1:
+        raise UserError(f"active features a token {active:g}: expected at least one in {length} tokens")
     setup = describe_setup(coder, model, devices[0])
     prompt = make_prompt(setup, length, active, "tpu")
     steps, batch = list_gathering(setup, prompt)
@@ -188,6 +190,6 @@ def list_coder_steps(setup: Setup, prompt: Prompt, coder: SparseCoder, mesh: Mes
         yield Step("encode", listed, kept, {-1: covered * prompts})
         numbers = shapes.numbers(prompts * prompt.layout.list_length)
         yield Step("read rows", take_encoder_rows.lower(encoder, numbers), kept, {-1: covered})
-        middle = coder.layers[covered // 2]
+        middle = coder.layers[covered // 2]  # its features write to as many layers as those of a layer do on average
         table = middle.encoder if middle.decoder is None else middle.decoder
         yield Step("read rows", take_from_shards.lower(table, numbers), kept, {-1: covered})

@@ -127,7 +127,7 @@ def list_push_bodies(
     edges = shapes.array(layers, tiles, *of_block.shape, tile_size)
     kept += count_bytes(streams, edges)
     rest = *program, shapes.place(targets), of_block, number, streams, edges
-    for stop, times in trips.later.items():
+    for stop, times in (+trips.later).items():
         yield Step("carry sources", push_block_once.lower((*settings, (stop,)), False, *rest), kept, {-1: times})
     first = push_block_once.lower((*settings, batch.stops), True, *rest)
     yield Step("carry sources", first, kept, {-1: trips.firsts})
@@ -146,7 +146,7 @@ def list_bodies(shapes: Shapes, batch: Batch, trips: Trips, kept: int) -> Iterat
     kept += results * trips.size * batch.target_bytes + count_bytes(stream)
     targets = TargetNodes(of_block, of_block, shapes.array(*stream.shape[1:]))
     rest = *program, targets, number, stream
-    for stop, times in trips.later.items():
+    for stop, times in (+trips.later).items():
         yield Step("carry targets", pull_block.lower((*settings, (stop,)), False, *rest), kept, {-1: times})
     first = pull_block.lower((*settings, batch.stops), True, *rest)
     yield Step("carry targets", first, kept, {-1: trips.firsts})
