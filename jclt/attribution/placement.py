@@ -21,9 +21,10 @@ from jclt.shapes import Array
 def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Options, prompts: int) -> Setup:
     """Copies the model to as many devices as there are prompts in a batch; but one that is split over a mesh stays
     split over it. The coder stays where it is."""
-    mesh = model.mesh or make_prompts_mesh(prompts)
+    mesh = model.mesh if model.mesh is not None and model.mesh.size > 1 else make_prompts_mesh(prompts)
+    is_split = mesh is model.mesh
     on_all, layers = NamedSharding(mesh, P()), model.config.layers
-    if model.mesh is None:
+    if not is_split:
         params = jax.device_put(dict(model.params), on_all)
         if not isinstance(coder, StreamedCoder | SparseCoder):
             coder = jax.device_put(coder, mesh.devices[0])  # a part of the model, which may be split in other ways
@@ -35,7 +36,7 @@ def place_on_devices(model: Model, coder: Coder, local: LocalModel, options: Opt
     with use_mesh(mesh_of(coder.decoder_bias(0))):
         skips, biases = stack_skips(coder, layers), stack_biases(coder, layers)
     if skips is not None:
-        by_output = make_sharding(mesh, skips.shape, (None, "stored", None)) if model.mesh else on_all
+        by_output = make_sharding(mesh, skips.shape, (None, "stored", None)) if is_split else on_all
         skips = jax.device_put(skips, by_output)
     weights = Weights(params, skips)
     return Setup(

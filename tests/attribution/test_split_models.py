@@ -32,6 +32,7 @@ CASES = [
     ("gemma2", "neurons", "float64", (2, 2)),
     ("mistral", "some skips", "float64", (1, 4)),
     ("gpt2", "clt", "float32", (2, 2)),
+    ("gpt2", "clt", "float32", (1, 1)),
     ("gemma2", "neurons", "float32", (1, 4)),
     ("llama3", "clt", "bfloat16", (1, 4)),
 ]
