@@ -120,7 +120,9 @@ def format_graphs(config: TrainConfig, report: Report) -> str:
         f"{graphs['prompt'] / GIB:.2f} GiB",
     ]
     if not graphs["fits"]:
-        return indent.join([*lines, f"does not fit: expected at most {limit}; models are not split for graphs"])
+        return indent.join(
+            [*lines, f"does not fit: expected at most {limit}; graphs of a model split over chips are not planned"]
+        )
     for precision in GRAPH_PRECISIONS:
         seconds = sum(graphs[precision].values())
         shares = ", ".join(f"{name} {part / seconds:.0%}" for name, part in graphs[precision].items())

@@ -126,7 +126,7 @@ def count_trips(batch: Batch, tiles: TilePlan, sources: SourceBlocks | None, bac
     for size, rounds in by_size.items():
         later, groups, meetings, firsts = Counter[int](), Counter[bool](), 0, 0
         for block in (block for of_round in rounds for block in of_round):
-            top, stop = int(rows.target_layers[block.targets].max()), batch.stops[block.stop_index]
+            top, stop = batch.find_top(block), batch.stops[block.stop_index]
             later[stop] += top - max(rows.cut, 1)
             firsts += top < batch.setup.model.config.layers  # what the unembedding reads begins after the last layer
             groups += count_tile_groups(batch, tiles, top, stop)

@@ -271,7 +271,9 @@ def test_parts_of_a_plan_are_said_as_they_are_ready(monkeypatch):
     assert "coder on one chip: 3.00 of 4.00 GiB a chip, with 1.00 GiB of coder; beside it encode 0.1 s" in messages[2]
     assert "bfloat16_3x  0.3 s a graph, 12,000 graphs a chip-hour, 26.7 a second on the slice" in messages[2]
     assert "coder split over 8 chips: does not fit: 5.00 of" in messages[2] and "a large product" in messages[3]
-    assert "models are not split" in format_graphs(config, {"graphs": graphs | {"fits": False}})
+    assert "graphs of a model split over chips are not planned" in format_graphs(
+        config, {"graphs": graphs | {"fits": False}}
+    )
 
 
 def test_workers_compile_two_at_a_time_and_end_with_the_one_who_asked(monkeypatch):
