@@ -36,7 +36,7 @@ CASES = [
     ("gemma2", "neurons", "float32", (1, 4)),
     ("llama3", "clt", "bfloat16", (1, 4)),
 ]
-FEW = [("gpt2", "clt", "float64", (1, 4)), ("gemma2", "neurons", "float64", (2, 2))]
+FEW = [("gpt2", "clt", "float64", (1, 4))]
 
 
 def split_coder(coder: Coder, mesh: jax.sharding.Mesh) -> Coder:
