@@ -20,6 +20,7 @@ ORDER = [
         "coders",
         "attribution",
         "interventions",
+        "features",
         "evaluation",
         "training",
         "pods",
