@@ -40,13 +40,13 @@ def permute(places: np.ndarray, count: int, key: Sequence[int]) -> np.ndarray:
     while outside.any():
         left, right = result[outside] >> half, result[outside] & mask
         for round_key in round_keys:
-            left, right = right, left ^ (_hash_bits(right ^ round_key) & mask)
+            left, right = right, left ^ (hash_bits(right ^ round_key) & mask)
         result[outside] = (left << half) | right
         outside = result >= count
     return result.astype(np.int64)
 
 
-def _hash_bits(x: np.ndarray) -> np.ndarray:
+def hash_bits(x: np.ndarray) -> np.ndarray:
     """A hash from 64 bits to 64 bits (the finaliser of splitmix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,12 +1,22 @@
 """What a feature is: where it fires in data, and what its weights say.
 
-Reading order: `columns.py` (the files), `records.py` (one feature read from them), `describe.py` (the pass over data),
-`events.py` (which features fire, listed on the device), `tally.py` (all counts), `best_examples.py` and
-`frequent_tokens.py` (the parts of them that keep only the best), `weights.py` (what follows from weights alone),
-`viewer_files.py` (the JSON of published viewers).
+Reading order: `columns.py` (the files), `records.py` (one feature read from them), `describe.py` (the pass over data
+and weights; `rows.py` are its rows, `progress.py` its folder), `block_events.py` and `events.py` (where features fire,
+listed on the device), `tally.py` (all counts), `best_examples.py` and `frequent_tokens.py` (the parts of them that keep
+only the best), `weights.py` (what follows from weights alone), `viewer_files.py` (the JSON of published viewers).
 """
 
 from jclt.features.columns import BIN_EDGES, COLUMNS, Sizes
+from jclt.features.describe import describe_features
 from jclt.features.records import Example, FeatureRecord, Features, load_features
 
-__all__ = ["BIN_EDGES", "COLUMNS", "Example", "FeatureRecord", "Features", "Sizes", "load_features"]
+__all__ = [
+    "BIN_EDGES",
+    "COLUMNS",
+    "Example",
+    "FeatureRecord",
+    "Features",
+    "Sizes",
+    "describe_features",
+    "load_features",
+]

@@ -56,20 +56,12 @@ def list_active(is_active: Bool[Array, "N F"], capacity: float) -> ActivePairs:
     def list_on_device(is_active: Array) -> ActivePairs:
         tokens, features = is_active.shape
         slots = max(1, math.ceil(tokens * min(capacity, features)))
-        words, words_per_token = _pack_into_words(is_active), -(-features // WORD_BITS)
-        word_counts = jax.lax.population_count(words).astype(jnp.int32)
-        token_counts = jnp.sum(word_counts, axis=1)
-        token_ends = jnp.cumsum(token_counts)
-        starts_in_token = jnp.cumsum(word_counts, axis=1) - word_counts
-        word_starts = ((token_ends - token_counts)[:, None] + starts_in_token).reshape(-1)
-        slot = jnp.arange(slots, dtype=jnp.int32)
-        word = jnp.searchsorted(word_starts, slot, side="right").astype(jnp.int32) - 1
-        bit = _nth_bit(words.reshape(-1)[word], slot - word_starts[word])
-        total = token_ends[-1]
+        token, feature, token_ends = find_active_pairs(is_active, slots)
+        slot, total = jnp.arange(slots, dtype=jnp.int32), token_ends[-1]
         is_filled = slot < total
-        token = jnp.where(is_filled, word // words_per_token, tokens - 1)
+        token = jnp.where(is_filled, token, tokens - 1)
         # Sorted by feature, empty slots come last.
-        feature = jnp.where(is_filled, word % words_per_token + bit * words_per_token, features)
+        feature = jnp.where(is_filled, feature, features)
         sorted_feature, by_feature = jax.lax.sort((feature, slot), num_keys=1, is_stable=True)
         feature_starts = jnp.searchsorted(sorted_feature, jnp.arange(features + 1, dtype=jnp.int32))
         return ActivePairs(
@@ -82,6 +74,23 @@ def list_active(is_active: Bool[Array, "N F"], capacity: float) -> ActivePairs:
         )
 
     return map_over_devices(list_on_device, PAIRS_SPECS)(is_active)
+
+
+def find_active_pairs(
+    is_active: Bool[Array, "N F"], slots: int
+) -> tuple[Int[Array, "E"], Int[Array, "E"], Int[Array, "N"]]:
+    """Token and feature of each pair where `is_active` is true, on one device, sorted by token; and for each token the
+    number of pairs up to its last. What slots after the last pair hold has no meaning."""
+    words, words_per_token = _pack_into_words(is_active), -(-is_active.shape[1] // WORD_BITS)
+    word_counts = jax.lax.population_count(words).astype(jnp.int32)
+    token_counts = jnp.sum(word_counts, axis=1)
+    token_ends = jnp.cumsum(token_counts)
+    starts_in_token = jnp.cumsum(word_counts, axis=1) - word_counts
+    word_starts = ((token_ends - token_counts)[:, None] + starts_in_token).reshape(-1)
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    word = jnp.searchsorted(word_starts, slot, side="right").astype(jnp.int32) - 1
+    bit = _nth_bit(words.reshape(-1)[word], slot - word_starts[word])
+    return word // words_per_token, word % words_per_token + bit * words_per_token, token_ends
 
 
 def _pack_into_words(is_active: Bool[Array, "N F"]) -> Array:

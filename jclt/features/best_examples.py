@@ -1,0 +1,90 @@
+"""The examples with the highest scores, at most one of each row, with the tokens around them: exact, block by block."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jclt.features.events import Events
+from jclt.features.rows import Block
+from jclt.shapes import Float, Int
+
+Arrays = dict[str, np.ndarray]
+
+
+def make_examples(features: int, count: int, window: int, token_type: str) -> Arrays:
+    """No examples yet."""
+    shape = (features, count)
+    return {
+        "score": np.full(shape, -np.inf),
+        "value": np.zeros(shape, np.float32),
+        "row": np.full(shape, -1, np.int32),
+        "position": np.full(shape, -1, np.int32),
+        "tokens": np.zeros((*shape, window), token_type),
+        "activations": np.zeros((*shape, window), np.float32),
+    }
+
+
+def add_examples(examples: Arrays, events: Events, score: Float[np.ndarray, "E"], block: Block) -> None:
+    """Keeps the best of the examples and of the block's events, in place. Of equal scores the earlier one is better."""
+    length, count = block.tokens.shape[1], examples["score"].shape[1]
+    chosen = _choose_of_each_row(events, score, length)
+    chosen = chosen[score[chosen] > examples["score"][events.feature[chosen], -1]]
+    if not len(chosen):
+        return
+    feature = events.feature[chosen]
+    changed = np.unique(feature)
+    old = len(changed) * count
+    # The old ones come first, so that a stable sort prefers them.
+    owner = np.concatenate([np.repeat(changed, count), feature])
+    scores = np.concatenate([examples["score"][changed].ravel(), score[chosen]])
+    order = np.lexsort((-scores, owner))
+    kept = order[_rank_in_group(owner[order]) < count].reshape(len(changed), count)
+    is_new = kept >= old
+    new = chosen[kept[is_new] - old]
+    fresh = _cut_examples(events, new, block, examples["tokens"].shape[2] // 2) | {"score": score[new]}
+    for name, column in examples.items():
+        values = column[changed].reshape(old, *column.shape[2:])[np.where(is_new, 0, kept)]
+        values[is_new] = fresh[name]
+        column[changed] = values
+
+
+def _choose_of_each_row(events: Events, score: Float[np.ndarray, "E"], length: int) -> Int[np.ndarray, "_"]:
+    """The event of each feature and row with the highest score, the first one of equals."""
+    row = events.place // length
+    if not len(row):
+        return np.zeros(0, np.int64)
+    is_start = np.concatenate([[True], (np.diff(events.feature) != 0) | (np.diff(row) != 0)])
+    starts, group = np.flatnonzero(is_start), np.cumsum(is_start) - 1
+    best = np.flatnonzero(score == np.maximum.reduceat(score, starts)[group])
+    return best[np.concatenate([[True], np.diff(group[best]) != 0])]
+
+
+def _rank_in_group(group: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+    """For a sorted list, the place of each item among those that are equal to it."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1])
+    return np.arange(len(group)) - np.repeat(starts, np.diff(np.concatenate([starts, [len(group)]])))
+
+
+def _cut_examples(events: Events, chosen: Int[np.ndarray, "n"], block: Block, context: int) -> Mapping[str, np.ndarray]:
+    """The columns of these events, with the tokens around them and the feature's activations there."""
+    length = block.tokens.shape[1]
+    place = events.place[chosen]
+    row, position = np.divmod(place, length)
+    around = position[:, None] + np.arange(-context, context + 1)
+    tokens = block.tokens[row[:, None], np.clip(around, 0, length - 1)]
+    # The other events of the feature lie beside it in the list.
+    key = events.feature.astype(np.int64) * block.tokens.size + events.place
+    first, last = np.searchsorted(key, key[chosen] - context), np.searchsorted(key, key[chosen] + context, "right")
+    example = np.repeat(np.arange(len(chosen)), last - first)
+    near = np.arange(len(example)) - np.repeat(np.cumsum(last - first) - last, last - first)
+    same = (events.place[near] // length == row[example]) & (events.feature[near] == events.feature[chosen][example])
+    example, near = example[same], near[same]
+    activations = np.zeros(around.shape, np.float32)
+    activations[example, events.place[near] - place[example] + context] = events.value[near]
+    return {
+        "value": events.value[chosen],
+        "row": block.rows[row],
+        "position": position,
+        "tokens": np.where((around >= 0) & (around < length), tokens, 0),
+        "activations": activations,
+    }

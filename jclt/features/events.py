@@ -1,0 +1,121 @@
+"""Lists where the features of a layer fire, on the device: activations never go to the host densely."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jclt.coders import Coder
+from jclt.errors import UserError
+from jclt.kernels.active import find_active_pairs
+from jclt.models import ModelConfig, forward
+from jclt.shapes import Array, Bool, Float, Int, Params, Tokens
+
+CHUNK_TOKENS = {"cpu": 512}
+"""Tokens that are encoded at once: on a CPU so few that their activations stay in its cache."""
+OTHER_CHUNK_TOKENS = 4096
+FIRST_SLOTS = 16
+"""Places for events per token of a chunk, before more are known to be needed."""
+
+
+class Events(NamedTuple):
+    """Where the features of one layer fire in a block: sorted by feature, then by place."""
+
+    feature: Int[np.ndarray, "E"]
+    place: Int[np.ndarray, "E"]  # row of the block * length + position
+    value: Float[np.ndarray, "E"]
+
+
+@eqx.filter_jit
+def read_sites(
+    config: ModelConfig, params: Params, site: str, layers: tuple[int, ...], tokens: Tokens
+) -> tuple[Float[Array, "B T D"], ...]:
+    """What the coder reads in these layers. The compiled program has no unembedding, since nothing uses it."""
+    _, seen, _ = forward(config, params, tokens, capture=(site,))
+    return tuple(seen[site][layer] for layer in layers)
+
+
+@eqx.filter_jit
+def list_firing(
+    encoder: Coder, x: Float[Array, "C n D"], valid: Bool[Array, "C n"], threshold: Float[Array, "F"], slots: int
+) -> tuple[Int[Array, "C E"], Int[Array, "C E"], Float[Array, "C E"], Int[Array, "C"]]:
+    """For each chunk: token, feature and value where an activation exceeds its threshold, and how many there are;
+    -1 if the input is not finite."""
+
+    def list_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
+        x, valid = chunk
+        activations = encoder.encode(0, x).astype(jnp.float32)
+        fires = (activations > threshold[None]) & valid[:, None]
+        token, feature, ends = find_active_pairs(fires, slots)
+        total = jnp.where(jnp.isfinite(x).all(), ends[-1], -1)
+        return token, feature, activations[token, feature], total
+
+    return jax.lax.map(list_chunk, (x, valid))
+
+
+def choose_chunk(rows: int, length: int) -> int:
+    """How many of a batch's rows are encoded at once: a divisor of their number."""
+    tokens = CHUNK_TOKENS.get(jax.default_backend(), OTHER_CHUNK_TOKENS)
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= tokens))
+
+
+class Listing(NamedTuple):
+    """A batch of one layer while the device works on it."""
+
+    encoder: Coder
+    x: Float[Array, "C n D"]
+    valid: Bool[Array, "C n"]
+    threshold: Float[Array, "F"]
+    slots: int  # per token
+    result: tuple[Array, Array, Array, Array]
+
+
+def start_listing(
+    encoder: Coder, x: Float[Array, "B T D"], valid: Bool[np.ndarray, "B T"], threshold: Array, slots: int
+) -> Listing:
+    """Has the device list the events of a batch in one layer."""
+    rows, length, width = x.shape
+    chunk = choose_chunk(rows, length)
+    chunks, tokens = rows // chunk, chunk * length
+    x, of_chunks = x.reshape(chunks, tokens, width), jnp.asarray(valid.reshape(chunks, tokens))
+    result = list_firing(encoder, x, of_chunks, threshold, slots * tokens)
+    return Listing(encoder, x, of_chunks, threshold, slots, result)
+
+
+def fetch_events(listing: Listing) -> tuple[Events, int]:
+    """The events of the batch, unsorted, and the slots per token that they needed: where there are too few, the list is
+    made again with more."""
+    chunks, tokens = listing.valid.shape
+    counts = np.asarray(listing.result[3])
+    if (counts < 0).any():
+        raise UserError("model: what the coder reads is not finite, expected numbers")
+    slots, result = listing.slots, listing.result
+    if (needed := -(-int(counts.max()) // tokens)) > slots:
+        slots = max(needed, 2 * slots)
+        result = list_firing(listing.encoder, listing.x, listing.valid, listing.threshold, slots * tokens)
+    token, feature, value = map(np.asarray, result[:3])
+    filled = np.arange(slots * tokens) < counts[:, None]
+    place = token.astype(np.int64) + np.arange(chunks)[:, None] * tokens
+    return Events(feature[filled], place[filled], value[filled]), slots
+
+
+def join_events(batches: Sequence[Events], batch_tokens: int) -> Events:
+    """The events of a block from those of its batches, sorted."""
+    feature = np.concatenate([events.feature for events in batches])
+    place = np.concatenate([events.place + n * batch_tokens for n, events in enumerate(batches)])
+    order = np.argsort(feature.astype(np.int64) * (len(batches) * batch_tokens) + place)
+    return Events(feature[order], place[order], np.concatenate([events.value for events in batches])[order])
+
+
+@eqx.filter_jit
+def find_thresholds(
+    encoder: Coder, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], share: Float[Array, ""]
+) -> Float[Array, "F"]:
+    """The values that this share of a feature's activations exceed, at least 0."""
+    activations = encoder.encode(0, x).astype(jnp.float32).reshape(-1, encoder.config.features)
+    ordered = jnp.sort(jnp.where(valid.reshape(-1)[:, None], activations, -jnp.inf), axis=0)[::-1]
+    count = (share * jnp.sum(valid).astype(jnp.float32)).astype(jnp.int32)
+    return jnp.maximum(ordered[jnp.minimum(count, len(ordered) - 1)], 0.0)
