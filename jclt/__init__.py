@@ -5,6 +5,7 @@ if TYPE_CHECKING:
     from jclt.attribution import Direction, attribute, attribute_batch
     from jclt.coders import load_coder, save_coder
     from jclt.errors import UserError
+    from jclt.features import FeatureRecord, Features, describe_features, export_features, load_features
     from jclt.graphs import Graph, export_json, import_json, load_graph, read_circuit_tracer
     from jclt.interventions import (
         Ablations,
@@ -57,6 +58,8 @@ __all__ = [
     "Component",
     "Compose",
     "Direction",
+    "FeatureRecord",
+    "Features",
     "Freeze",
     "Graph",
     "Intervention",
@@ -74,6 +77,8 @@ __all__ = [
     "ablate",
     "attribute",
     "attribute_batch",
+    "describe_features",
+    "export_features",
     "export_json",
     "find_maxima",
     "generate",
@@ -81,6 +86,7 @@ __all__ = [
     "intervene",
     "knock_out",
     "load_coder",
+    "load_features",
     "load_graph",
     "load_model",
     "load_pairs",
@@ -106,6 +112,7 @@ _PACKAGES = {
     "attribution": ("Direction", "attribute", "attribute_batch"),
     "coders": ("load_coder", "save_coder"),
     "errors": ("UserError",),
+    "features": ("FeatureRecord", "Features", "describe_features", "export_features", "load_features"),
     "graphs": ("Graph", "export_json", "import_json", "load_graph", "read_circuit_tracer"),
     "interventions": (
         "Ablations",

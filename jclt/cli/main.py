@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from jclt.cli import attribute, convert, demo, evaluate, inspect, intervene, plan, tokenize, train, train_lm
+from jclt.cli import attribute, convert, demo, evaluate, features, inspect, intervene, plan, tokenize, train, train_lm
 from jclt.cli.arguments import Parser
 from jclt.config import cache_folder
 from jclt.errors import Interrupted, UserError, escape_unprintable, first_line, reason_of, shorten
 from jclt.interrupts import INTERRUPTED
 
-COMMANDS = (demo, attribute, intervene, train_lm, train, evaluate, inspect, tokenize, plan, convert)
+COMMANDS = (demo, attribute, intervene, features, train_lm, train, evaluate, inspect, tokenize, plan, convert)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,6 +90,7 @@ LESS_MEMORY = {
     "intervene": "a shorter prompt takes less, and --no-predict",
     "train-lm": "a smaller batch or model takes less, and --set remat=true",
     "train": "a smaller batch, more micro_batches or fewer coder.features take less, and --set remat=true",
+    "features": "a shorter --length takes less, and --keep disk",
     "eval": "fewer --rows or a shorter --length take less",
     "tokenize": "fewer --workers or --shard-tokens take less",
     "convert": "--dtype bfloat16 takes less",

@@ -8,7 +8,8 @@ only the best), `weights.py` (what follows from weights alone), `viewer_files.py
 
 from jclt.features.columns import BIN_EDGES, COLUMNS, Sizes
 from jclt.features.describe import describe_features
-from jclt.features.records import Example, FeatureRecord, Features, load_features
+from jclt.features.records import Example, FeatureRecord, Features, load_features, summarize
+from jclt.features.viewer_files import export_bundle, export_features, read_bundle, read_feature_file
 
 __all__ = [
     "BIN_EDGES",
@@ -18,5 +19,10 @@ __all__ = [
     "Features",
     "Sizes",
     "describe_features",
+    "export_bundle",
+    "export_features",
     "load_features",
+    "read_bundle",
+    "read_feature_file",
+    "summarize",
 ]

@@ -1,7 +1,5 @@
 """The examples with the highest scores, at most one of each row, with the tokens around them: exact, block by block."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from jclt.features.events import Events
@@ -65,7 +63,7 @@ def _rank_in_group(group: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
     return np.arange(len(group)) - np.repeat(starts, np.diff(np.concatenate([starts, [len(group)]])))
 
 
-def _cut_examples(events: Events, chosen: Int[np.ndarray, "n"], block: Block, context: int) -> Mapping[str, np.ndarray]:
+def _cut_examples(events: Events, chosen: Int[np.ndarray, "n"], block: Block, context: int) -> Arrays:
     """The columns of these events, with the tokens around them and the feature's activations there."""
     length = block.tokens.shape[1]
     place = events.place[chosen]

@@ -47,7 +47,8 @@ class Example(NamedTuple):
         return "".join(f"[{text}]" if a > 0 and a >= share * self.value else text for text, a in marked)
 
 
-class FeatureRecord(NamedTuple):
+@dataclass(frozen=True)
+class FeatureRecord:
     """All that is known of one feature. Lists begin with the largest."""
 
     layer: int
@@ -59,7 +60,7 @@ class FeatureRecord(NamedTuple):
     maximum: float
     histogram: Int[np.ndarray, "H"]  # by `columns.BIN_EDGES`
     top: tuple[Example, ...]  # the highest activations, at most one of each row
-    sample: tuple[Example, ...]  # one firing at random of each of some rows, drawn at random
+    sample: tuple[Example, ...]  # one firing at random of each of some rows drawn at random, highest first
     fires_on: tuple[tuple[str, int], ...]  # tokens, and how often
     fires_on_missed: int  # the most that each of these counts may lack
     followed_by: tuple[tuple[str, int], ...]  # the tokens after those it fires on
@@ -83,9 +84,8 @@ class FeatureRecord(NamedTuple):
 
     def group_sample(self, groups: int) -> list[tuple[Example, ...]]:
         """The random examples in groups of about the same size, from those with the highest activations down."""
-        ordered = sorted(self.sample, key=lambda example: -example.value)
-        borders = [len(ordered) * n // groups for n in range(groups + 1)]
-        return [tuple(ordered[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        borders = [len(self.sample) * n // groups for n in range(groups + 1)]
+        return [self.sample[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
     def describe(self, examples: int = 5) -> str:
         """A text of a few lines."""
@@ -107,6 +107,21 @@ def _list_pairs(pairs: tuple[tuple[str, int], ...]) -> str:
 
 def _list_texts(pairs: tuple[tuple[str, float], ...]) -> str:
     return ", ".join(repr(text) for text, _ in pairs[:8]) or "-"
+
+
+def summarize(features: "Features") -> str:
+    """A table of all layers."""
+    tokens = features.settings["tokens"]
+    lines = [
+        f"{tokens} tokens of '{features.settings['data']['name']}'",
+        "layer  features  that fire      L0  median density",
+    ]
+    for layer in features.layers:
+        counts = features.column(layer, "count")
+        fire = counts[counts > 0]
+        median = f"{np.median(fire) / tokens:14.3%}" if len(fire) else f"{'-':>14}"
+        lines.append(f"{layer:5}  {len(counts):8}  {len(fire):9}  {counts.sum() / tokens:6.1f}  {median}")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True, repr=False)
@@ -196,7 +211,7 @@ class Features:
             maximum=float(get("maximum")),
             histogram=get("histogram"),
             top=tuple(self._read_examples(layer, feature, "top")),
-            sample=tuple(self._read_examples(layer, feature, "sample")),
+            sample=tuple(sorted(self._read_examples(layer, feature, "sample"), key=lambda x: -x.value)),
             fires_on=name_tokens("token_ids", "token_counts"),
             fires_on_missed=int(get("token_missed")),
             followed_by=name_tokens("next_ids", "next_counts"),

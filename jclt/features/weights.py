@@ -110,4 +110,5 @@ def rank_cosines(unit: Float[Array, "F D"], chosen: Int[Array, "n"], count: int)
     """The largest products of the chosen rows with the other rows, and the numbers of these."""
     cosines = einsum("nd,fd->nf", unit[chosen], unit)
     itself = chosen[:, None] == jnp.arange(len(unit), dtype=chosen.dtype)[None]
-    return tuple(jax.lax.top_k(jnp.where(itself, -jnp.inf, cosines), count))
+    best, ids = jax.lax.top_k(jnp.where(itself, -jnp.inf, cosines), count)
+    return best, ids
