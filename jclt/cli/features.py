@@ -31,10 +31,10 @@ def add_command(commands: Subcommands) -> None:
         "features",
         help="see what each feature of a coder is",
         description="Describes every feature of a coder, in one pass over data: the examples with the highest "
-        "activations and examples drawn at random, how often it fires and how strongly, the tokens it fires on and those "
-        "that follow, the features that fire with it. From the weights: the tokens whose logits it raises and lowers, "
-        "the layers it writes to, the features most like it. Interrupted, the same command goes on where the counts "
-        "were last saved, and ends in the same files.",
+        "activations and examples drawn at random, how often it fires and how strongly, the tokens it fires on and "
+        "those that follow, the features that fire with it. From the weights: the tokens whose logits it raises and "
+        "lowers, the layers it writes to, the features most like it. Interrupted, the same command goes on where the "
+        "counts were last saved, and ends in the same files.",
         epilog="example: jclt features demo --show 0/191; jclt features runs/gpt2/coder --data tokens/ --out features; "
         "jclt features neurons --model smollm2 --data stories.txt --rows 200 --show 3/17",
     )

@@ -23,27 +23,38 @@ def make_examples(features: int, count: int, window: int, token_type: str) -> Ar
 
 
 def add_examples(examples: Arrays, events: Events, score: Float[np.ndarray, "E"], block: Block) -> None:
-    """Keeps the best of the examples and of the block's events, in place. Of equal scores the earlier one is better."""
+    """Keeps the best of the examples and of the block's events, in place, in no order. Of equal scores the earlier
+    place in the data is better."""
     length, count = block.tokens.shape[1], examples["score"].shape[1]
     chosen = _choose_of_each_row(events, score, length)
-    chosen = chosen[score[chosen] > examples["score"][events.feature[chosen], -1]]
+    chosen = chosen[score[chosen] > examples["score"].min(axis=1)[events.feature[chosen]]]
     if not len(chosen):
         return
-    feature = events.feature[chosen]
-    changed = np.unique(feature)
-    old = len(changed) * count
-    # The old ones come first, so that a stable sort prefers them.
-    owner = np.concatenate([np.repeat(changed, count), feature])
+    row, position = np.divmod(events.place[chosen], length)
+    changed = np.unique(events.feature[chosen])
+    slots, old = (changed[:, None] * count + np.arange(count)).ravel(), len(changed) * count
+    owner = np.concatenate([np.repeat(changed, count), events.feature[chosen]])
     scores = np.concatenate([examples["score"][changed].ravel(), score[chosen]])
-    order = np.lexsort((-scores, owner))
-    kept = order[_rank_in_group(owner[order]) < count].reshape(len(changed), count)
-    is_new = kept >= old
-    new = chosen[kept[is_new] - old]
-    fresh = _cut_examples(events, new, block, examples["tokens"].shape[2] // 2) | {"score": score[new]}
-    for name, column in examples.items():
-        values = column[changed].reshape(old, *column.shape[2:])[np.where(is_new, 0, kept)]
-        values[is_new] = fresh[name]
-        column[changed] = values
+    places = np.concatenate([find_places(examples, length)[changed].ravel(), block.rows[row] * length + position])
+    order = np.lexsort((places, -scores, owner))
+    is_kept = np.zeros(len(order), bool)
+    is_kept[order] = _rank_in_group(owner[order]) < count
+    # Both lists are sorted by feature, and each feature gains as many as it loses.
+    free, new = slots[~is_kept[:old]], chosen[is_kept[old:]]
+    for name, values in _cut_examples(events, new, block, examples["tokens"].shape[2] // 2).items():
+        examples[name].reshape(-1, *examples[name].shape[2:])[free] = values
+    examples["score"].reshape(-1)[free] = score[new]
+
+
+def sort_examples(examples: Arrays, length: int) -> Arrays:
+    """The same with the best first."""
+    order = np.lexsort((find_places(examples, length), -examples["score"]), axis=1)
+    return {name: x[np.arange(len(order))[:, None], order] for name, x in examples.items()}
+
+
+def find_places(examples: Arrays, length: int) -> Int[np.ndarray, "F K"]:
+    """A number for each example that grows with its place in the data."""
+    return examples["row"].astype(np.int64) * length + examples["position"]
 
 
 def _choose_of_each_row(events: Events, score: Float[np.ndarray, "E"], length: int) -> Int[np.ndarray, "_"]:

@@ -72,7 +72,8 @@ def describe_features(
     layers = coder.config.covered
     for index, layer in enumerate(tqdm(layers, desc="writing layers", leave=False, mininterval=0.5)):
         if not (folder / str(layer)).exists():
-            columns = finish_tally(tallies[index], sizes.neighbours) | describe_weights(model, coder, index, sizes)
+            columns = finish_tally(tallies[index], sizes.neighbours, found.length)
+            columns |= describe_weights(model, coder, index, sizes)
             write_layer(folder, layer, columns, settings)
     finish_folder(folder, model, settings)
     return load_features(folder)

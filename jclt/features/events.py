@@ -93,8 +93,9 @@ def fetch_events(listing: Listing) -> tuple[Events, int]:
     if (counts < 0).any():
         raise UserError("model: what the coder reads is not finite, expected numbers")
     slots, result = listing.slots, listing.result
-    if (needed := -(-int(counts.max()) // tokens)) > slots:
-        slots = max(needed, 2 * slots)
+    while slots * tokens < counts.max():
+        slots *= 2  # so that there are few programs
+    if slots > listing.slots:
         result = list_firing(listing.encoder, listing.x, listing.valid, listing.threshold, slots * tokens)
     token, feature, value = map(np.asarray, result[:3])
     filled = np.arange(slots * tokens) < counts[:, None]

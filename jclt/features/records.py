@@ -209,7 +209,7 @@ class Features:
             threshold=float(get("threshold")),
             mean=float(get("sum")) / max(count, 1),
             maximum=float(get("maximum")),
-            histogram=get("histogram"),
+            histogram=get("histogram").astype(np.int64),
             top=tuple(self._read_examples(layer, feature, "top")),
             sample=tuple(sorted(self._read_examples(layer, feature, "sample"), key=lambda x: -x.value)),
             fires_on=name_tokens("token_ids", "token_counts"),

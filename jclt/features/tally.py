@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 
 from jclt.data.batches import hash_bits
-from jclt.features.best_examples import add_examples, make_examples
+from jclt.features.best_examples import add_examples, make_examples, sort_examples
 from jclt.features.columns import BINS, EXAMPLES, Sizes, find_bins, find_token_type
 from jclt.features.events import Events
 from jclt.features.frequent_tokens import add_counts, make_counts, sort_counts
@@ -67,11 +67,13 @@ def draw_numbers(place: Int[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
     return (hash_bits(place.astype(np.uint64) + np.uint64(1)) >> np.uint64(11)) * 2.0**-53
 
 
-def finish_tally(tally: Mapping[str, np.ndarray], neighbours: int) -> dict[str, np.ndarray]:
+def finish_tally(tally: Mapping[str, np.ndarray], neighbours: int, length: int) -> dict[str, np.ndarray]:
     """The columns that follow from what was counted."""
     plain = ("threshold", "count", "sum", "maximum", "histogram")
-    examples = [f"{kind}_{name}" for kind in ("top", "sample") for name in EXAMPLES]
-    columns = {name: tally[name] for name in (*plain, *examples)}
+    columns = {name: tally[name] for name in plain}
+    for kind in ("top", "sample"):
+        examples = sort_examples(_take_prefix(tally, kind), length)
+        columns |= _add_prefix(kind, {name: examples[name] for name in EXAMPLES})
     for kind in ("token", "next"):
         columns |= _add_prefix(kind, sort_counts(_take_prefix(tally, kind)))
     features = len(tally["count"])

@@ -1,9 +1,9 @@
 """Features as the JSON that published viewers read: a file for each feature, or a bundle of all.
 
-A file is `NUMBER.json`, with the number that a graph's JSON gives the feature in its field `feature` (Cantor's pairing of
-layer and feature). A bundle is `index.json.gz`, which gives for each layer a file and where each feature begins in it;
-there stand four bytes, the length, and the feature's JSON compressed by gzip. What viewers have no field for is in the
-object `jclt`, so that a file can be read back.
+A file is `NUMBER.json`, with the number that a graph's JSON gives the feature in its field `feature` (Cantor's pairing
+of layer and feature). A bundle is `index.json.gz`, which gives for each layer a file and where each feature begins in
+it; there stand four bytes, the length, and the feature's JSON compressed by gzip. What viewers have no field for is in
+the object `jclt`, so that a file can be read back.
 """
 
 import gzip
@@ -112,12 +112,12 @@ def _read_feature(content: Json, where: object) -> FeatureRecord:
             name: tuple((str(text), math.nan) for text in content.get(field, ())) for name, field in LOGITS.items()
         }
         filled = DEFAULTS | {"feature": int(content["index"])} | named | own
-        pairs = {name: tuple((a, b) for a, b in filled[name]) for name in PAIRS}
+        values: Json = {name: filled[name] for name in OWN_FIELDS}
+        values |= {name: tuple((a, b) for a, b in filled[name]) for name in PAIRS}
         return FeatureRecord(
-            **{name: filled[name] for name in OWN_FIELDS if name not in PAIRS},
-            **pairs,
+            **values,
             maximum=float(content.get("act_max", highest)),
-            histogram=np.array(own.get("histogram", ()), np.uint32),
+            histogram=np.array(own.get("histogram", ()), np.int64),
             decoder_norms=np.array(own.get("decoder_norms", ()), np.float32),
             top=examples[0] if examples else (),
             sample=tuple(example for group in examples[1:] for example in group),

@@ -1,0 +1,109 @@
+"""The pass that describes every feature of a coder, beside the model's forward pass on the same tokens.
+
+    python experiments/bench/features.py
+
+GPT-2 small (12 layers x 768) with random weights and 8,192 features a layer, about 100 of all 98,304 active at a token;
+float32. Timed are the forward pass with its logits, the forward pass and all encoders, and the whole pass: all that is
+counted of every feature (`jclt.features.describe.count_blocks`, without compilation). Cost: five minutes and 6 GB.
+"""
+
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from forward import GPT2, count_operations
+from machine import Case, best, forget_peak, matmul_rate, measure_peak, parser, report
+
+from jclt.coders import CoderConfig, SparseCoder, declare_coder
+from jclt.features import Sizes
+from jclt.features.block_events import BlockLister
+from jclt.features.describe import count_blocks
+from jclt.features.rows import find_rows
+from jclt.features.weights import describe_weights
+from jclt.models import Model, declare, forward
+from jclt.training.coder.speed import count_forward_operations
+
+LENGTH, FEATURES, ACTIVE, BATCH = 128, 8192, 100, 16
+
+
+def make_coder(model: Model, tokens: np.ndarray) -> SparseCoder:
+    """Random directions whose thresholds make each feature active on its share of these tokens."""
+    config = CoderConfig(kind="transcoder", features=FEATURES, activation="jumprelu").fit_to_model(GPT2, "gpt2")
+    random = np.random.default_rng(0)
+    coder = declare_coder(config, lambda _, shape: jnp.asarray(0.02 * random.standard_normal(shape, np.float32)))
+    lister = BlockLister(model, coder, LENGTH, len(tokens))
+    share = ACTIVE / (GPT2.layers * FEATURES)
+    reads = lister.read(tokens)
+
+    def choose(layer: int) -> jax.Array:
+        h = coder.compute_preactivation(layer, reads[layer].reshape(-1, GPT2.width))
+        return jnp.sort(h, axis=0)[-1 - round(share * len(h))]
+
+    layers = [replace(weights, threshold=choose(layer)) for layer, weights in enumerate(coder.layers)]
+    return replace(coder, layers=tuple(layers))
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=1 << 17, help="tokens of the whole pass")
+    options = options.parse_args()
+    weights = enumerate(declare(GPT2).items())
+    params = {name: weight.init(jax.random.fold_in(jax.random.key(0), i), jnp.float32) for i, (name, weight) in weights}
+    model, random = Model(GPT2, params, None, "gpt2"), np.random.default_rng(0)
+    rows = random.integers(0, GPT2.vocabulary, (options.tokens // LENGTH, LENGTH))
+    coder, batch = make_coder(model, rows[:BATCH].astype(np.int32)), jnp.asarray(rows[:BATCH], jnp.int32)
+    lister = BlockLister(model, coder, LENGTH, BATCH)
+
+    @jax.jit
+    def run_and_encode(params: dict[str, jax.Array], coder: SparseCoder, tokens: jax.Array) -> list[jax.Array]:
+        seen = forward(GPT2, params, tokens, capture=("mlp_in",))[1]["mlp_in"]
+        return [jnp.max(coder.encode(layer, seen[layer]), axis=(0, 1)) for layer in range(GPT2.layers)]
+
+    run = jax.jit(lambda params, tokens: forward(GPT2, params, tokens)[0])
+    repeats, count = min(options.repeats, 3), batch.size
+    rate = matmul_rate(options.repeats)
+    logits = best(lambda: run(params, batch), repeats)
+    read = best(lambda: lister.read(rows[:BATCH].astype(np.int32)), repeats)
+    encoded = best(lambda: run_and_encode(params, coder, batch), repeats)
+
+    data, sizes = find_rows(model, rows, None, LENGTH), Sizes()
+    with tempfile.TemporaryDirectory() as folder:
+        warm = data._replace(numbers=data.numbers[:BATCH])
+        count_blocks(model, coder, warm, sizes, None, Path(folder) / "warm")
+        forget_peak()
+        start = time.perf_counter()
+        tallies = count_blocks(model, coder, data, sizes, None, Path(folder) / "whole")
+        whole = (time.perf_counter() - start) * count / rows.size
+    peak = measure_peak()
+    describe_weights(model, coder, 0, sizes)
+    start = time.perf_counter()
+    describe_weights(model, coder, 1, sizes)
+    of_weights = GPT2.layers * (time.perf_counter() - start)
+
+    inside = count_forward_operations(GPT2, BATCH, LENGTH)
+    encode = 2.0 * count * GPT2.layers * FEATURES * GPT2.width
+    by_weights = 2.0 * GPT2.layers * FEATURES * GPT2.width * (GPT2.vocabulary + 2 * FEATURES)
+    rate = max(rate, matmul_rate(options.repeats))
+
+    def case(name: str, work: float, seconds: float, **beside: object) -> Case:
+        return Case(name, work, seconds, work / seconds / rate, **beside)
+
+    cases = [
+        case(f"forward with logits, {count} tokens", count_operations(GPT2, BATCH, LENGTH), logits),
+        case("forward to the last layer's input", inside, read),
+        case("the same and all encoders", inside + encode, encoded, against="forward", ratio=logits / encoded),
+        case("the whole pass", inside + encode, whole, against="encoders", ratio=encoded / whole, peak_gb=peak),
+        case("once: what weights say, 98,304 features", by_weights, of_weights),
+    ]
+    report(cases, rate, options.json)
+    fired = sum(int(tally["count"].sum()) for tally in tallies) / rows.size
+    print(f"{fired:.0f} active at a token; {count / whole:.0f} tokens a second; the whole pass takes", end=" ")
+    print(f"{whole / logits:.2f}x the forward pass with logits, {whole / encoded:.2f}x forward pass and encoders")
+
+
+if __name__ == "__main__":
+    main()
