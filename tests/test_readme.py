@@ -130,6 +130,13 @@ def check_patching(names: Names) -> None:
     assert len(names["paths"].values) == 20 and np.abs(names["paths"].effects).max() > 0.01
 
 
+def check_features(names: Names) -> None:
+    record, again = names["record"], names["again"]
+    assert "[ capital]" in names["best"] and names["tokens"][" capital"] > 10 and " Denver" in names["raised"]
+    assert names["densities"][191] == record.density and again[0, 191].top == record.top
+    assert len(list(Path("for_a_viewer").iterdir())) == 2
+
+
 def check_world(names: Names) -> None:
     example, pair = names["example"], names["pair"]
     assert example.answers and {"city", "state", "answer"} <= {c.name for c in example.concepts}
@@ -153,6 +160,7 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/coders/README.md", 0): check_coders,
     ("jclt/interventions/README.md", 0): check_interventions,
     ("jclt/attribution/README.md", 0): check_attribution,
+    ("jclt/features/README.md", 0): check_features,
     ("jclt/graphs/README.md", 0): check_graphs,
     ("jclt/interventions/README.md", 1): check_patching,
     ("jclt/world/README.md", 0): check_world,
@@ -180,6 +188,19 @@ def test_a_transcript_is_what_the_command_prints(as_a_user, capsys):
     shown = find_transcript(PAGES["jclt/attribution/README.md"], command)
     assert len(shown) == 1
     check_transcript(shown, capsys.readouterr().out)
+
+
+def test_the_transcript_of_features_is_what_the_command_prints(as_a_user, capsys):
+    command = ["features", "demo", "--rows", "256", "--show", "0/191"]
+    assert main(command) == 0
+    shown = find_transcript(PAGES["jclt/features/README.md"], command)
+    printed = capsys.readouterr().out
+    check_transcript(shown, printed)
+    assert len(shown) == 2 and "layer 0 feature 191: fires at" in printed
+    assert main([*command[:4], "--out", "features", "--viewer", "bundle"]) == 0  # nothing is done again
+    assert Path("bundle/index.json.gz").exists()
+    assert main([*command[:4], "--show", "4/0"]) == 2
+    assert "expected a layer of 0, 1, 2, 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)

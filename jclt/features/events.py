@@ -115,8 +115,10 @@ def join_events(batches: Sequence[Events], batch_tokens: int) -> Events:
 def find_thresholds(
     encoder: Coder, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], share: Float[Array, ""]
 ) -> Float[Array, "F"]:
-    """The values that this share of a feature's activations exceed, at least 0."""
+    """Values that this share of a feature's activations exceed, at least 0: halfway to the next activation, so that
+    rounding decides nothing."""
     activations = encoder.encode(0, x).astype(jnp.float32).reshape(-1, encoder.config.features)
     ordered = jnp.sort(jnp.where(valid.reshape(-1)[:, None], activations, -jnp.inf), axis=0)[::-1]
-    count = (share * jnp.sum(valid).astype(jnp.float32)).astype(jnp.int32)
-    return jnp.maximum(ordered[jnp.minimum(count, len(ordered) - 1)], 0.0)
+    count = jnp.round(share * jnp.sum(valid).astype(jnp.float32)).astype(jnp.int32)
+    count = jnp.clip(count, 1, len(ordered) - 1)
+    return jnp.maximum((ordered[count - 1] + ordered[count]) / 2, 0.0)

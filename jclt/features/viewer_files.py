@@ -164,7 +164,7 @@ def read_bundle(folder: str | Path, layer: int, feature: int) -> FeatureRecord:
     try:
         index = json.loads(gzip.decompress(read_bytes(path, "the index of a bundle of features")))
         entry = index[layer] if isinstance(index, list) else index[str(layer)]
-        name, start, stop = str(entry["filename"]), *map(int, entry["offsets"][feature : feature + 2])
+        name, start, stop = str(entry["filename"]), int(entry["offsets"][feature]), int(entry["offsets"][feature + 1])
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({first_line(error)}), expected the index of a bundle of features") from None
     except (KeyError, IndexError, TypeError):
