@@ -10,7 +10,7 @@ import numpy as np
 from random_coders import random_coder
 
 import jclt
-from jclt.coders import Coder, CoderConfig
+from jclt.coders import Coder, CoderConfig, SparseCoder
 from jclt.features import Sizes
 from jclt.features.columns import BIN_EDGES
 from jclt.features.tally import draw_numbers
@@ -30,7 +30,7 @@ def make_model() -> Model:
     return Model(config, params, None, "random")
 
 
-def make_coder(model: Model, **settings: Any) -> Coder:
+def make_coder(model: Model, **settings: Any) -> SparseCoder:
     config = CoderConfig(features=FEATURES, **settings).fit_to_model(model.config, "random")
     return random_coder(config)
 

@@ -3,9 +3,10 @@
     python experiments/bench/features.py
 
 GPT-2 small (12 layers x 768) with random weights and 8,192 features a layer, about 100 of all 98,304 active at a token;
-float32, uniform random tokens. Timed are the forward pass with its logits, the forward pass and all encoders, and the whole pass: all that is
-counted of every feature (`jclt.features.describe.count_blocks`, without compilation). The last line also compares the
-processor time of all threads, which other programs on the machine change less. Cost: five minutes and 5 GB.
+float32, uniform random tokens. Timed are the forward pass with its logits, the forward pass and all encoders, and the
+whole pass: all that is counted of every feature (`jclt.features.describe.count_blocks`, without compilation). The last
+line compares the processor time of all threads, which other programs on the machine change less. Cost: five minutes
+and 5 GB.
 """
 
 import tempfile
@@ -103,7 +104,7 @@ def main() -> None:
     by_weights = 2.0 * GPT2.layers * FEATURES * GPT2.width * (GPT2.vocabulary + 2 * FEATURES)
     rate = max(rate, matmul_rate(options.repeats))
 
-    def case(name: str, work: float, seconds: float, **beside: object) -> Case:
+    def case(name: str, work: float, seconds: float, **beside: Any) -> Case:
         return Case(name, work, seconds, work / seconds / rate, **beside)
 
     cases = [
