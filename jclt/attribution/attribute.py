@@ -34,7 +34,7 @@ import numpy as np
 
 from jclt.attribution.calls import Setup
 from jclt.attribution.local import LocalModel
-from jclt.attribution.options import Conventions, Nodes, Options
+from jclt.attribution.options import Conventions, Nodes, Options, check_vectors
 from jclt.attribution.placement import place_on_devices
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.ranking import PromptRows
@@ -68,6 +68,8 @@ def attribute(
     conventions: Conventions = "jclt",
     nodes: Nodes | None = None,
     precision: Precision = "float32",
+    heads: int | bool | None = None,
+    cuts: Sequence[int] = (),
 ) -> Graph:
     """The attribution graph of one prompt: text, a chat as a list of messages, or token ids `[T]`.
 
@@ -80,11 +82,14 @@ def attribute(
     a float up to 1.0 their share of all scores. What the others write counts as error. By default all are, but 2,000 of
     a model's neurons.
 
+    `heads` makes attention heads nodes, too: so many with the values of highest size at single positions, or with True
+    up to 2,000. `cuts` are layers at whose input the residual stream is a node at each position.
+
     Everything is computed in at least float32, whatever the types of model and coder; but the products that edges are
     summed up from can have a narrower `precision`, such as bfloat16_3x. What edges then miss of the nodes' values is
     the graph's `conservation_error`.
     """
-    options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision)
+    options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision, heads, cuts)
     ((_, graph),) = attribute_each(model, coder, [encode_prompt(model, prompt, conventions)], options)
     if isinstance(graph, UserError):
         raise graph
@@ -102,6 +107,8 @@ def attribute_batch(
     conventions: Conventions = "jclt",
     nodes: Nodes | None = None,
     precision: Precision = "float32",
+    heads: int | bool | None = None,
+    cuts: Sequence[int] = (),
     batch: int = BATCH,
 ) -> list[Graph]:
     """The graph of each prompt, as `attribute` gives it. `batch` prompts of similar length are traced together, split
@@ -110,7 +117,7 @@ def attribute_batch(
         raise UserError("prompts: a text, expected a list of prompts; attribute takes one")
     if is_chat(prompts):
         raise UserError("prompts: one chat, expected a list of prompts; attribute takes one")
-    options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision)
+    options = Options(parse_targets(targets), max_features, tolerance, conventions, nodes, precision, heads, cuts)
     tokens = [encode_prompt(model, prompt, conventions) for prompt in prompts]
     graphs: dict[int, Graph] = {}
     for number, graph in attribute_each(model, coder, tokens, options, batch):
@@ -142,6 +149,7 @@ def attribute_each(
         resolve_targets(model, options.targets)
     if batch < 1:
         raise UserError(f"batch={batch}: expected at least 1")
+    check_vectors(model, options)
     about, done = describe_provenance(model, coder, options), frozenset(done)
     by_prompt = [options.targets if wanted is None else wanted for wanted in targets or [None] * len(prompts)]
     setup = place_on_devices(model, coder, local, options, min(batch, len(prompts)))
@@ -181,7 +189,7 @@ def split_batches(setup: Setup, lengths: Sequence[int], batch: int) -> list[list
     for length in np.unique(padded_lengths):
         numbers = np.flatnonzero(padded_lengths == length).tolist()
         prompt_bytes = estimate_pass_bytes(*sizes, int(length), 4)
-        if setup.options.count_nodes(setup.coder.config) is not None:
+        if setup.options.has_scores(setup.coder.config):
             prompt_bytes += devices * estimate_score_bytes(*sizes, int(length), 4)
         size = min(batch, max(BATCH_BYTES[jax.default_backend()] // prompt_bytes, 1) * devices)
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]

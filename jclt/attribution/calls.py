@@ -98,14 +98,19 @@ class Batch(NamedTuple):
     def target_bytes(self) -> int:
         """Of the edges into one target."""
         met = 0 if self.columns is None else self.columns.streams.shape[1] * self.columns.streams.shape[3]
-        return (count_edges(self.setup.model.config, self.stops[-1], self.layout) + met) * self.setup.itemsize
+        vectors, length = self.nodes.vectors, self.stops[-1]
+        if vectors is not None:
+            of_streams = 0 if vectors.streams is None else length
+            met += self.setup.model.config.layers * (vectors.head_lists.shape[2] + of_streams)
+        return (count_edges(self.setup.model.config, length, self.layout) + met) * self.setup.itemsize
 
 
 def push_columns(batch: Batch) -> Batch:
     """The batch, with the columns of its sources where a cut saves operations. The devices of a split model would each
-    carry up all sources, so there targets go down all the way."""
+    carry up all sources, so there targets go down all the way; as they do where heads or residual streams are nodes."""
     setup = batch.setup
-    arranged = None if setup.is_split else arrange_columns(batch, jax.default_backend())
+    goes_down = setup.is_split or batch.nodes.vectors is not None
+    arranged = None if goes_down else arrange_columns(batch, jax.default_backend())
     if arranged is None:
         return batch
     count = np.count_nonzero(arranged[0].layers != NO_LAYER)
@@ -196,10 +201,11 @@ def trace_rows(batch: Batch, wanted: list[Int[np.ndarray, "_"]]) -> None:
                 length = batch.stops[block.stop_index]
                 batch.rows[block.prompt].add_block(block.targets, of_block, batch.start, length)
 
-    # Targets in the first layer only read embeddings, and those below the cut have their edges, so they need no block.
+    # Targets in the first layer only read embeddings, unless heads are nodes; those below the cut have their edges.
+    # Neither need a block.
     for rows, numbers in zip(batch.rows, wanted, strict=True):
         layers = rows.target_layers[numbers]
-        rows.add_first_layer(numbers[layers == 0])
+        rows.add_first_layer(numbers[layers < min(rows.lowest, 1)])
         rows.add_low_targets(numbers[(layers > 0) & (layers < rows.cut)])
     for call in launch_calls(batch, *arrange_targets(batch, wanted, jax.default_backend())):
         in_flight.append(call)
@@ -213,8 +219,7 @@ def arrange_targets(batch: Batch, wanted: list[Int[np.ndarray, "_"]], backend: s
     """The targets of each prompt from its cut on in blocks: their size, and the blocks of each device. They are those
     of its prompts, or of a split model its share of all blocks."""
     above = [
-        numbers[rows.target_layers[numbers] >= max(rows.cut, 1)]
-        for rows, numbers in zip(batch.rows, wanted, strict=True)
+        numbers[rows.target_layers[numbers] >= rows.lowest] for rows, numbers in zip(batch.rows, wanted, strict=True)
     ]
     setup, counts = batch.setup, list(map(len, above))
     most = -(-sum(counts) // setup.mesh.size) if setup.is_split else max(counts)
@@ -222,7 +227,7 @@ def arrange_targets(batch: Batch, wanted: list[Int[np.ndarray, "_"]], backend: s
     by_device: list[list[Block]] = [[] for _ in range(setup.shards)]
     for prompt, (rows, numbers) in enumerate(zip(batch.rows, above, strict=True)):
         positions = rows.target_positions[numbers] - batch.start
-        steps = rows.target_layers[numbers] - max(rows.cut, 1)
+        steps = rows.target_layers[numbers] - rows.lowest
         blocks = split_targets(prompt, numbers, steps, positions, batch.stops, size)
         by_device[prompt // batch.per_device] += blocks
     if setup.is_split:

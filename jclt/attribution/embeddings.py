@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jclt.attribution.local import LocalModel, Reads, Weights, linearize_embeddings, propagate
 from jclt.attribution.sweep.bases import FeatureNodes
-from jclt.attribution.sweep.nodes import TargetNodes
+from jclt.attribution.sweep.nodes import TargetNodes, VectorNodes
 from jclt.attribution.true_pass import TruePass
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float
@@ -39,18 +39,24 @@ def trace_embeddings(
     true_passes: TruePass,
     features: FeatureNodes,
     outputs: TargetNodes,
+    vectors: VectorNodes | None = None,
 ) -> EmbeddingEdges:
     """For a batch of prompts; `at_once` embeddings of each are carried up together. Position embeddings that are no
     nodes count as a bias."""
 
-    def trace_prompt(true_pass: TruePass, features: FeatureNodes, outputs: TargetNodes) -> EmbeddingEdges:
+    def trace_prompt(
+        true_pass: TruePass, features: FeatureNodes, outputs: TargetNodes, vectors: VectorNodes | None
+    ) -> EmbeddingEdges:
+        masks = None if vectors is None else vectors.masks
+
         def read_targets(reads: Reads) -> Float[Array, "N"]:
             feature_reads = reads.layers[jnp.asarray(covered)[:, None], features.positions]
             output_reads = jnp.concatenate([reads.layers, reads.final[None]])[outputs.layers, outputs.positions]
             of_features = einsum("cnd,cnd->cn", feature_reads, features.encoders)
-            return jnp.concatenate([of_features.ravel(), einsum("kd,kd->k", output_reads, outputs.vectors)])
+            parts = [of_features.ravel(), einsum("kd,kd->k", output_reads, outputs.vectors)]
+            return jnp.concatenate(parts if vectors is None else [*parts, *vectors.read(reads)])
 
-        carry_up = linearize_embeddings(local, weights, true_pass.frozen, true_pass.reads)
+        carry_up = linearize_embeddings(local, weights, true_pass.frozen, true_pass.reads, masks)
 
         def trace_each(embeddings: Float[Array, "T D"]) -> Float[Array, "N T"]:
             def trace_one(position: Array) -> Float[Array, "N"]:
@@ -59,17 +65,19 @@ def trace_embeddings(
 
             return jax.lax.map(trace_one, jnp.arange(embeddings.shape[0]), batch_size=at_once).T
 
-        encoder_bias = jnp.concatenate([features.biases.ravel(), jnp.zeros(len(outputs.layers), features.biases.dtype)])
+        others = len(outputs.layers) + (0 if vectors is None else vectors.total)
+        encoder_bias = jnp.concatenate([features.biases.ravel(), jnp.zeros(others, features.biases.dtype)])
         constant_embeddings = jnp.zeros_like(true_pass.tokens)
         if true_pass.positions is not None and not positions_are_nodes:
             constant_embeddings = true_pass.positions
-        bias_reads = propagate(local, weights, true_pass.frozen, constant_embeddings, true_pass.constant)
+        bias_reads = propagate(local, weights, true_pass.frozen, constant_embeddings, true_pass.constant, masks)
         position_nodes = true_pass.positions if positions_are_nodes else None
         return EmbeddingEdges(
-            values=read_targets(Reads(true_pass.reads, true_pass.final)) + encoder_bias,
+            values=read_targets(Reads(true_pass.reads, true_pass.final, true_pass.heads, true_pass.streams))
+            + encoder_bias,
             bias=read_targets(bias_reads) + encoder_bias,
             tokens=trace_each(true_pass.tokens),
             positions=None if position_nodes is None else trace_each(position_nodes),
         )
 
-    return jax.vmap(trace_prompt)(true_passes, features, outputs)
+    return jax.vmap(trace_prompt)(true_passes, features, outputs, vectors)

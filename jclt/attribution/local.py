@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jclt.mesh import replicate
-from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Freeze, ModelConfig, Place, Sites
+from jclt.models import PATTERNS_AND_DENOMINATORS, Compose, Edit, Freeze, ModelConfig, Place, Sites
 from jclt.models.sites import list_absent_sites
 from jclt.models.transformer import apply_norm, block, make_context
 from jclt.models.weights import declare_layer_weights
@@ -44,6 +44,16 @@ class Reads(NamedTuple):
 
     layers: Float[Array, "L T D"]  # by the coder
     final: Float[Array, "T D"]  # by the unembedding
+    heads: Float[Array, "L T H K"] | None = None  # the heads' values, before their output matrices
+    streams: Float[Array, "L T D"] | None = None  # what enters each layer
+
+
+class Masks(NamedTuple):
+    """0 where what a head writes, or the residual stream that enters a layer, is a node of its own; else 1. Nothing
+    passes through such a node."""
+
+    heads: Float[Array, "*B L T H"]
+    streams: Float[Array, "*B L T"]
 
 
 def list_frozen_sites(config: ModelConfig) -> tuple[str, ...]:
@@ -59,8 +69,10 @@ def run_layer(
     skip: Array | None,
     x: Float[Array, "T D"],
     write: Float[Array, "T D"],
+    edit: Edit | None = None,
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """Runs one block whose MLP writes `write`. Returns the residual stream after it, and what the coder reads in it.
+    `edit` may see and change further values of the block.
 
     The attention pattern and the norm denominators are frozen: `Freeze` puts in the values of the true pass and stops
     their gradients. So the block is linear in x and `write`, apart from biases.
@@ -78,7 +90,8 @@ def run_layer(
         return value
 
     context = make_context(local.model, jnp.arange(x.shape[0])[None], x.shape[0], x.dtype)
-    edit = Compose((Freeze(frozen), replace_mlp))
+    edits = (replace_mlp,) if edit is None else (edit, replace_mlp)
+    edit = Compose((Freeze(frozen), *edits))
     # The layer's number only matters for the attention pattern, which is frozen, so any layer may be called 0; the
     # frozen values are those of one layer, without a layer axis, so their sites have no layer.
     x, _ = block(context, weights, 0, Sites(None, edit=edit), x[None], None)
@@ -112,8 +125,9 @@ def propagate(
     frozen: Frozen,
     embeddings: Float[Array, "T D"],
     writes: Float[Array, "L T D"],
+    masks: Masks | None = None,
 ) -> Reads:
-    """From what enters the residual stream to what is read from it.
+    """From what enters the residual stream to what is read from it; with masks also what heads and layers read.
 
     `writes` is what each layer's MLP writes, without the coder's skip: `run_layer` computes it from the layer's read.
     """
@@ -122,12 +136,29 @@ def propagate(
         layer, write = inputs
         return run_layer(local, *layer, x, write)
 
-    x, reads = jax.lax.scan(step, embeddings, (stack_layers(local, weights, frozen), writes))
+    def step_masked(x: Array, inputs: tuple[Layers, Array, Masks]) -> tuple[Array, tuple[Array, ...]]:
+        layer, write, of_layer = inputs
+        heads: list[Array] = []
+
+        def mask_heads(place: Place, value: Array) -> Array:
+            if place.site != "head_out":
+                return value
+            heads.append(value[0])
+            return value * of_layer.heads[None, :, :, None]
+
+        after, read = run_layer(local, *layer, x * of_layer.streams[:, None], write, mask_heads)
+        return after, (read, heads[0], x)
+
+    layers = stack_layers(local, weights, frozen)
+    if masks is not None:
+        x, (reads, heads, streams) = jax.lax.scan(step_masked, embeddings, (layers, writes, masks))
+        return Reads(reads, read_final(local.model, weights.params, frozen, x), heads, streams)
+    x, reads = jax.lax.scan(step, embeddings, (layers, writes))
     return Reads(reads, read_final(local.model, weights.params, frozen, x))
 
 
 def linearize_embeddings(
-    local: LocalModel, weights: Weights, frozen: Frozen, writes_like: Array
+    local: LocalModel, weights: Weights, frozen: Frozen, writes_like: Array, masks: Masks | None = None
 ) -> Callable[[Float[Array, "T D"]], Reads]:
     """`propagate` as a linear function of the embeddings: what an embedding alone, without biases, adds to every read.
 
@@ -136,6 +167,6 @@ def linearize_embeddings(
     nothing = jnp.zeros_like(writes_like)
 
     def from_embeddings(embeddings: Array) -> Reads:
-        return propagate(local, weights, frozen, embeddings, nothing)
+        return propagate(local, weights, frozen, embeddings, nothing, masks)
 
     return lambda embeddings: jax.jvp(from_embeddings, (jnp.zeros_like(embeddings),), (embeddings,))[1]

@@ -23,6 +23,8 @@ Nodes = int | float
 with what share of the sum of all scores."""
 
 NODES_OF_DENSE_BASIS = 2000
+MOST_HEADS = 2000
+"""Of `heads=True`."""
 
 
 class Options(NamedTuple):
@@ -34,6 +36,8 @@ class Options(NamedTuple):
     conventions: Conventions = "jclt"
     nodes: Nodes | None = None  # None: all active features, or `NODES_OF_DENSE_BASIS` if nearly all are active
     precision: Precision = "float32"
+    heads: int | bool | None = None  # how many are nodes
+    cuts: Sequence[int] = ()  # the layers at whose input the residual stream is a node
 
     def check(self) -> "Options":
         """The same options in plain types; an error of one line where one is wrong."""
@@ -51,17 +55,29 @@ class Options(NamedTuple):
             conventions=self.conventions,
             nodes=parse_nodes(self.nodes),
             precision=self.precision,
+            heads=parse_heads(self.heads),
+            cuts=parse_cuts(self.cuts),
         )
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether heads or residual streams are nodes."""
+        return self.heads is not None or len(self.cuts) > 0
 
     def count_nodes(self, config: CoderConfig) -> Nodes | None:
         """How many nodes are chosen from this coder's active features, or the share of the scores that they have; None
         if all are nodes."""
         return NODES_OF_DENSE_BASIS if self.nodes is None and config.dense else self.nodes
 
+    def has_scores(self, config: CoderConfig) -> bool:
+        return self.count_nodes(config) is not None or self.has_vectors
+
     def summary(self) -> dict[str, Any]:
         """For a graph's file."""
         targets = [t.summary() if isinstance(t, Direction) else t for t in self.targets or ()]
-        return {**self._asdict(), "targets": targets or "likeliest"}
+        summary = {**self._asdict(), "targets": targets or "likeliest", "cuts": list(self.cuts)}
+        absent = [name for name, absent in (("heads", self.heads is None), ("cuts", not self.cuts)) if absent]
+        return {name: value for name, value in summary.items() if name not in absent}
 
 
 def parse_nodes(nodes: Any) -> Nodes | None:
@@ -73,6 +89,37 @@ def parse_nodes(nodes: Any) -> Nodes | None:
     if isinstance(nodes, float | np.floating) and 0 < nodes <= 1:
         return float(nodes)
     raise UserError(f"nodes={nodes}: expected a number from 1 on, or a share of the scores: a float up to 1.0")
+
+
+def parse_heads(heads: Any) -> int | None:
+    """The most heads that are nodes, None for none."""
+    if heads is None or heads is False:
+        return None
+    if heads is True:
+        return MOST_HEADS
+    if isinstance(heads, int | np.integer) and heads >= 1:
+        return int(heads)
+    raise UserError(f"heads={heads}: expected a number from 1 on, or True for the {MOST_HEADS} with the highest values")
+
+
+def parse_cuts(cuts: Any) -> tuple[int, ...]:
+    """In plain types, sorted."""
+    cuts = () if cuts is None else cuts
+    listed = isinstance(cuts, Sequence | np.ndarray) and not isinstance(cuts, str)
+    if not listed or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in cuts):
+        raise UserError(f"cuts={cuts!r}: expected numbers of layers, such as (6, 12)")
+    return tuple(sorted({int(layer) for layer in cuts}))
+
+
+def check_vectors(model: Model, options: Options) -> None:
+    """An error of one line where heads and residual streams cannot be nodes."""
+    last = model.config.layers - 1
+    if wrong := [layer for layer in options.cuts if not 1 <= layer <= last]:
+        raise UserError(f"cuts: layer {wrong[0]}, expected one from 1 to {last}, whose inputs can be nodes")
+    if options.has_vectors and model.mesh is not None:
+        raise UserError(
+            f"model {model.name}: split over devices, expected a model on each, for heads or residual streams as nodes"
+        )
 
 
 def count_silent_positions(model: Model, options: Options) -> int:

@@ -18,8 +18,9 @@ goes from them to another feature. So with a tolerance, rounds are counted in fe
 first layer are taken with them as far as they rank as high. Once walks end at untraced features of higher layers with a
 probability below the tolerance, only features of the first layer are taken, until m is below it, too.
 
-Rows are kept without the sources that cannot reach their targets: those in the target's own layer, in higher layers and
-at positions after its block's last one. Each row is dropped as soon as it has been copied into the graph.
+Rows are kept without the sources that cannot reach their targets: those in the target's own layer (but heads and
+residual streams), in higher layers and at positions after its block's last one. Each row is dropped as soon as it has
+been copied into the graph.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ import numpy as np
 from jclt.attribution.embeddings import EmbeddingEdges
 from jclt.attribution.sweep.edges import Edges
 from jclt.attribution.targets import Outputs
+from jclt.attribution.vectors import NO_VECTORS, VectorList
+from jclt.attribution.walk import Rows, walk
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import build_node_table
 from jclt.shapes import Float, Int
@@ -50,18 +53,10 @@ class Limits(NamedTuple):
     round_size: int | None = None
 
 
-class Rows(NamedTuple):
-    """Edges into some targets of one layer, from the sources that can reach them."""
-
-    layer: int
-    targets: Int[np.ndarray, "r"]
-    columns: Int[np.ndarray, "c"]
-    edges: Float[np.ndarray, "r c"]
-
-
 class PromptRows:
-    """The rows of one prompt. Targets are numbered: first the n active features, then the k outputs. So are sources,
-    the columns of a row: features, errors by layer, token embeddings and position embeddings."""
+    """The rows of one prompt. Targets are numbered: first the n active features, then the k outputs, then the heads and
+    residual streams that are nodes. So are sources, the columns of a row: features, errors by layer, token embeddings,
+    position embeddings, heads and residual streams."""
 
     def __init__(
         self,
@@ -76,14 +71,17 @@ class PromptRows:
         layers: int,
         about: dict[str, Any],  # for the graph's provenance
         limits: Limits,
+        vectors: VectorList = NO_VECTORS,
     ):
         self.tokens, self.features, self.activations, self.slots = tokens, features, activations, slots
         self.outputs, self.layers, self.about = outputs, layers, about
         self.limit, self.tolerance = min(limits.max_features, len(features)), limits.tolerance
         default_size = min(ROUND_SIZE, max(16, len(features) // 16))
         self.round_size = default_size if limits.round_size is None else limits.round_size
-        self.target_layers = np.concatenate([features[:, 0], outputs.layers])
-        self.target_positions = np.concatenate([features[:, 1], outputs.positions])
+        self.vectors = vectors
+        self.target_layers = np.concatenate([features[:, 0], outputs.layers, vectors.layers])
+        self.target_positions = np.concatenate([features[:, 1], outputs.positions, vectors.positions])
+        self.target_orders = np.concatenate([3 * features[:, 0] + 2, 3 * outputs.layers + 2, vectors.order])
         self.values, self.bias = embedding_edges.values[padded_numbers], embedding_edges.bias[padded_numbers]
         self.embeddings = [x for x in (embedding_edges.tokens, embedding_edges.positions) if x is not None]
         self.padded_numbers = padded_numbers
@@ -97,18 +95,31 @@ class PromptRows:
 
     @property
     def source_count(self) -> int:
+        return self.first_vector + len(self.vectors.layers)
+
+    @property
+    def first_vector(self) -> int:
+        """The number of the first head or residual stream among the sources."""
         return len(self.features) + (self.layers + len(self.embeddings)) * len(self.tokens)
 
-    def list_columns(self, layer: int, stop: int) -> Int[np.ndarray, "c"]:
-        """The sources in lower layers and before a position."""
-        if (layer, stop) not in self.columns:
+    @property
+    def lowest(self) -> int:
+        """The lowest layer whose targets go down: in the first one they only read embeddings, and heads."""
+        return 0 if len(self.vectors.heads) else max(self.cut, 1)
+
+    def list_columns(self, order: int, stop: int) -> Int[np.ndarray, "c"]:
+        """The sources below a target's place in the order, and before a position."""
+        if (order, stop) not in self.columns:
+            layer = order // 3
             features = np.flatnonzero((self.features[:, 0] < layer) & (self.features[:, 1] < stop))
             # After the features come blocks of one column per position: each layer's errors, then the embeddings.
             blocks = (*range(layer), *range(self.layers, self.layers + len(self.embeddings)))
             starts = [len(self.features) + len(self.tokens) * block for block in blocks]
             others = [start + np.arange(stop) for start in starts]
-            self.columns[layer, stop] = np.concatenate([features, *others]).astype(np.int32)
-        return self.columns[layer, stop]
+            vectors = np.flatnonzero((self.vectors.order < order) & (self.vectors.positions < stop))
+            others.append(self.first_vector + vectors)
+            self.columns[order, stop] = np.concatenate([features, *others]).astype(np.int32)
+        return self.columns[order, stop]
 
     def count_features(self, start: int, length: int) -> Int[np.ndarray, "L T"]:
         """How many are active in each layer, at `length` positions from `start` on."""
@@ -132,8 +143,8 @@ class PromptRows:
         return min(self.limit / len(self.features), TRACED_FOR_TOLERANCE if self.tolerance else 1.0)
 
     def choose_first(self) -> Int[np.ndarray, "_"]:
-        """The targets of the first round: the outputs, and every feature if all are traced whatever their rank."""
-        outputs = len(self.features) + np.arange(len(self.outputs.tokens))
+        """The targets of the first round: all but features, and every feature if all are traced whatever their rank."""
+        outputs = np.arange(len(self.features), len(self.target_layers))
         if self.limit < len(self.features) or self.tolerance:
             return outputs
         self.is_traced[:] = True
@@ -170,9 +181,9 @@ class PromptRows:
         positions from `start` on."""
         tiles = block.features.reshape(-1, *block.features.shape[2:])
         stop, count = min(len(self.tokens), start + length), len(self.features)
-        for layer in np.unique(self.target_layers[targets]):
-            place = np.flatnonzero(self.target_layers[targets] == layer)
-            columns = self.list_columns(int(layer), stop)
+        for order in np.unique(self.target_orders[targets]):
+            place, layer = np.flatnonzero(self.target_orders[targets] == order), order // 3
+            columns = self.list_columns(int(order), stop)
             features = columns[: np.searchsorted(columns, count)]
             tile, slot = self.slots[:, features]
             edges = np.zeros((len(place), len(columns)), tiles.dtype)
@@ -185,58 +196,61 @@ class PromptRows:
                 number, slot = self.column_places[:, columns[:end]]
                 met = np.flatnonzero(number >= 0)
                 edges[:, met] += block.columns[number[met], place[:, None], slot[met]]
-            self.add_rows(int(layer), targets[place], columns, edges, end)
+            if block.vectors is not None:
+                inner = columns[np.searchsorted(columns, self.first_vector) :] - self.first_vector
+                edges[:, len(columns) - len(inner) :] = self.vectors.take_edges(block.vectors, inner, place, start)
+            self.add_rows(int(order), targets[place], columns, edges, end, stop)
 
     def add_low_targets(self, targets: Int[np.ndarray, "r"]) -> None:
         """Keeps the rows of targets below the cut, whose edges are there already."""
-        for layer in np.unique(self.target_layers[targets]):
+        for order in np.unique(self.target_orders[targets]):
             assert self.low_edges is not None
-            of_layer = targets[self.target_layers[targets] == layer]
+            of_layer, layer = targets[self.target_orders[targets] == order], order // 3
             stop = int(self.target_positions[of_layer].max()) + 1
-            columns = self.list_columns(int(layer), stop)
+            columns = self.list_columns(int(order), stop)
             end = len(columns) - len(self.embeddings) * stop
             block, place = self.column_places[:, columns[:end]]
             tile, slot = self.low_places[:, of_layer, None]
             edges = np.zeros((len(of_layer), len(columns)), self.values.dtype)
             edges[:, :end] = np.where(block < 0, 0, self.low_edges[block, layer, tile, place, slot])
-            self.add_rows(int(layer), of_layer, columns, edges, end)
+            self.add_rows(int(order), of_layer, columns, edges, end, stop)
 
     def add_first_layer(self, targets: Int[np.ndarray, "r"]) -> None:
         """Keeps the rows of targets in the first layer, into which only embeddings lead."""
         if len(targets):
-            columns = self.list_columns(0, len(self.tokens))
-            self.add_rows(0, targets, columns, np.zeros((len(targets), len(columns)), self.values.dtype), 0)
+            order, length = int(self.target_orders[targets[0]]), len(self.tokens)
+            columns = self.list_columns(order, length)
+            self.add_rows(order, targets, columns, np.zeros((len(targets), len(columns)), self.values.dtype), 0, length)
 
     def add_rows(
-        self, layer: int, targets: np.ndarray, columns: np.ndarray, edges: Float[np.ndarray, "r c"], end: int
+        self, order: int, targets: np.ndarray, columns: np.ndarray, edges: Float[np.ndarray, "r c"], end: int, stop: int
     ) -> None:
-        """Adds the edges from embeddings to rows, from column `end` on, and keeps the rows."""
-        stop = (len(columns) - end) // len(self.embeddings)
+        """Adds the edges from embeddings before a position to rows, from column `end` on, and keeps the rows."""
         to_embeddings = [x[self.padded_numbers[targets], :stop] for x in self.embeddings]
-        np.concatenate(to_embeddings, axis=1, out=edges[:, end:])
-        self.rows.append(Rows(layer, targets, columns, edges))
+        np.concatenate(to_embeddings, axis=1, out=edges[:, end : end + stop * len(self.embeddings)])
+        self.rows.append(Rows(order, targets, columns, edges))
 
     def compute_influence(self) -> Float[np.ndarray, "sources"]:
         """The probability that the walk visits each source, times the sum of the outputs' weights."""
-        influence, count = np.zeros(self.source_count), len(self.features)
-        for rows in sorted(self.rows, key=lambda rows: -rows.layer):
-            are_outputs = rows.targets >= count
-            walkers = influence[np.where(are_outputs, 0, rows.targets)]
-            walkers[are_outputs] = self.outputs.weights[rows.targets[are_outputs] - count]
-            influence[rows.columns] += move_walkers(rows.edges, walkers)
-        return influence
+        count = len(self.features)
+        sources, weights = np.arange(len(self.target_layers)), np.zeros(len(self.target_layers))
+        ends = slice(count, count + len(self.outputs.tokens))
+        sources[ends], weights[ends] = -1, self.outputs.weights
+        sources[ends.stop :] = np.arange(self.first_vector, self.source_count)
+        return walk(self.rows, self.source_count, sources, weights)
 
     def build_graph(self, token_texts: tuple[str, ...], provenance: dict[str, Any]) -> Graph:
         """The traced features, all errors and embeddings, and the outputs; the untraced features add up to the rest."""
         count, length, ends = len(self.features), len(self.tokens), len(self.outputs.tokens)
         kept = np.flatnonzero(self.is_traced)
-        targets = np.append(kept, count + np.arange(ends))
+        targets = np.append(kept, np.arange(count, len(self.target_layers)))
         sources = len(kept) + self.source_count - count
         size = sources + ends
         # The graph's node of each source and of each target; -1 for an untraced feature.
         feature_nodes = np.where(self.is_traced, np.cumsum(self.is_traced) - 1, -1)
         source_nodes = np.append(feature_nodes, np.arange(len(kept), sources))
-        target_nodes = np.append(feature_nodes, sources + np.arange(ends))
+        first_vector = len(kept) + self.first_vector - count
+        target_nodes = np.concatenate([feature_nodes, sources + np.arange(ends), np.arange(first_vector, sources)])
         dtype = self.values.dtype
 
         def spread_over_nodes(x: Any) -> Float[np.ndarray, "N"]:
@@ -266,6 +280,8 @@ class PromptRows:
                 positions=np.arange(length if len(self.embeddings) > 1 else 0),
                 logit_tokens=self.outputs.tokens,
                 logit_positions=self.outputs.positions,
+                heads=self.vectors.heads,
+                streams=self.vectors.streams,
                 values=spread_over_nodes(self.values[targets]),
             ),
             bias=spread_over_nodes(self.bias[targets]),
@@ -279,22 +295,3 @@ class PromptRows:
             layers=self.layers,
             provenance=provenance | self.about,
         )
-
-
-def move_walkers(rows: Float[np.ndarray, "r c"], walkers: Float[np.ndarray, "r"]) -> Float[np.ndarray, "c"]:
-    """How many of the walkers at the targets of these rows go on to each source."""
-    sizes = np.abs(rows)
-    shares = walkers / np.maximum(sizes.sum(axis=1, dtype=np.float64), 1e-30)
-    return (shares.astype(sizes.dtype) @ sizes).astype(np.float64)
-
-
-def estimate_sizes(
-    counts: Int[np.ndarray, "C T"], covered: tuple[int, ...], layers: int, embeddings: int, limit: int, outputs: int
-) -> tuple[float, float]:
-    """About how many numbers the rows of a prompt hold, and its graph; `embeddings` is 1, or 2 with position nodes."""
-    length, total = counts.shape[1], int(counts.sum())
-    limit = min(limit, total)
-    below = np.cumsum(np.cumsum(counts, axis=0) - counts, axis=1) + np.outer(covered, np.arange(1, length + 1))
-    mean = float((counts * (below + embeddings * np.arange(1, length + 1))).sum()) / max(total, 1)
-    always = (layers + embeddings) * length
-    return limit * mean + outputs * (total + always), float(limit + always + outputs) ** 2

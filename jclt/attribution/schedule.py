@@ -11,6 +11,7 @@ import numpy as np
 from jclt.attribution.active import ActiveFeatures, find_active, gather_features
 from jclt.attribution.calls import Batch, Setup, push_columns, trace_rows
 from jclt.attribution.embeddings import EmbeddingEdges, trace_embeddings
+from jclt.attribution.local import Reads
 from jclt.attribution.options import count_silent_positions
 from jclt.attribution.prompts import pad_prompts, stack_outputs
 from jclt.attribution.ranking import Limits, PromptRows
@@ -32,6 +33,7 @@ from jclt.attribution.sweep.nodes import PromptNodes, TargetNodes, fold_nodes
 from jclt.attribution.sweep.tiles import Layout, plan_tiles
 from jclt.attribution.targets import Outputs, Target, build_outputs
 from jclt.attribution.true_pass import TruePass, find_positions_with_nodes, run_true_pass
+from jclt.attribution.vectors import NO_VECTORS, ChosenVectors, choose_vectors
 from jclt.errors import UserError
 from jclt.memory import check_memory
 from jclt.shapes import Array, Bool, Int
@@ -50,21 +52,24 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     (count, length), itemsize = tokens.shape, setup.itemsize
     per_device = count // setup.shards
     pass_bytes = estimate_pass_bytes(model.config, config, length, itemsize)
-    if setup.options.count_nodes(config) is not None:
+    if setup.options.has_scores(config):
         pass_bytes += setup.shards * estimate_score_bytes(model.config, config, length, itemsize)
     what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
     check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)
     silent = max(count_silent_positions(model, setup.options), config.first_position)
-    true_pass = run_true_pass(setup.local, setup.weights, setup.biases, *arrays, silent)
+    has_vectors = setup.options.has_vectors
+    true_pass = run_true_pass(setup.local, setup.weights, setup.biases, *arrays, silent, has_vectors)
     outputs = find_outputs(setup, true_pass, prompts, targets)
     output_nodes = jax.device_put(stack_outputs(outputs, count, true_pass.logits.dtype), setup.by_prompt)
     log.debug("2 gather sources: encode %d layers", len(config.covered))
     has_nodes = np.asarray(find_positions_with_nodes(jnp.asarray(lengths), length, silent))
-    chosen = choose_nodes(setup, true_pass, has_nodes, outputs, output_nodes)
+    chosen, vectors = choose_nodes(setup, true_pass, has_nodes, outputs, output_nodes)
     of_chosen = None if chosen is None else chosen.features
     active = find_active(setup.coder, true_pass.reads, has_nodes, setup.by_prompt, of_chosen)
     about = [{} if chosen is None else chosen.describe(prompt) for prompt in range(len(prompts))]
+    if vectors is not None:
+        about = [of_features | of_vectors for of_features, of_vectors in zip(about, vectors.about, strict=True)]
     del chosen, of_chosen
     counts = active.count_by_position(length)
     if not counts[: len(prompts)].any(axis=(1, 2)).all():
@@ -79,13 +84,14 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
         return [rows for half in halves for rows in trace_prompts(setup, prompts[half], targets[half])]
     target_bytes = estimate_target_bytes(model.config, length, layout, itemsize)
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
-    check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device)
+    most_vectors = 0 if vectors is None else max(len(of_prompt.layers) for of_prompt in vectors.lists)
+    check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device, most_vectors)
 
     features, slots, nodes, embedding_edges = gather_nodes(
-        setup, layout, true_pass, active, counts, output_nodes, at_once
+        setup, layout, true_pass, active, counts, output_nodes, vectors, at_once
     )
     del true_pass, active
-    rows = make_rows(setup, layout, prompts, about, outputs, features, slots, embedding_edges)
+    rows = make_rows(setup, layout, prompts, about, outputs, features, slots, embedding_edges, vectors)
     del features
     if not bool(jnp.isfinite(nodes.sources.errors).all()):
         raise UserError("coder: what its active features write is not finite, expected weights without NaN or infinity")
@@ -118,16 +124,23 @@ def choose_nodes(
     has_nodes: Bool[np.ndarray, "B T"],
     outputs: list[Outputs],
     output_nodes: TargetNodes,
-) -> Chosen | None:
-    """Which active features are nodes; None if all are, by the options or as there are no more."""
+) -> tuple[Chosen | None, ChosenVectors | None]:
+    """Which active features are nodes; None if all are, by the options or as there are no more. And which heads and
+    residual streams; None if none is."""
     config, nodes = setup.coder.config, setup.options.count_nodes(setup.coder.config)
     most = config.features * len(config.covered) * int(has_nodes.sum(axis=1).max())
-    if nodes is None or (isinstance(nodes, int) and most <= nodes):
-        return None
+    takes_all = nodes is None or (isinstance(nodes, int) and most <= nodes)
+    if takes_all and not setup.options.has_vectors:
+        return None, None
     log.debug("2 gather sources: score the features of %d layers", len(config.covered))
     of_outputs = outputs, output_nodes, setup.by_prompt
-    scores = score_features(setup.coder, setup.local, setup.weights, true_pass, has_nodes, *of_outputs)
-    return choose_features(scores, nodes, len(outputs))
+    scored = setup.coder, setup.local, setup.weights, true_pass, has_nodes, *of_outputs
+    scores, gradients = score_features(*scored, setup.options.has_vectors)
+    vectors = None
+    if gradients is not None:
+        wanted = setup.options.heads, tuple(setup.options.cuts), len(outputs)
+        vectors = choose_vectors(gradients, true_pass, has_nodes, *wanted, setup.by_prompt)
+    return None if takes_all or nodes is None else choose_features(scores, nodes, len(outputs)), vectors
 
 
 def gather_nodes(
@@ -137,6 +150,7 @@ def gather_nodes(
     active: ActiveFeatures,
     counts: Int[np.ndarray, "B C T"],
     output_nodes: TargetNodes,
+    vectors: ChosenVectors | None,
     at_once: int,
 ) -> tuple[FeatureNodes, Int[Array, "B C n"], PromptNodes, EmbeddingEdges]:
     """Gathers a batch's features, their slots and sources, traces its embeddings, and folds its nodes."""
@@ -148,8 +162,12 @@ def gather_nodes(
     slots, sources = gather_sources(setup.coder, layout, plan, features, on_device, unexplained, setup.by_prompt)
     log.debug("3 trace embeddings")
     program = (setup.local, layout.layers, setup.uses_our_conventions, at_once)
-    embedding_edges = trace_embeddings(*program, setup.weights, true_pass, features, output_nodes)
-    nodes = fold_nodes(setup.local, layout, setup.weights, true_pass.frozen, features, output_nodes, sources)
+    vector_nodes = None if vectors is None else vectors.nodes
+    embedding_edges = trace_embeddings(*program, setup.weights, true_pass, features, output_nodes, vector_nodes)
+    true_reads = Reads(true_pass.reads, true_pass.final, true_pass.heads, true_pass.streams)
+    of_vectors = None if vectors is None else (setup.folded, vectors.nodes, true_reads)
+    of_prompts = true_pass.frozen, features, output_nodes, sources, of_vectors
+    nodes = fold_nodes(setup.local, layout, setup.weights, *of_prompts)
     return features, slots, nodes, embedding_edges
 
 
@@ -162,6 +180,7 @@ def make_rows(
     features: FeatureNodes,
     slots: Int[Array, "B C n"],
     embedding_edges: EmbeddingEdges,
+    vectors: ChosenVectors | None,
 ) -> list[PromptRows]:
     """For each prompt what the host keeps of it: its nodes, the edges from embeddings, and an empty list of rows."""
     names = ("valid", "positions", "features", "activations")  # vectors stay on the device
@@ -174,6 +193,10 @@ def make_rows(
         layers = np.broadcast_to(np.array(layout.layers)[:, None], valid.shape)
         places = [layers[valid], lists["positions"][row][valid], lists["features"][row][valid]]
         row_slots = lists["slots"][row][valid]
+        numbers = [np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))]
+        if vectors is not None:
+            first = len(embedding_edges.values[row]) - vectors.nodes.total
+            numbers.append(first + vectors.number_targets(row))
         prompt_rows = PromptRows(
             tokens=tokens,
             features=np.stack(places, axis=1).astype(np.int64),
@@ -181,10 +204,11 @@ def make_rows(
             slots=np.stack(np.divmod(row_slots, layout.tile_size)),
             outputs=prompt_outputs,
             embedding_edges=jax.tree.map(lambda x, row=row: x[row], embedding_edges),
-            padded_numbers=np.append(np.flatnonzero(valid), valid.size + np.arange(len(prompt_outputs.tokens))),
+            padded_numbers=np.concatenate(numbers),
             layers=setup.model.config.layers,
             about=about[row],
             limits=Limits(setup.options.max_features, setup.options.tolerance, round_size),
+            vectors=NO_VECTORS if vectors is None else vectors.lists[row],
         )
         all_rows.append(prompt_rows)
     return all_rows

@@ -13,7 +13,7 @@ coder lies, as in `active.py`. No array has features and the model's width but t
 """
 
 from collections.abc import Iterable
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jclt.attribution.active import find_place, take_layer
-from jclt.attribution.local import Frozen, LocalModel, Weights, read_final, run_layer, stack_layers
+from jclt.attribution.gradients import Gradients, begin_at_outputs, pull_to_input, pull_to_vectors, pull_to_write
+from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.sizes import OUTPUTS_AT_ONCE
-from jclt.attribution.sweep.nodes import TargetNodes, begin_gradients
+from jclt.attribution.sweep.nodes import TargetNodes
 from jclt.attribution.targets import Outputs
 from jclt.attribution.true_pass import TruePass
 from jclt.coders import Coder
@@ -66,15 +67,17 @@ def score_features(
     outputs: list[Outputs],
     targets: TargetNodes,
     by_prompt: NamedSharding,
-) -> list[Scores]:
+    for_vectors: bool = False,
+) -> tuple[list[Scores], Gradients | None]:
     """By covered layer, for a batch of prompts: `outputs` are those of all but the prompts that only fill it up, and
-    `targets` the same in arrays."""
+    `targets` the same in arrays. `for_vectors` asks for the gradients, too."""
     config, frozen = coder.config, true_pass.frozen
     output_weights = np.zeros(targets.layers.shape, true_pass.logits.dtype)
     for row, prompt_outputs in enumerate(outputs):
         output_weights[row, : len(prompt_outputs.weights)] = prompt_outputs.weights
     stream = begin_at_outputs(local, weights, frozen, targets)
     scores: list[Scores] = []
+    gradients: list[Gradients] = []
     to_writes: list[Array] = []  # gradients of what the MLPs write, of this covered layer and those above it
     for layer in reversed(range(local.model.layers)):
         index, number = config.index(layer), np.int64(layer)
@@ -88,75 +91,11 @@ def score_features(
                 *of_layer, to_read = score_layer(encoder, coder.decoder_rows(index), *arrays)
             scores.insert(0, Scores(*of_layer))
             to_read = jax.device_put(to_read, by_prompt)
+        if for_vectors:
+            arrays = jax.device_put(output_weights, by_prompt), stream, to_read
+            gradients.insert(0, pull_to_vectors(local, weights, frozen, number, targets, *arrays))
         stream = pull_to_input(local, weights, frozen, number, targets, stream, to_read)
-    return scores
-
-
-@partial(jax.jit, static_argnames=("local",))
-@jax.named_scope("score_features")
-def begin_at_outputs(
-    local: LocalModel, weights: Weights, frozen: Frozen, outputs: TargetNodes
-) -> Float[Array, "B k T D"]:
-    """The gradients of the outputs with respect to the residual stream after the last layer."""
-
-    def begin(frozen: Frozen, outputs: TargetNodes) -> Float[Array, "k T D"]:
-        gradients = begin_outputs(outputs, local.model.layers, frozen)
-        _, pull = jax.vjp(partial(read_final, local.model, weights.params, frozen), jnp.zeros_like(gradients[0]))
-        return jax.vmap(pull)(gradients)[0]
-
-    return jax.vmap(begin)(frozen, outputs)
-
-
-def begin_outputs(outputs: TargetNodes, layer: int | Array, frozen: Frozen) -> Float[Array, "k T D"]:
-    return jnp.moveaxis(begin_gradients(outputs, layer, frozen["final_denominator"].shape[-1]), 1, 0)
-
-
-@partial(jax.jit, static_argnames=("local",))
-@jax.named_scope("score_features")
-def pull_to_write(
-    local: LocalModel, weights: Weights, frozen: Frozen, layer: Int[Array, ""], stream: Float[Array, "B k T D"]
-) -> Float[Array, "B k T D"]:
-    """Carries gradients from a layer's output to what its MLP writes."""
-
-    def pull_prompt(frozen: Frozen, stream: Array) -> Array:
-        pull = transpose_layer(local, weights, frozen, layer, stream[0])
-        return jax.vmap(lambda gradient: pull((gradient, jnp.zeros_like(gradient)))[1])(stream)
-
-    return jax.vmap(pull_prompt)(frozen, stream)
-
-
-@partial(jax.jit, static_argnames=("local",))
-@jax.named_scope("score_features")
-def pull_to_input(
-    local: LocalModel,
-    weights: Weights,
-    frozen: Frozen,
-    layer: Int[Array, ""],
-    outputs: TargetNodes,
-    stream: Float[Array, "B k T D"],
-    to_read: Float[Array, "B k T D"],
-) -> Float[Array, "B k T D"]:
-    """Carries gradients from a layer's output, and from what its features and outputs read, to its input."""
-
-    def pull_prompt(frozen: Frozen, outputs: TargetNodes, stream: Array, to_read: Array) -> Array:
-        pull = transpose_layer(local, weights, frozen, layer, stream[0])
-        to_read = to_read + begin_outputs(outputs, layer, frozen)
-        return jax.vmap(lambda *gradients: pull(gradients)[0])(stream, to_read)
-
-    return jax.vmap(pull_prompt)(frozen, outputs, stream, to_read)
-
-
-def transpose_layer(
-    local: LocalModel, weights: Weights, frozen: Frozen, layer: Array, like: Float[Array, "T D"]
-) -> Any:
-    """The transpose of `run_layer`: from gradients of its results to those of the residual stream before it and of
-    what its MLP writes."""
-
-    def take(x: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-
-    run = partial(run_layer, local, *jax.tree.map(take, stack_layers(local, weights, frozen)))
-    return jax.vjp(run, jnp.zeros_like(like), jnp.zeros_like(like))[1]
+    return scores, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *gradients) if for_vectors else None
 
 
 @jax.jit

@@ -7,7 +7,6 @@ import numpy as np
 
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
-from jclt.attribution.ranking import estimate_sizes
 from jclt.attribution.sweep.cuts import COLUMN_BYTES
 from jclt.attribution.sweep.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
 from jclt.attribution.targets import Outputs
@@ -136,6 +135,19 @@ def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts:
     return 1 << (most.bit_length() - 1)
 
 
+def estimate_sizes(
+    counts: Int[np.ndarray, "C T"], covered: tuple[int, ...], layers: int, embeddings: int, limit: int, others: int
+) -> tuple[float, float]:
+    """About how many numbers the rows of a prompt hold, and its graph; `embeddings` is 1, or 2 with position nodes, and
+    `others` counts outputs, heads and residual streams."""
+    length, total = counts.shape[1], int(counts.sum())
+    limit = min(limit, total)
+    below = np.cumsum(np.cumsum(counts, axis=0) - counts, axis=1) + np.outer(covered, np.arange(1, length + 1))
+    mean = float((counts * (below + embeddings * np.arange(1, length + 1))).sum()) / max(total, 1)
+    always = (layers + embeddings) * length
+    return limit * mean + others * (total + always), float(limit + always + others) ** 2
+
+
 class DeviceBytes(NamedTuple):
     """What a batch of prompts takes on one device."""
 
@@ -151,14 +163,15 @@ def check_rows(
     options: Options,
     itemsize: int,
     on_device: DeviceBytes,
+    vectors: int = 0,
 ) -> None:
     """An error of one line if the rows of the prompts' graphs do not fit in the host's memory, or sources and targets
-    do not fit on the device. It says how many features would fit."""
+    do not fit on the device. It says how many features would fit. `vectors` counts heads and residual streams."""
     backend = jax.default_backend()
     on_cpu = backend == "cpu"
     embeddings = 1 + (model.config.learned_positions and options.conventions == "jclt")
     most_active = int(counts.sum(axis=(1, 2)).max())
-    most_outputs = max(len(prompt_outputs.tokens) for prompt_outputs in outputs)
+    most_outputs = max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + vectors
     columns = most_active * counts.shape[2] * model.config.width * itemsize
 
     def estimate_device(limit: int) -> int:
@@ -168,7 +181,12 @@ def check_rows(
     def estimate_host(limit: int) -> float:
         sizes = [
             estimate_sizes(
-                prompt_counts, config.covered, model.config.layers, embeddings, limit, len(prompt_outputs.tokens)
+                prompt_counts,
+                config.covered,
+                model.config.layers,
+                embeddings,
+                limit,
+                len(prompt_outputs.tokens) + vectors,
             )
             for prompt_counts, prompt_outputs in zip(counts, outputs, strict=True)
         ]

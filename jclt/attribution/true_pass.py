@@ -28,6 +28,8 @@ class TruePass(NamedTuple):
     final: Float[Array, "T D"]  # what the unembedding reads
     constant: Float[Array, "L T D"]  # writes of no node: decoder biases, and all that silent positions write
     unexplained: Float[Array, "L T D"] | None  # the writes of features and errors: without `constant` and skips
+    heads: Float[Array, "L T H K"] | None = None  # where heads or streams may be nodes: the heads' values,
+    streams: Float[Array, "L T D"] | None = None  # and what enters each layer
 
     def drop_unexplained(self) -> "TruePass":
         """What is needed after the sources are gathered."""
@@ -50,7 +52,7 @@ def widen_outside_layers(config: ModelConfig, params: Params) -> Params:
     return {name: x if name in layers else widen(x) for name, x in params.items()}
 
 
-@partial(jax.jit, static_argnames=("local", "silent"))
+@partial(jax.jit, static_argnames=("local", "silent", "for_vectors"))
 @jax.named_scope("true_pass")
 def run_true_pass(
     local: LocalModel,
@@ -59,13 +61,16 @@ def run_true_pass(
     tokens: Tokens,
     lengths: Int[Array, "B"],
     silent: int,
+    for_vectors: bool = False,
 ) -> TruePass:
     """Runs the model on prompts that are padded at the end to one length. What is written at the first `silent`
-    positions belongs to no node. `biases` are the coder's, of what it writes."""
+    positions belongs to no node. `biases` are the coder's, of what it writes. `for_vectors` asks for what
+    `vectors.py` needs."""
     model, params = local.model, weights.params
     frozen_sites = list_frozen_sites(model)
     embeddings = ("token_embedding", *(("position_embedding",) if model.learned_positions else ()))
     capture = (*frozen_sites, *embeddings, local.reads, local.writes, "resid_final")
+    capture = (*capture, "head_out", "resid_pre") if for_vectors else capture
     _, seen, _ = forward(model, params, tokens, capture=capture)
     reads, writes = seen[local.reads], seen[local.writes]
     last = jnp.take_along_axis(seen["resid_final"], lengths[:, None, None] - 1, axis=1)
@@ -93,6 +98,8 @@ def run_true_pass(
         final=seen["resid_final"],
         constant=prompts_first(constant),
         unexplained=prompts_first(writes - skip_writes - constant),
+        heads=prompts_first(seen["head_out"]) if for_vectors else None,
+        streams=prompts_first(seen["resid_pre"]) if for_vectors else None,
     )
 
 

@@ -82,6 +82,13 @@ def parse_nodes(typed: str) -> int | float:
         ) from None
 
 
+def parse_cuts(typed: str) -> tuple[int, ...]:
+    """Numbers of layers, separated by commas."""
+    if not all(part.strip().isdecimal() for part in typed.split(",")):
+        raise argparse.ArgumentTypeError(f"{typed[:40]!r}, expected numbers of layers, such as 6,12")
+    return tuple(int(part) for part in typed.split(","))
+
+
 def parse_target(typed: str) -> str | tuple[str, str]:
     """A token, or two tokens separated by ~."""
     parts = parse_text(typed).split("~") if typed.strip() != "~" else [typed]

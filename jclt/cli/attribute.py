@@ -14,6 +14,7 @@ from jclt.cli.arguments import (
     find_prompt,
     load_coder_and_model,
     make_int_parser,
+    parse_cuts,
     parse_nodes,
     parse_target,
 )
@@ -77,6 +78,22 @@ def add_trace_arguments(command: argparse.ArgumentParser) -> None:
         "it; the others are errors (default: all active features, 2000 of neurons)",
     )
     command.add_argument(
+        "--heads",
+        type=make_int_parser(1),
+        nargs="?",
+        const=True,
+        metavar="N",
+        help="make the N attention heads with the highest values nodes, each at one position; without N up to 2000 "
+        "(default: none)",
+    )
+    command.add_argument(
+        "--cuts",
+        type=parse_cuts,
+        default=(),
+        metavar="LAYERS",
+        help="make the residual stream that enters these layers nodes, such as 6,12 (default: none)",
+    )
+    command.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
@@ -119,6 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
         conventions=arguments.conventions,
         nodes=arguments.nodes,
         precision=arguments.precision,
+        heads=arguments.heads,
+        cuts=arguments.cuts,
     )
     options.check()
     if arguments.prompts is not None:

@@ -20,7 +20,7 @@ def check_layers(layers: int, where: object) -> None:
 
 def check_graph(graph: Graph, where: object) -> None:
     """Raises an error unless all numbers are finite, all layers, positions and tokens are in range, and each edge leads
-    into a higher layer. The functions in `influence.py` and `paths.py` rely on this."""
+    into a higher layer, or higher in its own. The functions in `influence.py` and `paths.py` rely on this."""
     layers, length = graph.layers, len(graph.tokens)
     check_layers(layers, where)
     large = np.iinfo(np.int64).max
@@ -37,6 +37,11 @@ def check_graph(graph: Graph, where: object) -> None:
         "errors, layer": (graph.errors[:, 0], 0, layers - 1),
         "errors, position": (graph.errors[:, 1], 0, length - 1),
         "tokens": (graph.tokens, -1, large),
+        "heads, layer": (graph.heads[:, 0], 0, layers - 1),
+        "heads, position": (graph.heads[:, 1], 0, length - 1),
+        "heads, head": (graph.heads[:, 2], 0, large),
+        "streams, layer": (graph.streams[:, 0], 1, layers - 1),
+        "streams, position": (graph.streams[:, 1], 0, length - 1),
         "positions": (graph.positions, 0, length - 1),
         "logit_tokens": (graph.logit_tokens, -1, large),
         "logit_positions": (graph.logit_positions, 0, length - 1),
@@ -70,12 +75,12 @@ def _check_annotations(graph: Graph, where: object) -> None:
 
 def _check_edges(graph: Graph, where: object) -> None:
     """Checks a few rows at a time, because the edges may fill half of the memory."""
-    layers = graph.nodes.layer
+    layers, order = graph.nodes.layer, graph.nodes.order
     for rows in split_rows(len(graph), graph.adjacency.itemsize, np.arange(len(graph))):
         block = graph.adjacency[rows]
         for invalid, reason in (
             (~np.isfinite(block), "is not finite, expected a number"),
-            ((block != 0) & (layers >= layers[rows, None]), ""),
+            ((block != 0) & (order >= order[rows, None]), ""),
         ):
             if invalid.any():
                 row, source = np.argwhere(invalid)[0]

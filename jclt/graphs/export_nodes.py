@@ -24,6 +24,8 @@ def make_node_ids(graph: Graph) -> list[str]:
         ),
         *(f"E_{token}_{position}" for position, token in enumerate(graph.tokens.tolist())),
         *(f"P_{position}" for position in graph.positions.tolist()),
+        *(f"H{layer}_{head}_{position}" for layer, position, head in graph.heads.tolist()),
+        *(f"R{layer}_0_{position}" for layer, position in graph.streams.tolist()),
         *(f"{graph.layers + 1}_{token}_{position}" for token, position in _list_outputs(graph)),
     ]
     ids = [saved.get("node_id", node_id) for node_id, saved in zip(ids, get_annotations(graph), strict=True)]
@@ -55,6 +57,12 @@ def make_nodes(graph: Graph) -> list[Json]:
     for position in graph.positions.tolist():
         name = f"Position {position}"
         nodes.append(_make_node("position", f"P_{position}-{position}", "E", position, position, clerp=name))
+    for layer, position, head in graph.heads.tolist():
+        js_id = f"H{layer}_{head}-{position}"
+        nodes.append(_make_node("head", js_id, layer, position, -1, clerp=f"Head {layer}.{head}"))
+    for layer, position in graph.streams.tolist():
+        name = f"Residual stream {layer}"
+        nodes.append(_make_node("stream", f"R{layer}-{position}", layer, position, -1, clerp=name))
     shares = to_shortest_decimals(graph.cumulative_shares.astype(np.float32))
     for node, share in zip(nodes, shares, strict=False):  # outputs have none
         node["influence"] = share

@@ -1,6 +1,7 @@
 """The attribution graph of one prompt.
 
-An edge is the contribution of its source node to the value of its target node. For every feature and output,
+An edge is the contribution of its source node to the value of its target node. For every feature, head, residual
+stream and output,
 
     value = sum of the incoming edges + bias + rest
 
@@ -32,7 +33,7 @@ from jclt.shapes import Bool, Float, Int
 
 @dataclass(frozen=True)
 class Graph:
-    """N nodes: n features, errors, T tokens, position embeddings, k outputs."""
+    """N nodes: n features, errors, T tokens, position embeddings, heads, residual streams, k outputs."""
 
     adjacency: Float[np.ndarray, "N N"]  # the edges; row = target, column = source
     nodes: NodeTable
@@ -100,6 +101,16 @@ class Graph:
         return self._stack_columns("position", "position")[:, 0]
 
     @property
+    def heads(self) -> Int[np.ndarray, "h 3"]:
+        """Layer, position and number of each head node."""
+        return self._stack_columns("head", "layer", "position", "index")
+
+    @property
+    def streams(self) -> Int[np.ndarray, "r 2"]:
+        """Layer and position of each residual stream that is a node, at the layer's input."""
+        return self._stack_columns("stream", "layer", "position")
+
+    @property
     def logit_tokens(self) -> Int[np.ndarray, "k"]:
         """The token of each output; -1 for an output that is no single token."""
         return self._stack_columns("output", "index")[:, 0]
@@ -118,9 +129,9 @@ class Graph:
 
     @property
     def residual(self) -> Float[np.ndarray, "N"]:
-        """(incoming edges + bias + rest) - value at features and outputs, which is 0 up to rounding; 0 elsewhere."""
+        """(incoming edges + bias + rest) - value at nodes with inputs, which is 0 up to rounding; 0 elsewhere."""
         total = self.adjacency.sum(axis=1, dtype=np.float64) + self.bias + self.rest
-        return np.where(self.nodes.is_kind("feature", "output"), total - self.nodes.value, 0.0)
+        return np.where(self.nodes.is_kind("feature", "head", "stream", "output"), total - self.nodes.value, 0.0)
 
     @property
     def conservation_error(self) -> float:

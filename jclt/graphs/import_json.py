@@ -54,6 +54,8 @@ def import_json(path: str | Path) -> Graph:
             errors=_to_rows([(node.layer, node.position) for node in by_kind.errors], 2),
             tokens=np.array([-1 if node is None else node.feature for node in by_kind.tokens], np.int64),
             positions=np.array([node.position for node in by_kind.positions], np.int64),
+            heads=_to_rows([(node.layer, node.position, node.feature) for node in by_kind.heads], 3),
+            streams=_to_rows([(node.layer, node.position) for node in by_kind.streams], 2),
             logit_tokens=np.array([node.feature for node in outputs], np.int64),
             logit_positions=np.array([node.position for node in outputs], np.int64),
             values=adjacency.sum(axis=1, dtype=np.float64).astype(adjacency.dtype),
@@ -97,6 +99,8 @@ class _NodesByKind(NamedTuple):
     errors: list[FileNode]
     tokens: list[FileNode | None]  # one for each token of the prompt; None if the file has no node for it
     positions: list[FileNode]
+    heads: list[FileNode]
+    streams: list[FileNode]
     outputs: list[FileNode]
 
     @property
@@ -121,13 +125,15 @@ def _sort_by_kind(path: Path, nodes: Sequence[FileNode], length: int) -> _NodesB
         errors=by_kind["error"],
         tokens=[tokens.get(position) for position in range(length)],
         positions=by_kind["position"],
+        heads=by_kind["head"],
+        streams=by_kind["stream"],
         outputs=by_kind["output"],
     )
 
 
 def _count_layers(nodes: _NodesByKind) -> int:
     """The model's number of layers. In the file, outputs have this number plus 1 as their layer."""
-    below = [node.layer + 1 for node in nodes.features + nodes.errors]
+    below = [node.layer + 1 for node in nodes.features + nodes.errors + nodes.heads + nodes.streams]
     return max([node.layer - 1 for node in nodes.outputs] + below, default=0)
 
 

@@ -13,6 +13,9 @@ from jclt.graphs.nodes import Kind
 from jclt.graphs.viewer_json import FEATURE_TYPES
 from jclt.shapes import Float, Int
 
+BY_ID: dict[str, Kind] = {"P": "position", "H": "head", "R": "stream"}
+"""Kinds of nodes whose ids begin with this letter; they have the feature_type of another kind, or share one."""
+
 
 class FileNode:
     """A node of a file, and the meaning of its fields."""
@@ -21,13 +24,16 @@ class FileNode:
         if not isinstance(fields, dict) or not isinstance(fields.get("node_id"), str):
             raise UserError(f"{path}: a node has no node_id, expected an object with one")
         self.path, self.fields, self.id = path, fields, fields["node_id"]
-        kinds: dict[Any, Kind] = {name: kind for kind, name in FEATURE_TYPES.items() if kind != "position"}
+        kinds: dict[Any, Kind] = {name: kind for kind, name in FEATURE_TYPES.items() if kind not in BY_ID.values()}
         kind = kinds.get(str(fields.get("feature_type")))
+        special = BY_ID.get(self.id[:1]) if re.match(r"P_|[HR]\d", self.id) else None
+        if special is not None and FEATURE_TYPES[special] == fields.get("feature_type"):
+            kind = special
         if kind is None:
             types = ", ".join(f"'{name}'" for name in kinds)
             unknown = repr(fields.get("feature_type"))[:80]
             raise UserError(f"{path}: node '{self.id}' is of feature_type {unknown}, expected one of {types}")
-        self.kind: Kind = "position" if kind == "token" and self.id.startswith("P_") else kind
+        self.kind: Kind = kind
         position = fields.get("ctx_idx")
         if type(position) is not int or not 0 <= position < length:
             raise UserError(
@@ -35,13 +41,17 @@ class FileNode:
             )
         self.position: int = position
         # The feature's number is taken from the id. The field `feature` has another meaning in each schema version.
-        parts = re.fullmatch(r"(E|\d{1,9})_(-?\d{1,18})_\d{1,18}", self.id)
-        if kind == "feature" and (parts is None or parts[1] == "E" or int(parts[2]) < 0):
+        parts = re.fullmatch(r"(E|[HR]?\d{1,9})_(-?\d{1,18})_\d{1,18}", self.id)
+        if kind == "feature" and (parts is None or not parts[1].isdecimal() or int(parts[2]) < 0):
             raise UserError(f"{path}: node '{self.id}' is a feature, expected an id like layer_feature_position")
         self.feature = max(int(parts[2]), -1) if parts else -1
         self.layer = -1
         if kind == "feature" and parts is not None:
             self.layer = int(parts[1])
+        elif kind in ("head", "stream"):
+            if parts is None or not parts[1][1:].isdecimal() or int(parts[2]) < 0:
+                raise UserError(f"{path}: node '{self.id}' is a {kind}, expected an id like {self.id[:1]}3_5_7")
+            self.layer = int(parts[1][1:])
         elif kind in ("error", "output"):
             layer = str(fields.get("layer"))
             if not re.fullmatch(r"\d{1,9}", layer, re.ASCII):

@@ -64,7 +64,7 @@ class EdgeShares:
 
     def __init__(self, edges: Edges, nodes: Int[np.ndarray, "n"] | None = None):
         self.adjacency, self.nodes = edges.adjacency, nodes
-        self.layers = edges.nodes.layer if nodes is None else edges.nodes.layer[nodes]
+        self.order = edges.nodes.order if nodes is None else edges.nodes.order[nodes]
         rest_mass = edges.rest_mass if nodes is None else edges.rest_mass[nodes]
         self.mass = np.empty(len(self), np.result_type(rest_mass, np.float64))
         for rows in self.split_rows():
@@ -73,7 +73,7 @@ class EdgeShares:
         self.rest_shares = rest_mass / self.mass
 
     def __len__(self) -> int:
-        return len(self.layers)
+        return len(self.order)
 
     def split_rows(self, rows: Int[np.ndarray, "r"] | None = None) -> Iterator[Int[np.ndarray, "_"]]:
         """Splits these rows, or all, into blocks."""
@@ -86,10 +86,10 @@ class EdgeShares:
         return shares
 
     def count_visits_after(self, start: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-        """start share + start share^2 + ..., exact in one pass: every source is in a lower layer than its target."""
+        """start share + start share^2 + ..., exact in one pass: every source is lower in order than its target."""
         visits = start.astype(np.float64)
-        for layer in np.unique(self.layers)[::-1]:
-            for rows in self.split_rows(np.flatnonzero((self.layers == layer) & (visits != 0))):
+        for place in np.unique(self.order)[::-1]:
+            for rows in self.split_rows(np.flatnonzero((self.order == place) & (visits != 0))):
                 shares = self.compute_rows(rows)
                 visits += visits[rows].astype(shares.dtype) @ shares
         return (visits - start).astype(self.adjacency.dtype)
@@ -180,7 +180,8 @@ class Scores:
     2. Each of the m leaving walks may end at an embedding or at an error, so in the complete graph
            T / (T + E + m)  <=  replacement  <=  (T + m) / (T + E + m)
     3. A walk that leaves at layer l makes at least 1 and at most l + 1 further visits, because the layer falls at each
-       step. All leaving walks together make y further visits, with m <= y <= X.
+       step. All leaving walks together make y further visits, with m <= y <= X. (With heads and residual streams as
+       nodes a walk visits up to 3 nodes of a layer, and X = 3 sum of r (l + 1); with one of the two kinds 2.)
     4. A further visit adds a weight 1 - e between 0 and 1 to C. The last visit of a walk is to a node without inputs
        and adds 1. So the further visits add at least m and at most y.
     5. The step out of this graph may lead to an error. C counts this step as no error, so the correction lowers C by at
@@ -212,7 +213,7 @@ def measure_scores(edges: Edges) -> Scores:
     leaving = visits.leaving.sum()
     ends = tokens + errors + leaving
     total, explained = visits.counts.sum(), (visits.counts * (1 - visits.error_shares)).sum()
-    further = (visits.leaving * (edges.nodes.layer + 1)).sum()
+    further = (visits.leaving * (edges.nodes.layer + 1)).sum() * edges.nodes.steps_per_layer
     return Scores(
         replacement=_divide(tokens, ends),
         replacement_interval=(_divide(tokens, ends), _divide(tokens + leaving, ends)),

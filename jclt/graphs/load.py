@@ -7,7 +7,8 @@ from jclt.graphs.check import check_graph, check_layers
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import build_node_table
 
-NODE_LISTS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", "values")
+OUTPUT_LISTS = ("logit_tokens", "logit_positions")
+NODE_LISTS = ("features", "errors", "tokens", "positions", *OUTPUT_LISTS, "values", *npz.OPTIONAL_NODES)
 """The stored lists from which the node table is built."""
 
 

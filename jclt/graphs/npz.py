@@ -14,8 +14,9 @@ from jclt.graphs.influence import count_rows_per_block
 from jclt.memory import check_memory
 from jclt.shapes import Float
 
-FORMAT, VERSIONS = "jclt-graph", (1, 2)
-"""Version 2 adds weights of the outputs. A reader that ignored them would compute other influences."""
+FORMAT, VERSIONS = "jclt-graph", (1, 2, 3)
+"""Version 2 adds weights of the outputs. A reader that ignored them would compute other influences. Version 3 adds
+heads and residual streams as nodes."""
 
 ARRAY_AXES = {
     "bias": "N",
@@ -33,9 +34,12 @@ ARRAY_AXES = {
 }
 """The arrays except the edges. A letter is an axis, a digit the length of an axis."""
 
-OPTIONAL_AXES = {"logit_weights": "k", "whole_shares": "N"}
+OPTIONAL_AXES = {"logit_weights": "k", "whole_shares": "N", "heads": "h3", "streams": "r2"}
 
-INTEGER_ARRAYS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions")
+OPTIONAL_NODES = ("heads", "streams")
+"""Not in the file of a graph without such nodes."""
+
+INTEGER_ARRAYS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", *OPTIONAL_NODES)
 
 TEXT_AXES = {"token_texts": "T", "logit_names": "k"}
 
@@ -56,11 +60,13 @@ def write_file(path: str | Path, fields: Mapping[str, Any], adjacency: Float[np.
 
 def _write_archive(path: Path, fields: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
     texts = {name: fields[name] for name in (*TEXT_AXES, *JSON_FIELDS)}
-    version = 1 if fields["logit_weights"] is None else 2
+    has_optional_nodes = any(len(fields[name]) for name in OPTIONAL_NODES)
+    version = 3 if has_optional_nodes else 1 if fields["logit_weights"] is None else 2
     about = to_json(to_plain({"format": FORMAT, "version": version} | texts, "graph"), "graph").encode()
     if len(about) > MAX_ABOUT_BYTES:
         raise UserError(f"graph: its texts and annotations take {len(about)} bytes, expected at most {MAX_ABOUT_BYTES}")
     arrays = {name: fields[name] for name in (*ARRAY_AXES, *OPTIONAL_AXES) if fields[name] is not None}
+    arrays = {name: array for name, array in arrays.items() if name not in OPTIONAL_NODES or len(array)}
     arrays |= {"about": np.frombuffer(about, np.uint8)}
     for name, array in (arrays | {"edges": adjacency}).items():
         if array.dtype.kind not in "fiu":  # numpy writes other number types as bytes without a type
@@ -117,7 +123,7 @@ def _read_about(path: Path, file: NpzFile) -> dict[str, Any]:
     version = about.get("version")
     if type(version) is not int or version not in VERSIONS:
         newer = ": written by a newer jclt" if type(version) is int and version > max(VERSIONS) else ""
-        known = " or ".join(map(str, VERSIONS))
+        known = f"{min(VERSIONS)} to {max(VERSIONS)}"
         raise UserError(f"{path}: version {version}, expected {known}, those that this jclt reads{newer}")
     for name, kind in JSON_FIELDS.items() | dict.fromkeys(TEXT_AXES, list).items():
         if type(about.get(name)) is not kind:
@@ -141,8 +147,9 @@ def _check_lengths(path: Path, file: NpzFile, about: dict[str, Any], all_axes: d
             raise UserError(f"{path}: array '{name}' is damaged: {dtype}{list(shape)}")
         shapes[name] = shape
         memory += math.prod(shape) * dtype.itemsize
-    lists = ("features", "errors", "tokens", "positions", "logit_tokens")
-    sizes = {ARRAY_AXES[name][0]: shapes[name][0] for name in lists}
+    optional_nodes = [name for name in OPTIONAL_NODES if name in all_axes]
+    lists = ("features", "errors", "tokens", "positions", *optional_nodes, "logit_tokens")
+    sizes = {all_axes[name][0]: shapes[name][0] for name in lists}
     nodes = sizes["N"] = sum(sizes.values())
     for name, axes in all_axes.items():
         expected = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)

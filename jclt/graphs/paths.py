@@ -41,6 +41,10 @@ def name_of(graph: Graph, node: int) -> str:
             return _describe_token(graph, position)
         case "position":
             return f"position {position}"
+        case "head":
+            return f"head {layer}.{index} at {_describe_token(graph, position)}"
+        case "stream":
+            return f"residual stream {layer} at {_describe_token(graph, position)}"
         case _:
             name = graph.logit_names[node - int(nodes.find("output")[0])]
             return escape_unprintable(name) if index < 0 else _quote(name, int(index))
@@ -62,7 +66,7 @@ def path_lengths(graph: Graph, kinds: Sequence[Kind] = ("token", "position", "er
     """The distribution of path lengths: of all walks from the outputs that end at nodes of these kinds, the share that
     has 0, 1, 2 ... edges."""
     shares, ends = compute_edge_shares(graph.edges), graph.nodes.find(*kinds)
-    lengths = np.zeros(graph.layers + 2)
+    lengths = np.zeros(graph.layers * graph.nodes.steps_per_layer + 2)
     walkers = graph.output_weights
     for length in range(1, len(lengths)):
         walkers = walkers @ shares
@@ -82,24 +86,24 @@ def strongest_paths(
     if count < 1:
         raise UserError(f"count={count}: expected at least 1 path")
     start = _find_start(graph, target)
-    shares, layers = compute_edge_shares(graph.edges), graph.nodes.layer
+    shares, order = compute_edge_shares(graph.edges), graph.nodes.order
     best = np.zeros((len(graph), count))  # strength of the strongest partial paths down to each node, in order
     best[:, 0] = start
     previous = np.full((len(graph), count), -1)  # the node before on each partial path, -1 at its top
     rank = np.zeros((len(graph), count), int)  # which partial path of the previous node it extends
-    for layer in np.unique(layers[layers < layers[start > 0].max(initial=-1)])[::-1]:
-        columns = np.flatnonzero(layers == layer)
-        targets = np.flatnonzero((best[:, 0] > 0) & (layers > layer))
+    for place in np.unique(order[order < order[start > 0].max(initial=-1)])[::-1]:
+        columns = np.flatnonzero(order == place)
+        targets = np.flatnonzero((best[:, 0] > 0) & (order > place))
         # The `count` strongest paths to a column go through the `count` targets whose strongest paths are best.
         strongest = best[targets, 0][:, None] * shares[np.ix_(targets, columns)]
         width = min(count, len(targets))
         via = targets[np.argpartition(-strongest, width - 1, axis=0)[:width]].T
         products = best[via] * shares[via, columns[:, None]][:, :, None]
         products = products.reshape(len(columns), width * count)
-        order = np.argsort(-products, axis=1, kind="stable")[:, :count]
-        best[columns] = np.take_along_axis(products, order, axis=1)
-        previous[columns] = np.where(best[columns] > 0, np.take_along_axis(via, order // count, axis=1), -1)
-        rank[columns] = order % count
+        first = np.argsort(-products, axis=1, kind="stable")[:, :count]
+        best[columns] = np.take_along_axis(products, first, axis=1)
+        previous[columns] = np.where(best[columns] > 0, np.take_along_axis(via, first // count, axis=1), -1)
+        rank[columns] = first % count
     sources = graph.nodes.find(*kinds)
     values = np.where(previous[sources] >= 0, best[sources], 0).ravel()
     return [

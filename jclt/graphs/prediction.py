@@ -9,7 +9,8 @@ A feature downstream is changed too, by r(target) = effect / value, and passes t
 all such paths is the total effect.
 
 The prediction is linear: no feature switches on or off, and attention and norms stay frozen. Features and errors that
-are not in the graph are assumed not to change.
+are not in the graph are assumed not to change. Heads and residual streams that are nodes are no features: what they
+pass on belongs to direct effects, too.
 """
 
 from collections.abc import Mapping
@@ -26,11 +27,13 @@ def predict_changes(graph: Graph, changes: Mapping[int, float], *, total: bool) 
     nodes, values = graph.nodes, graph.values
     relative = np.zeros(len(graph))
     relative[list(changes)] = list(changes.values())
+    passing = nodes.is_kind("head", "stream")
     if total:
-        imposed = np.zeros(len(graph), bool)
-        imposed[list(changes)] = True
-        features = nodes.find("feature")
-        for layer in np.unique(nodes.layer[features]):
-            targets = features[(nodes.layer[features] == layer) & ~imposed[features] & (values[features] != 0)]
-            relative[targets] = graph.adjacency[targets] @ relative / values[targets]
+        passing |= nodes.is_kind("feature")
+    imposed = np.zeros(len(graph), bool)
+    imposed[list(changes)] = True
+    passing &= ~imposed & (values != 0)
+    for place in np.unique(nodes.order[passing]):
+        targets = np.flatnonzero(passing & (nodes.order == place))
+        relative[targets] = graph.adjacency[targets] @ relative / values[targets]
     return graph.adjacency @ relative

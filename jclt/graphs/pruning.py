@@ -33,7 +33,8 @@ def choose_nodes_and_edges(edges: Edges, node_threshold: float, edge_threshold: 
        the rule never removes: "paper" keeps all errors, "circuit-tracer" does not.
     2. Compute edge influence in the graph of these nodes alone. Keep the strongest edges that together have
        `edge_threshold` of it.
-    3. Remove features without incoming edges, and features or errors without outgoing edges, until none is left.
+    3. Remove features, heads and residual streams without incoming edges, and these or errors without outgoing edges,
+       until none is left.
     """
     for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 <= threshold <= 1:
@@ -50,7 +51,9 @@ def choose_nodes_and_edges(edges: Edges, node_threshold: float, edge_threshold: 
     is_kept = np.empty((len(chosen), len(chosen)), bool)
     for rows, values in edge_influence.compute_blocks():
         is_kept[rows] = values >= cutoff
-    connected = _remove_dead_ends(is_kept, never_removed[chosen], edges.nodes.is_kind("feature")[chosen])
+    connected = _remove_dead_ends(
+        is_kept, never_removed[chosen], edges.nodes.is_kind("feature", "head", "stream")[chosen]
+    )
     is_kept &= connected[:, None]
     is_kept &= connected
     node_mask[chosen] = connected
@@ -93,14 +96,14 @@ def _iterate_running_sums(values: Float[np.ndarray, "n"], size: int = 1 << 22) -
 
 
 def _remove_dead_ends(
-    edges: Bool[np.ndarray, "n n"], never_removed: Bool[np.ndarray, "n"], is_feature: Bool[np.ndarray, "n"]
+    edges: Bool[np.ndarray, "n n"], never_removed: Bool[np.ndarray, "n"], needs_inputs: Bool[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
-    """A mask of the nodes that are left when nodes without outgoing edges, and features without incoming edges, are
+    """A mask of the nodes that are left when nodes without outgoing edges, and those without needed inputs, are
     removed again and again until there are none."""
     connected = np.ones(len(edges), bool)
     edges = edges.copy()
     while True:
-        dead = connected & ~never_removed & ~(edges.any(axis=0) & (edges.any(axis=1) | ~is_feature))
+        dead = connected & ~never_removed & ~(edges.any(axis=0) & (edges.any(axis=1) | ~needs_inputs))
         if not dead.any():
             return connected
         connected &= ~dead

@@ -27,6 +27,8 @@ FEATURE_TYPES: dict[Kind, str] = {
     "error": "mlp reconstruction error",
     "token": "embedding",
     "position": "embedding",
+    "head": "lorsa",  # an attention node; viewers that do not know it draw it as a feature
+    "stream": "lorsa",
     "output": "logit",
 }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_EDGES, MAX_LABELS = 500, 90  # more would make the picture unreadable
 MAX_LABEL_LETTERS, MAX_TEXT_LETTERS = 26, 60
-RAISES, LOWERS, FEATURE, ERROR, INPUT = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c"
+RAISES, LOWERS, FEATURE, ERROR, INPUT, HEAD = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c", "#8a4fa3"
 POINTS_PER_INCH = 72
 
 # All coordinates and lengths are in inches; the origin is the picture's lower left corner.
@@ -79,7 +79,7 @@ def write_picture(
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.set_axis_off()
-    _draw_frame(axes, layout, title)
+    _draw_frame(axes, graph, layout, title)
     _draw_tokens(axes, graph, layout)
     _draw_edges(axes, graph, layout)
     dots = _draw_nodes(axes, graph, influence, layout)
@@ -93,7 +93,7 @@ def _lay_out(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Layout:
     upper rows."""
     nodes, layers, positions = graph.nodes, graph.nodes.layer, graph.nodes.position
     cells: dict[tuple[int, int], list[int]] = {}
-    inside = nodes.find("feature", "error")
+    inside = nodes.find("feature", "error", "head", "stream")
     for node in inside[np.lexsort((-influence[inside], nodes.is_kind("error")[inside]))].tolist():
         cells.setdefault((int(layers[node]), int(positions[node])), []).append(node)
     nodes_per_row = int(np.clip(90 // max(len(graph.tokens), 1), 3, 9))
@@ -177,6 +177,8 @@ def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], l
         ("error", min(3.2, widest / 2) ** 2, "D", ERROR),
         ("token", 16, "s", INPUT),
         ("position", 16, "s", INPUT),
+        ("head", 14, "^", HEAD),
+        ("stream", 12, "s", HEAD),
         ("output", 30, "^", FEATURE),
     )
     for kind, size, marker, colour in marks:
@@ -188,7 +190,7 @@ def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], l
     return list(zip(*((x - half).tolist(), (y - half).tolist(), (x + half).tolist(), (y + half).tolist()), strict=True))
 
 
-def _draw_frame(axes: "Axes", layout: _Layout, title: str | None) -> None:
+def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) -> None:
     """Draws the columns of tokens, the lines between layers, the legend and the title."""
     from matplotlib.lines import Line2D
 
@@ -206,6 +208,12 @@ def _draw_frame(axes: "Axes", layout: _Layout, title: str | None) -> None:
         Line2D([], [], color=LOWERS, label="lowers"),
         Line2D([], [], color=FEATURE, marker="o", linestyle="", markersize=5, label="feature"),
         Line2D([], [], color=ERROR, marker="D", linestyle="", markersize=3.5, label="error"),
+    ]
+    others: tuple[tuple[Kind, str, str], ...] = (("head", "^", "head"), ("stream", "s", "residual stream"))
+    legend += [
+        Line2D([], [], color=HEAD, marker=marker, linestyle="", markersize=5, label=label)
+        for kind, marker, label in others
+        if graph.counts[kind]
     ]
     # On the left below the title, because most outputs are on the right.
     axes.legend(

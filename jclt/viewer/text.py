@@ -28,10 +28,11 @@ def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS) -> str:
     # Only tokens have probabilities; a difference of tokens or a direction has only a name.
     named = ", ".join(f"{name!r} {chance:.3f}" if token >= 0 else repr(name) for name, token, chance in outputs)
     scores, pruned_scores, edges = graph.scores, pruned.scores, int(np.count_nonzero(pruned.adjacency))
-    chosen = graph.provenance.get("chosen")
+    chosen, heads = graph.provenance.get("chosen"), graph.provenance.get("chosen_heads")
     lines = [
         f"explains {named}",
         *([describe_chosen(**chosen)] if chosen else ()),
+        *([describe_heads(**heads)] if heads else ()),
         f"{len(graph.features)} active features: completeness {scores.completeness:.2f}, replacement "
         f"{scores.replacement:.2f}; pruned to {len(pruned.features)} features and {edges} edges: completeness "
         f"{pruned_scores.completeness:.2f}, replacement {pruned_scores.replacement:.2f}",
@@ -42,6 +43,10 @@ def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS) -> str:
 
 def describe_chosen(nodes: int, of: int, share_of_score: float) -> str:
     return f"nodes are {nodes} of {of} active features, with {share_of_score:.1%} of the influence to first order"
+
+
+def describe_heads(nodes: int, of: int, share_of_values: float) -> str:
+    return f"heads that are nodes: {nodes} of {of}, with {share_of_values:.1%} of the sum of the sizes of their values"
 
 
 def write_graph(

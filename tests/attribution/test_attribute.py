@@ -23,7 +23,8 @@ from jclt.attribution import schedule as tracing
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Options, count_silent_positions
 from jclt.attribution.prompts import encode_prompt, list_unknown_words
-from jclt.attribution.ranking import PromptRows, estimate_sizes
+from jclt.attribution.ranking import PromptRows
+from jclt.attribution.sizes import estimate_sizes
 from jclt.attribution.targets import choose_likeliest, parse_targets
 from jclt.attribution.true_pass import run_true_pass
 from jclt.coders import Coder, CoderConfig

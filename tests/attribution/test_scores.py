@@ -34,8 +34,9 @@ def kept(monkeypatch) -> list[Any]:
     kept, score = [], schedule.score_features
 
     def keep(*arguments):
-        kept.append(score(*arguments))
-        return kept[-1]
+        scores, gradients = score(*arguments)
+        kept.append(scores)
+        return scores, gradients
 
     monkeypatch.setattr(schedule, "score_features", keep)
     return kept

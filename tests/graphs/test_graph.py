@@ -532,7 +532,7 @@ def set_item(name, place, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (about(version=3), "version 3, expected 1 or 2, those that this jclt reads: written by a newer jclt"),
+        (about(version=4), "version 4, expected 1 to 3, those that this jclt reads: written by a newer jclt"),
         (about(format="other"), "not a graph that jclt saved, expected format 'jclt-graph'"),
         (about(token_texts=["one"]), "'token_texts' in 'about' has 1 entries, expected 2"),
         (about(token_texts=[1, 2]), "expected texts"),

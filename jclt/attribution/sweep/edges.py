@@ -24,6 +24,12 @@ from jclt.attribution.sweep.columns import Columns, meet_columns
 from jclt.attribution.sweep.folding import FoldedLayer, FoldedWeights, read_folded_layer_at, run_folded_layer
 from jclt.attribution.sweep.nodes import PromptNodes, Sweep, TargetNodes, begin_gradients, map_over_prompts
 from jclt.attribution.sweep.tiles import Layout
+from jclt.attribution.sweep.vector_edges import (
+    VectorEdges,
+    cross_vectors,
+    make_vector_edges,
+    take_vector_targets,
+)
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int
 
@@ -44,6 +50,7 @@ class Edges(NamedTuple):
     features: Float[Array, "*M G K R S"]  # by group of tiles, tile and slot
     errors: Float[Array, "*M L T R"]
     columns: Float[Array, "*M N R s"] | None  # from the sources below the cut, by block of sources
+    vectors: VectorEdges | None = None
 
 
 @partial(jax.jit, static_argnames=("local", "layout", "start", "stops", "mesh"))
@@ -83,6 +90,7 @@ def make_edges(sweep: Sweep, columns: Columns | None, targets: int) -> Edges:
         features=jnp.zeros((layout.groups, layout.tiles, targets, layout.tile_size), dtype),
         errors=jnp.zeros((sweep.local.model.layers, sweep.stops[-1], targets), dtype),
         columns=columns and jnp.zeros((columns.streams.shape[1], targets, columns.streams.shape[3]), dtype),
+        vectors=make_vector_edges(sweep, targets),
     )
 
 
@@ -97,6 +105,8 @@ def trace_block(
     """The edges into one block of targets."""
     targets = TargetNodes(*(x[prompt, numbers] for x in sweep.prompts.targets))
     targets = targets._replace(positions=targets.positions - sweep.start)
+    vectors = sweep.prompts.vectors
+    begins = None if vectors is None else take_vector_targets(sweep, vectors, prompt, numbers, targets)
     last, floor = sweep.local.model.layers, jnp.zeros_like(top) if columns is None else columns.cuts[prompt]
 
     def trace_layer(number: Array, carry: tuple[Array, Edges]) -> tuple[Array, Edges]:
@@ -108,7 +118,11 @@ def trace_block(
             lambda stream: pull_first(sweep, folded, layer, targets),
             lambda stream: pull_back(sweep, folded, stop_index, stream, begin()),
         ]
-        stream = jax.lax.switch(jnp.where(layer == last, 0, jnp.where(number == 0, 1, 2)), cases, stream)
+        above, stream = stream, jax.lax.switch(jnp.where(layer == last, 0, jnp.where(number == 0, 1, 2)), cases, stream)
+        if vectors is not None and begins is not None:
+            cross = partial(cross_vectors, sweep, vectors, begins, targets, prompt, layer, folded, above)
+            stream, crossed = jax.lax.cond(layer < last, cross, lambda *same: same, stream, edges.vectors)
+            edges = edges._replace(vectors=crossed)
         step = LayerStep(prompt, layer - 1, stop_index)
         edges = jax.lax.cond(
             step.layer >= floor, partial(add_shares, sweep, step), lambda stream, edges: edges, stream, edges
@@ -116,7 +130,8 @@ def trace_block(
         return stream, edges
 
     stream = jnp.zeros((sweep.stops[-1], len(numbers), sweep.width), sweep.dtype)
-    layers = top + 1 - jnp.maximum(floor, 1)
+    # Only the heads of the first layer lead into features there.
+    layers = top + 1 - (jnp.maximum(floor, 1) if vectors is None or vectors.values is None else 0)
     stream, edges = jax.lax.fori_loop(0, layers, trace_layer, (stream, make_edges(sweep, columns, len(numbers))))
     if columns is None:
         return edges

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.local import Frozen, LocalModel, Weights
+from jclt.attribution.local import Frozen, LocalModel, Reads, Weights
 from jclt.attribution.sweep.bases import FeatureNodes, SourceWrites
 from jclt.attribution.sweep.folding import (
     FoldedLayer,
@@ -21,7 +21,8 @@ from jclt.attribution.sweep.folding import (
     invert_write_norms,
     writes_through_norm,
 )
-from jclt.attribution.sweep.tiles import Layout
+from jclt.attribution.sweep.tiles import NO_LAYER, Layout
+from jclt.attribution.sweep.vectors import FoldedVectors, VectorNodes, fold_vectors
 from jclt.mesh import AnyMesh, gather_shards
 from jclt.shapes import Array, DTypeLike, Float, Int
 
@@ -41,6 +42,7 @@ class PromptNodes(NamedTuple):
     folded: FoldedPrompt
     sources: SourceWrites
     targets: TargetNodes
+    vectors: FoldedVectors | None = None  # the heads and residual streams that are nodes
 
 
 @partial(jax.jit, static_argnames=("local", "layout"))
@@ -53,10 +55,18 @@ def fold_nodes(
     features: FeatureNodes,
     outputs: TargetNodes,
     sources: SourceWrites,
+    vectors: tuple[FoldedWeights, VectorNodes, Reads] | None = None,
 ) -> PromptNodes:
-    """The nodes of a batch of prompts. Targets are its features layer by layer, padding included, then its outputs."""
+    """The nodes of a batch of prompts. Targets are its features layer by layer, padding included, then its outputs,
+    then heads and residual streams: `vectors` has the folded weights, these nodes, and what the true pass reads."""
 
-    def fold(frozen: Frozen, features: FeatureNodes, outputs: TargetNodes, sources: SourceWrites) -> PromptNodes:
+    def fold(
+        frozen: Frozen,
+        features: FeatureNodes,
+        outputs: TargetNodes,
+        sources: SourceWrites,
+        vector_nodes: tuple[VectorNodes, Reads] | None,
+    ) -> PromptNodes:
         encoders = features.encoders.reshape(-1, features.encoders.shape[-1])
         layers = jnp.repeat(jnp.asarray(layout.layers), features.valid.shape[1]).astype(outputs.layers.dtype)
         layers = jnp.concatenate([layers, outputs.layers])
@@ -69,9 +79,24 @@ def fold_nodes(
             tiles = fold_writes(local, weights.params, covered, sources.tiles) * tile_scales[:, :, None, None]
             errors = fold_writes(local, weights.params, jnp.arange(len(scales)), sources.errors) * scales[:, :, None]
             sources = sources._replace(tiles=tiles, errors=errors)
-        return PromptNodes(fold_prompt(local, weights, frozen), sources, TargetNodes(layers, positions, vectors))
+        nodes = PromptNodes(fold_prompt(local, weights, frozen), sources, TargetNodes(layers, positions, vectors))
+        return nodes if vector_nodes is None else add_vectors(nodes, frozen, *vector_nodes)
 
-    return jax.vmap(fold)(frozen, features, outputs, sources)
+    def add_vectors(nodes: PromptNodes, frozen: Frozen, vector_nodes: VectorNodes, true_reads: Reads) -> PromptNodes:
+        assert folded_weights is not None
+        folded_vectors, gradients = fold_vectors(local, folded_weights, frozen, vector_nodes, true_reads)
+        layers, positions, vectors = nodes.targets
+        nothing = jnp.full(len(gradients), NO_LAYER, layers.dtype)  # they do not read where features do
+        targets = TargetNodes(
+            layers=jnp.concatenate([layers, nothing]),
+            positions=jnp.concatenate([positions, jnp.zeros_like(nothing, positions.dtype)]),
+            vectors=jnp.concatenate([vectors, gradients.astype(vectors.dtype)]),
+        )
+        patterns = nodes.folded.patterns * jnp.moveaxis(vector_nodes.masks.heads, 1, 2)[..., None]
+        return PromptNodes(nodes.folded._replace(patterns=patterns), nodes.sources, targets, folded_vectors)
+
+    folded_weights, vector_nodes = (None, None) if vectors is None else (vectors[0], vectors[1:])
+    return jax.vmap(fold)(frozen, features, outputs, sources, vector_nodes)
 
 
 def begin_gradients(targets: TargetNodes, layer: int | Array, length: int) -> Float[Array, "T N D"]:
