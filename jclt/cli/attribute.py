@@ -18,10 +18,13 @@ from jclt.cli.arguments import (
     parse_nodes,
     parse_target,
 )
+from jclt.cli.label_arguments import add_labels_argument, find_described_features, find_label_texts
 from jclt.errors import UserError
 
 if TYPE_CHECKING:
+    from jclt.attribution import Options
     from jclt.graphs import Graph
+    from jclt.models.chat import Messages
 
 
 def add_command(commands: Subcommands) -> None:
@@ -62,6 +65,20 @@ def add_command(commands: Subcommands) -> None:
         "' Denver~ Austin'; can be repeated (default: the likeliest next tokens)",
     )
     add_trace_arguments(command)
+    add_labels_argument(command)
+    command.add_argument(
+        "--features",
+        type=Path,
+        metavar="FOLDER",
+        help="what `jclt features` wrote about the coder: viewers then show the examples of each feature (default: the "
+        "folder features beside the coder's files, if there)",
+    )
+    command.add_argument(
+        "--supernodes",
+        action="store_true",
+        help="also group features that are fed alike and do alike, for viewers too; of one prompt, also set each group "
+        "to zero and see what it does",
+    )
     command.set_defaults(function=run)
 
 
@@ -118,11 +135,9 @@ def add_trace_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jclt.attribution import Options, attribute, attribute_file
+    from jclt.attribution import Options
     from jclt.files import check_file, check_writable
-    from jclt.graphs import write_index
     from jclt.hosts import find_process_and_count
-    from jclt.viewer import SCORES_EXPLAINED, summarize_graph, write_graph, write_viewer_json
 
     prompt = find_prompt(arguments)
     if (prompt is None) == (arguments.prompts is None):
@@ -142,32 +157,55 @@ def run(arguments: argparse.Namespace) -> int:
     options.check()
     if arguments.prompts is not None:
         check_file(arguments.prompts, "a file with a prompt on each line")
-    out: Path | None = arguments.out
-    if out is not None:
-        check_writable(out)
-    process_and_count = find_process_and_count() if arguments.prompts is not None else (0, 1)
+    if arguments.out is not None:
+        check_writable(arguments.out)
+    share = find_process_and_count() if arguments.prompts is not None else (0, 1)
+    return explain_file(arguments, options, share) if prompt is None else explain_prompt(arguments, options, prompt)
+
+
+def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "str | Messages") -> int:
+    from jclt.attribution import attribute
+    from jclt.graphs import add_supernodes, label_nodes, suggest_supernodes
+    from jclt.interventions import measure_supernodes
+    from jclt.viewer import SCORES_EXPLAINED, summarize_graph, write_graph
+
     model, coder = load_coder_and_model(arguments)
-    if arguments.prompts is not None and out is not None:
-
-        def write_json(graph: "Graph", name: str) -> None:
-            write_viewer_json(graph, out, name)
-
-        visit = write_json if arguments.json else None
-        written, failed = attribute_file(
-            model, coder, arguments.prompts, out, options, arguments.batch, process_and_count, visit=visit
-        )
-        if arguments.json:
-            write_index(out)
-        if failed and not written:
-            print(f"jclt: all of {failed} prompts failed; {out / 'failed.jsonl'} says why", file=sys.stderr)
-            return 1
-        print(f"done: {written} graphs in {out}, listed in graphs.jsonl; {failed} prompts failed")
-        return 0
-    assert prompt is not None
-    graph = attribute(model, coder, prompt, **options._asdict())
+    features = find_described_features(arguments, coder) if arguments.out is not None else None
+    labels = find_label_texts(arguments, coder)
+    graph = label_nodes(attribute(model, coder, prompt, **options._asdict()), labels)
     pruned = graph.prune()
     print(f"{summarize_graph(graph, pruned)}\n{SCORES_EXPLAINED}")
-    if out is not None:
-        name = write_graph(graph, pruned, out)
-        print(f"written: {name}.npz, {name}.json and {name}.png in {out}")
+    suggested = suggest_supernodes(pruned) if arguments.supernodes else []
+    if suggested:
+        graph, pruned = add_supernodes(graph, suggested), add_supernodes(pruned, suggested)
+    if arguments.out is not None:
+        name = write_graph(graph, pruned, arguments.out, features=features)
+        print(f"written: {name}.npz, {name}.json and {name}.png in {arguments.out}")
+    if arguments.supernodes:
+        print(f"supernodes: {len(suggested)} groups of features that are fed alike and do alike")
+        for effect in measure_supernodes(model, coder, graph.tokens, graph, suggested):
+            print(f"  {effect}")
+    return 0
+
+
+def explain_file(arguments: argparse.Namespace, options: "Options", share: tuple[int, int]) -> int:
+    from jclt.attribution import attribute_file
+    from jclt.graphs import label_nodes, write_index
+    from jclt.viewer import write_viewer_json
+
+    out: Path = arguments.out
+    model, coder = load_coder_and_model(arguments)
+    features, labels = find_described_features(arguments, coder), find_label_texts(arguments, coder)
+
+    def write_json(graph: "Graph", name: str) -> None:
+        write_viewer_json(label_nodes(graph, labels), out, name, features, arguments.supernodes)
+
+    visit = write_json if arguments.json else None
+    written, failed = attribute_file(model, coder, arguments.prompts, out, options, arguments.batch, share, visit=visit)
+    if arguments.json:
+        write_index(out)
+    if failed and not written:
+        print(f"jclt: all of {failed} prompts failed; {out / 'failed.jsonl'} says why", file=sys.stderr)
+        return 1
+    print(f"done: {written} graphs in {out}, listed in graphs.jsonl; {failed} prompts failed")
     return 0

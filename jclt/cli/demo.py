@@ -32,6 +32,8 @@ def explain_examples(out: Path, seed: int = 0) -> str:
 
     from jclt.attribution import attribute_batch
     from jclt.coders import load_coder
+    from jclt.features.labels import find_labels, load_labels
+    from jclt.graphs import add_supernodes, label_nodes, suggest_supernodes
     from jclt.models import load_model
     from jclt.viewer.text import SCORES_EXPLAINED, summarize_graph, write_graph
     from jclt.world import TASKS
@@ -39,6 +41,8 @@ def explain_examples(out: Path, seed: int = 0) -> str:
 
     model = load_model("demo")
     coder = load_coder("demo", model=model, keep="device", check=False)
+    labels = load_labels("demo") if find_labels("demo").exists() else {}
+    labels = {place: label.text for place, label in labels.items()}
     examples = [task.examples("report", 1, seed)[0] for task in TASKS.values()]
     with tqdm(
         total=2 * len(examples) + 1, desc="loading", leave=False, bar_format="{desc}: {bar} {elapsed}"
@@ -51,7 +55,11 @@ def explain_examples(out: Path, seed: int = 0) -> str:
         blocks = []
         for example, answer, graph in zip(examples, answers, graphs, strict=True):
             progress.set_description(f"drawing {example.task}")
+            graph = label_nodes(graph, labels)
             pruned = graph.prune()
+            if labels:
+                suggested = suggest_supernodes(pruned)
+                graph, pruned = add_supernodes(graph, suggested), add_supernodes(pruned, suggested)
             write_graph(graph, pruned, out, example.task)
             verdict = "right" if answer.right else f"wrong, expected {' or '.join(map(repr, example.answers[:3]))}"
             head = f"{example.task}: {example.prompt!r} -> {answer.predicted!r} {answer.probability:.3f} {verdict}"

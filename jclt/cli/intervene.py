@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from jclt.cli.arguments import (
     make_int_parser,
     parse_text,
 )
+from jclt.cli.label_arguments import add_labels_argument, find_label_texts
 from jclt.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def add_command(commands: Subcommands) -> None:
     )
     add_fit_arguments(command)
     add_setting_arguments(command)
+    add_labels_argument(command)
     command.add_argument("--graph", type=Path, metavar="FILE", help="the prompt's graph (default: it is computed)")
     command.add_argument("--no-predict", action="store_true", help="compute no graph and no prediction")
     command.add_argument(
@@ -198,6 +201,7 @@ def run(arguments: argparse.Namespace) -> None:
         graph=graph,
         predict=not arguments.no_predict,
     )
+    result = replace(result, labels={**result.labels, **find_label_texts(arguments, coder)})
     print(result.summarize())
     shares = {} if graph is None else measure_shares(graph, result)
     for name, share in shares.items():

@@ -22,7 +22,8 @@ from jclt.features.columns import BIN_EDGES
 from jclt.features.records import Example, FeatureRecord, Features
 from jclt.files import check_file, create_file, parse_object, read_bytes, write_bytes
 from jclt.graphs.export_nodes import cantor
-from jclt.graphs.viewer_json import Labels, encode_json, to_shortest_decimals
+from jclt.graphs.names import LabelTexts
+from jclt.graphs.viewer_json import encode_json, to_shortest_decimals
 from jclt.shapes import Float
 
 Json = dict[str, Any]
@@ -87,7 +88,7 @@ def spread_histogram(histogram: np.ndarray, maximum: float) -> Float[np.ndarray,
 
 
 def export_features(
-    features: Features, places: Iterable[tuple[int, int]], folder: str | Path, labels: Labels | None = None
+    features: Features, places: Iterable[tuple[int, int]], folder: str | Path, labels: LabelTexts | None = None
 ) -> None:
     """Writes `NUMBER.json` for each of these (layer, feature), and what there was stays."""
     folder, labels = Path(folder), labels or {}
@@ -143,7 +144,7 @@ def _read_example(example: Mapping[str, Any]) -> Example:
     return Example(int(example.get("row", -1)), position, activations[best], position - best, tokens, activations, ids)
 
 
-def export_bundle(features: Features, folder: str | Path, labels: Labels | None = None) -> None:
+def export_bundle(features: Features, folder: str | Path, labels: LabelTexts | None = None) -> None:
     """Writes all features of all layers."""
     folder, labels, index = Path(folder), labels or {}, {}
     for layer in features.layers:

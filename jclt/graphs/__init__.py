@@ -7,17 +7,18 @@ from jclt.graphs.graph import Graph
 from jclt.graphs.import_json import import_json
 from jclt.graphs.influence import Scores
 from jclt.graphs.load import load_graph
+from jclt.graphs.names import label_nodes, list_labels, name_of
 from jclt.graphs.nodes import KINDS, Kind, NodeTable, build_node_table
 from jclt.graphs.paths import (
     Path,
     between_supernodes,
     describe,
-    name_of,
     path_lengths,
     strongest_paths,
     with_supernodes,
 )
 from jclt.graphs.pruning import Masks
+from jclt.graphs.supernodes import Supernode, add_supernodes, suggest_supernodes
 from jclt.graphs.viewer_index import write_index
 
 __all__ = [
@@ -29,11 +30,15 @@ __all__ = [
     "NodeTable",
     "Path",
     "Scores",
+    "Supernode",
+    "add_supernodes",
     "between_supernodes",
     "curve",
     "describe",
     "export_json",
     "import_json",
+    "label_nodes",
+    "list_labels",
     "load_graph",
     "name_of",
     "build_node_table",
@@ -41,6 +46,7 @@ __all__ = [
     "read_circuit_tracer",
     "slug_of",
     "strongest_paths",
+    "suggest_supernodes",
     "with_supernodes",
     "write_index",
 ]

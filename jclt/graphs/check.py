@@ -5,7 +5,7 @@ import numpy as np
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import split_rows
-from jclt.graphs.paths import name_of
+from jclt.graphs.names import name_of
 
 MAX_LAYERS = 10_000
 

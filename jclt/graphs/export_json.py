@@ -16,7 +16,6 @@ from jclt.graphs.npz import to_plain
 from jclt.graphs.viewer_json import (
     FIELDS,
     Json,
-    Labels,
     encode_json,
     get_annotations,
     is_list_of_groups,
@@ -31,18 +30,13 @@ SLUG_LETTERS = 40
 
 @overload
 def export_json(
-    graph: Graph,
-    path: None = None,
-    *,
-    slug: str | None = None,
-    title: str | None = None,
-    labels: Labels | None = None,
+    graph: Graph, path: None = None, *, slug: str | None = None, title: str | None = None, scan: str | None = None
 ) -> Json: ...
 
 
 @overload
 def export_json(
-    graph: Graph, path: str | Path, *, slug: str | None = None, title: str | None = None, labels: Labels | None = None
+    graph: Graph, path: str | Path, *, slug: str | None = None, title: str | None = None, scan: str | None = None
 ) -> None: ...
 
 
@@ -52,30 +46,33 @@ def export_json(
     *,
     slug: str | None = None,
     title: str | None = None,
-    labels: Labels | None = None,
+    scan: str | None = None,
 ) -> Json | None:
     """Writes the graph as published viewers read it, compressed if the name ends in .gz. Without a path, returns the
     content.
 
-    Fields in `graph.annotations` override the fields made here; `slug`, `title` and `labels` override both. Viewers
-    show the nodes whose field `influence` is at most `node_threshold`. This field is the cumulative share in the whole
-    graph, so that viewers show all nodes that pruning kept, and fewer if the user lowers the threshold.
+    Fields in `graph.annotations` override the fields made here; `slug`, `title`, `scan` and `graph.labels` override
+    both. Viewers look for the files of features where `scan` says; by default it is the model's name. Viewers show the
+    nodes whose field `influence` is at most `node_threshold`. This field is the cumulative share in the whole graph, so
+    that viewers show all nodes that pruning kept, and fewer if the user lowers the threshold.
     """
+    chosen = {"slug": slug, "title_prefix": title, "scan": scan}
+    chosen = {name: text for name, text in chosen.items() if text is not None}
     if path is None:
-        return _build_content(graph, slug, title, labels or {}, slug_of(graph))
+        return _build_content(graph, chosen, slug_of(graph))
     path = Path(path)
-    write_bytes(path, encode_json(_build_content(graph, slug, title, labels or {}, path.name.split(".json")[0]), path))
+    write_bytes(path, encode_json(_build_content(graph, chosen, path.name.split(".json")[0]), path))
     return None
 
 
-def _build_content(graph: Graph, slug: str | None, title: str | None, labels: Labels, default_slug: str) -> Json:
+def _build_content(graph: Graph, chosen: dict[str, str], default_slug: str) -> Json:
     ids = make_node_ids(graph)
     nodes = [node | saved for node, saved in zip(make_nodes(graph), get_annotations(graph), strict=True)]
-    for node, node_id, label in zip(nodes, ids, _list_labels(graph, labels), strict=True):
-        node |= {"node_id": node_id} if label is None else {"node_id": node_id, "clerp": label}
+    for node, node_id, label in zip(nodes, ids, graph.labels or [""] * len(nodes), strict=True):
+        node |= {"node_id": node_id, "clerp": label} if label else {"node_id": node_id}
     _limit_influence(graph, nodes)
     content: Json = {
-        "metadata": _make_metadata(graph, slug, title, default_slug),
+        "metadata": _make_metadata(graph, chosen, default_slug),
         "qParams": _make_view(graph, ids),
         **{key: value for key, value in graph.annotations.items() if key not in FIELDS},
         "nodes": [node for node, absent in zip(nodes, _find_absent_tokens(graph), strict=True) if not absent],
@@ -100,12 +97,6 @@ def _find_absent_tokens(graph: Graph) -> list[bool]:
     return [not saved and tokens.get(node, 0) < 0 for node, saved in enumerate(get_annotations(graph))]
 
 
-def _list_labels(graph: Graph, labels: Labels) -> list[str | None]:
-    """The label of each feature, and None for all other nodes."""
-    feature_labels = [labels.get((layer, feature)) for layer, _, feature in graph.features.tolist()]
-    return feature_labels + [None] * (len(graph) - len(feature_labels))
-
-
 def _limit_influence(graph: Graph, nodes: Sequence[Json]) -> None:
     """Lowers each `influence` field to the node threshold, so that viewers show all nodes that pruning kept. The last
     node that pruning keeps exceeds the threshold, and so may errors, which it always keeps."""
@@ -115,8 +106,7 @@ def _limit_influence(graph: Graph, nodes: Sequence[Json]) -> None:
             node["influence"] = min(node["influence"], float(threshold))
 
 
-def _make_metadata(graph: Graph, slug: str | None, title: str | None, default_slug: str) -> Json:
-    chosen = {key: value for key, value in (("slug", slug), ("title_prefix", title)) if value is not None}
+def _make_metadata(graph: Graph, chosen: dict[str, str], default_slug: str) -> Json:
     saved, provenance = graph.annotations.get("metadata", {}), graph.provenance
     if (
         "slug" in saved
@@ -134,12 +124,14 @@ def _make_metadata(graph: Graph, slug: str | None, title: str | None, default_sl
         for source in (provenance, settings)
         if key in source
     }
+    model = PurePath(str(provenance.get("model", ""))).name  # viewers know models without owner or folder
     info: Json = {"generator": {"name": "jclt", "version": version("jclt")}}
     if isinstance(provenance.get("coder"), str):
         info["description"] = provenance["coder"]
     metadata = {
         "slug": default_slug,
-        "scan": PurePath(str(provenance.get("model", ""))).name,  # viewers know models without owner or folder
+        "scan": model,
+        **({"model": model} if "scan" in chosen else {}),
         "transcoder_list": [],
         "prompt_tokens": list(graph.token_texts),
         "prompt": provenance.get("prompt", "".join(graph.token_texts)),

@@ -50,6 +50,7 @@ class Graph:
     annotations: dict[str, Any] = field(default_factory=dict)  # fields of a viewer's file with no place here; JSON
     logit_weights: Float[np.ndarray, "k"] | None = None  # weight of each output in influence; None: its probability
     whole_shares: Float[np.ndarray, "N"] | None = None  # in a pruned graph: `cumulative_shares` before pruning
+    labels: tuple[str, ...] = ()  # of each node a text that says what it means, or ""; empty: there are none
 
     def __post_init__(self) -> None:
         nodes, counts = len(self.nodes), self.counts
@@ -59,6 +60,7 @@ class Graph:
             "activations": (counts["feature"],),
             "token_texts": (counts["token"],),
             **dict.fromkeys(("logit_names", "logit_probabilities", "logit_weights"), (counts["output"],)),
+            "labels": (nodes if self.labels else 0,),
         }
         for name, shape in expected.items():
             values = getattr(self, name)
@@ -232,4 +234,5 @@ class Graph:
             },
             annotations=annotations,
             whole_shares=self.cumulative_shares[nodes],
+            labels=tuple(self.labels[node] for node in kept.tolist()) if self.labels else (),
         )

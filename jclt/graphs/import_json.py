@@ -67,6 +67,7 @@ def import_json(path: str | Path) -> Graph:
         token_texts=tuple(metadata["prompt_tokens"]),
         logit_names=tuple(_parse_output_name(node.text) for node in outputs),
         logit_probabilities=_to_float32([node.parse_number("token_prob") for node in outputs]),
+        labels=_read_labels(by_kind.all),
         logit_weights=_read_output_weights(path, metadata, len(outputs)),
         layers=layers,
         provenance=_read_provenance(metadata),
@@ -173,8 +174,16 @@ def _read_output_weights(path: Path, metadata: Json, count: int) -> Float[np.nda
 
 
 def _read_provenance(metadata: Json) -> Json:
-    names = {"model": "scan", "prompt": "prompt", "settings": "generation_settings"}
+    """The model is named by `scan`, unless that says where features' files are."""
+    model = "model" if "model" in metadata else "scan"
+    names = {"model": model, "prompt": "prompt", "settings": "generation_settings"}
     return {name: metadata[viewer_name] for name, viewer_name in names.items() if viewer_name in metadata}
+
+
+def _read_labels(nodes: Sequence[FileNode | None]) -> tuple[str, ...]:
+    """What features mean. What viewers write beside other nodes names them only."""
+    texts = [node.text if node is not None and node.kind == "feature" else "" for node in nodes]
+    return tuple(texts) if any(texts) else ()
 
 
 def _read_supernodes(path: Path, groups: Any, numbers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

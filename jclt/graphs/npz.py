@@ -43,12 +43,15 @@ INTEGER_ARRAYS = ("features", "errors", "tokens", "positions", "logit_tokens", "
 
 TEXT_AXES = {"token_texts": "T", "logit_names": "k"}
 
+OPTIONAL_TEXTS = {"labels": "N"}
+"""Empty where a graph has none, and absent from older files."""
+
 JSON_FIELDS: dict[str, type] = {"layers": int, "provenance": dict, "supernodes": dict, "annotations": dict}
 
 MAX_ABOUT_BYTES = 1 << 28
 """Most bytes of texts, provenance and annotations in a file. Those of 100,000 nodes take a tenth of it."""
 
-STORED_FIELDS = (*ARRAY_AXES, *OPTIONAL_AXES, *TEXT_AXES, *JSON_FIELDS)
+STORED_FIELDS = (*ARRAY_AXES, *OPTIONAL_AXES, *TEXT_AXES, *OPTIONAL_TEXTS, *JSON_FIELDS)
 """The fields of a `Graph` in the file, except the edges."""
 
 
@@ -60,6 +63,7 @@ def write_file(path: str | Path, fields: Mapping[str, Any], adjacency: Float[np.
 
 def _write_archive(path: Path, fields: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
     texts = {name: fields[name] for name in (*TEXT_AXES, *JSON_FIELDS)}
+    texts |= {name: fields[name] for name in OPTIONAL_TEXTS if fields[name]}
     has_optional_nodes = any(len(fields[name]) for name in OPTIONAL_NODES)
     version = 3 if has_optional_nodes else 1 if fields["logit_weights"] is None else 2
     about = to_json(to_plain({"format": FORMAT, "version": version} | texts, "graph"), "graph").encode()
@@ -86,6 +90,7 @@ def read_file(path: Path) -> tuple[dict[str, Any], Float[np.ndarray, "N N"]]:
     fields: dict[str, Any] = dict.fromkeys(OPTIONAL_AXES)
     fields |= {name: np.require(file.read_tensor(name), requirements="W") for name in axes}
     fields |= {name: tuple(about[name]) for name in TEXT_AXES} | {name: about[name] for name in JSON_FIELDS}
+    fields |= {name: tuple(about.get(name, ())) for name in OPTIONAL_TEXTS}
     return fields, _unpack(path, file, nodes)
 
 
@@ -125,11 +130,12 @@ def _read_about(path: Path, file: NpzFile) -> dict[str, Any]:
         newer = ": written by a newer jclt" if type(version) is int and version > max(VERSIONS) else ""
         known = f"{min(VERSIONS)} to {max(VERSIONS)}"
         raise UserError(f"{path}: version {version}, expected {known}, those that this jclt reads{newer}")
-    for name, kind in JSON_FIELDS.items() | dict.fromkeys(TEXT_AXES, list).items():
+    texts = [*TEXT_AXES, *(name for name in OPTIONAL_TEXTS if name in about)]
+    for name, kind in JSON_FIELDS.items() | dict.fromkeys(texts, list).items():
         if type(about.get(name)) is not kind:
             raise UserError(f"{path}: '{name}' in 'about' is damaged or missing, expected {kind.__name__}")
-    if not all(isinstance(text, str) for name in TEXT_AXES for text in about[name]):
-        raise UserError(f"{path}: {' or '.join(TEXT_AXES)} in 'about' is damaged, expected texts")
+    if not all(isinstance(text, str) for name in texts for text in about[name]):
+        raise UserError(f"{path}: {' or '.join(texts)} in 'about' is damaged, expected texts")
     return about
 
 
@@ -155,7 +161,8 @@ def _check_lengths(path: Path, file: NpzFile, about: dict[str, Any], all_axes: d
         expected = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in axes)
         if shapes[name] != expected:
             raise UserError(f"{path}: array '{name}' has shape {list(shapes[name])}, expected {list(expected)}")
-    for name, axis in TEXT_AXES.items():
+    optional = {name: axis for name, axis in OPTIONAL_TEXTS.items() if about.get(name)}
+    for name, axis in (TEXT_AXES | optional).items():
         if len(about[name]) != sizes[axis]:
             raise UserError(f"{path}: '{name}' in 'about' has {len(about[name])} entries, expected {sizes[axis]}")
     for name, members in about["supernodes"].items():

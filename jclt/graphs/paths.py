@@ -1,14 +1,14 @@
-"""Names of nodes, strongest paths, lengths of paths, and supernodes (named sets of nodes)."""
+"""Strongest paths, lengths of paths, and supernodes (named sets of nodes)."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jclt.errors import UserError, escape_unprintable
+from jclt.errors import UserError
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import FLOOR, compute_edge_shares
+from jclt.graphs.names import check_node, name_of
 from jclt.graphs.nodes import Kind
 from jclt.shapes import Float
 
@@ -22,44 +22,10 @@ class Path:
     sign: int  # 1 or -1: the product of the edges' signs
 
 
-def name_of(graph: Graph, node: int) -> str:
-    """The node in words."""
-    _check_node(graph, node)
-    nodes = graph.nodes
-    kind, layer, position, index = (
-        str(nodes.kind[node]),
-        nodes.layer[node],
-        int(nodes.position[node]),
-        nodes.index[node],
-    )
-    match kind:
-        case "feature":
-            return f"layer {layer} feature {index} at {_describe_token(graph, position)}"
-        case "error":
-            return f"error of layer {layer} at {_describe_token(graph, position)}"
-        case "token":
-            return _describe_token(graph, position)
-        case "position":
-            return f"position {position}"
-        case "head":
-            return f"head {layer}.{index} at {_describe_token(graph, position)}"
-        case "stream":
-            return f"residual stream {layer} at {_describe_token(graph, position)}"
-        case _:
-            name = graph.logit_names[node - int(nodes.find("output")[0])]
-            return escape_unprintable(name) if index < 0 else _quote(name, int(index))
-
-
-def describe(graph: Graph, path: Path, labels: Mapping[tuple[int, int], str] | None = None) -> str:
-    """The path's nodes and share in one line. `labels` are names of features, by layer and feature."""
-    names = []
-    for node in path.nodes:
-        name = name_of(graph, node)
-        if labels and graph.nodes.kind[node] == "feature":
-            label = labels.get((int(graph.nodes.layer[node]), int(graph.nodes.index[node])))
-            name = name.replace(" at ", f" ({escape_unprintable(label)}) at ", 1) if label else name
-        names.append(name)
-    return f"{' -> '.join(names)} {path.share:.1%}{', against it' if path.sign < 0 else ''}"
+def describe(graph: Graph, path: Path) -> str:
+    """The path's nodes and share in one line."""
+    names = " -> ".join(name_of(graph, node) for node in path.nodes)
+    return f"{names} {path.share:.1%}{', against it' if path.sign < 0 else ''}"
 
 
 def path_lengths(graph: Graph, kinds: Sequence[Kind] = ("token", "position", "error")) -> Float[np.ndarray, "l"]:
@@ -119,7 +85,7 @@ def with_supernodes(graph: Graph, groups: Mapping[str, Iterable[int]]) -> Graph:
     members = {name: tuple(int(node) for node in nodes) for name, nodes in groups.items()}
     for name, nodes in members.items():
         for node in nodes:
-            _check_node(graph, node, f"supernode '{name}': ")
+            check_node(graph, node, f"supernode '{name}': ")
             if node in owner:
                 raise UserError(f"supernode '{name}': node {node} is in '{owner[node]}' already, expected it once")
             owner[node] = name
@@ -159,7 +125,7 @@ def _find_start(graph: Graph, target: int | None) -> np.ndarray:
     if target is None:
         weights = graph.output_weights.astype(np.float64)
         return weights / (weights.sum() or 1)
-    _check_node(graph, target)
+    check_node(graph, target)
     start = np.zeros(len(graph))
     start[target] = 1
     return start
@@ -174,17 +140,3 @@ def _trace_path(graph: Graph, best: np.ndarray, previous: np.ndarray, rank: np.n
         nodes.append(node)
     negative = sum(int(graph.adjacency[b, a] < 0) for a, b in zip(nodes, nodes[1:], strict=False))
     return Path(tuple(nodes), share, -1 if negative % 2 else 1)
-
-
-def _check_node(graph: Graph, node: int, where: str = "") -> None:
-    if not 0 <= node < len(graph):
-        raise UserError(f"{where}node {node}: expected a number from 0 to {len(graph) - 1}")
-
-
-def _describe_token(graph: Graph, position: int) -> str:
-    return f"{_quote(graph.token_texts[position], int(graph.tokens[position]))} ({position})"
-
-
-def _quote(text: str, token: int) -> str:
-    """The text in quotes with escapes, or the token's number if its text is unknown."""
-    return escape_unprintable(json.dumps(text, ensure_ascii=False)) if text else f"token {token}"

@@ -19,9 +19,6 @@ from jclt.shapes import Float
 
 Json = dict[str, Any]
 
-Labels = Mapping[tuple[int, int], str]
-"""Names of features, by layer and number."""
-
 FEATURE_TYPES: dict[Kind, str] = {
     "feature": "cross layer transcoder",  # the viewers know no other name, so per-layer transcoders use it too
     "error": "mlp reconstruction error",

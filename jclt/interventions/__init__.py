@@ -2,8 +2,8 @@
 
 Reading order, of features: `intervene.py` (what users call), `settings.py` (how the model reacts), `changes.py` (edits
 of features as arrays), `feature_pass.py` (a pass with changed features), `result.py` (what is measured), `nodes.py`
-(supernodes of a graph), `steer.py` (generation), `ablate.py` (many features, one at a time) with `batches.py` and
-`resume.py`.
+(supernodes of a graph), `supernodes.py` (whether they do what they claim), `steer.py` (generation), `ablate.py` (many
+features, one at a time) with `batches.py` and `resume.py`.
 
 Of sites, on pairs of a clean and a corrupted prompt: the package `patching`.
 """
@@ -26,6 +26,7 @@ from jclt.interventions.patching import (
 )
 from jclt.interventions.result import Intervention
 from jclt.interventions.steer import Steered, find_maxima, steer, sweep_steering
+from jclt.interventions.supernodes import SupernodeEffect, measure_supernodes
 
 __all__ = [
     "Ablations",
@@ -35,6 +36,7 @@ __all__ = [
     "PatchingResult",
     "PromptPairs",
     "Steered",
+    "SupernodeEffect",
     "ablate",
     "find_maxima",
     "intervene",
@@ -43,6 +45,7 @@ __all__ = [
     "make_pairs",
     "make_world_pairs",
     "measure_shares",
+    "measure_supernodes",
     "patch",
     "patch_paths",
     "scale_nodes",

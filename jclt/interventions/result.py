@@ -1,7 +1,7 @@
 """The result of an intervention: outputs and features before and after it, beside what a graph predicts."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from jclt.attribution.targets import decode_token
 from jclt.coders import Coder
 from jclt.errors import escape_unprintable
-from jclt.graphs import Graph
+from jclt.graphs import Graph, list_labels
+from jclt.graphs.names import name_feature
 from jclt.graphs.prediction import predict_changes
 from jclt.interventions.changes import Changes
 from jclt.models import Model, Scale, Set, SiteEdit
@@ -72,6 +73,7 @@ class Intervention:
     outputs: OutputChanges
     unpredicted: int  # edited places that a prediction leaves out: not in the graph, or of other sites
     kl: float  # of the next token: sum over tokens of p log(p / q), p before and q after, in nats
+    labels: Mapping[tuple[int, int], str] = field(default_factory=dict)  # by layer and feature
 
     def __repr__(self) -> str:
         return f"<Intervention on '{escape_unprintable(''.join(self.token_texts))[:60]}': KL {self.kl:.3g}>"
@@ -93,7 +95,9 @@ class Intervention:
         lines.append(f"features: {len(f)} active before or after, {int(np.count_nonzero(change > 0))} changed")
         for i in changed:
             text = self.token_texts[f.position[i]]
-            line = f"  layer {f.layer[i]} feature {f.feature[i]} at {text!r} ({f.position[i]}): "
+            layer, feature = int(f.layer[i]), int(f.feature[i])
+            name = name_feature(layer, feature, self.labels.get((layer, feature)))
+            line = f"  {name} at {text!r} ({f.position[i]}): "
             line += f"{f.before[i]:.3g} -> {f.after[i]:.3g}{' edited' if f.edited[i] else ''}"
             if not np.isnan(f.preactivation_predicted[i]):
                 predicted, measured = f.preactivation_predicted[i], f.preactivation_after[i]
@@ -156,6 +160,7 @@ def make_result(
         ),
         unpredicted=unpredicted,
         kl=float(np.sum(np.exp(log_before) * (log_before - log_after))),
+        labels={} if graph is None else list_labels(graph),
     )
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from jclt.files import create_file
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_edge_influence
+from jclt.graphs.names import shorten_label
 from jclt.graphs.nodes import Kind
-from jclt.graphs.viewer_json import Labels, get_annotations
 from jclt.shapes import Float, Int
+from jclt.viewer.label_places import Box, do_overlap, list_far_places, list_near_places
 from jclt.viewer.picture_files import find_picture_type, save_figure
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ SLOT_WIDTH, ROW_HEIGHT = 0.17, 0.17  # distance between nodes in a cell, sideway
 LAYER_GAP, EMPTY_LAYER = 0.17, 0.13  # space for labels above each layer; height of a layer without nodes
 MIN_WIDTH, MAX_WIDTH = 8.0, 22.0
 
-Box = tuple[float, float, float, float]
-"""Left, bottom, right, top."""
-
 
 class _Layout(NamedTuple):
     """Coordinates of all nodes, columns and layers."""
@@ -43,33 +41,20 @@ class _Layout(NamedTuple):
     slot: float  # distance between neighbouring nodes in a cell
 
 
-def draw_graph(
-    graph: Graph,
-    path: str | Path,
-    *,
-    labels: Labels | None = None,
-    title: str | None = None,
-) -> None:
+def draw_graph(graph: Graph, path: str | Path, *, title: str | None = None) -> None:
     """Draws a graph into a file; the ending of its name is the file type. Blue edges raise their target, orange edges
     lower it.
 
-    At most `MAX_EDGES` edges are drawn, those with most influence. A feature without a name in `labels` has its name
-    from the viewer's file that the graph was read from, or else its layer and number.
+    At most `MAX_EDGES` edges are drawn, those with most influence. A feature without a label is named by its layer and
+    number.
     """
     path = Path(path)
     kind = find_picture_type(path)
     with create_file(path) as partial:
-        write_picture(graph, partial, kind, labels=labels, title=title)
+        write_picture(graph, partial, kind, title=title)
 
 
-def write_picture(
-    graph: Graph,
-    path: Path,
-    kind: str = "png",
-    *,
-    labels: Labels | None = None,
-    title: str | None = None,
-) -> None:
+def write_picture(graph: Graph, path: Path, kind: str = "png", *, title: str | None = None) -> None:
     """Writes the picture directly to this path, unlike `draw_graph`, which replaces a file only by a complete one."""
     from matplotlib.figure import Figure
 
@@ -84,7 +69,7 @@ def write_picture(
     _draw_edges(axes, graph, layout)
     dots = _draw_nodes(axes, graph, influence, layout)
     _draw_outputs(axes, graph, layout)
-    _draw_labels(axes, _name_features(graph, labels or {}), influence, layout, dots)
+    _draw_labels(axes, _name_features(graph), influence, layout, dots)
     save_figure(figure, path, kind)
 
 
@@ -167,7 +152,7 @@ def _draw_edges(axes: "Axes", graph: Graph, layout: _Layout) -> None:
 
 def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], layout: _Layout) -> list[Box]:
     """Draws features as dots, larger for more influence, and all other nodes in one size per kind. Returns the boxes of
-    the features."""
+    the features and of the errors."""
     features = graph.nodes.find("feature")
     widest = min(layout.slot * 0.95, ROW_HEIGHT * 0.85) * POINTS_PER_INCH
     share = influence[features] / max(influence[features].max(initial=0), 1e-30)
@@ -185,8 +170,9 @@ def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], l
         chosen = graph.nodes.find(kind)
         edge = {"edgecolors": "white", "linewidths": 0.4}
         axes.scatter(layout.x[chosen], layout.y[chosen], s=size, marker=marker, color=colour, zorder=4, **edge)
-    half = diameters / POINTS_PER_INCH / 2
-    x, y = layout.x[features], layout.y[features]
+    errors = graph.nodes.find("error")
+    half = np.concatenate([diameters, np.full(len(errors), min(3.2, widest / 2))]) / POINTS_PER_INCH / 2
+    x, y = (coordinates[np.concatenate([features, errors])] for coordinates in (layout.x, layout.y))
     return list(zip(*((x - half).tolist(), (y - half).tolist(), (x + half).tolist(), (y + half).tolist()), strict=True))
 
 
@@ -252,44 +238,43 @@ def _draw_outputs(axes: "Axes", graph: Graph, layout: _Layout) -> None:
 
 
 def _draw_labels(
-    axes: "Axes", names: Sequence[str], influence: Float[np.ndarray, "N"], layout: _Layout, dots: Sequence[Box]
+    axes: "Axes", names: Sequence[str], influence: Float[np.ndarray, "N"], layout: _Layout, marks: Sequence[Box]
 ) -> None:
-    """Draws names beside the strongest features. A name that would cover a feature or another name is left out."""
+    """Draws names beside the strongest features, or further off with a line to them. A name that would cover a mark or
+    another name is left out. `marks` are the boxes of the features, and then of other nodes."""
     from matplotlib.patheffects import withStroke
 
-    occupied, size = list(dots), 6.5
+    occupied, size = list(marks), 6.5
     left_limit, right_limit = float(layout.columns[0]) - 0.1, float(layout.columns[-1]) + RIGHT
     white = withStroke(linewidth=1.6, foreground="white")
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "color": FEATURE}
     strongest: list[int] = np.argsort(-influence[: len(names)], kind="stable")[:MAX_LABELS].tolist()
     for node in strongest:
-        name, (left, bottom, right, top) = names[node], dots[node]
+        left, bottom, right, top = marks[node]
         x, y = (left + right) / 2, (bottom + top) / 2
-        width, height = (len(name) + 1) * size * 0.59 / POINTS_PER_INCH, size * 1.05 / POINTS_PER_INCH
-        above, below, gap = top + 0.01 + height / 2, bottom - 0.01 - height / 2, 0.03 + width / 2
-        candidates = [(x + shift * width, level) for level in (above, below) for shift in (0, 0.3, -0.3, 0.5, -0.5)]
-        candidates[2:2] = [(right + gap, y), (left - gap, y)]
-        for middle, level in candidates:
+        width, height = (len(names[node]) + 1) * size * 0.59 / POINTS_PER_INCH, size * 1.05 / POINTS_PER_INCH
+        row = (x - width / 2, bottom, x + width / 2, top)
+        is_alone = sum(do_overlap(row, other) for other in marks[: len(names)]) == 1
+        near = list_near_places(marks[node], width, height) if is_alone else []
+        far = list_far_places(x, y, width, height)
+        for number, (middle, level) in enumerate([*near, *far]):
             box = (middle - width / 2, level - height / 2, middle + width / 2, level + height / 2)
-            inside = left_limit <= box[0] and box[2] <= right_limit
-            if inside and not any(_do_overlap(box, other) for other in occupied):
+            inside = left_limit <= box[0] and box[2] <= right_limit and layout.layers[0] <= box[1]
+            if inside and box[3] <= layout.layers[-1] and not any(do_overlap(box, other) for other in occupied):
                 occupied.append(box)
-                style = {"ha": "center", "va": "center", "fontsize": size, "color": FEATURE}
-                axes.text(middle, level, name, zorder=6, parse_math=False, path_effects=[white], **style)
+                axes.text(middle, level, names[node], zorder=6, parse_math=False, path_effects=[white], **style)
+                if number >= len(near):
+                    axes.plot([x, box[0] if middle > x else box[2]], [y, level], color=FEATURE, linewidth=0.5, zorder=3)
                 break
 
 
-def _do_overlap(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _name_features(graph: Graph, labels: Labels) -> list[str]:
+def _name_features(graph: Graph) -> list[str]:
     """The name of each feature, shortened to fit beside its dot."""
-    annotations = get_annotations(graph)[: len(graph.features)]
-    names = []
-    for (layer, _, feature), saved in zip(graph.features.tolist(), annotations, strict=True):
-        name = str(labels.get((layer, feature)) or saved.get("clerp") or f"{layer}/{feature}")
-        names.append(_display_text(name, most=MAX_LABEL_LETTERS))
-    return names
+    labels = graph.labels or [""] * len(graph)
+    return [
+        _display_text(shorten_label(label, MAX_LABEL_LETTERS) if label.strip() else f"{layer}/{feature}")
+        for (layer, _, feature), label in zip(graph.features.tolist(), labels, strict=False)
+    ]
 
 
 def _display_text(text: str, strip: bool = True, most: int = MAX_TEXT_LETTERS) -> str:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jclt.errors import UserError
+from jclt.errors import UserError, escape_unprintable
+from jclt.features import Features
 from jclt.files import create_file, write_bytes
-from jclt.graphs import Graph, describe, load_graph, strongest_paths
+from jclt.graphs import Graph, add_supernodes, describe, load_graph, strongest_paths, suggest_supernodes
 from jclt.graphs.export_json import export_json, slug_of
 from jclt.graphs.viewer_index import write_index
-from jclt.graphs.viewer_json import Labels, encode_json
+from jclt.graphs.viewer_json import encode_json
+from jclt.viewer.feature_files import write_feature_files
 from jclt.viewer.picture import write_picture
 
 PATHS = 3
@@ -37,8 +39,15 @@ def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS) -> str:
         f"{scores.replacement:.2f}; pruned to {len(pruned.features)} features and {edges} edges: completeness "
         f"{pruned_scores.completeness:.2f}, replacement {pruned_scores.replacement:.2f}",
         *(f"  {describe(pruned, path)}" for path in strongest_paths(pruned, paths)),
+        *(f"  supernode {describe_supernode(pruned, name)}" for name in pruned.supernodes),
     ]
     return "\n".join(lines)
+
+
+def describe_supernode(graph: Graph, name: str) -> str:
+    members, influence = list(graph.supernodes[name]), graph.influence.astype(np.float64)
+    share = influence[members].sum() / (influence.sum() or 1)
+    return f"{escape_unprintable(name)}: {len(members)} features, {share:.1%} of the influence"
 
 
 def describe_chosen(nodes: int, of: int, share_of_score: float) -> str:
@@ -50,7 +59,7 @@ def describe_heads(nodes: int, of: int, share_of_values: float) -> str:
 
 
 def write_graph(
-    graph: Graph, pruned: Graph, folder: Path, name: str | None = None, labels: Labels | None = None
+    graph: Graph, pruned: Graph, folder: Path, name: str | None = None, features: Features | None = None
 ) -> str:
     """Writes all files of a graph, or none if one of them fails, and updates the folder's index. Returns their name; by
     default it is made from the prompt and numbered if another graph has it.
@@ -58,22 +67,30 @@ def write_graph(
     NAME.npz   the graph
     NAME.json  the pruned graph for viewers
     NAME.png   a picture of the pruned graph
+    features/  a file for viewers of each feature of the pruned graph, if they are described
     """
     name = _check_name(name) if name is not None else find_free_name(graph, folder, slug_of(graph))
     arrays, content, picture = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
-    encoded = encode_json(export_json(pruned, slug=name, labels=labels), content)
+    scan = None if features is None else write_feature_files(pruned, features, folder)
+    encoded = encode_json(export_json(pruned, slug=name, scan=scan), content)
     with create_file(arrays) as partial_arrays, create_file(picture) as partial_picture:
         graph.save(partial_arrays)
-        write_picture(pruned, partial_picture, labels=labels, title="".join(graph.token_texts))
+        write_picture(pruned, partial_picture, title="".join(graph.token_texts))
         write_bytes(content, encoded)
     write_index(folder)
     return name
 
 
-def write_viewer_json(graph: Graph, folder: Path, name: str, labels: Labels | None = None) -> None:
-    """Prunes the graph and writes it as `NAME.json` for viewers. Does not update the folder's index; call `write_index`
-    after the last graph."""
-    export_json(graph.prune(), folder / f"{_check_name(name)}.json", slug=name, labels=labels)
+def write_viewer_json(
+    graph: Graph, folder: Path, name: str, features: Features | None = None, supernodes: bool = False
+) -> None:
+    """Prunes the graph and writes it as `NAME.json` for viewers, and files of its features if they are described;
+    perhaps with suggested supernodes. Does not update the folder's index; call `write_index` after the last graph."""
+    path, pruned = folder / f"{_check_name(name)}.json", graph.prune()
+    if supernodes:
+        pruned = add_supernodes(pruned, suggest_supernodes(pruned))
+    scan = None if features is None else write_feature_files(pruned, features, folder)
+    export_json(pruned, path, slug=name, scan=scan)
 
 
 def find_free_name(graph: Graph, folder: Path, slug: str) -> str:

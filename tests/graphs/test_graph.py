@@ -20,8 +20,9 @@ from jclt.graphs.curve import curve
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_cumulative_shares, compute_edge_shares
 from jclt.graphs.load import load_graph
+from jclt.graphs.names import label_nodes, name_of
 from jclt.graphs.npz import _pack
-from jclt.graphs.paths import between_supernodes, describe, name_of, path_lengths, strongest_paths, with_supernodes
+from jclt.graphs.paths import between_supernodes, describe, path_lengths, strongest_paths, with_supernodes
 
 
 def dense_influence(graph: Graph) -> np.ndarray:
@@ -235,10 +236,11 @@ def test_a_pruned_graph_keeps_the_shares_and_scores_of_the_whole():
     np.testing.assert_array_equal(twice.whole_shares, shares[node_mask][once.masks(0.6, 0.95).nodes])
     assert not np.allclose(compute_cumulative_shares(once.influence), once.whole_shares)
     is_kept = np.arange(len(graph)) % 2 == 0
+    graph = replace(graph, labels=tuple(map(str, range(len(graph)))))
     part = graph.keep(is_kept)
-    np.testing.assert_array_equal(
-        part.whole_shares, shares[is_kept | graph.nodes.is_kind("token", "position", "output")]
-    )
+    stays = is_kept | graph.nodes.is_kind("token", "position", "output")
+    assert part.labels == tuple(map(str, np.flatnonzero(stays)))
+    np.testing.assert_array_equal(part.whole_shares, shares[stays])
     assert once.provenance["whole_graph_scores"] == twice.provenance["whole_graph_scores"] == graph.scores.both
     assert graph.whole_shares is None and "whole_graph_scores" not in graph.provenance
 
@@ -380,7 +382,10 @@ def test_nodes_and_paths_in_words():
         'layer 2 feature 40 at " Creek" (1) -> " Denver" 28.1%, against it'
     )
     assert describe(graph, long) == '" Creek" (1) -> " Denver" 25.0%'
-    assert 'feature 17 (compass at noon) at " South"' in describe(graph, direct, {(0, 17): "compass at noon"})
+    labelled = label_nodes(graph, {(0, 17): "compass\n at noon", (3, 17): "none"})
+    assert ' -> compass at noon (0/17) at " South" (0) -> layer 2 feature 40 at' in describe(labelled, direct)
+    assert name_of(label_nodes(graph, {(2, 40): "x" * 90}), 1) == f'{"x" * 59}… (2/40) at " Creek" (1)'
+    assert label_nodes(labelled, {}).labels == label_nodes(graph, {(0, 17): ""}).labels == ()
     nameless = replace_lists(graph, token_texts=("", "\n"), logit_names=("x - y",), logit_tokens=np.array([-1]))
     assert [name_of(nameless, node) for node in (3, 4, 5)] == ["token 5 (0)", '"\\n" (1)', "x - y"]
     placed = random_graph(0, positions=True)
@@ -424,6 +429,7 @@ def test_a_saved_graph_is_read_back(dtype, tmp_path):
         adjacency=graph.adjacency.astype(dtype),
         supernodes={"a": (0, 3), "b": ()},
         annotations={"nodes": [{"label": f"é{node}"} for node in range(len(graph))]},
+        labels=tuple(f"é{node % 3}" for node in range(len(graph))),
     )
     (tmp_path / "new").mkdir()
     path = tmp_path / "new" / "graph.npz"
@@ -492,7 +498,7 @@ def test_a_graph_is_shown_in_a_line():
     assert repr(hostile).isprintable() and len(repr(hostile)) < 200
 
 
-@pytest.mark.parametrize("name", ["token_texts", "logit_names"])
+@pytest.mark.parametrize("name", ["token_texts", "logit_names", "labels"])
 def test_texts_of_other_lengths_are_refused(name):
     with pytest.raises(UserError, match=rf"graph: {name} of shape \[7\], expected \[\d\]: its lists have 6 nodes"):
         replace(hand_graph(), **{name: ("a",) * 7})
@@ -502,7 +508,7 @@ def test_words_for_nodes_hold_no_signs_that_do_not_print():
     texts = ("\x9b\u202e", "\ud800\x7f")
     graph = replace_lists(hand_graph(), token_texts=texts, logit_names=("\x1b[31m\n",), logit_tokens=np.array([-1]))
     path = strongest_paths(graph, 1)[0]
-    assert describe(graph, path, {(0, 17): "a\u202eb"}).isprintable()
+    assert describe(label_nodes(graph, {(0, 17): "a\u202eb\ud800"}), path).isprintable()
     assert all(name_of(graph, node).isprintable() for node in range(6))
 
 
@@ -536,6 +542,9 @@ def set_item(name, place, value):
         (about(format="other"), "not a graph that jclt saved, expected format 'jclt-graph'"),
         (about(token_texts=["one"]), "'token_texts' in 'about' has 1 entries, expected 2"),
         (about(token_texts=[1, 2]), "expected texts"),
+        (about(labels=["one"]), "'labels' in 'about' has 1 entries, expected 6"),
+        (about(labels=[1] * 6), "expected texts"),
+        (about(labels="abcdef"), "'labels' in 'about' is damaged or missing, expected list"),
         (about(layers="3"), "'layers' in 'about' is damaged or missing, expected int"),
         (about(supernodes={"a": [99]}), "supernode 'a' names nodes that are not there"),
         (lambda arrays: arrays.pop("about"), "not a graph that jclt saved, holds the arrays bias"),

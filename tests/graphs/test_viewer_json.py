@@ -19,7 +19,7 @@ import jclt
 from jclt.attribution import attribute
 from jclt.coders import load_coder
 from jclt.errors import UserError
-from jclt.graphs import export_json, import_json, load_graph, slug_of, write_index
+from jclt.graphs import export_json, import_json, label_nodes, list_labels, load_graph, slug_of, write_index
 from jclt.graphs.export_nodes import cantor
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_cumulative_shares
@@ -98,7 +98,7 @@ def write(path: Path, **changes) -> Path:
 
 
 def test_every_node_is_written_as_viewers_expect_it():
-    content = export_json(small_graph(), labels={(1, 7): "a label"})
+    content = export_json(label_nodes(small_graph(), {(1, 7): "a label"}))
     nodes = content["nodes"]
     assert [node["node_id"] for node in nodes] == [
         *("0_1_2", "1_7_2", "1_90000_2", "0_0_2", "err_1_2", "E_2_0", "E_50_1", "E_60_2", "P_2", "3_77_2", "3_-2_2")
@@ -278,13 +278,13 @@ HOSTILE = ("\x00\x1b[31m\x9b", "\u202e\u2066abc\n\r\t\u2028", "\ud800$x_{\\", "\
 def test_texts_of_any_kind_are_written_and_drawn(tmp_path):
     for text in HOSTILE:
         graph = small_graph(token_texts=(text,) * 3, logit_names=(text,) * 2, supernodes={text: (0,)})
-        labels = {(0, 1): text, (1, 7): text}
-        name = write_graph(graph, graph.prune(), tmp_path, labels=labels)
+        graph = label_nodes(graph, {(0, 1): text, (1, 7): text})
+        name = write_graph(graph, graph.prune(), tmp_path)
         assert import_json(tmp_path / f"{name}.json").token_texts == (text,) * 3
         assert load_graph(tmp_path / f"{name}.npz").logit_names == (text,) * 2
         assert summarize_graph(graph, graph.prune()).isprintable() is False  # its lines
         assert all(line.isprintable() for line in summarize_graph(graph, graph.prune()).split("\n"))
-        draw_graph(graph, tmp_path / "one.svg", labels=labels, title=text)
+        draw_graph(graph, tmp_path / "one.svg", title=text)
 
 
 def test_a_picture_of_very_many_rows_is_drawn_small(tmp_path, monkeypatch):
@@ -395,7 +395,19 @@ def test_annotations_and_labels_take_the_place_of_what_is_made():
     assert content["nodes"][0]["activation"] == 0.3
     assert content["qParams"]["linkType"] == "input" and content["qParams"]["sg_pos"] == "1 2"
     assert content["more"] == [1]
-    assert export_json(graph, labels={(0, 1): "mine"})["nodes"][0]["clerp"] == "mine"
+    labelled = export_json(label_nodes(graph, {(0, 1): "mine"}), scan="./data/features")
+    assert labelled["nodes"][0]["clerp"] == "mine"
+    assert labelled["metadata"]["scan"] == "./data/features" and labelled["metadata"]["model"] == "tiny"
+
+
+def test_labels_go_to_a_viewers_file_and_back(tmp_path):
+    graph = label_nodes(small_graph(), {(1, 7): "a label", (1, 8): "of no node"})
+    export_json(graph, tmp_path / "one.json", scan="./data/features")
+    back = import_json(tmp_path / "one.json")
+    assert back.labels == graph.labels == ("", "a label", *[""] * 9)
+    assert back.provenance["model"] == "tiny" and list_labels(back) == {(1, 7): "a label"}
+    export_json(small_graph(), tmp_path / "two.json")
+    assert import_json(tmp_path / "two.json").labels == ()
 
 
 def test_what_cannot_be_written_is_said():
@@ -675,7 +687,8 @@ def test_the_index_lists_the_graphs_of_a_folder(tmp_path):
 
 def test_a_graph_is_drawn(tmp_path):
     texts = ("<bos>", "$x_1$", "\n\u4e2d")
-    draw_graph(small_graph(token_texts=texts), tmp_path / "one.png", labels={(1, 7): "l$abel"}, title="a $ title")
+    graph = label_nodes(small_graph(token_texts=texts), {(1, 7): "l$abel"})
+    draw_graph(graph, tmp_path / "one.png", title="a $ title")
     data = (tmp_path / "one.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 20_000
     width, height = struct.unpack(">II", data[16:24])
