@@ -1,0 +1,104 @@
+"""What the page shows of a graph, as one JSON object. `page/graph.js` reads it."""
+
+import base64
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jclt.graphs.export_nodes import make_node_ids
+from jclt.graphs.graph import Graph
+from jclt.graphs.influence import split_rows
+from jclt.graphs.nodes import KINDS
+from jclt.graphs.viewer_json import Json, Labels, get_annotations
+from jclt.shapes import Float, Int
+
+PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pruning_settings", "whole_graph_scores")
+"""What the page says about how a graph was made."""
+
+
+def build_page_data(
+    graph: Graph, name: str, *, labels: Labels | None = None, view: Mapping[str, Any] | None = None
+) -> Json:
+    """All nodes and edges of the graph. Arrays are base64 texts of little-endian numbers; the edges are sorted by target,
+    and those into node n have the numbers `starts[n]` to `starts[n + 1]`.
+
+    `labels` are those of the features; `view` is what a user pinned, grouped and renamed earlier.
+    """
+    starts, sources, weights = list_edges(graph.adjacency)
+    nodes, pruning = graph.nodes, graph.provenance.get("pruning_settings")
+    return {
+        "name": name,
+        "tokens": list(graph.token_texts),
+        "layers": graph.layers,
+        "single": graph.adjacency.dtype == np.float32,
+        "pruned": isinstance(pruning, dict) or graph.whole_shares is not None or "nodes" in graph.annotations,
+        "ids": make_node_ids(graph),
+        "labels": list_labels(graph, labels or {}),
+        "outputs": [
+            {"text": text, "token": token, "probability": float(probability)}
+            for text, token, probability in zip(
+                graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities, strict=True
+            )
+        ],
+        "kind": encode(np.searchsorted(np.array(sorted(KINDS)), nodes.kind), np.uint8),
+        "kinds": sorted(KINDS),
+        "layer": encode(nodes.layer, np.int32),
+        "position": encode(nodes.position, np.int32),
+        "index": encode(nodes.index, np.float64),
+        "value": encode(nodes.value, np.float64),
+        "activation": encode(graph.activations, np.float64),
+        "influence": encode(graph.influence, np.float64),
+        "share": encode(graph.cumulative_shares, np.float64),
+        "restMass": encode(graph.rest_mass, np.float64),
+        "outputWeights": encode(graph.output_weights, np.float64),
+        "starts": encode(starts, np.int32),
+        "sources": encode(sources, np.int32),
+        "weights": encode(weights, np.float32 if graph.adjacency.dtype == np.float32 else np.float64),
+        "scores": graph.scores.both,
+        "about": {key: graph.provenance[key] for key in PROVENANCE if key in graph.provenance},
+        "view": read_first_view(graph) | dict(view or {}),
+    }
+
+
+def list_edges(
+    adjacency: Float[np.ndarray, "N N"],
+) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "e"], Float[np.ndarray, "e"]]:
+    """Where the edges of each target begin, and the source and weight of each edge."""
+    size = len(adjacency)
+    counts = np.zeros(size + 1, np.int64)
+    sources, weights = [np.zeros(0, np.int64)], [np.zeros(0, adjacency.dtype)]
+    for rows in split_rows(size, adjacency.itemsize, np.arange(size)):
+        block = adjacency[rows]
+        targets, columns = np.nonzero(block)
+        counts[1:] += np.bincount(rows[targets], minlength=size)
+        sources.append(columns)
+        weights.append(block[targets, columns])
+    return np.cumsum(counts), np.concatenate(sources), np.concatenate(weights)
+
+
+def list_labels(graph: Graph, labels: Labels) -> list[str]:
+    """A label for each feature, '' if it has none: from `labels`, or from the file that the graph was read from."""
+    saved = get_annotations(graph)
+    texts = []
+    for node, (layer, _, feature) in zip(graph.nodes.find("feature").tolist(), graph.features.tolist(), strict=True):
+        text = labels.get((layer, feature)) or saved[node].get("clerp") or ""
+        texts.append(text if isinstance(text, str) else "")
+    return texts
+
+
+def read_first_view(graph: Graph) -> Json:
+    """Pinned nodes and groups of the file that the graph was read from, in the fields of a viewer's `qParams`."""
+    ids, saved = make_node_ids(graph), graph.annotations.get("qParams", {})
+    pinned = saved.get("pinnedIds") or []
+    pinned = pinned.split(",") if isinstance(pinned, str) else pinned
+    known = set(ids)
+    groups = [[name, *(ids[node] for node in members)] for name, members in graph.supernodes.items()]
+    pinned = [text for text in pinned if isinstance(text, str) and text in known] if isinstance(pinned, list) else []
+    pinned += [text for _, *members in groups for text in members]
+    return {"pinnedIds": list(dict.fromkeys(pinned)), "supernodes": groups}
+
+
+def encode(values: np.ndarray, dtype: type[np.number]) -> str:
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    return base64.b64encode(np.ascontiguousarray(values, little_endian).tobytes()).decode()
