@@ -15,13 +15,26 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from jclt.cli import attribute, convert, demo, evaluate, features, inspect, intervene, plan, tokenize, train, train_lm
+from jclt.cli import (
+    attribute,
+    convert,
+    demo,
+    evaluate,
+    features,
+    inspect,
+    intervene,
+    plan,
+    serve,
+    tokenize,
+    train,
+    train_lm,
+)
 from jclt.cli.arguments import Parser
 from jclt.config import cache_folder
 from jclt.errors import Interrupted, UserError, escape_unprintable, first_line, reason_of, shorten
 from jclt.interrupts import INTERRUPTED
 
-COMMANDS = (demo, attribute, intervene, features, train_lm, train, evaluate, inspect, tokenize, plan, convert)
+COMMANDS = (demo, attribute, serve, intervene, features, train_lm, train, evaluate, inspect, tokenize, plan, convert)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,8 +20,8 @@ PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pru
 def build_page_data(
     graph: Graph, name: str, *, labels: Labels | None = None, view: Mapping[str, Any] | None = None
 ) -> Json:
-    """All nodes and edges of the graph. Arrays are base64 texts of little-endian numbers; the edges are sorted by target,
-    and those into node n have the numbers `starts[n]` to `starts[n + 1]`.
+    """All nodes and edges of the graph. Arrays are base64 texts of little-endian numbers. The edges are sorted by
+    target; those into node n have the numbers `starts[n]` to `starts[n + 1]`.
 
     `labels` are those of the features; `view` is what a user pinned, grouped and renamed earlier.
     """

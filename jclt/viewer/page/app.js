@@ -1,0 +1,207 @@
+// The page's one model: the graph, the user's choices, and what follows from them. Panels read it and call its methods.
+
+import { filter } from './filters.js';
+import { featureKey, readGraph } from './graph.js';
+import { addGroup, removeMembers, renameGroup } from './groups.js';
+import { keepAll, keepNodes, measureScores, prune } from './pruning.js';
+import { DEFAULTS, readState, writeState } from './state.js';
+import { findTrail } from './trails.js';
+import { shortName } from './text.js';
+
+export class App {
+  constructor(server) {
+    Object.assign(this, { server, graph: null, hovered: -1, clicked: -1, group: -1, grouping: null, panels: [] });
+    this.state = readState(location.hash);
+    window.addEventListener('popstate', () => this.restore());
+  }
+
+  // Draws the panels after a change.
+  show() {
+    for (const panel of this.panels) panel.show();
+  }
+
+  async open(name, content = null) {
+    const data = content ?? await this.server.readGraph(name);
+    this.data = data;
+    this.graph = readGraph(data);
+    const { view } = data;
+    for (const [key, label] of Object.entries(view.labels ?? {})) this.relabel(key, label);
+    this.groups = (view.supernodes ?? []).map(([title, ...ids]) => ({ name: title, members: this.findNodes(ids) })).filter(({ members }) => members.length);
+    this.places = view.places ?? {};
+    this.saved = this.findNodes(view.pinnedIds ?? []);
+    if (this.state.graph !== data.name) {
+      this.state = { ...DEFAULTS, graph: data.name };
+      history.pushState(null, '', writeState(this.state));
+    }
+    document.title = `${data.tokens.join('').slice(0, 60)} – jclt`;
+    this.hovered = this.group = -1;
+    this.prune();
+    this.refresh();
+  }
+
+  findNodes(ids) {
+    return ids.map((id) => this.graph.numbers.get(id)).filter((node) => node !== undefined);
+  }
+
+  get thresholds() {
+    const whole = this.graph.pruned ? [1, 1] : [0.8, 0.98];
+    return { nodes: this.state.nodes ?? whole[0], edges: this.state.edges ?? whole[1] };
+  }
+
+  prune() {
+    const { nodes, edges } = this.thresholds, start = performance.now();
+    this.kept = nodes === 1 && edges === 1 ? keepAll(this.graph) : prune(this.graph, nodes, edges);
+    this.scores = measureScores(this.graph, this.kept);
+    performance.measure('prune', { start });
+  }
+
+  // Computes what follows from the choices, and shows it.
+  refresh() {
+    const { graph, state } = this;
+    this.pinned = new Set(state.pinned === null ? this.saved : this.findNodes(state.pinned));
+    this.clicked = graph.numbers.get(state.clicked) ?? -1;
+    this.shown = filter(graph, this.kept, state, this.pinned);
+    this.pinnedScores = this.pinned.size ? this.scorePinned() : null;
+    this.show();
+  }
+
+  // Of the graph of the pinned nodes, embeddings and outputs; all else counts as error.
+  scorePinned() {
+    const nodes = Uint8Array.from(this.graph.kind, (kind, node) => (['token', 'position', 'output'].includes(kind) || this.pinned.has(node) ? 1 : 0));
+    return measureScores(this.graph, { nodes, edges: keepNodes(this.graph, nodes, this.kept.edges) });
+  }
+
+  // Other choices; `isMinor` ones, such as each step of a slider, take no place in the history.
+  change(changes, isMinor = false) {
+    this.state = { ...this.state, ...changes };
+    const address = writeState(this.state);
+    if (isMinor) history.replaceState(null, '', address);
+    else if (address !== location.hash) history.pushState(null, '', address);
+    if ('nodes' in changes || 'edges' in changes) this.prune();
+    this.refresh();
+  }
+
+  restore() {
+    const was = this.state;
+    this.state = readState(location.hash);
+    if (this.state.graph !== was.graph) {
+      this.open(this.state.graph).catch((error) => this.report(error));
+      return;
+    }
+    if (this.state.nodes !== was.nodes || this.state.edges !== was.edges) this.prune();
+    this.refresh();
+  }
+
+  clearFilters() {
+    const { hidden, sign, layers, tokens, text } = DEFAULTS;
+    this.change({ hidden, sign, layers, tokens, text });
+  }
+
+  hover(node) {
+    if (node === this.hovered) return;
+    this.hovered = node;
+    this.view.drawTop();
+  }
+
+  click(node) {
+    this.group = -1;
+    this.change({ clicked: node < 0 ? '' : this.graph.ids[node] });
+  }
+
+  togglePin(nodes) {
+    const pinned = new Set(this.pinned), isOn = nodes.every((node) => pinned.has(node));
+    for (const node of nodes) isOn ? pinned.delete(node) : pinned.add(node);
+    if (isOn) this.groups = removeMembers(this.groups, new Set(nodes));
+    this.setPinned(pinned);
+  }
+
+  unpinAll() {
+    this.groups = [];
+    this.setPinned(new Set());
+  }
+
+  setPinned(pinned) {
+    const ids = [...pinned].map((node) => this.graph.ids[node]);
+    this.change({ pinned: ids });
+    this.save({ pinnedIds: ids, supernodes: this.listGroups() });
+  }
+
+  pinTrail(node) {
+    this.setPinned(new Set([...this.pinned, ...findTrail(this.graph, this.shown, node)]));
+  }
+
+  setGrouping(isOn) {
+    const chosen = this.grouping ?? [];
+    this.grouping = isOn ? [] : null;
+    if (!isOn && chosen.length) {
+      const named = chosen.find((node) => this.graph.kind[node] === 'feature') ?? chosen[0];
+      this.groups = addGroup(this.groups, chosen, shortName(this.graph, named, 40));
+      this.setPinned(new Set([...this.pinned, ...chosen]));
+      this.chooseGroup(this.groups.length - 1);
+    } else this.show();
+  }
+
+  addToGroup(...nodes) {
+    const isOn = nodes.every((node) => this.grouping.includes(node));
+    this.grouping = isOn ? this.grouping.filter((node) => !nodes.includes(node)) : [...new Set([...this.grouping, ...nodes.filter((node) => node >= 0)])];
+    this.show();
+  }
+
+  ungroup(number) {
+    this.groups = this.groups.filter((_, other) => other !== number);
+    this.group = -1;
+    this.saveGroups();
+  }
+
+  renameGroup(number, name) {
+    this.groups = renameGroup(this.groups, number, name);
+    this.saveGroups();
+  }
+
+  chooseGroup(number) {
+    this.group = number;
+    this.show();
+  }
+
+  setPlaces(places) {
+    this.places = places;
+    this.show();
+    this.save({ places });
+  }
+
+  listGroups() {
+    return this.groups.map(({ name, members }) => [name, ...members.map((node) => this.graph.ids[node])]);
+  }
+
+  saveGroups() {
+    this.show();
+    this.save({ supernodes: this.listGroups() });
+  }
+
+  relabel(key, label) {
+    for (let node = 0; node < this.graph.size; node++) if (featureKey(this.graph, node) === key) this.graph.labels[node] = label;
+  }
+
+  setLabel(key, label) {
+    this.relabel(key, label);
+    this.show();
+    this.save({ labels: { [key]: label } });
+  }
+
+  // Saves changes beside the graph. The answer has what others have saved meanwhile.
+  async save(changes) {
+    Object.assign(this.data.view, changes, { labels: { ...this.data.view.labels, ...changes.labels } });
+    if (!this.server) return;
+    try {
+      const { labels } = await this.server.saveView(this.graph.name, changes);
+      for (const [key, label] of Object.entries(labels ?? {})) this.relabel(key, label);
+      this.report(null);
+    } catch (error) {
+      this.report(new Error(`Not saved: ${error.message}`));
+    }
+  }
+
+  report(error) {
+    this.notice?.show(error ? error.message : '');
+  }
+}

@@ -1,0 +1,70 @@
+// What the clicked feature is: where it is active, and which tokens it raises and lowers.
+
+import { make } from './dom.js';
+import { clean, formatNumber, formatShare, quote } from './text.js';
+
+export class FeaturePart {
+  constructor(app) {
+    this.app = app;
+    this.name = 'Feature';
+    this.body = make('div', { class: 'feature-body' });
+    this.element = make('div', { class: 'part', tabIndex: 0 }, this.body);
+  }
+
+  async show() {
+    const { app } = this, { graph, clicked } = app;
+    const isFeature = clicked >= 0 && graph.kind[clicked] === 'feature';
+    const key = isFeature ? `${graph.name} ${graph.layer[clicked]}/${graph.index[clicked]}` : '';
+    if (key === this.key) return;
+    this.key = key;
+    if (!isFeature) return this.say('Click a feature.');
+    if (!app.server) return this.say('Examples are not part of this file.');
+    this.say('…');
+    try {
+      const feature = await app.server.readFeature(graph.name, graph.layer[clicked], graph.index[clicked]);
+      if (key === this.key) feature ? this.draw(feature) : this.say('There is no description of this feature.');
+    } catch (error) {
+      if (key === this.key) this.say(error.message);
+    }
+  }
+
+  say(text) {
+    this.body.replaceChildren(make('p', { class: 'hint' }, text));
+  }
+
+  draw(feature) {
+    const parts = [];
+    if (Number.isFinite(feature.activation_frequency)) parts.push(make('p', { class: 'facts' }, `active on ${formatShare(feature.activation_frequency)} of the tokens`));
+    if (feature.top_logits?.length || feature.bottom_logits?.length) {
+      parts.push(make('p', { class: 'facts' }, 'raises ', ...this.listTokens(feature.top_logits)), make('p', { class: 'facts' }, 'lowers ', ...this.listTokens(feature.bottom_logits)));
+    }
+    if (feature.histogram?.length) parts.push(this.drawHistogram(feature.histogram));
+    for (const { quantile_name: title, examples } of feature.examples_quantiles ?? []) {
+      parts.push(make('h3', {}, clean(title)), ...examples.slice(0, 20).map((example) => this.drawExample(example, feature.act_max)));
+    }
+    this.body.replaceChildren(...parts);
+  }
+
+  listTokens(tokens) {
+    return (tokens ?? []).slice(0, 10).map((token) => make('code', {}, quote(Array.isArray(token) ? token[0] : token)));
+  }
+
+  drawHistogram(counts) {
+    const most = Math.max(...counts, 1);
+    const bars = counts.map((count) => {
+      const bar = make('span', {});
+      bar.style.height = `${100 * count / most}%`;
+      return bar;
+    });
+    return make('div', { class: 'histogram', role: 'img', 'aria-label': `Histogram of activations: ${counts.length} bins, the fullest has ${most}` }, ...bars);
+  }
+
+  drawExample({ tokens, tokens_acts_list: values }, most) {
+    const largest = most || Math.max(...values) || 1;
+    return make('p', { class: 'example' }, ...tokens.map((token, i) => {
+      const word = make('span', { title: formatNumber(values[i]) }, clean(token, 40));
+      if (values[i] > 0) word.style.backgroundColor = `color-mix(in srgb, var(--lowers) ${Math.round(60 * Math.min(values[i] / largest, 1))}%, transparent)`;
+      return word;
+    }));
+  }
+}

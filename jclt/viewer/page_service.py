@@ -1,0 +1,104 @@
+"""What the page asks for: graphs, interventions and new graphs, views, and files to download."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jclt.errors import UserError
+from jclt.graphs import Graph, export_json, slug_of
+from jclt.graphs.export_nodes import make_node_ids
+from jclt.graphs.viewer_json import Json, Labels, name_groups
+from jclt.viewer.feature_panels import parse_feature, read_description, read_labels
+from jclt.viewer.library import Library, read_graph_bytes
+from jclt.viewer.page_data import build_page_data
+from jclt.viewer.page_files import build_single_page
+
+if TYPE_CHECKING:
+    from jclt.coders import Coder
+    from jclt.models import Model
+
+LoadModel = Callable[[], "tuple[Model, Coder]"]
+
+
+@dataclass
+class Page:
+    """What the server shows, and the model that it runs, if there is one."""
+
+    library: Library
+    load_model: LoadModel | None = None
+    features: Path | None = None  # folder with labels and descriptions
+    running: threading.Lock = field(default_factory=threading.Lock)
+
+    @cached_property
+    def model_and_coder(self) -> "tuple[Model, Coder]":
+        if self.load_model is None:
+            raise UserError("there is no model here; `jclt serve --model NAME` gives one")
+        return self.load_model()
+
+    @cached_property
+    def labels(self) -> Labels:
+        return read_labels(self.features)
+
+    def show(self, name: str) -> Json:
+        graph = self.library.read(name)
+        return build_page_data(graph, name, labels=self.labels, view=self.library.read_view(name))
+
+    def add(self, name: str, graph: Graph) -> Json:
+        return self.show(self.library.add(name, graph))
+
+    def attribute(self, request: Mapping[str, Any]) -> Json:
+        """A graph of a new prompt."""
+        from jclt.attribution import attribute
+
+        prompt = request.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError("prompt: empty, expected at least one token")
+        with self.running:
+            model, coder = self.model_and_coder
+            graph = attribute(model, coder, prompt)
+        return self.add(slug_of(graph), graph)
+
+    def intervene(self, name: str, request: Mapping[str, Any]) -> Json:
+        from jclt.viewer.page_interventions import answer_intervention
+
+        graph = self.library.read(name)
+        with self.running:
+            model, coder = self.model_and_coder
+            return answer_intervention(model, coder, graph, request)
+
+    def export(self, name: str, node_threshold: float, edge_threshold: float) -> str:
+        """The JSON of published viewers, with pinned nodes, groups and labels."""
+        graph, view = self.library.read(name), self.library.read_view(name)
+        numbers = {node_id: node for node, node_id in enumerate(make_node_ids(graph))}
+        annotations = dict(graph.annotations)
+        if "pinnedIds" in view:
+            annotations["qParams"] = annotations.get("qParams", {}) | {"pinnedIds": view["pinnedIds"]}
+        if "supernodes" in view:
+            graph = replace(graph, supernodes=name_groups(view["supernodes"], numbers))
+        graph = replace(graph, annotations=annotations)
+        if (node_threshold, edge_threshold) != (1, 1):
+            graph = graph.prune(node_threshold, edge_threshold)
+        given = {parse_feature(key, "view"): text for key, text in view.get("labels", {}).items()}
+        content = export_json(graph, slug=name, labels={**self.labels, **given})
+        return json.dumps(content, separators=(",", ":"))
+
+    def list_graphs(self) -> Json:
+        return {"graphs": self.library.list_graphs(), "model": self.load_model is not None}
+
+    def upload(self, name: str, content: bytes) -> Json:
+        graph = read_graph_bytes(name, content)
+        return self.add(slug_of(graph), graph)
+
+    def describe(self, name: str, layer: int, feature: int) -> Json | None:
+        """Examples and effects of a feature."""
+        self.library.read(name)
+        return read_description(self.features, layer, feature)
+
+    def build_file(self, name: str) -> str:
+        """The page with this graph as one file."""
+        view = self.library.read_view(name)
+        return build_single_page(self.library.read(name), name, labels=self.labels, view=view)

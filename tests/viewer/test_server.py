@@ -1,0 +1,233 @@
+"""The server answers its own page alone, on a real socket; whatever else is asked gets a refusal in one line."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import uvicorn
+from graph_lists import hand_graph
+
+import jclt
+from jclt.errors import UserError
+from jclt.graphs import export_json, import_json
+from jclt.viewer import server
+from jclt.viewer.library import Library, find_graph_files
+from jclt.viewer.page_files import FOLDER, export_html, join_modules, read_page_files
+from jclt.viewer.page_service import Page
+from jclt.viewer.server import MOST_JSON, build_app
+
+TOKEN = "a-token"
+
+
+@contextlib.contextmanager
+def running(page: Page) -> Iterator[int]:
+    """The port of a server in this process."""
+    port = 0
+    with contextlib.closing(server.socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        app = build_app(page, TOKEN, [f"127.0.0.1:{port}", f"localhost:{port}"])
+        served = server._Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+        thread = threading.Thread(target=served.run, args=([listener],))
+        thread.start()
+        while not served.started:
+            time.sleep(0.01)
+        try:
+            yield port
+        finally:
+            served.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    hand_graph().save(folder / "hand.npz")
+    export_json(hand_graph(), folder / "hand.json")  # the same graph for viewers: shown once
+    export_json(replace(hand_graph(), supernodes={"two": (0, 1)}), folder / "other.json.gz")
+    (folder / "secret.txt").write_text("secret")
+    (folder / "broken.json").write_text("{")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(folder) -> Iterator[int]:
+    with running(Page(Library([folder]))) as port:
+        yield port
+
+
+def ask(port: int, path: str, method="GET", body: bytes | None = None, **headers: str):
+    """Status, headers and content of an answer. Paths are sent as they are."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.putrequest(method, path, skip_host=True)
+        headers = {"Host": f"127.0.0.1:{port}"} | headers
+        if body is not None:
+            headers.setdefault("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        content = answer.read()
+        return (
+            answer.status,
+            answer.headers,
+            json.loads(content) if "json" in answer.headers["content-type"] else content,
+        )
+
+
+def post(port: int, path: str, content: object):
+    return ask(port, f"/{TOKEN}/{path}", "POST", json.dumps(content).encode())
+
+
+def test_the_page_and_its_files_are_small_and_fast_and_ask_for_nothing_elsewhere(port):
+    start = time.monotonic()
+    status, headers, content = ask(port, f"/{TOKEN}/")
+    assert status == 200 and b"main.js" in content and time.monotonic() - start < 0.2
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+    for name in read_page_files():
+        assert ask(port, f"/{TOKEN}/{name}")[0] == 200
+        text = (FOLDER / name).read_text().replace("http://www.w3.org/", "")
+        assert "//" not in re.sub(r"(^|\s)//.*", "", text) or "http" not in text, name
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 400_000
+
+
+def test_graphs_are_listed_once_and_read(port):
+    status, _, content = ask(port, f"/{TOKEN}/api/graphs")
+    assert status == 200 and [graph["name"] for graph in content["graphs"]] == ["broken", "hand", "other"]
+    assert not content["model"]
+    status, _, data = ask(port, f"/{TOKEN}/api/graphs/hand")
+    assert status == 200 and data["tokens"] == [" South", " Creek"] and data["name"] == "hand"
+    status, _, data = ask(port, f"/{TOKEN}/api/graphs/broken")
+    assert status == 400 and "not valid JSON" in data["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/", {}, 404),
+        ("/wrong-token/", {}, 404),
+        (f"/{TOKEN}", {}, 404),
+        (f"/{TOKEN}x/", {}, 404),
+        (f"/{TOKEN}/", {"Host": "evil.example"}, 403),
+        (f"/{TOKEN}/", {"Host": "127.0.0.1"}, 403),
+        (f"/{TOKEN}/api/graphs", {"Origin": "http://evil.example"}, 403),
+        (f"/{TOKEN}/api/graphs", {"Origin": "null"}, 403),
+        (f"/{TOKEN}/../secret.txt", {}, 404),
+        (f"/{TOKEN}/..%2Fsecret.txt", {}, 404),
+        (f"/{TOKEN}/%2e%2e/%2e%2e/etc/passwd", {}, 404),
+        (f"/{TOKEN}/page_data.py", {}, 404),
+        (f"/{TOKEN}/api/graphs/..%2F..%2Fsecret", {}, 404),
+        (f"/{TOKEN}/api/graphs/secret", {}, 400),
+        (f"/{TOKEN}/api/graphs/hand/features/0/99", {}, 200),
+        (f"/{TOKEN}/api/graphs/hand/features/0/x", {}, 404),
+    ],
+)
+def test_only_the_page_itself_gets_answers(port, path, headers, status):
+    got, answered, content = ask(port, path, **headers)
+    assert got == status and "content-security-policy" in answered
+    assert b"secret" not in (content if isinstance(content, bytes) else b"") and (
+        status == 200 or set(content) == {"error"}
+    )
+
+
+def test_bodies_that_are_too_large_or_damaged_are_refused(port):
+    assert ask(port, f"/{TOKEN}/api/attribute", "POST", b" " * (MOST_JSON + 1))[0] == 413
+    for body in (b"", b"{", b"[]", b"\xff", b'{"a":' * 100_000):
+        status, _, content = ask(port, f"/{TOKEN}/api/graphs/hand/view", "POST", body)
+        assert status == 400 and content["error"].startswith("request:")
+    for view in (
+        {"pinnedIds": "E"},
+        {"supernodes": [[1]]},
+        {"places": {"a": [0, 2]}},
+        {"labels": {"0/17": 3}},
+        {"labels": {"../17": "a"}},
+        {"labels": {"0/17": "a" * 201}},
+        {"path": "x"},
+    ):
+        status, _, content = post(port, "api/graphs/hand/view", view)
+        assert status == 400 and content["error"].startswith("view:")
+    status, _, content = post(port, "api/attribute", {"prompt": "Once"})
+    assert status == 400 and content["error"].startswith("there is no model here")
+
+
+def test_a_dropped_file_opens_and_its_name_is_only_a_name(port, folder):
+    for name, file in (("../../x.npz", "hand.npz"), ("<b>.json", "hand.json"), ("y.json.gz", "other.json.gz")):
+        path = f"/{TOKEN}/api/upload?name={urllib.parse.quote(name)}"
+        status, _, data = ask(port, path, "POST", (folder / file).read_bytes())
+        assert status == 200 and data["name"].startswith("south-creek") and len(data["ids"]) == 6
+    for name, content in (("x.npz", b"PK"), ("x.exe", b""), ("x.json", b"{}")):
+        status, _, data = ask(port, f"/{TOKEN}/api/upload?name={name}", "POST", content)
+        assert status == 400 and name in data["error"] and "/tmp" not in data["error"]
+
+
+def test_what_is_pinned_grouped_and_labelled_is_kept_beside_the_graph_and_written_for_viewers(tmp_path):
+    hand_graph().save(tmp_path / "hand.npz")
+    with running(Page(Library([tmp_path]))) as port:
+        view = {"pinnedIds": ["0_17_0", "2_40_1", "E_5_0"], "supernodes": [["<b>two</b>", "0_17_0", "2_40_1"]]}
+        assert post(port, "api/graphs/hand/view", view)[0] == 200
+        post(port, "api/graphs/hand/view", {"labels": {"0/17": "one"}})
+        status, _, saved = post(port, "api/graphs/hand/view", {"labels": {"2/40": "two"}})  # another tab's
+        assert status == 200 and saved["labels"] == {"0/17": "one", "2/40": "two"}
+        _, headers, content = ask(port, f"/{TOKEN}/api/graphs/hand/export.json?nodes=1&edges=1")
+    assert "attachment" in headers["content-disposition"]
+    assert content["qParams"]["pinnedIds"] == view["pinnedIds"]
+    assert content["qParams"]["supernodes"] == view["supernodes"]
+    assert [node["clerp"] for node in content["nodes"][:2]] == ["one", "two"]
+    with running(Page(Library([tmp_path / "hand.npz"]))) as port:
+        data = ask(port, f"/{TOKEN}/api/graphs/hand")[2]["view"]
+    assert data == view | {"labels": {"0/17": "one", "2/40": "two"}}
+
+
+def test_files_of_graphs_are_found_and_others_left_out(tmp_path, folder):
+    assert {name: path.name for name, path in find_graph_files([folder, folder / "hand.json"]).items()} == {
+        "broken": "broken.json",
+        "hand": "hand.npz",
+        "other": "other.json.gz",
+        "hand-2": "hand.json",
+    }
+    with pytest.raises(UserError, match="nothing.npz: not found, expected a graph's file, or a folder of them"):
+        Library([tmp_path / "nothing.npz"])
+
+
+def test_a_page_in_one_file_needs_nothing_else(tmp_path):
+    graph = replace(hand_graph(), token_texts=("</script><script>alert(1)</script>", "<!--"))
+    export_html(graph, tmp_path / "graph.html")
+    text = (tmp_path / "graph.html").read_text()
+    assert "import " not in re.sub(r"(?m)^\s*//.*$", "", join_modules()) and "unsafe" not in text
+    assert text.count("</script>") == 2 and "alert(1)</script" not in text
+    assert len(join_modules()) < 400_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_the_command_serves_a_file_until_ctrl_c_ends_it(tmp_path):
+    export_json(hand_graph(), tmp_path / "hand.json")
+    command = [sys.executable, "-m", "jclt", "serve", str(tmp_path / "hand.json"), "--no-open"]
+    environment = os.environ | {"PYTHONPATH": str(Path(jclt.__file__).parents[1])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout and process.stderr
+        try:
+            line = process.stdout.readline()
+            found = re.fullmatch(r"The page is at http://127.0.0.1:(\d+)/([\w-]{32})/\n", line)
+            assert found, line
+            status, _, data = ask(int(found[1]), f"/{found[2]}/api/graphs/hand")
+            assert status == 200 and len(data["ids"]) == len(import_json(tmp_path / "hand.json"))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0 and process.stderr.read() == ""
+        finally:
+            process.kill()
