@@ -19,6 +19,7 @@ from jclt.cli.arguments import (
     parse_target,
 )
 from jclt.cli.label_arguments import add_labels_argument, find_described_features, find_label_texts
+from jclt.cli.page import add_page_arguments, serve_graphs
 from jclt.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def add_command(commands: Subcommands) -> None:
         help="also group features that are fed alike and do alike, for viewers too; of one prompt, also set each group "
         "to zero and see what it does",
     )
+    command.add_argument("--open", action="store_true", help="show the graph on a page, where it can be worked in")
+    add_page_arguments(command)
     command.set_defaults(function=run)
 
 
@@ -144,6 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("attribute: expected a prompt, --chat TEXT or --prompts FILE")
     if arguments.prompts is not None and arguments.out is None:
         raise UserError("attribute: --prompts needs --out DIR, the folder for the graphs")
+    if arguments.open and (arguments.out is None or arguments.prompts is not None):
+        raise UserError("attribute: --open shows one graph, expected a prompt and --out DIR, the folder for it")
     options = Options(
         targets=arguments.target,
         max_features=arguments.max_features,
@@ -178,6 +183,7 @@ def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "s
     suggested = suggest_supernodes(pruned) if arguments.supernodes else []
     if suggested:
         graph, pruned = add_supernodes(graph, suggested), add_supernodes(pruned, suggested)
+    name = None
     if arguments.out is not None:
         name = write_graph(graph, pruned, arguments.out, features=features)
         print(f"written: {name}.npz, {name}.json and {name}.png in {arguments.out}")
@@ -185,6 +191,8 @@ def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "s
         print(f"supernodes: {len(suggested)} groups of features that are fed alike and do alike")
         for effect in measure_supernodes(model, coder, graph.tokens, graph, suggested):
             print(f"  {effect}")
+    if arguments.open:
+        serve_graphs([arguments.out], arguments, load=lambda: (model, coder), first=name)
     return 0
 
 

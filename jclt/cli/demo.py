@@ -2,8 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jclt.cli.arguments import Subcommands, make_int_parser
+from jclt.cli.page import add_page_arguments, serve_graphs
+
+if TYPE_CHECKING:
+    from jclt.models import Model
 
 
 def add_command(commands: Subcommands) -> None:
@@ -16,6 +21,8 @@ def add_command(commands: Subcommands) -> None:
     )
     command.add_argument("--out", type=Path, default=Path("demo"), help="the folder for the graphs (default demo)")
     command.add_argument("--seed", type=make_int_parser(0), default=0, help="seed of the prompts (default 0)")
+    command.add_argument("--open", action="store_true", help="show the graphs on a page, where they can be worked in")
+    add_page_arguments(command)
     command.set_defaults(function=run)
 
 
@@ -24,6 +31,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_writable(arguments.out)
     print(explain_examples(arguments.out, arguments.seed))
+    if arguments.open:
+        serve_graphs([arguments.out], arguments, load=load_demo, first="two_hop")
+
+
+def load_demo() -> "tuple[Model, Any]":
+    from jclt.coders import load_coder
+    from jclt.models import load_model
+
+    model = load_model("demo")
+    return model, load_coder("demo", model=model, keep="device", check=False)
 
 
 def explain_examples(out: Path, seed: int = 0) -> str:
@@ -31,16 +48,13 @@ def explain_examples(out: Path, seed: int = 0) -> str:
     from tqdm import tqdm
 
     from jclt.attribution import attribute_batch
-    from jclt.coders import load_coder
     from jclt.features.labels import find_labels, load_labels
     from jclt.graphs import add_supernodes, label_nodes, suggest_supernodes
-    from jclt.models import load_model
     from jclt.viewer.text import SCORES_EXPLAINED, summarize_graph, write_graph
     from jclt.world import TASKS
     from jclt.world.measure import answer_examples
 
-    model = load_model("demo")
-    coder = load_coder("demo", model=model, keep="device", check=False)
+    model, coder = load_demo()
     labels = load_labels("demo") if find_labels("demo").exists() else {}
     labels = {place: label.text for place, label in labels.items()}
     examples = [task.examples("report", 1, seed)[0] for task in TASKS.values()]

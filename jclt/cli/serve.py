@@ -1,9 +1,7 @@
 """`jclt serve`: the page that shows graphs."""
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jclt.cli.arguments import (
     Subcommands,
@@ -11,8 +9,8 @@ from jclt.cli.arguments import (
     add_keep_argument,
     add_model_argument,
     load_coder_and_model,
-    make_int_parser,
 )
+from jclt.cli.page import add_page_arguments, serve_graphs
 
 
 def add_command(commands: Subcommands) -> None:
@@ -31,35 +29,11 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument("--coder", help="demo, a folder in any known layout, or neurons: those of the model")
     add_fit_arguments(command)
     add_keep_argument(command)
-    command.add_argument("--port", type=make_int_parser(0), default=0, help="default: any free one")
-    command.add_argument("--no-open", action="store_true", help="print the page's address, but open no browser")
+    add_page_arguments(command)
     command.set_defaults(function=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     has_model = arguments.model is not None or arguments.coder is not None
-    serve_graphs(
-        arguments.graphs,
-        load=(lambda: load_coder_and_model(arguments)) if has_model else None,
-        features=arguments.features,
-        port=arguments.port,
-        open_browser=not arguments.no_open,
-    )
-
-
-def serve_graphs(
-    places: Sequence[Path],
-    *,
-    load: Callable[[], Any] | None,
-    features: Path | None = None,
-    first: str | None = None,
-    port: int = 0,
-    open_browser: bool = True,
-) -> None:
-    """Serves graphs until Ctrl-C."""
-    from jclt.viewer.library import Library
-    from jclt.viewer.page_service import Page
-    from jclt.viewer.server import serve_page
-
-    page = Page(Library(places), load_model=load, features=features)
-    serve_page(page, port=port, first=first, open_browser=open_browser)
+    load = (lambda: load_coder_and_model(arguments)) if has_model else None
+    serve_graphs(arguments.graphs, arguments, load=load, features=arguments.features)

@@ -37,9 +37,7 @@ def answer_intervention(model: Model, coder: Coder, graph: Graph, request: Mappi
     result = intervene(
         model,
         coder,
-        "".join(graph.token_texts)
-        if not isinstance(graph.provenance.get("prompt"), str)
-        else graph.provenance["prompt"],
+        graph.tokens.tolist(),
         edits,
         graph=graph,
         reference="current",

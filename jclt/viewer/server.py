@@ -13,6 +13,7 @@ import webbrowser
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -203,7 +204,7 @@ def serve_page(page: Page, *, port: int = 0, first: str | None = None, open_brow
         app = build_app(page, token, [f"{ADDRESS}:{port}", f"localhost:{port}"])
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         server = _Server(config)
-        url = f"http://{ADDRESS}:{port}/{token}/" + (f"#graph={first}" if first else "")
+        url = f"http://{ADDRESS}:{port}/{token}/" + (f"#graph={quote(first)}" if first else "")
         print(f"The page is at {url}\nCtrl-C ends it.", flush=True)
 
         def stop(number: int, frame: object) -> None:

@@ -215,7 +215,7 @@ def test_a_page_in_one_file_needs_nothing_else(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_the_command_serves_a_file_until_ctrl_c_ends_it(tmp_path):
     export_json(hand_graph(), tmp_path / "hand.json")
-    command = [sys.executable, "-m", "jclt", "serve", str(tmp_path / "hand.json"), "--no-open"]
+    command = [sys.executable, "-m", "jclt", "serve", str(tmp_path / "hand.json"), "--no-browser"]
     environment = os.environ | {"PYTHONPATH": str(Path(jclt.__file__).parents[1])}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

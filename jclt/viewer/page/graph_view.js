@@ -48,7 +48,7 @@ export class GraphView {
     paintFrame(context, graph, layout, colours);
     const leftOut = state.faint ? paintAllEdges(context, graph, layout, shown, colours) : 0;
     paintNodes(context, graph, layout, shown, colours);
-    paintLabels(context, graph, layout, shown, new Set([...this.app.pinned, this.app.clicked]), colours);
+    this.labels = paintLabels(context, graph, layout, shown, new Set([...this.app.pinned, this.app.clicked]), colours);
     return leftOut;
   }
 
@@ -88,7 +88,7 @@ export class GraphView {
     if (hovered !== clicked) paint(hovered, 2, colours.text, 2);
     if (hovered >= 0 || clicked >= 0) {
       const named = [...ends].sort((a, b) => graph.influence[b] - graph.influence[a]).slice(0, 12);
-      paintLabels(context, graph, layout, { nodes: mask(graph.size, [...named, clicked, hovered]) }, new Set([clicked, hovered]), colours);
+      paintLabels(context, graph, layout, { nodes: mask(graph.size, [...named, clicked, hovered]) }, new Set([clicked, hovered]), colours, this.labels);
     }
     this.showTip();
   }

@@ -31,7 +31,7 @@ export class IntervenePart {
     if (!app.model) this.what.textContent = app.server ? 'There is no model here: `jclt serve --model NAME` gives one.' : 'There is no model in this file.';
     else if (!isPossible) this.what.textContent = 'Click a feature or an error, or a supernode below the graph, to change it in the model.';
     else this.what.textContent = `Change ${group >= 0 && groups[group] ? `${clean(groups[group].name)} (${members.length} nodes)` : fullName(graph, members[0])} in the model`;
-    if (!this.other.value && app.graph) this.other.value = graph.about.prompt && typeof graph.about.prompt === 'string' ? graph.about.prompt : graph.tokens.join('');
+    if (!this.other.value && app.graph) this.other.value = graph.tokens.filter((token) => !/^<[^<>]*>$/.test(token)).join('');
     if (this.graph !== graph) this.result.replaceChildren();
     this.graph = graph;
   }

@@ -128,18 +128,19 @@ export function paintNodes(context, graph, layout, shown, colours) {
   }
 }
 
-// Labels of the wanted nodes and then of the strongest, as far as none covers another or a node.
-export function paintLabels(context, graph, layout, shown, wanted, colours) {
+// Labels of the wanted nodes and then of the strongest, as far as none covers another or a node. `earlier` are labels that
+// are there already; returns all labels, by node.
+export function paintLabels(context, graph, layout, shown, wanted, colours, earlier = new Map()) {
   context.font = FONT;
   context.textBaseline = 'middle';
   context.textAlign = 'left';
-  const taken = [];
+  const taken = [...earlier.values()], labels = new Map(earlier);
   const blocks = (box) => taken.some((t) => box[0] < t[2] && box[2] > t[0] && box[1] < t[3] && box[3] > t[1]);
   const inner = [...graph.kind.keys()].filter((node) => shown.nodes[node] && graph.kind[node] !== 'token');
   for (const node of inner.length < 4000 ? inner : []) {
     taken.push([layout.x[node] - 4, layout.y[node] - 4, layout.x[node] + 4, layout.y[node] + 4]);
   }
-  const named = inner.filter((node) => graph.kind[node] === 'feature' || graph.kind[node] === 'output');
+  const named = inner.filter((node) => ['feature', 'output'].includes(graph.kind[node]) && !earlier.has(node));
   const rank = (node) => (wanted.has(node) ? 2 : 0) + (graph.kind[node] === 'output' ? 1 : 0);
   named.sort((a, b) => rank(b) - rank(a) || graph.influence[b] - graph.influence[a]);
   let count = 0;
@@ -153,6 +154,7 @@ export function paintLabels(context, graph, layout, shown, wanted, colours) {
     if (!place) continue;
     const [left, middle] = place;
     taken.push([left, middle - 6, left + wide, middle + 6]);
+    labels.set(node, taken.at(-1));
     context.lineWidth = 3;
     context.strokeStyle = colours.ground;
     context.lineJoin = 'round';
@@ -161,4 +163,5 @@ export function paintLabels(context, graph, layout, shown, wanted, colours) {
     context.fillText(text, left, middle);
     count++;
   }
+  return labels;
 }
