@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -16,39 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import uvicorn
 from graph_lists import hand_graph
+from page_server import TOKEN, running
 
 import jclt
 from jclt.errors import UserError
 from jclt.graphs import export_json, import_json
-from jclt.viewer import server
 from jclt.viewer.library import Library, find_graph_files
 from jclt.viewer.page_files import FOLDER, export_html, join_modules, read_page_files
 from jclt.viewer.page_service import Page
-from jclt.viewer.server import MOST_JSON, build_app
-
-TOKEN = "a-token"
-
-
-@contextlib.contextmanager
-def running(page: Page) -> Iterator[int]:
-    """The port of a server in this process."""
-    port = 0
-    with contextlib.closing(server.socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        app = build_app(page, TOKEN, [f"127.0.0.1:{port}", f"localhost:{port}"])
-        served = server._Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        thread = threading.Thread(target=served.run, args=([listener],))
-        thread.start()
-        while not served.started:
-            time.sleep(0.01)
-        try:
-            yield port
-        finally:
-            served.should_exit = True
-            thread.join()
+from jclt.viewer.server import MOST_JSON
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ export class App {
   }
 
   async open(name, content = null) {
+    const turn = this.turn = (this.turn ?? 0) + 1;
     const data = content ?? await this.server.readGraph(name);
+    if (turn !== this.turn) return; // another was opened meanwhile
     this.data = data;
     this.graph = readGraph(data);
     const { view } = data;

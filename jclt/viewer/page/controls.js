@@ -22,18 +22,23 @@ export class Controls {
     this.faint = make('input', { type: 'checkbox', onchange: () => app.change({ faint: this.faint.checked }) });
     this.count = make('summary', {}, 'Filters');
     this.status = make('p', { class: 'status', role: 'status' });
+    this.leftOut = make('p', { class: 'status', hidden: true });
+    app.showLeftOut = (count) => {
+      this.leftOut.hidden = !count;
+      this.leftOut.textContent = `Of the faint edges the ${count.toLocaleString('en')} lightest are not drawn.`;
+    };
     this.element = make('div', { class: 'controls' },
       this.nodes.element, this.edges.element,
       make('details', { class: 'filters' }, this.count, make('div', { class: 'popup' },
         make('fieldset', {}, make('legend', {}, 'Show'), ...this.kinds.map(({ element }) => element), make('label', { class: 'check' }, this.faint, 'all edges, faint')),
         make('div', { class: 'fields' }, this.sign, this.layers.element, this.tokens.element, this.text.element,
           make('button', { type: 'button', onclick: () => app.clearFilters() }, 'Clear filters')))),
-      this.status);
+      this.status, this.leftOut);
   }
 
   makeSlider(name, text, title) {
     const input = make('input', { type: 'range', min: 0, max: 1, step: 0.005, title, oninput: () => this.app.change({ [name]: Number(input.value) }, true) });
-    const value = make('output', {});
+    const value = make('b', {});
     return { input, value, element: make('label', { class: 'slider' }, make('span', {}, text, ' ', value), input) };
   }
 

@@ -38,6 +38,7 @@ export class GraphView {
     this.places = { x: this.layout.x.map((x) => x + this.zoom.x), y: this.layout.y.map((y) => y + this.zoom.y) };
     const context = this.prepare(this.base, width, height);
     this.leftOut = this.paintBase(context);
+    this.app.showLeftOut?.(this.leftOut);
     this.drawTop();
     this.top.setAttribute('aria-label', `Graph of ${countOf(shown.nodes.reduce((a, b) => a + b, 0), 'shown node')}`);
     performance.measure('draw graph', { start });

@@ -88,7 +88,8 @@ export function paintAllEdges(context, graph, layout, shown, colours) {
   const count = edges.length;
   if (count > MOST_FAINT) {
     const share = (edge) => Math.abs(graph.weights[edge]) / (graph.mass[graph.targets[edge]] || 1);
-    edges = edges.sort((a, b) => share(b) - share(a)).slice(0, MOST_FAINT);
+    const cutoff = Float64Array.from(edges, share).sort()[count - MOST_FAINT];
+    edges = edges.filter((edge) => share(edge) >= cutoff);
   }
   paintEdges(context, graph, layout, edges, colours, Math.min(0.4, 8 / Math.sqrt(count || 1)));
   return count - edges.length;

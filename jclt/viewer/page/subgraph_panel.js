@@ -86,21 +86,19 @@ export class SubgraphPanel {
     return element;
   }
 
-  addMembers(element, { group, members, wide }, high) {
+  addMembers(element, { members, wide }, high) {
     const { app } = this, { graph } = app;
     members.slice(0, 16).forEach((node, number, list) => element.append(makeSvg('circle', {
       cx: (number - (list.length - 1) / 2) * 10, cy: high / 2 - 7, r: node === app.clicked ? 4.4 : 3.4, class: `member ${graph.kind[node]}`,
       onpointerenter: (event) => { event.stopPropagation(); app.hover(node); },
-      onclick: (event) => { event.stopPropagation(); app.click(node); },
     }, makeSvg('title', {}, document.createTextNode(fullName(graph, node))))));
-    element.append(makeSvg('text', { class: 'close', x: wide / 2 - 9, y: -high / 2 + 12, 'text-anchor': 'middle',
-      onclick: (event) => { event.stopPropagation(); app.ungroup(group); } }, document.createTextNode('×')));
+    element.append(makeSvg('text', { class: 'close', x: wide / 2 - 9, y: -high / 2 + 12, 'text-anchor': 'middle' }, document.createTextNode('×')));
   }
 
   listenItem(element, item) {
     let from = null;
     element.addEventListener('pointerdown', (event) => {
-      from = { x: event.clientX, y: event.clientY, moved: false };
+      from = { x: event.clientX, y: event.clientY, moved: false, part: event.target };
       element.setPointerCapture(event.pointerId);
     });
     element.addEventListener('pointermove', (event) => {
@@ -113,8 +111,8 @@ export class SubgraphPanel {
       const was = from;
       from = null;
       if (was?.moved) this.move(item, event.clientX - was.x, event.clientY - was.y);
-      else if (was && event.target.classList.contains('close')) this.app.ungroup(item.group);
-      else if (was) this.clickItem(event, item);
+      else if (was?.part.classList.contains('close')) this.app.ungroup(item.group);
+      else if (was) this.clickItem(event, was.part, item);
     });
     element.addEventListener('dblclick', () => { if (item.group >= 0) this.rename(item); });
   }
@@ -125,12 +123,12 @@ export class SubgraphPanel {
     this.app.setPlaces({ ...this.app.places, [item.id]: [round((item.x + dx) / width), round((item.y + dy) / height)] });
   }
 
-  clickItem(event, { group, members }) {
-    const { app } = this;
-    const member = event.target.classList.contains('member') ? members[[...event.currentTarget.querySelectorAll('.member')].indexOf(event.target)] : members[0];
+  clickItem(event, part, { group, members }) {
+    const { app } = this, isMember = part.classList.contains('member');
+    const member = isMember ? members[[...part.parentElement.querySelectorAll('.member')].indexOf(part)] : members[0];
     if (app.grouping) app.addToGroup(...members);
     else if (event.ctrlKey || event.metaKey) app.togglePin(members);
-    else if (group < 0 || event.target.classList.contains('member')) app.click(member === app.clicked ? -1 : member);
+    else if (group < 0 || isMember) app.click(member === app.clicked ? -1 : member);
     else app.chooseGroup(group);
   }
 
