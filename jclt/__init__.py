@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         run,
         save_model,
     )
+    from jclt.viewer import export_html
 
 __version__ = "0.1.0"
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "attribute_batch",
     "describe_features",
     "export_features",
+    "export_html",
     "export_json",
     "find_maxima",
     "generate",
@@ -156,6 +158,7 @@ _PACKAGES = {
         "save_model",
     ),
     "mesh": ("make_mesh",),
+    "viewer": ("export_html",),
 }
 """The public names, by the module or package that defines them."""
 _OTHER_PACKAGES = (
@@ -169,7 +172,6 @@ _OTHER_PACKAGES = (
     "pods",
     "shapes",
     "training",
-    "viewer",
     "world",
 )
 

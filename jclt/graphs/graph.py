@@ -10,6 +10,7 @@ errors and edges that are not in the graph (not traced, or pruned).
 """
 
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,11 @@ class Graph:
             provenance["whole_graph_scores"] = self.scores.both
         shares = masks.cumulative if self.whole_shares is None else self.whole_shares
         return replace(self, whole_shares=shares, provenance=provenance).keep(masks.nodes, masks.edges)
+
+    def show(self, *, height: int = 760) -> Any:
+        """The graph's page, as the last value of a notebook's cell. The page is in a package above this one, so it is
+        looked up only here."""
+        return import_module("jclt.viewer").show_graph(self, height=height)
 
     def save(self, path: str | Path) -> None:
         """Writes the graph as one `.npz` file, which `load_graph` reads. An older file is replaced only when the new

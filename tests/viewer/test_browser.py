@@ -13,6 +13,7 @@ import pytest
 from graph_lists import build_graph, hand_graph
 from page_server import TOKEN, running
 
+import jclt
 from jclt.graphs import Graph, import_json
 from jclt.viewer.library import Library
 from jclt.viewer.page_files import export_html
@@ -306,6 +307,16 @@ def test_the_page_in_one_file_works_without_a_server(tab, tmp_path):
     assert text.startswith("<svg") and "<img" not in text
 
 
+def test_a_notebook_shows_the_page_in_a_frame(tab, tmp_path):
+    (tmp_path / "cell.html").write_text(f"<!doctype html><title>cell</title>{hand_graph().show()._repr_html_()}")
+    tab.goto(f"file://{tmp_path}/cell.html")
+    frame = tab.frame_locator("iframe")
+    frame.get_by_role("slider", name="Node threshold").fill("0.5")
+    frame.get_by_role("application").press("ArrowUp")
+    frame.get_by_role("application").press("Enter")
+    frame.get_by_role("heading", name="output ‘ Denver’").wait_for()
+
+
 def test_a_dropped_file_opens_and_two_graphs_are_compared(tab, port, folder):
     hand = replace(hand_graph(), token_texts=(" Big", " Bend"))
     hand.save(folder / "new.npz")
@@ -408,3 +419,28 @@ def test_large_graphs_are_quick(browser, tmp_path, capsys, features, edges, limi
             print(f"\n{features} features, {edges} edges, ms: { ({name: round(ms, 1) for name, ms in got.items()}) }")
         if limits:
             assert got["draw"] < limits[0] and got["prune"] < limits[1] and got["hover"] < limits[2]
+
+
+PROMPT = "Question: in the state of South Creek, what is the capital? Answer:"
+STATE = ("1_6_16", "1_66_16", "1_324_16")
+"""The features of the shipped coder that stand for the state, at the prompt's last token."""
+
+
+def test_the_state_is_set_to_another_and_the_capital_changes(tab, tmp_path):
+    model = jclt.load_model("demo")
+    coder = jclt.load_coder("demo", model=model, check=False)
+    jclt.attribute(model, coder, PROMPT).save(tmp_path / "two_hop.npz")
+    with running(Page(Library([tmp_path]), load_model=lambda: (model, coder))) as port:
+        open_graph(tab, port, "two_hop")
+        tab.keyboard.down("g")
+        for node in STATE:
+            tab.mouse.click(*find_node(tab, node))
+        tab.keyboard.up("g")
+        tab.locator("g.item.group").wait_for()
+        tab.get_by_label("Another prompt").fill(PROMPT.replace("South Creek", "Mount Haven"))
+        tab.get_by_role("button", name="Set to what this prompt has").click()
+        tab.get_by_text("The answer changes from ‘ Denver’ to ‘ Atlanta’.").wait_for(timeout=120_000)
+        tab.get_by_label("Prompt of a new graph").fill("calc: 36+59=")
+        tab.keyboard.press("Enter")
+        wait_for(tab, "jcltPage.graph.name === 'calc-36-59'")
+        assert read(tab, "app.graph.outputs[0].text") == "95"

@@ -19,6 +19,7 @@ from graph_lists import hand_graph
 from page_server import TOKEN, running
 
 import jclt
+from jclt.cli.main import main
 from jclt.errors import UserError
 from jclt.graphs import export_json, import_json
 from jclt.viewer.library import Library, find_graph_files
@@ -186,6 +187,16 @@ def test_a_page_in_one_file_needs_nothing_else(tmp_path):
     assert "import " not in re.sub(r"(?m)^\s*//.*$", "", join_modules()) and "unsafe" not in text
     assert text.count("</script>") == 2 and "alert(1)</script" not in text
     assert len(join_modules()) < 400_000
+
+
+def test_the_command_writes_a_graph_with_its_view_as_one_file(folder, tmp_path, capsys):
+    graph = tmp_path / "hand.npz"
+    hand_graph().save(graph)
+    (tmp_path / "hand.view.json").write_text('{"labels": {"0/17": "my label"}}')
+    assert main(["export-html", str(graph), "--out", str(tmp_path / "hand.html")]) == 0
+    assert "my label" in (tmp_path / "hand.html").read_text()
+    assert main(["export-html", str(folder), "--out", str(tmp_path / "no.html")]) == 2
+    assert "3 graphs, expected the file of one" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

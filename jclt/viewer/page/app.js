@@ -4,7 +4,7 @@ import { filter } from './filters.js';
 import { featureKey, readGraph } from './graph.js';
 import { addGroup, removeMembers, renameGroup } from './groups.js';
 import { keepAll, keepNodes, measureScores, prune } from './pruning.js';
-import { DEFAULTS, readState, writeState } from './state.js';
+import { DEFAULTS, keepAddress, readState } from './state.js';
 import { findTrail } from './trails.js';
 import { shortName } from './text.js';
 
@@ -33,7 +33,7 @@ export class App {
     this.saved = this.findNodes(view.pinnedIds ?? []);
     if (this.state.graph !== data.name) {
       this.state = { ...DEFAULTS, graph: data.name };
-      history.pushState(null, '', writeState(this.state));
+      keepAddress(this.state, location.hash === '');
     }
     document.title = `${data.tokens.join('').slice(0, 60)} – jclt`;
     this.hovered = this.group = -1;
@@ -76,9 +76,7 @@ export class App {
   // Other choices; `isMinor` ones, such as each step of a slider, take no place in the history.
   change(changes, isMinor = false) {
     this.state = { ...this.state, ...changes };
-    const address = writeState(this.state);
-    if (isMinor) history.replaceState(null, '', address);
-    else if (address !== location.hash) history.pushState(null, '', address);
+    keepAddress(this.state, isMinor);
     if ('nodes' in changes || 'edges' in changes) this.prune();
     this.refresh();
   }

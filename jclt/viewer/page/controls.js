@@ -22,7 +22,7 @@ export class Controls {
     this.faint = make('input', { type: 'checkbox', onchange: () => app.change({ faint: this.faint.checked }) });
     this.count = make('summary', {}, 'Filters');
     this.status = make('p', { class: 'status', role: 'status' });
-    this.leftOut = make('p', { class: 'status', hidden: true });
+    this.leftOut = make('p', { class: 'facts', hidden: true });
     app.showLeftOut = (count) => {
       this.leftOut.hidden = !count;
       this.leftOut.textContent = `Of the faint edges the ${count.toLocaleString('en')} lightest are not drawn.`;

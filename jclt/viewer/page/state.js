@@ -30,6 +30,18 @@ export function writeState(state) {
   return `#${fields}`;
 }
 
+// Puts the choices into the address; within a notebook's cell there is none.
+export function keepAddress(state, isMinor) {
+  const address = writeState(state);
+  if (address === location.hash) return;
+  try {
+    if (isMinor) history.replaceState(null, '', address);
+    else history.pushState(null, '', address);
+  } catch (error) {
+    if (error.name !== 'SecurityError') throw error;
+  }
+}
+
 function readShare(text) {
   const number = Number(text);
   return text !== '' && number >= 0 && number <= 1 ? number : null;
