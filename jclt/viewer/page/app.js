@@ -159,6 +159,7 @@ export class App {
   }
 
   chooseGroup(number) {
+    this.change({ clicked: '' });
     this.group = number;
     this.show();
   }

@@ -52,11 +52,12 @@ export class IntervenePart {
   draw({ outputs, features, setting }) {
     const best = (name) => outputs.reduce((a, b) => (b[name] > a[name] ? b : a));
     const before = best('probability_before'), after = best('probability_after');
+    const token = ({ text }) => make('span', { class: 'token' }, quote(text));
     const percent = (x) => `${(100 * x).toFixed(1)}%`;
     const cell = (text, properties = {}) => make('td', properties, text);
     const bar = (share, kind) => {
       const inner = make('span', { class: `meter ${kind}`, 'aria-hidden': 'true' });
-      inner.style.width = `${60 * share}px`;
+      inner.style.width = `${28 * share}px`;
       return inner;
     };
     const rows = outputs.map((o) => make('tr', { class: o === after ? 'best' : '' }, make('th', { scope: 'row' }, quote(o.text)),
@@ -65,8 +66,8 @@ export class IntervenePart {
     const changed = features.map((f) => make('tr', {}, make('th', { scope: 'row' }, `${f.layer}/${f.feature} @${f.position}`), cell(formatNumber(f.before)), cell(formatNumber(f.after))));
     const head = (...names) => make('thead', {}, make('tr', {}, ...names.map((name) => make('th', { scope: 'col' }, name))));
     this.result.replaceChildren(
-      make('p', { class: 'verdict' }, before.token === after.token ? `The answer stays ${quote(after.text)}.` : `The answer changes from ${quote(before.text)} to ${quote(after.text)}.`),
-      make('table', {}, make('caption', {}, 'next token'), head('token', 'before', 'after', 'logit measured', 'predicted'), make('tbody', {}, ...rows)),
+      make('p', { class: 'verdict' }, ...(before.token === after.token ? ['The answer stays ', token(after)] : ['The answer changes from ', token(before), ' to ', token(after)]), '.'),
+      make('table', {}, make('caption', {}, 'next token; the change of its logit, as measured and as the graph predicts'), head('token', 'before', 'after', 'logit', 'predicted'), make('tbody', {}, ...rows)),
       make('table', {}, make('caption', {}, 'features that change most'), head('feature', 'before', 'after'), make('tbody', {}, ...changed)),
       make('p', { class: 'hint' }, setting));
   }

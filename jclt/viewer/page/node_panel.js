@@ -2,7 +2,7 @@
 
 import { LongList, make } from './dom.js';
 import { featureKey, listInputs, listOutputs } from './graph.js';
-import { countOf, formatNumber, formatShare, fullName, shortName } from './text.js';
+import { clean, countOf, formatNumber, formatShare, fullName, shortName } from './text.js';
 
 export class NodePanel {
   constructor(app) {
@@ -41,6 +41,7 @@ export class NodePanel {
     this.hint.hidden = isOn;
     this.body.hidden = this.facts.hidden = !isOn;
     this.title.textContent = isOn ? fullName(graph, clicked) : 'No node is clicked';
+    if (this.app.group >= 0 && this.app.groups[this.app.group]) return this.showGroup(this.app.groups[this.app.group]);
     if (!isOn) return;
     this.facts.textContent = this.describe(clicked);
     const key = featureKey(graph, clicked);
@@ -49,6 +50,14 @@ export class NodePanel {
     this.pin.textContent = pinned.has(clicked) ? 'Unpin' : 'Pin';
     this.fill(this.inputs, listInputs(graph, clicked, shown.edges), graph.sources);
     this.fill(this.outputs, listOutputs(graph, clicked, shown.edges), graph.targets);
+  }
+
+  showGroup({ name, members }) {
+    const { graph } = this.app;
+    this.title.textContent = `Supernode ${clean(name)}`;
+    this.hint.hidden = this.body.hidden = true;
+    this.facts.hidden = false;
+    this.facts.textContent = `${countOf(members.length, 'node')}: ${members.slice(0, 20).map((node) => fullName(graph, node)).join('; ')}. Double-click or F2 renames it.`;
   }
 
   describe(node) {

@@ -68,7 +68,7 @@ export class SubgraphPanel {
 
   makeItem(item) {
     const { app } = this, { graph } = app, { group, members, wide } = item;
-    const node = members[0], isChosen = members.some((member) => app.grouping?.includes(member)) || (members.length === 1 && app.clicked === node);
+    const node = members[0], isChosen = members.some((member) => app.grouping?.includes(member)) || (group < 0 ? app.clicked === node : app.group === group);
     const high = group < 0 ? HEIGHT : HEIGHT + 10;
     const text = group < 0 ? shortName(graph, node, 22) : clean(item.name, 22);
     const element = makeSvg('g', {
