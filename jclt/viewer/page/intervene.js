@@ -67,7 +67,7 @@ export class IntervenePart {
     const head = (...names) => make('thead', {}, make('tr', {}, ...names.map((name) => make('th', { scope: 'col' }, name))));
     this.result.replaceChildren(
       make('p', { class: 'verdict' }, ...(before.token === after.token ? ['The answer stays ', token(after)] : ['The answer changes from ', token(before), ' to ', token(after)]), '.'),
-      make('table', {}, make('caption', {}, 'next token; the change of its logit, as measured and as the graph predicts'), head('token', 'before', 'after', 'logit', 'predicted'), make('tbody', {}, ...rows)),
+      make('table', {}, make('caption', {}, 'next token; its logit’s change, measured and predicted'), head('token', 'before', 'after', 'logit', 'predicted'), make('tbody', {}, ...rows)),
       make('table', {}, make('caption', {}, 'features that change most'), head('feature', 'before', 'after'), make('tbody', {}, ...changed)),
       make('p', { class: 'hint' }, setting));
   }

@@ -6,7 +6,7 @@ import { clean, shortName } from './text.js';
 
 const FONT = '11px system-ui, "DejaVu Sans", sans-serif';
 const WIDTHS = [0.6, 1, 1.6, 2.6, 4, 6];
-const MOST_FAINT = 40_000, MOST_LABELS = 70, SEGMENTS = 64;
+const MOST_FAINT = 40_000, MOST_LABELS = 70, SEGMENTS = 512;
 
 export function readColours() {
   return Object.fromEntries(['ground', 'text', 'soft', 'line', 'raises', 'lowers', 'feature', 'error', 'input', 'chosen', 'pinned']
