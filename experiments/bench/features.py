@@ -4,7 +4,7 @@
 
 GPT-2 small (12 layers x 768) with random weights and 8,192 features a layer, about 100 of all 98,304 active at a token;
 float32, uniform random tokens. Timed are the forward pass with its logits, the forward pass and all encoders, and the
-whole pass: all that is counted of every feature (`jclt.features.describe.count_blocks`, without compilation). The last
+whole pass: all that is counted of every feature (`jclt.features.describe.count_blocks`). The last
 line compares the processor time of all threads, which other programs on the machine change less. Cost: five minutes
 and 5 GB.
 """
@@ -23,7 +23,7 @@ from forward import GPT2, count_operations
 from machine import Case, forget_peak, matmul_rate, measure_peak, parser, report
 
 from jclt.coders import CoderConfig, SparseCoder, declare_coder
-from jclt.features import Sizes
+from jclt.features import Sizes, block_events
 from jclt.features.block_events import BlockLister
 from jclt.features.describe import count_blocks
 from jclt.features.rows import find_rows
@@ -65,13 +65,17 @@ def make_coder(model: Model, tokens: np.ndarray) -> SparseCoder:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=1 << 17, help="tokens of the whole pass")
+    options.add_argument(
+        "--batch", type=int, default=BATCH, help="rows of 128 tokens that go through the model at once"
+    )
     options = options.parse_args()
+    size, block_events.BATCH_TOKENS["cpu"] = options.batch, options.batch * LENGTH
     weights = enumerate(declare(GPT2).items())
     params = {name: weight.init(jax.random.fold_in(jax.random.key(0), i), jnp.float32) for i, (name, weight) in weights}
     model, random = Model(GPT2, params, None, "gpt2"), np.random.default_rng(0)
     rows = random.integers(0, GPT2.vocabulary, (options.tokens // LENGTH, LENGTH))
-    coder, batch = make_coder(model, rows[: 4 * BATCH].astype(np.int32)), jnp.asarray(rows[:BATCH], jnp.int32)
-    lister = BlockLister(model, coder, LENGTH, BATCH)
+    coder, batch = make_coder(model, rows[: 4 * size].astype(np.int32)), jnp.asarray(rows[:size], jnp.int32)
+    lister = BlockLister(model, coder, LENGTH, size)
 
     @jax.jit
     def run_and_encode(params: dict[str, jax.Array], coder: SparseCoder, tokens: jax.Array) -> list[jax.Array]:
@@ -82,24 +86,23 @@ def main() -> None:
     repeats, count = min(options.repeats, 3), batch.size
     rate = matmul_rate(options.repeats)
     logits = measure(lambda: run(params, batch), repeats)
-    read = measure(lambda: lister.read(rows[:BATCH].astype(np.int32)), repeats)
+    read = measure(lambda: lister.read(rows[:size].astype(np.int32)), repeats)
     encoded = measure(lambda: run_and_encode(params, coder, batch), repeats)
 
     data, sizes = find_rows(model, rows, None, LENGTH), Sizes()
     with tempfile.TemporaryDirectory() as folder:
-        warm = data._replace(numbers=data.numbers[:BATCH])
+        warm = data._replace(numbers=data.numbers[:size])
         count_blocks(model, coder, warm, sizes, None, Path(folder) / "warm")
         forget_peak()
         start = time.perf_counter(), time.process_time()
         tallies = count_blocks(model, coder, data, sizes, None, Path(folder) / "whole")
         whole = np.subtract((time.perf_counter(), time.process_time()), start) * count / rows.size
     peak = measure_peak()
-    describe_weights(model, coder, 0, sizes)
     start = time.perf_counter()
-    describe_weights(model, coder, 1, sizes)
+    describe_weights(model, coder, 0, sizes)
     of_weights = GPT2.layers * (time.perf_counter() - start)
 
-    inside = count_forward_operations(GPT2, BATCH, LENGTH)
+    inside = count_forward_operations(GPT2, size, LENGTH)
     encode = 2.0 * count * GPT2.layers * FEATURES * GPT2.width
     by_weights = 2.0 * GPT2.layers * FEATURES * GPT2.width * (GPT2.vocabulary + 2 * FEATURES)
     rate = max(rate, matmul_rate(options.repeats))
@@ -108,7 +111,7 @@ def main() -> None:
         return Case(name, work, seconds, work / seconds / rate, **beside)
 
     cases = [
-        case(f"forward with logits, {count} tokens", count_operations(GPT2, BATCH, LENGTH), logits[0]),
+        case(f"forward with logits, {count} tokens", count_operations(GPT2, size, LENGTH), logits[0]),
         case("forward to the last layer's input", inside, read[0]),
         case("the same and all encoders", inside + encode, encoded[0], against="forward", ratio=logits[0] / encoded[0]),
         case(
