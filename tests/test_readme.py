@@ -120,6 +120,7 @@ def check_graphs(names: Names) -> None:
     assert names["lengths"][0] == 0 and names["lengths"].sum() == pytest.approx(1)
     assert [point.nodes for point in names["points"]] == sorted(point.nodes for point in names["points"])
     assert names["names"] == ["the first two", "the third"] and names["edges"].shape == (2, 2)
+    assert "the second number" in names["labelled"].labels and len(names["suggested"]) > 1
 
 
 def check_patching(names: Names) -> None:

@@ -19,8 +19,11 @@ from transcripts import check_transcript, find_transcript
 
 import jclt
 from jclt.cli.main import build_parser, main
+from jclt.coders import read_fingerprint
 from jclt.errors import UserError
+from jclt.features import Label, save_labels
 from jclt.files import read_json
+from jclt.graphs import label_nodes
 from jclt.viewer import find_free_name
 from jclt.world.tasks import TASKS
 
@@ -376,6 +379,28 @@ def test_changes_are_applied_in_the_order_given():
     assert heads.ranges.position.tolist() == [1, 5] and heads.ranges.head.tolist() == [2, 3]
 
 
+def test_attribute_shows_labels_and_supernodes(tmp_path, capsys, monkeypatch):
+    """In text and in files; labels of another coder, or none where they were asked for, are refused."""
+    monkeypatch.setattr("jclt.interventions.measure_supernodes", lambda *given: [group.name for group in given[-1]])
+    labels, out = tmp_path / "labels.json", tmp_path / "out"
+    coder = jclt.load_coder("demo", model=jclt.load_model("demo"))
+    texts = {(0, feature): Label("poor or", "yours") for feature in range(512)}
+    save_labels(labels, texts, read_fingerprint(coder))
+    options = ["attribute", "English: poor or", "--labels"]
+    assert main([*options, str(labels), "--supernodes", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    content, graph = read_json(out / "english-poor-or.json"), jclt.load_graph(out / "english-poor-or.npz")
+    assert "-> poor or (0/" in printed and "\nsupernodes: " in printed
+    assert printed.endswith("\n".join(f"  {name}" for name in graph.supernodes) + "\n")
+    assert {node["clerp"] for node in content["nodes"] if node["layer"] == "0"} == {"poor or", ""}
+    assert [name for name, *_ in content["qParams"]["supernodes"]] == list(graph.supernodes)
+    assert list(graph.supernodes)[0] == "poor or" and set(graph.labels) == {"poor or", ""}
+    save_labels(labels, texts, "other")
+    for path, problem in ((labels, "labels of another coder (other)"), (tmp_path / "none", "none")):
+        assert main([*options, str(path)]) == 2
+        assert problem in capsys.readouterr().err
+
+
 def test_intervene_prints_draws_and_continues(tmp_path, capsys):
     """A feature and a supernode of a stored graph; the numbers are those of the calls."""
     model, prompt = jclt.load_model("demo"), "calc: 36+59="
@@ -383,8 +408,9 @@ def test_intervene_prints_draws_and_continues(tmp_path, capsys):
     graph = jclt.attribute(model, coder, prompt)
     strongest = graph.influence[: len(graph.features)].argsort()[::-1]
     members = tuple(int(node) for node in strongest[1:4])
-    replace(graph, supernodes={"the sum": members}).save(tmp_path / "sum.npz")
     layer, position, feature = graph.features[strongest[0]].tolist()
+    graph = label_nodes(replace(graph, supernodes={"the sum": members}), {(layer, feature): "units = 5"})
+    graph.save(tmp_path / "sum.npz")
     place = f"{layer}/{position}/{feature}"
     options = ["--scale", f"{place}=0", "--supernode", "the sum=-1", "--graph", str(tmp_path / "sum.npz")]
     picture = tmp_path / "sum.png"
@@ -392,6 +418,6 @@ def test_intervene_prints_draws_and_continues(tmp_path, capsys):
     printed = capsys.readouterr().out
     edits = [jclt.Scale(0.0, layer=layer, position=position, feature=feature), *jclt.scale_nodes(graph, members, -1.0)]
     result = jclt.intervene(model, coder, prompt, edits, layers=(0, 3), graph=graph)
-    assert result.summarize() in printed and f"layer {layer} feature {feature} at" in printed
+    assert result.summarize() in printed and f"units = 5 ({layer}/{feature}) at" in printed
     assert "supernode 'the sum': -100% of its original activation" in printed
     assert "without changes: '95'" in printed and picture.read_bytes().startswith(b"\x89PNG")

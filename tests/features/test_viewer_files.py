@@ -2,17 +2,22 @@
 
 import gzip
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from features_of_random_coders import SIZES, draw_rows, make_coder, make_model
+from graph_lists import hand_graph, replace_lists
 
 from jclt.errors import UserError
 from jclt.features import FeatureRecord, describe_features, export_bundle, export_features, load_features, read_bundle
 from jclt.features.columns import SETTINGS
 from jclt.features.viewer_files import read_feature_file, spread_histogram
+from jclt.files import read_json
+from jclt.graphs import Graph, import_json, label_nodes
 from jclt.graphs.export_nodes import cantor
+from jclt.viewer import write_graph, write_viewer_json
+from jclt.viewer.feature_files import write_feature_files
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +108,38 @@ def test_a_record_describes_itself_and_wrong_places_are_named(features, tmp_path
     (tmp_path / SETTINGS).write_text('{"format": "x"}')
     with pytest.raises(UserError, match="expected a folder made by `jclt features`"):
         load_features(tmp_path)
+
+
+def traced_graph(features) -> Graph:
+    """Two features of the coder that `features` describes."""
+    provenance = {"model": "someone/random", "coder_fingerprint": features.settings["coder"]["fingerprint"]}
+    return replace_lists(hand_graph(), features=np.array([[0, 0, 17], [2, 1, 20]]), provenance=provenance)
+
+
+def test_viewers_find_each_feature_of_a_graph(features, tmp_path):
+    """At the path that the node's number and the graph's `scan` make, where /data is the folder of graphs."""
+    graph, layer, feature = traced_graph(features), 0, 17
+    graph = label_nodes(graph, {(layer, feature): "the first"})
+    name = write_graph(graph, graph.prune(), tmp_path, features=features)
+    write_viewer_json(graph, tmp_path, "again", features)
+    for file in (f"{name}.json", "again.json"):
+        content = read_json(tmp_path / file)
+        scan = content["metadata"]["scan"]
+        assert scan.startswith("./data/") and content["metadata"]["model"] == "random"
+        nodes = [node for node in content["nodes"] if node["feature_type"] == "cross layer transcoder"]
+        assert len(nodes) == len(graph.prune().features)
+        for node in nodes:
+            path = tmp_path / scan.removeprefix("./data/") / f"{node['feature']}.json"
+            record = read_feature_file(path)
+            assert node["node_id"].startswith(f"{record.layer}_{record.feature}_")
+            assert read_json(path).get("label") == (node["clerp"] or None)
+        assert {node["clerp"] for node in nodes} == {"the first", ""}
+    listed = [entry["scan"] for entry in read_json(tmp_path / "graph-metadata.json")["graphs"]]
+    assert listed == [scan] and import_json(tmp_path / "again.json").provenance["model"] == "random"
+
+
+def test_features_of_another_coder_are_refused(features, tmp_path):
+    other = replace(traced_graph(features), provenance={"coder_fingerprint": "other"})
+    with pytest.raises(UserError, match=r"features of another coder \(\w+\), expected those of other"):
+        write_feature_files(other, features, tmp_path)
+    assert not np.any(list(tmp_path.iterdir()))
