@@ -35,7 +35,21 @@ from jclt.config import cache_folder
 from jclt.errors import Interrupted, UserError, escape_unprintable, first_line, reason_of, shorten
 from jclt.interrupts import INTERRUPTED
 
-COMMANDS = (demo, attribute, serve, export_html, intervene, features, train_lm, train, evaluate, inspect, tokenize, plan, convert)
+COMMANDS = (
+    demo,
+    attribute,
+    serve,
+    export_html,
+    intervene,
+    features,
+    train_lm,
+    train,
+    evaluate,
+    inspect,
+    tokenize,
+    plan,
+    convert,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
