@@ -131,6 +131,11 @@ def check_patching(names: Names) -> None:
     assert len(names["paths"].values) == 20 and np.abs(names["paths"].effects).max() > 0.01
 
 
+def check_labels(names: Names) -> None:
+    assert names["label"].text == "ones is one of 5, 4" and names["label"].source == "concepts"
+    assert jclt.features.load_labels("labels.json")[3, 258].source == "yours"
+
+
 def check_features(names: Names) -> None:
     record, again = names["record"], names["again"]
     assert "[ capital]" in names["best"] and names["tokens"][" capital"] > 10 and " Denver" in names["raised"]
@@ -162,6 +167,7 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/interventions/README.md", 0): check_interventions,
     ("jclt/attribution/README.md", 0): check_attribution,
     ("jclt/features/README.md", 0): check_features,
+    ("jclt/features/README.md", 1): check_labels,
     ("jclt/graphs/README.md", 0): check_graphs,
     ("jclt/interventions/README.md", 1): check_patching,
     ("jclt/world/README.md", 0): check_world,

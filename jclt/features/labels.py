@@ -23,8 +23,9 @@ class Label(NamedTuple):
     scores: Mapping[str, float] = MappingProxyType({})  # such as {"detection": 0.93, "shuffled": 0.51}
 
 
-Labels = dict[tuple[int, int], Label]
-"""By the layer and number of the feature."""
+Place = tuple[int, int]
+"""The layer and number of a feature."""
+Labels = dict[Place, Label]
 
 
 def load_labels(source: str | Path, coder: str | None = None) -> Labels:
@@ -53,7 +54,11 @@ def save_labels(path: str | Path, labels: Mapping[tuple[int, int], Label], coder
     for (layer, feature), label in labels.items():
         check_label(label, f"label of {layer}/{feature}")
     content = {
-        f"{layer}/{feature}": {"text": label.text, "source": label.source, "scores": dict(label.scores)}
+        f"{layer}/{feature}": {
+            "text": label.text,
+            "source": label.source,
+            "scores": {n: round(x, 4) for n, x in label.scores.items()},
+        }
         for (layer, feature), label in sorted(labels.items())
     }
     write_json(Path(path), {"format": LABELS_FORMAT, "version": LABELS_VERSION, "coder": coder, "labels": content})

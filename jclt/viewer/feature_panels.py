@@ -1,33 +1,35 @@
 """What is known of features beside their numbers: labels and descriptions. The page takes all of it from here.
 
-A features folder holds `labels.json`, an object of labels by `layer/number`, and for each described feature a file
-`NUMBER.json` as published viewers read it, with the number by which they know the feature.
+A features folder is what `jclt features` wrote, with labels.json if `jclt label` wrote labels there; or it holds a file
+`NUMBER.json` for each described feature as published viewers read it, with the number by which they know the feature.
 """
 
 from pathlib import Path
 
 from jclt.errors import UserError
+from jclt.features import load_features, load_labels
+from jclt.features.columns import SETTINGS
+from jclt.features.labels import LABELS_FILE
+from jclt.features.viewer_files import make_viewer_feature
 from jclt.files import read_json
 from jclt.graphs.export_nodes import cantor
-from jclt.graphs.viewer_json import Json, Labels
+from jclt.graphs.names import LabelTexts
+from jclt.graphs.viewer_json import Json
 
-LABELS = "labels.json"
 
-
-def read_labels(folder: Path | None) -> Labels:
+def read_labels(folder: Path | None) -> LabelTexts:
     """The labels in a features folder; none without a folder."""
-    if folder is None or not (folder / LABELS).exists():
+    if folder is None or not (folder / LABELS_FILE).exists():
         return {}
-    labels = {}
-    for key, text in read_json(folder / LABELS).items():
-        labels[parse_feature(key, folder / LABELS)] = str(text)
-    return labels
+    return {place: label.text for place, label in load_labels(folder).items()}
 
 
 def read_description(folder: Path | None, layer: int, feature: int) -> Json | None:
     """Examples, logit effects and histogram of a feature, if the folder has them."""
     if folder is None:
         return None
+    if (folder / SETTINGS).exists():
+        return make_viewer_feature(load_features(folder)[layer, feature])
     path = folder / f"{cantor(layer, feature)}.json"
     return read_json(path) if path.exists() else None
 

@@ -10,7 +10,8 @@ from jclt.graphs.export_nodes import make_node_ids
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import split_rows
 from jclt.graphs.nodes import KINDS
-from jclt.graphs.viewer_json import Json, Labels, get_annotations
+from jclt.graphs.names import LabelTexts
+from jclt.graphs.viewer_json import Json, get_annotations
 from jclt.shapes import Float, Int
 
 PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pruning_settings", "whole_graph_scores")
@@ -18,7 +19,7 @@ PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pru
 
 
 def build_page_data(
-    graph: Graph, name: str, *, labels: Labels | None = None, view: Mapping[str, Any] | None = None
+    graph: Graph, name: str, *, labels: LabelTexts | None = None, view: Mapping[str, Any] | None = None
 ) -> Json:
     """All nodes and edges of the graph. Arrays are base64 texts of little-endian numbers. The edges are sorted by
     target; those into node n have the numbers `starts[n]` to `starts[n + 1]`.
@@ -77,12 +78,13 @@ def list_edges(
     return np.cumsum(counts), np.concatenate(sources), np.concatenate(weights)
 
 
-def list_labels(graph: Graph, labels: Labels) -> list[str]:
-    """A label for each feature, '' if it has none: from `labels`, or from the file that the graph was read from."""
+def list_labels(graph: Graph, labels: LabelTexts) -> list[str]:
+    """A label for each feature, '' if it has none: from `labels`, the graph, or the file that it was read from."""
     saved = get_annotations(graph)
     texts = []
     for node, (layer, _, feature) in zip(graph.nodes.find("feature").tolist(), graph.features.tolist(), strict=True):
-        text = labels.get((layer, feature)) or saved[node].get("clerp") or ""
+        in_graph = graph.labels[node] if graph.labels else ""
+        text = labels.get((layer, feature)) or in_graph or saved[node].get("clerp") or ""
         texts.append(text if isinstance(text, str) else "")
     return texts
 

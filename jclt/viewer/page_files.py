@@ -13,7 +13,7 @@ from typing import Any
 from jclt.files import write_text
 from jclt.graphs.export_json import slug_of
 from jclt.graphs.graph import Graph
-from jclt.graphs.viewer_json import Labels
+from jclt.graphs.names import LabelTexts
 from jclt.viewer.page_data import build_page_data
 
 FOLDER = Path(__file__).parent / "page"
@@ -28,14 +28,14 @@ def read_page_files() -> dict[str, tuple[bytes, str]]:
 
 
 def export_html(
-    graph: Graph, path: str | Path, *, labels: Labels | None = None, view: Mapping[str, Any] | None = None
+    graph: Graph, path: str | Path, *, labels: LabelTexts | None = None, view: Mapping[str, Any] | None = None
 ) -> None:
     """Writes the graph's page as one file, which needs no server and no network."""
     write_text(Path(path), build_single_page(graph, slug_of(graph), labels=labels, view=view))
 
 
 def build_single_page(
-    graph: Graph, name: str, *, labels: Labels | None = None, view: Mapping[str, Any] | None = None
+    graph: Graph, name: str, *, labels: LabelTexts | None = None, view: Mapping[str, Any] | None = None
 ) -> str:
     script, style = join_modules(), read_page_files()["style.css"][0].decode()
     # Nothing in the data can end the element that holds it.

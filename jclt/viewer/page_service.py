@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jclt.errors import UserError
 from jclt.graphs import Graph, export_json, slug_of
 from jclt.graphs.export_nodes import make_node_ids
-from jclt.graphs.viewer_json import Json, Labels, name_groups
+from jclt.graphs.names import LabelTexts, label_nodes, list_labels
+from jclt.graphs.viewer_json import Json, name_groups
 from jclt.viewer.feature_panels import parse_feature, read_description, read_labels
 from jclt.viewer.library import Library, read_graph_bytes
 from jclt.viewer.page_data import build_page_data
@@ -40,7 +41,7 @@ class Page:
         return self.load_model()
 
     @cached_property
-    def labels(self) -> Labels:
+    def labels(self) -> LabelTexts:
         return read_labels(self.features)
 
     def show(self, name: str) -> Json:
@@ -83,7 +84,7 @@ class Page:
         if (node_threshold, edge_threshold) != (1, 1):
             graph = graph.prune(node_threshold, edge_threshold)
         given = {parse_feature(key, "view"): text for key, text in view.get("labels", {}).items()}
-        content = export_json(graph, slug=name, labels={**self.labels, **given})
+        content = export_json(label_nodes(graph, {**list_labels(graph), **self.labels, **given}), slug=name)
         return json.dumps(content, separators=(",", ":"))
 
     def list_graphs(self) -> Json:

@@ -1,0 +1,96 @@
+"""Labels of a coder's features, in a file that grows as they are found."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from jclt.coders import Coder, read_fingerprint
+from jclt.features.endpoint import Endpoint
+from jclt.features.endpoint_labels import EndpointRun, label_by_endpoint
+from jclt.features.labels import Label, load_labels, save_labels
+from jclt.features.rows import Data
+from jclt.features.rule_labels import label_by_rules, measure_random_directions
+from jclt.features.rules import find_classes
+from jclt.features.weight_labels import find_raised_tokens, label_by_weights, list_token_texts
+from jclt.features.windows import collect_windows
+from jclt.models import Model
+from jclt.models.model import on_mesh
+
+LABELLED_AT_ONCE = 512
+"""Whose windows are kept in memory; the data are read again for each so many."""
+RANDOM_SHARE = 0.01
+"""The share of tokens at which random directions fire."""
+
+
+def label_features(
+    model: Model,
+    coder: Coder,
+    data: Data = "world",
+    *,
+    out: str | Path,
+    places: Sequence[tuple[int, int]] | None = None,
+    rows: int | None = None,
+    length: int | None = None,
+    share: float | None = None,
+    endpoint: Endpoint | None = None,
+    judge: bool = True,
+) -> EndpointRun:
+    """Labels these features, or all, in the file `out`: by rules and weights, or by the model behind an endpoint.
+
+    Labels that the file has stay: yours always, others unless an endpoint is asked and they are by something else. So
+    the same call goes on where it was interrupted. `failed` says which features got no label, and why.
+    """
+    out = Path(out)
+    with on_mesh(model):
+        fingerprint = read_fingerprint(coder)
+    labels = load_labels(out, fingerprint) if out.exists() else {}
+    if places is None:
+        places = [(layer, feature) for layer in coder.config.covered for feature in range(coder.config.features)]
+    kept = ("yours", "endpoint") if endpoint else ("yours", "endpoint", "rules", "weights", "concepts")
+    todo = [place for place in dict.fromkeys(places) if place not in labels or labels[place].source not in kept]
+    vocabulary, failed = list_token_texts(model), dict[tuple[int, int], str]()
+    classes = find_classes(vocabulary)
+
+    def save(place: tuple[int, int], label: Label) -> None:
+        labels[place] = label
+        save_labels(out, labels, fingerprint)
+
+    controls: dict[int, float] = {}
+    for start in tqdm(range(0, len(todo), LABELLED_AT_ONCE), desc="labelling", leave=False):
+        some = todo[start : start + LABELLED_AT_ONCE]
+        windows = collect_windows(model, coder, data, some, rows=rows, length=length, share=share)
+        if endpoint:
+            raised = {p: [text for text, _ in pairs] for p, pairs in find_raised_tokens(model, coder, some).items()}
+            run = label_by_endpoint(endpoint, windows, vocabulary, raised, judge=judge, save=save)
+            failed |= run.failed
+            if run.failed and not run.labels and any("not asked" in reason for reason in run.failed.values()):
+                break
+            continue
+        if not controls:
+            controls = measure_random_directions(
+                model, coder, data, classes, vocabulary, RANDOM_SHARE, rows=rows, length=length
+            )
+        for place, label in label_by_rules(windows, vocabulary, classes, label_by_weights(model, coder, some)).items():
+            more = {"random": controls[place[0]]} if label.scores and place[0] in controls else {}
+            labels[place] = label._replace(scores={**label.scores, **more})
+        failed |= {place: "it fires in too few windows" for place in some if place not in labels}
+        save_labels(out, labels, fingerprint)
+    return EndpointRun({place: labels[place] for place in places if place in labels}, failed)
+
+
+def summarize_labels(run: EndpointRun) -> str:
+    """How many labels there are of each kind, with their mean scores, and what failed."""
+    lines = []
+    for source in dict.fromkeys(label.source for label in run.labels.values()):
+        of_source = [label for label in run.labels.values() if label.source == source]
+        names = dict.fromkeys(name for label in of_source for name in label.scores)
+        means = {name: np.mean([x.scores[name] for x in of_source if name in x.scores]) for name in names}
+        shown = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+        lines.append(f"{len(of_source)} labels by {source}{': mean ' + shown if shown else ''}")
+    reasons = dict.fromkeys(run.failed.values())
+    for reason in list(reasons)[:5]:
+        having = [f"{layer}/{feature}" for (layer, feature), given in run.failed.items() if given == reason]
+        lines.append(f"{len(having)} features ({', '.join(having[:3])}{' ...' * (len(having) > 3)}): {reason}")
+    return "\n".join(lines) or "no features to label"
