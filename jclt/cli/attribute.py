@@ -192,7 +192,8 @@ def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "s
         for effect in measure_supernodes(model, coder, graph.tokens, graph, suggested):
             print(f"  {effect}")
     if arguments.open:
-        serve_graphs([arguments.out], arguments, load=lambda: (model, coder), features=arguments.features, first=name)
+        out: Path = arguments.out
+        serve_graphs([out], arguments, load=lambda: (model, coder), features=arguments.features, first=name)
     return 0
 
 

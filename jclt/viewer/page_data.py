@@ -9,8 +9,8 @@ import numpy as np
 from jclt.graphs.export_nodes import make_node_ids
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import split_rows
-from jclt.graphs.nodes import KINDS
 from jclt.graphs.names import LabelTexts
+from jclt.graphs.nodes import KINDS
 from jclt.graphs.viewer_json import Json, get_annotations
 from jclt.shapes import Float, Int
 
