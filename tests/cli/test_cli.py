@@ -40,7 +40,7 @@ def test_demo_explains_a_prompt_of_each_task_and_most_are_right(capsys, tmp_path
     assert main(["demo"]) == 0
     printed = capsys.readouterr().out
     shown = find_transcript((ROOT / "README.md").read_text(), ["demo"])
-    assert len(shown) == 3
+    assert len(shown) == 2
     check_transcript(shown, printed)
     *blocks, last = printed.split("\n\n")
     by_task = {block.split(":")[0]: block.splitlines() for block in blocks}
