@@ -197,6 +197,7 @@ def test_a_transcript_is_what_the_command_prints(as_a_user, capsys):
     check_transcript(shown, capsys.readouterr().out)
 
 
+@pytest.mark.exhaustive  # slow; the example of the same page makes the same pass
 def test_the_transcript_of_features_is_what_the_command_prints(as_a_user, capsys):
     command = ["features", "demo", "--rows", "256", "--show", "0/191"]
     assert main(command) == 0

@@ -180,7 +180,7 @@ def make_rows(
     features: FeatureNodes,
     slots: Int[Array, "B C n"],
     embedding_edges: EmbeddingEdges,
-    vectors: ChosenVectors | None,
+    vectors: ChosenVectors | None = None,
 ) -> list[PromptRows]:
     """For each prompt what the host keeps of it: its nodes, the edges from embeddings, and an empty list of rows."""
     names = ("valid", "positions", "features", "activations")  # vectors stay on the device

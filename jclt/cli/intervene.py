@@ -201,7 +201,10 @@ def run(arguments: argparse.Namespace) -> None:
         graph=graph,
         predict=not arguments.no_predict,
     )
-    result = replace(result, labels={**result.labels, **find_label_texts(arguments, coder)})
+    labels = find_label_texts(arguments, coder)
+    # Labels that are asked for come before those of the graph, and these before what lies beside the coder.
+    labels = {**labels, **result.labels} if arguments.labels is None else {**result.labels, **labels}
+    result = replace(result, labels=labels)
     print(result.summarize())
     shares = {} if graph is None else measure_shares(graph, result)
     for name, share in shares.items():

@@ -21,7 +21,7 @@ import jclt
 from jclt.cli.main import build_parser, main
 from jclt.coders import read_fingerprint
 from jclt.errors import UserError
-from jclt.features import Label, save_labels
+from jclt.features import Label, load_labels, save_labels
 from jclt.files import read_json
 from jclt.graphs import label_nodes
 from jclt.viewer import find_free_name
@@ -349,6 +349,7 @@ def test_prompts_that_all_fail_give_status_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jclt.attribution.attribute_file", lambda *given, **also: counts.pop(0))
     for name in ("slug_of", "write_viewer_json"):
         monkeypatch.setattr(f"jclt.viewer.{name}", lambda *given: None, raising=False)
+    monkeypatch.setattr("jclt.cli.attribute.find_label_texts", lambda arguments, coder: {})
     arguments = ["attribute", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "o")]
     assert main(arguments) == 1
     assert capsys.readouterr().err == f"jclt: all of 1 prompts failed; {tmp_path}/o/failed.jsonl says why\n"
@@ -418,6 +419,8 @@ def test_intervene_prints_draws_and_continues(tmp_path, capsys):
     printed = capsys.readouterr().out
     edits = [jclt.Scale(0.0, layer=layer, position=position, feature=feature), *jclt.scale_nodes(graph, members, -1.0)]
     result = jclt.intervene(model, coder, prompt, edits, layers=(0, 3), graph=graph)
+    shipped = {place: label.text for place, label in load_labels("demo").items()}
+    result = replace(result, labels={**shipped, **result.labels})
     assert result.summarize() in printed and f"units = 5 ({layer}/{feature}) at" in printed
     assert "supernode 'the sum': -100% of its original activation" in printed
     assert "without changes: '95'" in printed and picture.read_bytes().startswith(b"\x89PNG")

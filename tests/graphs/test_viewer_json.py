@@ -25,7 +25,8 @@ from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_cumulative_shares
 from jclt.models import load_model
 from jclt.viewer import draw_graph, picture_files, summarize_graph, write_graph, write_viewer_json
-from jclt.viewer.picture import _do_overlap, _draw_labels, _draw_outputs, _lay_out
+from jclt.viewer.label_places import do_overlap
+from jclt.viewer.picture import _draw_labels, _draw_outputs, _lay_out
 from jclt.world import TASKS
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "published_graphs"
@@ -721,7 +722,7 @@ def test_neither_features_nor_labels_cover_features():
     half = min(plan.slot * 0.95, 0.17 * 0.85) / 2
     places = zip(plan.x.tolist(), plan.y.tolist(), strict=True)
     boxes = [(x - half, y - half, x + half, y + half) for x, y in places]
-    assert not any(_do_overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(do_overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
     for node, (layer, position, _) in enumerate(graph.features.tolist()):
         assert plan.layers[layer] < plan.y[node] < plan.layers[layer + 1]
         assert plan.columns[position] < plan.x[node] < plan.columns[position + 1]

@@ -5,7 +5,6 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from golden_cases import FOLDER, golden_model
-from more_cases import mark_others
 
 from jclt.cli.main import main
 from jclt.coders import abstract_coder, load_coder
@@ -35,7 +34,8 @@ def test_they_fit_the_models_shapes(name, parameters, k_by_layer):
 LAYERS = [("smollm2-transcoders", (0, 1, 2)), ("smollm2-clt", (1, 2))]
 
 
-@pytest.mark.parametrize(("name", "layers"), mark_others(LAYERS, LAYERS[1:]))
+@pytest.mark.exhaustive  # slow; by default their shapes are tested
+@pytest.mark.parametrize(("name", "layers"), LAYERS)
 def test_they_train_on_a_small_model_of_its_family(name, layers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = np.random.default_rng(0).integers(0, 96, 2000)

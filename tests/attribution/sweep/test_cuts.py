@@ -12,10 +12,9 @@ from jclt.attribution import attribute, attribute_batch, calls
 from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut, count_operations
 from jclt.models import ModelConfig
 
-FEW = [("gemma2", "raw writes", 2), ("neox", "some skips", 2)]
-"""Post-norms and parallel blocks; CLTs and transcoders, also of some layers, with and without skips. A batch has
-learned positions, and a prompt without a cut."""
-PAIRS = {*DOUBLE.items(), ("gemma3", "some layers"), *(case[:2] for case in FEW)}
+FEW = [("gemma2", "raw writes", 2)]
+"""Post-norms and a CLT. A batch has learned positions, and a prompt without a cut."""
+PAIRS = {*DOUBLE.items(), ("gemma3", "some layers"), ("gemma2", "raw writes"), ("neox", "some skips")}
 CUTS = [(name, kind, cut) for name, kind in PAIRS for cut in (1, 2)]
 
 
