@@ -24,8 +24,8 @@ from jclt.models.weights import declare_layer_weights
 
 CASES = [*DOUBLE.items(), ("gemma2", "raw skips"), ("gpt2", "neurons"), ("neox", "clt"), ("gemma3", "skip")]
 FEW = [("neox", "some skips")]
-"""Parallel blocks, norms that subtract the mean, biases and skips. Post-norms, groups of heads, neurons and CLTs are among
-the others; batches are tested with post-norms."""
+"""Parallel blocks, norms that subtract the mean, biases and skips. Post-norms, groups of heads, neurons and CLTs are
+among the others; batches are tested with post-norms."""
 
 
 class Parts(NamedTuple):
