@@ -191,9 +191,9 @@ def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "s
         print(f"supernodes: {len(suggested)} groups of features that are fed alike and do alike")
         for effect in measure_supernodes(model, coder, graph.tokens, graph, suggested):
             print(f"  {effect}")
-    if arguments.open:
-        out: Path = arguments.out
-        serve_graphs([out], arguments, load=lambda: (model, coder), features=arguments.features, first=name)
+    if arguments.open and arguments.out is not None:
+        folder, loaded = arguments.out, (model, coder)
+        serve_graphs([folder], arguments, load=lambda: loaded, features=arguments.features, first=name)
     return 0
 
 
