@@ -140,6 +140,15 @@ def add_fit_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_coder_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of the commands about a coder."""
+    command.add_argument(
+        "coder", metavar="CODER", help="demo, neurons, or a folder in any layout that load_coder reads"
+    )
+    add_model_argument(command)
+    add_fit_arguments(command)
+
+
 def add_keep_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--keep",

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from jclt.cli.arguments import (
     Subcommands,
-    add_fit_arguments,
-    add_model_argument,
+    add_coder_arguments,
     check_new_file,
     load_coder_and_model,
     make_int_parser,
@@ -28,11 +27,7 @@ def add_command(commands: Subcommands) -> None:
         epilog="example: jclt eval runs/tiny/coder; jclt eval runs/gpt2/coder --data stories.txt --rows 32 --json "
         "figures.json; jclt eval scope/layer_12 --model google/gemma-2-2b --reads mlp_in --writes mlp_out",
     )
-    command.add_argument(
-        "coder", metavar="CODER", help="demo, neurons, or a folder in any layout that load_coder reads"
-    )
-    add_model_argument(command)
-    add_fit_arguments(command)
+    add_coder_arguments(command)
     command.add_argument(
         "--data",
         default="world",

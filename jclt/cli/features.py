@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from jclt.cli.arguments import (
     Subcommands,
-    add_fit_arguments,
-    add_model_argument,
+    add_coder_arguments,
     load_coder_and_model,
     make_int_parser,
     parse_text,
@@ -38,11 +37,7 @@ def add_command(commands: Subcommands) -> None:
         epilog="example: jclt features demo --show 0/191; jclt features runs/gpt2/coder --data tokens/ --out features; "
         "jclt features neurons --model smollm2 --data stories.txt --rows 200 --show 3/17",
     )
-    command.add_argument(
-        "coder", metavar="CODER", help="demo, neurons, or a folder in any layout that load_coder reads"
-    )
-    add_model_argument(command)
-    add_fit_arguments(command)
+    add_coder_arguments(command)
     command.add_argument(
         "--keep",
         choices=("device", "host", "disk"),

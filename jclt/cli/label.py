@@ -5,8 +5,7 @@ from pathlib import Path
 
 from jclt.cli.arguments import (
     Subcommands,
-    add_fit_arguments,
-    add_model_argument,
+    add_coder_arguments,
     check_new_file,
     load_coder_and_model,
     make_int_parser,
@@ -27,11 +26,7 @@ def add_command(commands: Subcommands) -> None:
         epilog="example: jclt label demo --only 0/191 --rows 256; jclt label runs/gpt2/coder --data tokens/ --out "
         "labels.json --endpoint http://localhost:8000/v1 --explainer qwen3",
     )
-    command.add_argument(
-        "coder", metavar="CODER", help="demo, neurons, or a folder in any layout that load_coder reads"
-    )
-    add_model_argument(command)
-    add_fit_arguments(command)
+    add_coder_arguments(command)
     command.add_argument(
         "--data", type=parse_text, default="world", help="world (default), a folder of tokens, or a text file"
     )

@@ -40,7 +40,7 @@ def load_labels(source: str | Path, coder: str | None = None) -> Labels:
     labels = content.get("labels")
     if not isinstance(labels, dict):
         raise UserError(f"{path}: 'labels' is damaged, expected an object such as {{\"0/191\": ...}}")
-    return {_parse_place(place, path): _parse_label(label, f"{path}: {place}") for place, label in labels.items()}
+    return {parse_place(place, path): _parse_label(label, f"{path}: {place}") for place, label in labels.items()}
 
 
 def find_labels(source: str | Path) -> Path:
@@ -101,10 +101,11 @@ def _keep_both(mine: Label | None, theirs: Label) -> Label:
     return Label(text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 3]}...", mine.source)
 
 
-def _parse_place(place: str, path: Path) -> tuple[int, int]:
+def parse_place(place: str, where: object) -> tuple[int, int]:
+    """Layer and number of a feature, written as `0/191`."""
     layer, slash, feature = place.partition("/")
     if not (slash and layer.isdecimal() and feature.isdecimal() and len(place) < 24):
-        raise UserError(f"{path}: {place[:40]!r}, expected LAYER/FEATURE such as 0/191")
+        raise UserError(f"{where}: {place[:40]!r}, expected LAYER/FEATURE such as 0/191")
     return int(layer), int(feature)
 
 

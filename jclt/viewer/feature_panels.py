@@ -6,7 +6,6 @@ A features folder is what `jclt features` wrote, with labels.json if `jclt label
 
 from pathlib import Path
 
-from jclt.errors import UserError
 from jclt.features import load_features, load_labels
 from jclt.features.columns import SETTINGS
 from jclt.features.labels import LABELS_FILE
@@ -32,11 +31,3 @@ def read_description(folder: Path | None, layer: int, feature: int) -> Json | No
         return make_viewer_feature(load_features(folder)[layer, feature])
     path = folder / f"{cantor(layer, feature)}.json"
     return read_json(path) if path.exists() else None
-
-
-def parse_feature(text: str, where: object) -> tuple[int, int]:
-    """Layer and number of a feature, written as `3/17`."""
-    layer, slash, feature = text.partition("/")
-    if not (slash and layer.isdecimal() and feature.isdecimal() and len(text) < 30):
-        raise UserError(f"{where}: feature '{text}', expected layer/number")
-    return int(layer), int(feature)

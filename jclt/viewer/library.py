@@ -1,22 +1,22 @@
 """The graphs that the page can show: files, and graphs that were opened or computed since."""
 
+import itertools
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from jclt.errors import UserError
+from jclt.features.labels import LONGEST_LABEL, parse_place
 from jclt.files import check_file, read_json, write_json
 from jclt.graphs import Graph, import_json, load_graph, read_circuit_tracer
 from jclt.graphs.viewer_index import INDEX
 from jclt.graphs.viewer_json import Json, is_list_of_groups
-from jclt.viewer.feature_panels import parse_feature
 
 SUFFIXES_READ = (".npz", ".json", ".json.gz", ".pt")
 """Files of graphs. Of files that differ in this ending alone, a folder's graph is the first."""
 VIEW_SUFFIX = ".view.json"
 LOADED_AT_ONCE = 4
-LONGEST_LABEL = 200
 
 
 class Library:
@@ -54,10 +54,7 @@ class Library:
     def add(self, name: str, graph: Graph) -> str:
         """Adds a graph without a file, and returns its name: a free one."""
         with self.lock:
-            free, number = name, 1
-            while free in self.paths or free in self.added:
-                number += 1
-                free = f"{name}-{number}"
+            free = find_free(name, {*self.paths, *self.added})
             self.added[free] = graph
             return free
 
@@ -102,12 +99,14 @@ def find_graph_files(places: Sequence[str | Path]) -> dict[str, Path]:
         for path in files:
             of_place.setdefault(name_graph(path), path)
         for name, path in of_place.items():
-            free, number = name, 1
-            while free in found:
-                number += 1
-                free = f"{name}-{number}"
-            found[free] = path
+            found[find_free(name, found)] = path
     return found
+
+
+def find_free(name: str, taken: Container[str]) -> str:
+    """The name, with a number if it is taken."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(free for free in names if free not in taken)
 
 
 def is_graph_file(path: Path) -> bool:
@@ -165,7 +164,7 @@ def check_view(view: Mapping[str, object]) -> None:
             raise UserError(f"view: field '{name}' is unknown or damaged, expected one of: {', '.join(expected)}")
     labels = view.get("labels", {})
     for key in labels if isinstance(labels, dict) else ():
-        parse_feature(key, "view")
+        parse_place(key, "view")
 
 
 def is_place(place: object) -> bool:

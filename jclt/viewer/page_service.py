@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jclt.errors import UserError
+from jclt.features.labels import parse_place
 from jclt.graphs import Graph, export_json, slug_of
 from jclt.graphs.export_nodes import make_node_ids
 from jclt.graphs.names import LabelTexts, label_nodes, list_labels
 from jclt.graphs.viewer_json import Json, name_groups
-from jclt.viewer.feature_panels import parse_feature, read_description, read_labels
+from jclt.viewer.feature_panels import read_description, read_labels
 from jclt.viewer.library import Library, read_graph_bytes
 from jclt.viewer.page_data import build_page_data
 from jclt.viewer.page_files import build_single_page
@@ -83,7 +84,7 @@ class Page:
         graph = replace(graph, annotations=annotations)
         if (node_threshold, edge_threshold) != (1, 1):
             graph = graph.prune(node_threshold, edge_threshold)
-        given = {parse_feature(key, "view"): text for key, text in view.get("labels", {}).items()}
+        given = {parse_place(key, "view"): text for key, text in view.get("labels", {}).items()}
         content = export_json(label_nodes(graph, {**list_labels(graph), **self.labels, **given}), slug=name)
         return json.dumps(content, separators=(",", ":"))
 

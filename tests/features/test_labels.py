@@ -80,3 +80,4 @@ def test_a_long_pair_of_texts_can_still_be_saved(tmp_path: Path):
     long = [Label(letter * LONGEST_LABEL, "yours") for letter in "ab"]
     merged = merge_labels({}, {(0, 1): long[0]}, {(0, 1): long[1]})
     save_labels(tmp_path / "labels.json", merged, "abc")
+    assert load_labels(tmp_path / "labels.json") == merged

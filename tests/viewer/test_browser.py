@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from graph_lists import build_graph, hand_graph
+from graph_lists import build_graph, hand_graph, replace_lists
 from page_server import TOKEN, running
 
 import jclt
@@ -247,28 +247,22 @@ HOSTILE = (
 
 
 def make_hostile_graph() -> Graph:
-    graph, length = hand_graph(), len(HOSTILE)
+    length = len(HOSTILE)
     size = 2 + length + 1
-    adjacency = np.zeros((size, size), np.float32)
+    adjacency, zeros = np.zeros((size, size), np.float32), np.zeros(size, np.float32)
     adjacency[0, 2:-1], adjacency[1, 0], adjacency[-1, :2] = 1, 2, 3
-    zeros = np.zeros(size, np.float32)
-    return build_graph(
+    return replace_lists(
+        hand_graph(),
         adjacency=adjacency,
         bias=zeros,
         rest=zeros,
         rest_mass=zeros,
         values=adjacency.sum(axis=1),
         features=np.array([[0, 0, 17], [1, 1, 40]]),
-        activations=np.ones(2, np.float32),
         errors=np.zeros((0, 2), int),
         tokens=np.arange(length),
         token_texts=HOSTILE,
-        positions=np.zeros(0, np.int64),
-        logit_tokens=np.array([9]),
         logit_names=(HOSTILE[1],),
-        logit_positions=np.array([1]),
-        logit_probabilities=graph.logit_probabilities,
-        layers=3,
         supernodes={HOSTILE[0]: (0, 1)},
         provenance={"model": HOSTILE[0], "settings": {HOSTILE[1]: HOSTILE[2]}},
     )
@@ -314,7 +308,9 @@ def test_a_notebook_shows_the_page_in_a_frame(tab, tmp_path):
     frame.get_by_role("slider", name="Node threshold").fill("0.5")
     frame.get_by_role("application").press("ArrowUp")
     frame.get_by_role("application").press("Enter")
-    frame.get_by_role("heading", name="output ‘ Denver’").wait_for()
+    heading = frame.get_by_role("heading", name="output ‘ Denver’")
+    heading.wait_for()
+    assert heading.is_visible()
 
 
 def test_a_dropped_file_opens_and_two_graphs_are_compared(tab, port, folder):
