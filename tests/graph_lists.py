@@ -7,11 +7,11 @@ import numpy as np
 
 from jclt.graphs import Graph, build_node_table
 
-LISTS = ("features", "errors", "tokens", "positions", "logit_tokens", "logit_positions", "values")
+LISTS = ("features", "errors", "tokens", "positions", "heads", "streams", "logit_tokens", "logit_positions", "values")
 
 
 def build_graph(**fields: Any) -> Graph:
-    table = build_node_table(layers=fields["layers"], **{name: fields.pop(name) for name in LISTS})
+    table = build_node_table(layers=fields["layers"], **{name: fields.pop(name) for name in LISTS if name in fields})
     return Graph(nodes=table, **fields)
 
 
@@ -23,13 +23,18 @@ def replace_lists(graph: Graph, **changes: Any) -> Graph:
 
 
 def random_graph(
-    seed: int, features=20, layers=3, tokens=4, outputs=2, positions=False, rest=0.0, density=0.5
+    seed: int, features=20, layers=3, tokens=4, outputs=2, positions=False, rest=0.0, density=0.5, vectors=False
 ) -> Graph:
-    """Edges lead only into higher layers, and value = edges + bias + rest holds exactly."""
+    """Edges lead only upward, and value = edges + bias + rest holds exactly. With `vectors` each layer has a head at
+    each position, and a residual stream enters layer 1 there."""
     random = np.random.default_rng(seed)
     places = np.stack([random.integers(0, size, features) for size in (layers, tokens, 50)], axis=1)
     places = places[np.lexsort(places.T[::-1])]
-    size = features + layers * tokens + tokens * (1 + positions) + outputs
+    heads = np.stack(
+        [*np.divmod(np.arange(layers * tokens * vectors), tokens), np.full(layers * tokens * vectors, 5)], axis=1
+    )
+    streams = np.stack([np.ones(tokens * vectors, int), np.arange(tokens * vectors)], axis=1)
+    size = features + layers * tokens + tokens * (1 + positions) + len(heads) + len(streams) + outputs
     graph = build_graph(
         adjacency=np.zeros((size, size)),
         bias=np.zeros(size),
@@ -42,6 +47,8 @@ def random_graph(
         tokens=random.integers(0, 50, tokens),
         token_texts=tuple(f" word{i}" for i in range(tokens)),
         positions=np.arange(tokens * positions),
+        heads=heads,
+        streams=streams,
         logit_tokens=np.arange(outputs),
         logit_names=tuple(f" out{i}" for i in range(outputs)),
         logit_positions=np.full(outputs, tokens - 1),
@@ -49,8 +56,8 @@ def random_graph(
         layers=layers,
         provenance={"model": "random", "seed": seed},
     )
-    below = graph.nodes.layer[None] < graph.nodes.layer[:, None]
-    targets = graph.nodes.is_kind("feature", "output")
+    below = graph.nodes.order[None] < graph.nodes.order[:, None]
+    targets = graph.nodes.is_kind("feature", "head", "stream", "output")
     edges = random.standard_normal((size, size)) * (random.random((size, size)) < density)
     adjacency = edges * below * targets[:, None] * (~graph.nodes.is_kind("output"))
     signed = rest * random.standard_normal(size) * targets

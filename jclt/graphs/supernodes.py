@@ -66,12 +66,12 @@ def add_supernodes(graph: Graph, supernodes: Iterable[Supernode]) -> Graph:
 
 def compute_likeness(graph: Graph) -> Float[np.ndarray, "n n"]:
     """Of each pair of features."""
-    features, layers = graph.nodes.find("feature"), graph.nodes.layer
+    features, order = graph.nodes.find("feature"), graph.nodes.order
     check_memory(4 * 8 * len(graph) ** 2, f"supernodes of {len(graph)} nodes", "prune the graph first", host=True)
     steps = np.copysign(compute_edge_shares(graph.edges), graph.adjacency).astype(np.float64)
     flow = np.zeros_like(steps)
-    for layer in np.unique(layers):  # upward: all that a node comes from lies below it
-        targets = np.flatnonzero(layers == layer)
+    for place in np.unique(order):  # upward: all that a node comes from lies below it
+        targets = np.flatnonzero(order == place)
         flow[targets] = steps[targets] + steps[targets] @ flow
     visits = graph.influence.astype(np.float64) + graph.output_weights
     return _compute_cosines(flow[features]) * _compute_cosines((visits[:, None] * flow[:, features]).T)

@@ -45,6 +45,7 @@ def build_page_data(
         "kind": encode(np.searchsorted(np.array(sorted(KINDS)), nodes.kind), np.uint8),
         "kinds": sorted(KINDS),
         "layer": encode(nodes.layer, np.int32),
+        "order": encode(nodes.order, np.int32),
         "position": encode(nodes.position, np.int32),
         "index": encode(nodes.index, np.float64),
         "value": encode(nodes.value, np.float64),

@@ -28,8 +28,9 @@ def sum_paths(graph: Graph) -> np.ndarray:
     return flow
 
 
-def test_likeness_is_that_of_sums_over_all_paths():
-    graph = random_graph(4, features=12, rest=0.5)
+@pytest.mark.parametrize("vectors", [False, True])
+def test_likeness_is_that_of_sums_over_all_paths(vectors):
+    graph = random_graph(4, features=12, rest=0.5, density=0.25 if vectors else 0.5, vectors=vectors)
     flow, visits = sum_paths(graph), graph.influence + graph.output_weights
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:

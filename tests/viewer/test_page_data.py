@@ -42,6 +42,7 @@ def list_graphs() -> list[Graph]:
         hand_graph(),
         random_graph(1, features=25, rest=0.3, positions=True),
         random_graph(4, features=60, layers=6, tokens=9, outputs=3),
+        random_graph(1, features=25, rest=0.3, vectors=True),
         golden_graph("gemma2"),
         *published,
     ]

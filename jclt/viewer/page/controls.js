@@ -3,7 +3,7 @@
 import { make } from './dom.js';
 import { countOf, formatShare } from './text.js';
 
-const KINDS = [['feature', 'features'], ['error', 'errors'], ['token', 'tokens'], ['position', 'position embeddings'], ['output', 'outputs'], ['loose', 'nodes without an edge']];
+const KINDS = [['feature', 'features'], ['error', 'errors'], ['head', 'heads'], ['stream', 'residual streams'], ['token', 'tokens'], ['position', 'position embeddings'], ['output', 'outputs'], ['loose', 'nodes without an edge']];
 
 export class Controls {
   constructor(app) {

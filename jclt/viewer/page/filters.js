@@ -1,5 +1,6 @@
 // Which nodes and edges are shown: what pruning keeps, less what the filters hide. All that is hidden is counted.
 
+import { isInner } from './graph.js';
 import { keepNodes } from './pruning.js';
 import { readRanges } from './state.js';
 import { fullName } from './text.js';
@@ -10,12 +11,12 @@ export function filter(graph, kept, state, pinned) {
   const nodes = new Uint8Array(graph.size);
   const hidden = { thresholds: 0, filters: 0, loose: 0 };
   for (let node = 0; node < graph.size; node++) {
-    const kind = graph.kind[node], isInner = kind === 'feature' || kind === 'error';
+    const kind = graph.kind[node], isInLayer = isInner(kind);
     if (!kept.nodes[node] && !pinned.has(node)) { hidden.thresholds++; continue; }
     const isHidden = state.hidden.includes(kind)
-      || (isInner && inLayers && !inLayers(graph.layer[node]))
+      || (isInLayer && inLayers && !inLayers(graph.layer[node]))
       || (kind !== 'output' && atTokens && !atTokens(graph.position[node]))
-      || (isInner && wanted && !fullName(graph, node).toLowerCase().includes(wanted));
+      || (isInLayer && wanted && !fullName(graph, node).toLowerCase().includes(wanted));
     if (isHidden && !pinned.has(node)) { hidden.filters++; continue; }
     nodes[node] = 1;
   }
@@ -28,12 +29,11 @@ export function filter(graph, kept, state, pinned) {
   return { nodes, edges, hidden };
 }
 
-// Features and errors to which no shown edge leads or from which none comes.
+// Nodes of layers to which no shown edge leads or from which none comes.
 function hideLoose(graph, nodes, edges, pinned, hidden) {
   const isTied = new Uint8Array(graph.size);
   for (let edge = 0; edge < graph.edges; edge++) if (edges[edge]) isTied[graph.sources[edge]] = isTied[graph.targets[edge]] = 1;
   for (let node = 0; node < graph.size; node++) {
-    const isInner = graph.kind[node] === 'feature' || graph.kind[node] === 'error';
-    if (nodes[node] && isInner && !isTied[node] && !pinned.has(node)) { nodes[node] = 0; hidden.loose++; }
+    if (nodes[node] && isInner(graph.kind[node]) && !isTied[node] && !pinned.has(node)) { nodes[node] = 0; hidden.loose++; }
   }
 }

@@ -9,6 +9,7 @@ export function readGraph(data) {
     about: data.about, scores: data.scores, view: data.view, ids: data.ids, outputs: data.outputs, size,
     kind: Array.from(codes, (code) => kinds[code]),
     layer: decode(data.layer, Int32Array),
+    order: decode(data.order, Int32Array),  // edges lead from lower numbers to higher ones
     position: decode(data.position, Int32Array),
     index: decode(data.index, Float64Array),
     value: decode(data.value, Float64Array),
@@ -87,6 +88,16 @@ export function listOutputs(graph, node, kept) {
 
 function sortByWeight(graph, edges) {
   return edges.sort((a, b) => Math.abs(graph.weights[b]) - Math.abs(graph.weights[a]));
+}
+
+// Whether edges lead into nodes of this kind and out of them again.
+export function isComputed(kind) {
+  return kind === 'feature' || kind === 'head' || kind === 'stream';
+}
+
+// Whether nodes of this kind are in a layer.
+export function isInner(kind) {
+  return kind === 'error' || isComputed(kind);
 }
 
 // What tells a node apart in all graphs: its kind, place and number.

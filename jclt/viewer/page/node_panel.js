@@ -1,7 +1,7 @@
 // The clicked node: what it is, its label, and its inputs and outputs sorted by weight.
 
 import { LongList, make } from './dom.js';
-import { featureKey, listInputs, listOutputs } from './graph.js';
+import { featureKey, isInner, listInputs, listOutputs } from './graph.js';
 import { clean, countOf, formatNumber, formatShare, fullName, shortName } from './text.js';
 
 export class NodePanel {
@@ -101,7 +101,6 @@ export class NodePanel {
 }
 
 function placeOf(graph, node) {
-  const kind = graph.kind[node];
-  const place = kind === 'feature' || kind === 'error' ? ` @${graph.position[node]}` : '';
+  const place = isInner(graph.kind[node]) ? ` @${graph.position[node]}` : '';
   return shortName(graph, node, 40) + place;
 }

@@ -1,12 +1,14 @@
 // Pruning and scores: the same formulas as graphs/influence.py and graphs/pruning.py, on the list of edges. Numbers are
 // rounded to float32 where numpy rounds them, so that both keep the same nodes and edges.
 
+import { isComputed } from './graph.js';
+
 const FLOOR = 1e-10;
 
 // Which nodes and edges are kept: `{ nodes, edges }`, arrays of 0 and 1.
 export function prune(graph, nodeThreshold, edgeThreshold, rule = 'paper') {
   const round = graph.single ? Math.fround : (x) => x;
-  const isFixed = graph.kind.map((kind) => kind !== 'feature' && !(kind === 'error' && rule !== 'paper'));
+  const isFixed = graph.kind.map((kind) => !isComputed(kind) && !(kind === 'error' && rule !== 'paper'));
   const cutoff = findCutoff(graph.influence.filter((x) => x > 0), nodeThreshold, round);
   const nodes = new Uint8Array(graph.size);
   for (let node = 0; node < graph.size; node++) nodes[node] = isFixed[node] || graph.influence[node] >= cutoff ? 1 : 0;
@@ -50,7 +52,7 @@ function measureMass(graph, kept, restMass) {
   return mass;
 }
 
-// Influence plus output weight: one pass from the highest layer down.
+// Influence plus output weight: one pass from the outputs down.
 function countVisits(graph, kept, mass, round) {
   const visits = Float64Array.from(graph.outputWeights);
   for (const node of listFromTop(graph)) {
@@ -63,11 +65,11 @@ function countVisits(graph, kept, mass, round) {
   return visits;
 }
 
-// Nodes with inputs, the highest layer first.
+// Nodes with inputs, from the outputs down.
 function listFromTop(graph) {
   graph.fromTop ??= Int32Array.from(graph.kind.keys())
     .filter((node) => graph.starts[node] < graph.starts[node + 1])
-    .sort((a, b) => graph.layer[b] - graph.layer[a]);
+    .sort((a, b) => graph.order[b] - graph.order[a]);
   return graph.fromTop;
 }
 
@@ -87,7 +89,7 @@ function findCutoff(values, share, round) {
   return values[0];
 }
 
-// Removes nodes without an edge out, and features without an edge in, until there is none.
+// Removes nodes without an edge out, and those without an edge in into which edges may lead, until there is none.
 function removeDeadEnds(graph, nodes, edges, isFixed) {
   const inputs = new Int32Array(graph.size), outputs = new Int32Array(graph.size);
   for (let edge = 0; edge < graph.edges; edge++) {
@@ -95,7 +97,7 @@ function removeDeadEnds(graph, nodes, edges, isFixed) {
     outputs[graph.sources[edge]] += edges[edge];
   }
   const isDead = (node) => nodes[node] && !isFixed[node]
-    && (!outputs[node] || (!inputs[node] && graph.kind[node] === 'feature'));
+    && (!outputs[node] || (!inputs[node] && isComputed(graph.kind[node])));
   const dead = [...graph.kind.keys()].filter(isDead);
   for (const node of dead) nodes[node] = 0;
   const remove = (edge) => {

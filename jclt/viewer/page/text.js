@@ -42,6 +42,8 @@ export function shortName(graph, node, longest = 24) {
     case 'error': return `error ${graph.layer[node]}`;
     case 'token': return quote(graph.tokens[graph.position[node]], longest);
     case 'position': return `position ${graph.position[node]}`;
+    case 'head': return `head ${graph.layer[node]}.${graph.index[node]}`;
+    case 'stream': return `stream ${graph.layer[node]}`;
     default: return clean(outputText(graph, node), longest);
   }
 }
@@ -57,6 +59,8 @@ export function fullName(graph, node) {
     case 'error': return `error of layer ${graph.layer[node]} ${place}`;
     case 'token': return `token ${quote(graph.tokens[graph.position[node]])} (${graph.position[node]})`;
     case 'position': return `embedding of position ${graph.position[node]}`;
+    case 'head': return `head ${graph.layer[node]}.${graph.index[node]} ${place}`;
+    case 'stream': return `residual stream ${graph.layer[node]} ${place}`;
     default: return `output ${clean(outputText(graph, node))}`;
   }
 }

@@ -2,7 +2,7 @@
 
 export function findTrail(graph, shown, node) {
   if (node < 0) return [];
-  const order = [...graph.kind.keys()].filter((other) => shown.nodes[other]).sort((a, b) => graph.layer[a] - graph.layer[b]);
+  const order = [...graph.kind.keys()].filter((other) => shown.nodes[other]).sort((a, b) => graph.order[a] - graph.order[b]);
   return [...followUp(graph, shown, node, order), node, ...followDown(graph, shown, node, order.toReversed())];
 }
 
