@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jclt.attribution.attribute import BATCH, attribute_each, check_coder, describe_provenance, mark_chat
-from jclt.attribution.options import Options
+from jclt.attribution.options import Options, check_vectors
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.targets import Target, parse_targets, resolve_targets
 from jclt.coders import Coder
@@ -62,6 +62,7 @@ def attribute_file(
     options = options.check()
     if options.targets is not None:
         resolve_targets(model, options.targets)
+    check_vectors(model, options)
     prepare_folder(out, lines, describe_provenance(model, coder, options))
     process, processes = share
     process_lines = [line for line in lines if line.number % processes == process]

@@ -193,7 +193,8 @@ def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "s
             print(f"  {effect}")
     if arguments.open and arguments.out is not None:
         folder, loaded = arguments.out, (model, coder)
-        serve_graphs([folder], arguments, load=lambda: loaded, features=arguments.features, first=name)
+        described = None if features is None else features.folder
+        serve_graphs([folder], arguments, load=lambda: loaded, features=described, first=name)
     return 0
 
 

@@ -48,15 +48,14 @@ def explain_examples(out: Path, seed: int = 0) -> str:
     from tqdm import tqdm
 
     from jclt.attribution import attribute_batch
-    from jclt.features.labels import find_labels, load_labels
+    from jclt.features.labels import load_label_texts
     from jclt.graphs import add_supernodes, label_nodes, suggest_supernodes
     from jclt.viewer.text import SCORES_EXPLAINED, summarize_graph, write_graph
     from jclt.world import TASKS
     from jclt.world.measure import answer_examples
 
     model, coder = load_demo()
-    labels = load_labels("demo") if find_labels("demo").exists() else {}
-    labels = {place: label.text for place, label in labels.items()}
+    labels = load_label_texts("demo")
     examples = [task.examples("report", 1, seed)[0] for task in TASKS.values()]
     with tqdm(
         total=2 * len(examples) + 1, desc="loading", leave=False, bar_format="{desc}: {bar} {elapsed}"
@@ -71,9 +70,8 @@ def explain_examples(out: Path, seed: int = 0) -> str:
             progress.set_description(f"drawing {example.task}")
             graph = label_nodes(graph, labels)
             pruned = graph.prune()
-            if labels:
-                suggested = suggest_supernodes(pruned)
-                graph, pruned = add_supernodes(graph, suggested), add_supernodes(pruned, suggested)
+            suggested = suggest_supernodes(pruned)
+            graph, pruned = add_supernodes(graph, suggested), add_supernodes(pruned, suggested)
             write_graph(graph, pruned, out, example.task)
             verdict = "right" if answer.right else f"wrong, expected {' or '.join(map(repr, example.answers[:3]))}"
             head = f"{example.task}: {example.prompt!r} -> {answer.predicted!r} {answer.probability:.3f} {verdict}"

@@ -188,6 +188,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.generate and any(edit.site == "errors" for edit in edits):
         raise UserError("intervene: --generate with changes of errors, which the model's own MLPs do not have")
     model, coder = load_coder_and_model(arguments)
+    labels = find_label_texts(arguments, coder)
     result = intervene(
         model,
         coder,
@@ -201,7 +202,6 @@ def run(arguments: argparse.Namespace) -> None:
         graph=graph,
         predict=not arguments.no_predict,
     )
-    labels = find_label_texts(arguments, coder)
     # Labels that are asked for come before those of the graph, and these before what lies beside the coder.
     labels = {**labels, **result.labels} if arguments.labels is None else {**result.labels, **labels}
     result = replace(result, labels=labels)

@@ -25,21 +25,19 @@ def add_labels_argument(command: argparse.ArgumentParser) -> None:
 def find_label_texts(arguments: argparse.Namespace, coder: Any) -> dict[tuple[int, int], str]:
     """The labels of --labels, or those beside the coder if they are of its weights; by layer and feature."""
     from jclt.coders import read_fingerprint
-    from jclt.features import load_labels
-    from jclt.features.labels import find_labels
+    from jclt.features.labels import find_labels, load_label_texts
 
     folder = find_coder_folder(arguments)
     path = arguments.labels or (find_labels(folder) if folder else None)
     if path is None or (arguments.labels is None and not path.exists()):
         return {}
     try:
-        labels = load_labels(path, read_fingerprint(coder))
+        return load_label_texts(path, read_fingerprint(coder))
     except UserError as error:
         if arguments.labels is not None:
             raise
         log.warning("labels beside the coder are left out: %s", error)
         return {}
-    return {place: label.text for place, label in labels.items()}
 
 
 def find_described_features(arguments: argparse.Namespace, coder: Any) -> "Features | None":

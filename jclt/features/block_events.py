@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jclt.coders import Coder, StreamedCoder
+from jclt.coders import Coder, CoderConfig, StreamedCoder
 from jclt.errors import UserError
 from jclt.features.events import (
     FIRST_SLOTS,
@@ -29,8 +29,17 @@ OTHER_BATCH_TOKENS = 16384
 """Tokens that go through the model at once."""
 READ_BYTES = 1 << 31
 """The most bytes of layer inputs that are kept while the layers of a coder that lies elsewhere are read, one by one."""
+DENSE_SHARE = 0.01
+"""The share of tokens at which a feature of a dense coder counts as firing."""
 THRESHOLD_TOKENS = 4096
 """Tokens on which thresholds are measured, where features are to fire at a share of the tokens."""
+
+
+def choose_share(config: CoderConfig, share: float | None) -> float | None:
+    """The share of tokens at which a feature fires, those with its highest activations; None where it fires above 0."""
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"share {share}: expected above 0, up to 1")
+    return DENSE_SHARE if share is None and config.dense else share
 
 
 class BlockLister:

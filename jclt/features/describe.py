@@ -17,7 +17,7 @@ from tqdm import tqdm
 from jclt.coders import Coder
 from jclt.data.prefetch import map_ahead
 from jclt.errors import UserError
-from jclt.features.block_events import BlockLister
+from jclt.features.block_events import BlockLister, choose_share
 from jclt.features.columns import Sizes
 from jclt.features.progress import (
     describe_settings,
@@ -33,8 +33,6 @@ from jclt.features.tally import Tally, add_events, finish_tally, make_tally
 from jclt.features.weights import describe_weights
 from jclt.models import Model
 
-DENSE_SHARE = 0.01
-"""The share of tokens at which a feature of a dense coder counts as firing: those with its highest activations."""
 SAVE_SECONDS = 300.0
 
 
@@ -60,8 +58,8 @@ def describe_features(
     Called again with the same arguments after an interruption, it goes on. Counts are saved every `save_seconds`.
     """
     sizes, folder = sizes or Sizes(), Path(out)
-    share = DENSE_SHARE if share is None and coder.config.dense else share
-    check_arguments(sizes, share)
+    share = choose_share(coder.config, share)
+    check_sizes(sizes)
     found = find_rows(model, data, rows, length)
     settings = describe_settings(model, coder, found, sizes, share)
     if not settings["tokens"]:
@@ -79,12 +77,10 @@ def describe_features(
     return load_features(folder)
 
 
-def check_arguments(sizes: Sizes, share: float | None) -> None:
+def check_sizes(sizes: Sizes) -> None:
     for name, size in vars(sizes).items():
         if not (isinstance(size, int) and size >= (0 if name == "context" else 1)):
             raise UserError(f"sizes: {name}={size}, expected a whole number from {0 if name == 'context' else 1} on")
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"share {share}: expected above 0, up to 1")
 
 
 def count_blocks(

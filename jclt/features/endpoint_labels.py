@@ -14,7 +14,7 @@ from jclt.errors import escape_unprintable, first_line
 from jclt.features.endpoint import Endpoint, NoAnswer, ask
 from jclt.features.labels import LONGEST_LABEL, Label, Labels, Place
 from jclt.features.rules import balance_accuracy
-from jclt.features.scores import draw_highlights
+from jclt.features.scores import HIGHLIGHT_SHARE, draw_highlights
 from jclt.features.windows import WindowPair, Windows
 from jclt.shapes import Bool
 
@@ -128,13 +128,14 @@ def judge_label(
     if other:
         questions["shuffled"] = "detection", other, plain, windows.fires[chosen]
     for name, (kind, label, texts, truth) in questions.items():
+        if truth.all() or not truth.any():
+            continue
         try:
             said = ask_which(endpoint, kind, label, texts)
         except NoAnswer as error:
             reason = f"{name} is missing: {first_line(error)}"
             continue
-        if truth.any() and not truth.all():
-            scores[name] = balance_accuracy(said, truth)
+        scores[name] = balance_accuracy(said, truth)
     return scores, reason
 
 
@@ -170,7 +171,7 @@ def write_explain_prompt(windows: Windows, vocabulary: Sequence[str], raised: Se
     highest = windows.activations.max(axis=1)
     order = np.flatnonzero(windows.fires)[np.argsort(-highest[windows.fires], kind="stable")]
     others = np.random.default_rng(0).permutation(order[EXAMPLES_SHOWN // 2 :])[: EXAMPLES_SHOWN // 2]
-    strong = windows.activations >= 0.3 * np.maximum(highest, 1e-30)[:, None]
+    strong = windows.activations >= HIGHLIGHT_SHARE * np.maximum(highest, 1e-30)[:, None]
     chosen = [*order[: EXAMPLES_SHOWN // 2], *others]
     examples = "\n".join(
         f"{i}. {write_window(windows, int(n), vocabulary, strong[n])}" for i, n in enumerate(chosen, 1)

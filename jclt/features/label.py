@@ -7,10 +7,11 @@ import numpy as np
 from tqdm import tqdm
 
 from jclt.coders import Coder, read_fingerprint
+from jclt.features.block_events import choose_share
 from jclt.features.endpoint import Endpoint
 from jclt.features.endpoint_labels import EndpointRun, label_by_endpoint
-from jclt.features.labels import Label, load_labels, save_labels
-from jclt.features.rows import Data
+from jclt.features.labels import SOURCES, Label, load_labels, save_labels
+from jclt.features.rows import Data, find_rows
 from jclt.features.rule_labels import label_by_rules, measure_random_directions
 from jclt.features.rules import find_classes
 from jclt.features.weight_labels import find_raised_tokens, label_by_weights, list_token_texts
@@ -20,6 +21,8 @@ from jclt.models.model import on_mesh
 
 LABELLED_AT_ONCE = 512
 """Whose windows are kept in memory; the data are read again for each so many."""
+ROWS_READ = 1024
+"""Rows of the data that are read by default."""
 RANDOM_SHARE = 0.01
 """The share of tokens at which random directions fire."""
 
@@ -42,13 +45,13 @@ def label_features(
     Labels that the file has stay: yours always, others unless an endpoint is asked and they are by something else. So
     the same call goes on where it was interrupted. `failed` says which features got no label, and why.
     """
-    out = Path(out)
+    out, share = Path(out), choose_share(coder.config, share)
     with on_mesh(model):
         fingerprint = read_fingerprint(coder)
     labels = load_labels(out, fingerprint) if out.exists() else {}
     if places is None:
         places = [(layer, feature) for layer in coder.config.covered for feature in range(coder.config.features)]
-    kept = ("yours", "endpoint") if endpoint else ("yours", "endpoint", "rules", "weights", "concepts")
+    kept = ("yours", "endpoint") if endpoint else SOURCES
     todo = [place for place in dict.fromkeys(places) if place not in labels or labels[place].source not in kept]
     vocabulary, failed = list_token_texts(model), dict[tuple[int, int], str]()
     classes = find_classes(vocabulary)
@@ -57,10 +60,13 @@ def label_features(
         labels[place] = label
         save_labels(out, labels, fingerprint)
 
-    controls: dict[int, float] = {}
+    if not todo:
+        return EndpointRun({place: labels[place] for place in places}, failed)
+    found = find_rows(model, data, rows or ROWS_READ, length)
+    controls: dict[int, float] | None = None
     for start in tqdm(range(0, len(todo), LABELLED_AT_ONCE), desc="labelling", leave=False):
         some = todo[start : start + LABELLED_AT_ONCE]
-        windows = collect_windows(model, coder, data, some, rows=rows, length=length, share=share)
+        windows = collect_windows(model, coder, found, some, share=share)
         if endpoint:
             raised = {p: [text for text, _ in pairs] for p, pairs in find_raised_tokens(model, coder, some).items()}
             run = label_by_endpoint(endpoint, windows, vocabulary, raised, judge=judge, save=save)
@@ -68,10 +74,9 @@ def label_features(
             if run.failed and not run.labels and any("not asked" in reason for reason in run.failed.values()):
                 break
             continue
-        if not controls:
-            controls = measure_random_directions(
-                model, coder, data, classes, vocabulary, RANDOM_SHARE, rows=rows, length=length
-            )
+        if controls is None:
+            layers = sorted({layer for layer, _ in todo})
+            controls = measure_random_directions(model, coder, found, classes, vocabulary, RANDOM_SHARE, layers)
         for place, label in label_by_rules(windows, vocabulary, classes, label_by_weights(model, coder, some)).items():
             more = {"random": controls[place[0]]} if label.scores and place[0] in controls else {}
             labels[place] = label._replace(scores={**label.scores, **more})

@@ -43,6 +43,11 @@ def load_labels(source: str | Path, coder: str | None = None) -> Labels:
     return {parse_place(place, path): _parse_label(label, f"{path}: {place}") for place, label in labels.items()}
 
 
+def load_label_texts(source: str | Path, coder: str | None = None) -> dict[tuple[int, int], str]:
+    """The texts of these labels."""
+    return {place: label.text for place, label in load_labels(source, coder).items()}
+
+
 def find_labels(source: str | Path) -> Path:
     """The file that `load_labels` reads; it need not exist."""
     path = find_coder("demo") if source == "demo" else Path(source)

@@ -41,7 +41,6 @@ class DataRows(NamedTuple):
 class Block(NamedTuple):
     """Consecutive rows of the data, which are counted at once."""
 
-    number: int
     rows: Int[np.ndarray, "b"]  # their numbers in the data
     tokens: Int[np.ndarray, "b T"]
     valid: Bool[np.ndarray, "b T"]
@@ -109,4 +108,4 @@ def iterate_blocks(data: DataRows, first_position: int, start: int = 0) -> Itera
         valid[:, :first_position] = False
         before, after = place * looked_at // count, (place + 1) * looked_at // count
         cofiring = np.where(after > before, before, -1)
-        yield Block(number, rows, np.asarray(data.tokens[rows], np.int32), valid, cofiring)
+        yield Block(rows, np.asarray(data.tokens[rows], np.int32), valid, cofiring)

@@ -9,10 +9,10 @@ import numpy as np
 
 from jclt.coders import Coder, CoderLayer, SparseCoder
 from jclt.features.labels import Label, Labels, Place
-from jclt.features.rows import Data
-from jclt.features.rules import Classes, Rule, apply_rule, find_rule, parse_rule, write_rule
+from jclt.features.rows import DataRows
+from jclt.features.rules import Classes, apply_rule, detect, find_rule, parse_rule, write_rule
 from jclt.features.scores import score_prediction
-from jclt.features.windows import WindowPair, Windows, collect_windows
+from jclt.features.windows import WindowPair, collect_windows
 from jclt.models import Model
 
 SHUFFLES = 5
@@ -32,14 +32,10 @@ def label_by_rules(
         label = Label(write_rule(rule, vocabulary), "rules")
         other = (others or {}).get(place)
         stated = other and parse_rule(other.text, vocabulary, classes)
-        if other and stated and _detect(stated, pair.explaining, classes) >= _detect(rule, pair.explaining, classes):
+        if other and stated and detect(stated, pair.explaining, classes) >= detect(rule, pair.explaining, classes):
             label = other
         labels[place] = label
     return score_rules(labels, windows, vocabulary, classes)
-
-
-def _detect(rule: Rule, windows: Windows, classes: Classes) -> float:
-    return score_prediction(apply_rule(rule, windows, classes), windows)["detection"]
 
 
 def score_rules(
@@ -57,18 +53,18 @@ def score_rules(
         rivals = [r for other, r in rules.items() if r and r != rule and other[0] == place[0] and other != place]
         drawn = [rivals[i] for i in random.permutation(len(rivals))[:SHUFFLES]]
         if drawn:
-            scores["shuffled"] = float(np.mean([_detect(rival, pair.held_out, classes) for rival in drawn]))
+            scores["shuffled"] = float(np.mean([detect(rival, pair.held_out, classes) for rival in drawn]))
         scored[place] = label._replace(scores={**label.scores, **scores})
     return scored
 
 
-def make_random_directions(coder: Coder, count: int = RANDOM_DIRECTIONS, seed: int = 0) -> SparseCoder:
+def make_random_directions(coder: Coder, count: int) -> SparseCoder:
     """A coder that reads what this one reads, by random directions."""
     width = coder.config.width
     assert width is not None
     config = replace(coder.config, kind="transcoder", features=count, activation="relu", k=None, skip=False, tied=False)
     layers = []
-    for key in jax.random.split(jax.random.key(seed), len(config.covered)):
+    for key in jax.random.split(jax.random.key(0), len(config.covered)):
         rows = jax.random.normal(key, (count, width), jnp.float32)
         nothing = jnp.zeros((count, 1, width), jnp.float32)
         layers.append(CoderLayer(rows, jnp.zeros(count), None, nothing, jnp.zeros(width), None))
@@ -78,20 +74,18 @@ def make_random_directions(coder: Coder, count: int = RANDOM_DIRECTIONS, seed: i
 def measure_random_directions(
     model: Model,
     coder: Coder,
-    data: Data,
+    data: DataRows,
     classes: Classes,
     vocabulary: Sequence[str],
     share: float,
-    *,
-    rows: int | None = None,
-    length: int | None = None,
+    layers: Sequence[int],
     count: int = RANDOM_DIRECTIONS,
 ) -> dict[int, float]:
-    """By layer the mean detection that the rules found for random directions reach, which count as firing at this share
-    of the tokens."""
+    """For each of these layers the mean detection that the rules found for random directions reach, which count as
+    firing at this share of the tokens."""
     directions = make_random_directions(coder, count)
-    places = [(layer, feature) for layer in coder.config.covered for feature in range(count)]
-    windows = collect_windows(model, directions, data, places, rows=rows, length=length, share=share)
+    places = [(layer, feature) for layer in layers for feature in range(count)]
+    windows = collect_windows(model, directions, data, places, share=share)
     labels = label_by_rules(windows, vocabulary, classes)
     found = {
         layer: [x.scores["detection"] for (n, _), x in labels.items() if n == layer and x.scores] for layer, _ in places

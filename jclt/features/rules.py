@@ -95,6 +95,11 @@ def balance_accuracy(said: Bool[np.ndarray, "N"], true: Bool[np.ndarray, "N"]) -
     return float(said[true].mean() + (~said[~true]).mean()) / 2
 
 
+def detect(rule: Rule, windows: Windows, classes: Classes) -> float:
+    """The balanced accuracy of "the feature fires in this window"."""
+    return balance_accuracy(np.any(apply_rule(rule, windows, classes), axis=1), windows.fires)
+
+
 def find_rule(windows: Windows, vocabulary: Sequence[str], classes: Classes) -> Rule | None:
     """The rule with the highest balanced accuracy of "the feature fires in this window"; of equal ones that which finds
     the tokens best, then the shortest."""
@@ -122,7 +127,8 @@ def list_rules(windows: Windows, classes: Classes) -> Iterator[Rule]:
         tokens = windows.tokens[:, PLACES[where] : PLACES[where] + size]
         yield from _list_token_rules(where, tokens[active], tokens[windows.valid])
     positions = (windows.start[:, None] + np.arange(size))[active]
-    for position in np.unique(positions)[np.argsort(-np.unique(positions, return_counts=True)[1], kind="stable")][:3]:
+    known, often = np.unique(positions, return_counts=True)
+    for position in known[np.argsort(-often, kind="stable")][:3]:
         yield Rule("at", position=int(position))
     yield Rule("at", position=-1)
 

@@ -44,12 +44,12 @@ def draw_highlights(windows: Windows, seed: int = 0) -> Highlights:
 def score_prediction(said: Bool[np.ndarray, "N W"], windows: Windows, seed: int = 0) -> dict[str, float]:
     """The scores of a label that says of each token whether the feature fires there."""
     highlights = draw_highlights(windows, seed)
-    share = (said[highlights.window] & highlights.marked).sum(axis=1) / highlights.marked.sum(axis=1)
-    return {
-        "detection": balance_accuracy(np.any(said, axis=1), windows.fires),
-        "fuzzing": balance_accuracy(share >= 0.5, highlights.right),
-        "simulation": correlate(said[windows.valid].astype(float), windows.activations[windows.valid]),
-    }
+    scores = {"detection": balance_accuracy(np.any(said, axis=1), windows.fires)}
+    if not highlights.right.all():  # else it fires at every token, and there are no wrong ones
+        share = (said[highlights.window] & highlights.marked).sum(axis=1) / highlights.marked.sum(axis=1)
+        scores["fuzzing"] = balance_accuracy(share >= 0.5, highlights.right)
+    scores["simulation"] = correlate(said[windows.valid].astype(float), windows.activations[windows.valid])
+    return scores
 
 
 def correlate(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-import scipy.sparse
 
 from jclt.data.batches import hash_bits
 from jclt.features.best_examples import add_examples, make_examples, sort_examples
@@ -86,10 +85,12 @@ def find_cofiring(
 ) -> dict[str, np.ndarray]:
     """For each feature the others that fire most often at the same places, how often, and how often it fires itself.
     Of equal counts the lower number comes first."""
+    from scipy.sparse import csr_array
+
     neighbours = min(neighbours, features - 1)
     _, token = np.unique(place, return_inverse=True)
     ones = np.ones(len(feature), np.int32)
-    fired = scipy.sparse.csr_array((ones, (token, feature)), shape=(int(token.max(initial=-1)) + 1, features))
+    fired = csr_array((ones, (token, feature)), shape=(int(token.max(initial=-1)) + 1, features))
     ids = np.full((features, neighbours), -1, np.int32)
     counts = np.zeros((features, neighbours), np.int64)
     by_feature = fired.T.tocsr()

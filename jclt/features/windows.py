@@ -12,13 +12,12 @@ import numpy as np
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.features.block_events import BlockLister
-from jclt.features.rows import Data, DataRows, count_block_rows, find_rows, iterate_blocks
+from jclt.features.rows import DataRows, count_block_rows, iterate_blocks
 from jclt.models import Model
 from jclt.shapes import Bool, Float, Int
 
 WINDOW_TOKENS, WINDOW_COUNT, LEAST_WINDOWS = 32, 50, 5
 """Tokens of a window; windows of each kind; with fewer nothing is said of a feature."""
-ROWS_READ = 1024
 
 
 class Windows(NamedTuple):
@@ -59,20 +58,18 @@ class ReadRows(NamedTuple):
 def collect_windows(
     model: Model,
     coder: Coder,
-    data: Data,
+    data: DataRows,
     places: Sequence[tuple[int, int]],
     *,
-    rows: int | None = None,
-    length: int | None = None,
     share: float | None = None,
     count: int = WINDOW_COUNT,
     seed: int = 0,
 ) -> dict[tuple[int, int], WindowPair]:
-    """The windows of these features, by layer and number; of the data as many rows are read as `rows` says."""
+    """The windows of these features, by layer and number."""
     for layer, feature in places:
         if coder.config.index(layer) is None or not 0 <= feature < coder.config.features:
             raise UserError(f"feature {layer}/{feature}: the coder has none, expected LAYER/FEATURE")
-    read = read_firing(model, coder, find_rows(model, data, rows or ROWS_READ, length), places, share)
+    read = read_firing(model, coder, data, places, share)
     return {place: cut_windows(read, read.firing[place], count, (seed, *place)) for place in places}
 
 

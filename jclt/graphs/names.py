@@ -1,7 +1,7 @@
 """Labels of a graph's nodes, and the nodes in words."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from jclt.errors import UserError, escape_unprintable
@@ -10,7 +10,7 @@ from jclt.graphs.graph import Graph
 LabelTexts = Mapping[tuple[int, int], str]
 """What features mean, by layer and number."""
 
-LONGEST_LABEL = 60
+SHOWN_LETTERS = 60
 """Longer labels are cut in the text of paths and tables."""
 
 
@@ -32,7 +32,7 @@ def name_feature(layer: int, feature: int, label: str | None = None) -> str:
     return f"{text} ({layer}/{feature})" if text else f"layer {layer} feature {feature}"
 
 
-def shorten_label(label: str, most: int = LONGEST_LABEL) -> str:
+def shorten_label(label: str, most: int = SHOWN_LETTERS) -> str:
     """The label on one line, its beginning if it is long."""
     line = " ".join(label.split())
     return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
@@ -65,6 +65,15 @@ def name_of(graph: Graph, node: int) -> str:
         case _:
             name = graph.logit_names[node - int(nodes.find("output")[0])]
             return escape_unprintable(name) if index < 0 else _quote(name, int(index))
+
+
+def name_apart(names: Sequence[str]) -> list[str]:
+    """The names, with numbers behind those that an earlier one is."""
+    given: list[str] = []
+    for name in names:
+        candidates = (name if i == 1 else f"{name} ({i})" for i in range(1, len(names) + 1))
+        given.append(next(candidate for candidate in candidates if candidate not in given))
+    return given
 
 
 def check_node(graph: Graph, node: int, where: str = "") -> None:

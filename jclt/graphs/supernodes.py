@@ -21,7 +21,7 @@ import numpy as np
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import FLOOR, compute_edge_shares
-from jclt.graphs.names import name_of
+from jclt.graphs.names import name_apart, name_of
 from jclt.graphs.paths import with_supernodes
 from jclt.memory import check_memory
 from jclt.shapes import Float
@@ -58,10 +58,14 @@ def suggest_supernodes(graph: Graph, likeness: float = LIKENESS) -> list[Superno
 def add_supernodes(graph: Graph, supernodes: Iterable[Supernode]) -> Graph:
     """A copy of the graph, or of the graph that it was pruned from, with these supernodes instead of its present ones.
     Viewers show them too."""
+    groups = list(supernodes)
+    return with_supernodes(graph, dict(zip([group.name for group in groups], find_members(graph, groups), strict=True)))
+
+
+def find_members(graph: Graph, supernodes: Iterable[Supernode]) -> list[tuple[int, ...]]:
+    """The nodes of each supernode that the graph has."""
     number = {tuple(place): node for node, place in enumerate(graph.features.tolist())}
-    return with_supernodes(
-        graph, {group.name: [number[x] for x in group.features if x in number] for group in supernodes}
-    )
+    return [tuple(number[place] for place in group.features if place in number) for group in supernodes]
 
 
 def compute_likeness(graph: Graph) -> Float[np.ndarray, "n n"]:
@@ -103,12 +107,3 @@ def name_group(graph: Graph, nodes: Sequence[int], influence: Float[np.ndarray, 
     if not ranked:
         return f"{name_of(graph, nodes[0])} and {len(nodes) - 1} more"
     return ranked[0] if 2 * weights[ranked[0]] >= sum(weights.values()) else " / ".join(ranked[:2])
-
-
-def name_apart(names: Sequence[str]) -> list[str]:
-    """The names, with numbers behind those that an earlier group has."""
-    given: list[str] = []
-    for name in names:
-        candidates = (name if i == 1 else f"{name} ({i})" for i in range(1, len(names) + 1))
-        given.append(next(candidate for candidate in candidates if candidate not in given))
-    return given

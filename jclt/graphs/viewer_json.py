@@ -13,6 +13,7 @@ import numpy as np
 from jclt.errors import UserError, first_line
 from jclt.files import parse_object, read_bytes
 from jclt.graphs.graph import Graph
+from jclt.graphs.names import name_apart
 from jclt.graphs.nodes import Kind
 from jclt.memory import check_memory
 from jclt.shapes import Float
@@ -95,9 +96,6 @@ def is_list_of_groups(groups: Any) -> bool:
 def name_groups(groups: Sequence[Sequence[str]], number: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Supernodes from a file's groups, each a name and node ids. Repeated names get a number; unknown ids are left
     out."""
-    supernodes: dict[str, tuple[int, ...]] = {}
-    for name, *members in groups:
-        candidates = (name if i == 1 else f"{name} ({i})" for i in range(1, 2 + len(supernodes)))
-        free = next(candidate for candidate in candidates if candidate not in supernodes)
-        supernodes[free] = tuple(number[node_id] for node_id in members if node_id in number)
-    return supernodes
+    names = name_apart([name for name, *_ in groups])
+    members = [tuple(number[node_id] for node_id in ids if node_id in number) for _, *ids in groups]
+    return dict(zip(names, members, strict=True))

@@ -25,8 +25,7 @@ from jclt.attribution.attribute import check_coder
 from jclt.attribution.targets import decode_token
 from jclt.attribution.true_pass import stack_skips, widen
 from jclt.coders import Coder
-from jclt.errors import UserError, escape_unprintable
-from jclt.graphs.names import LabelTexts, shorten_label
+from jclt.errors import UserError
 from jclt.interventions.batches import choose_starts, limit_rows, split_rows
 from jclt.interventions.resume import KeptPass, keep_pass, make_rows_mesh, resume_pass
 from jclt.interventions.settings import Setting, Treatment
@@ -58,15 +57,14 @@ class Ablations:
         """How much each change moves each token's logit. (`intervene` gives logits minus the mean logit.)"""
         return self.logits - self.original_logits
 
-    def summarize(self, shown: int = 10, labels: LabelTexts | None = None) -> str:
-        """The features whose change moves the next token most, perhaps with labels."""
+    def summarize(self, shown: int = 10) -> str:
+        """The features whose change moves the next token most."""
         lines = [f"{len(self.features)} features, one at a time; logit of {self.token_names[0]!r}, KL in nats"]
         for row in np.argsort(-self.kl, kind="stable")[:shown]:
             layer, position, feature = self.features[row].tolist()
-            label = (labels or {}).get((layer, feature))
             name = f"layer {layer} position {position} feature {feature}"
             effect = f"{self.effects[row, 0]:+.3f}  KL {self.kl[row]:.4f}"
-            lines.append(f"  {effect}  {name}{f': {escape_unprintable(shorten_label(label))}' if label else ''}")
+            lines.append(f"  {effect}  {name}")
         return "\n".join(lines)
 
 

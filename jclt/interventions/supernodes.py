@@ -11,6 +11,7 @@ from jclt.coders import Coder
 from jclt.errors import UserError, escape_unprintable
 from jclt.graphs import Graph, Supernode
 from jclt.graphs.prediction import predict_changes
+from jclt.graphs.supernodes import find_members
 from jclt.interventions.intervene import Pass, check_graph, run_changed, run_original, use_one_device
 from jclt.interventions.settings import Reference, Setting, Treatment, sort_edits
 from jclt.mesh import fetch_to_host
@@ -70,8 +71,7 @@ def measure_supernodes(
         raise UserError("supernodes: the graph explains no tokens at the last position, expected at least one")
     if random < 0:
         raise UserError(f"random={random}: expected 0 groups or more")
-    number = {tuple(place): node for node, place in enumerate(graph.features.tolist())}
-    groups = [tuple(number[place] for place in group.features if place in number) for group in supernodes]
+    groups = find_members(graph, supernodes)
     if not groups:
         return []
     generator = np.random.default_rng(seed)
@@ -117,23 +117,22 @@ def set_to_zero(
     check_graph(model, coder, tokens, graph)
     original, frozen, before = run_original(model, coder, tokens, setting)
     before = jax.tree.map(fetch_to_host, before)
-    places = graph.features[sorted({node for group in groups for node in group})]
-    column = {tuple(place): index for index, place in enumerate(places.tolist())}
+    places = graph.features
     factors = np.ones((-(-len(groups) // ROWS) * ROWS, len(places)), np.float32)  # whole batches: one program
     for row, group in enumerate(groups):
-        factors[row, [column[tuple(graph.features[node].tolist())] for node in group]] = 0
-    layers, positions, features = graph.features.T
-    cells = np.array([coder.config.index(int(layer)) for layer in layers], int), positions, features
+        factors[row, list(group)] = 0
+    changed = np.flatnonzero((factors == 0).any(axis=0))
+    layers, position, feature = places.T
+    index = np.array([coder.config.index(int(layer)) for layer in layers], int)
     logits, changes = [], []
     for start in range(0, len(factors), ROWS):
         edits = [
-            Scale(factors[start : start + ROWS, index], layer=layer, position=position, feature=feature)
-            for index, (layer, position, feature) in enumerate(places.tolist())
+            Scale(factors[start : start + ROWS, node], layer=layer, position=position, feature=feature)
+            for node, (layer, position, feature) in zip(changed.tolist(), places[changed].tolist(), strict=True)
         ]
         parts = sort_edits(model, coder, edits, setting, len(tokens))
         after: Pass = jax.tree.map(fetch_to_host, run_changed(model, coder, tokens, parts, setting, original, frozen))
         logits.append(after.centred - before.centred)
-        index, position, feature = cells
         moved = after.preactivations[index, :, position, feature] - before.preactivations[index, :, position, feature]
         changes.append(moved.T)
     return np.concatenate(logits)[: len(groups)], np.concatenate(changes)[: len(groups)]

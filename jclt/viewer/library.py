@@ -36,8 +36,13 @@ class Library:
             prompts[folder] = read_prompts(folder)
         with self.lock:
             added = [{"name": name, "prompt": "".join(graph.token_texts)} for name, graph in self.added.items()]
-        files = [{"name": name, "prompt": prompts[path.parent].get(name)} for name, path in self.paths.items()]
-        return files + added
+        return [
+            *(
+                {"name": name, "prompt": prompts[path.parent].get(name_graph(path))}
+                for name, path in self.paths.items()
+            ),
+            *added,
+        ]
 
     def read(self, name: str) -> Graph:
         with self.lock:
@@ -62,11 +67,15 @@ class Library:
         """What was pinned, grouped and labelled; saved beside the graph's file."""
         with self.lock:
             path = self._find_view_file(name)
-            return (read_json(path) if path.exists() else {}) if path else dict(self.views.get(name, {}))
+            if path is None:
+                return dict(self.views.get(name, {}))
+            view = read_json(path) if path.exists() else {}
+            check_view(view, path)
+            return view
 
     def change_view(self, name: str, changes: Mapping[str, object]) -> Json:
         """Saves changes and returns the whole view. Labels are added to those that others have saved meanwhile."""
-        check_view(changes)
+        check_view(changes, "view")
         with self.lock:
             view = self.read_view(name)
             labels = dict(view.get("labels", {})) | dict(changes.get("labels", {}))  # type: ignore[call-overload]
@@ -149,7 +158,7 @@ def read_prompts(folder: Path) -> Mapping[str, str]:
     return {str(entry.get("slug")): str(entry.get("prompt") or "") for entry in entries}
 
 
-def check_view(view: Mapping[str, object]) -> None:
+def check_view(view: Mapping[str, object], where: object) -> None:
     """Raises an error unless the fields are those of a view."""
     expected = {
         "pinnedIds": lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x),
@@ -161,10 +170,10 @@ def check_view(view: Mapping[str, object]) -> None:
     }
     for name, value in view.items():
         if name not in expected or not expected[name](value):
-            raise UserError(f"view: field '{name}' is unknown or damaged, expected one of: {', '.join(expected)}")
+            raise UserError(f"{where}: field '{name}' is unknown or damaged, expected one of: {', '.join(expected)}")
     labels = view.get("labels", {})
     for key in labels if isinstance(labels, dict) else ():
-        parse_place(key, "view")
+        parse_place(key, where)
 
 
 def is_place(place: object) -> bool:

@@ -4,7 +4,6 @@ import html
 
 from jclt.graphs.export_json import slug_of
 from jclt.graphs.graph import Graph
-from jclt.graphs.names import LabelTexts
 from jclt.viewer.page_files import build_single_page
 
 
@@ -20,6 +19,6 @@ class NotebookPage:
         return f'<iframe srcdoc="{html.escape(self.page)}" {frame} style="{style}"></iframe>'
 
 
-def show_graph(graph: Graph, *, labels: LabelTexts | None = None, height: int = 760) -> NotebookPage:
+def show_graph(graph: Graph, *, height: int = 760) -> NotebookPage:
     """The graph's page, to be shown as the last value of a notebook's cell."""
-    return NotebookPage(build_single_page(graph, slug_of(graph), labels=labels), height)
+    return NotebookPage(build_single_page(graph, slug_of(graph)), height)

@@ -1,7 +1,7 @@
 """What the page shows of a graph, as one JSON object. `page/graph.js` reads it."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,15 @@ def build_page_data(
     `labels` are those of the features; `view` is what a user pinned, grouped and renamed earlier.
     """
     starts, sources, weights = list_edges(graph.adjacency)
-    nodes, pruning = graph.nodes, graph.provenance.get("pruning_settings")
+    nodes, ids, pruning = graph.nodes, make_node_ids(graph), graph.provenance.get("pruning_settings")
+    is_single = graph.adjacency.dtype == np.float32
     return {
         "name": name,
         "tokens": list(graph.token_texts),
         "layers": graph.layers,
-        "single": graph.adjacency.dtype == np.float32,
+        "single": is_single,
         "pruned": isinstance(pruning, dict) or graph.whole_shares is not None or "nodes" in graph.annotations,
-        "ids": make_node_ids(graph),
+        "ids": ids,
         "labels": list_labels(graph, labels or {}),
         "outputs": [
             {"text": text, "token": token, "probability": float(probability)}
@@ -51,15 +52,14 @@ def build_page_data(
         "value": encode(nodes.value, np.float64),
         "activation": encode(graph.activations, np.float64),
         "influence": encode(graph.influence, np.float64),
-        "share": encode(graph.cumulative_shares, np.float64),
         "restMass": encode(graph.rest_mass, np.float64),
         "outputWeights": encode(graph.output_weights, np.float64),
         "starts": encode(starts, np.int32),
         "sources": encode(sources, np.int32),
-        "weights": encode(weights, np.float32 if graph.adjacency.dtype == np.float32 else np.float64),
+        "weights": encode(weights, np.float32 if is_single else np.float64),
         "scores": graph.scores.both,
         "about": {key: graph.provenance[key] for key in PROVENANCE if key in graph.provenance},
-        "view": read_first_view(graph) | dict(view or {}),
+        "view": read_first_view(graph, ids) | dict(view or {}),
     }
 
 
@@ -90,9 +90,9 @@ def list_labels(graph: Graph, labels: LabelTexts) -> list[str]:
     return texts
 
 
-def read_first_view(graph: Graph) -> Json:
+def read_first_view(graph: Graph, ids: Sequence[str]) -> Json:
     """Pinned nodes and groups of the file that the graph was read from, in the fields of a viewer's `qParams`."""
-    ids, saved = make_node_ids(graph), graph.annotations.get("qParams", {})
+    saved = graph.annotations.get("qParams", {})
     pinned = saved.get("pinnedIds") or []
     pinned = pinned.split(",") if isinstance(pinned, str) else pinned
     known = set(ids)

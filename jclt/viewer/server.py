@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jclt.errors import UserError, first_line
+from jclt.errors import UserError, first_line, reason_of
 from jclt.files import parse_object
 from jclt.viewer.page_files import read_page_files
 from jclt.viewer.page_service import Page
@@ -198,8 +198,8 @@ def serve_page(page: Page, *, port: int = 0, first: str | None = None, open_brow
         try:
             listener.bind((ADDRESS, port))
             listener.listen(128)
-        except OSError as error:
-            raise UserError(f"port {port}: cannot be used ({error.strerror}), expected a free one") from None
+        except (OSError, OverflowError) as error:
+            raise UserError(f"port {port}: cannot be used ({reason_of(error)}), expected a free one") from None
         port, token = listener.getsockname()[1], secrets.token_urlsafe(24)
         app = build_app(page, token, [f"{ADDRESS}:{port}", f"localhost:{port}"])
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)

@@ -8,6 +8,7 @@ from jclt.coders import neurons
 from jclt.errors import UserError
 from jclt.features import windows as of_windows
 from jclt.features.labels import Label
+from jclt.features.rows import find_rows
 from jclt.features.rule_labels import label_by_rules, measure_random_directions, score_rules
 from jclt.features.rules import Rule, apply_rule, find_classes, find_rule, parse_rule, write_rule
 from jclt.features.scores import correlate, draw_highlights, score_prediction
@@ -31,7 +32,7 @@ def known():
     places = [(0, city) for city in range(12)] + [(1, state) for state in range(4)]
     rows = np.asarray(PROMPTS * 20, np.int32)
     rows = rows[np.random.default_rng(0).permutation(len(rows))]
-    return names, collect_windows(model, neurons(model), rows, places, share=None)
+    return names, collect_windows(model, neurons(model), find_rows(model, rows, None, None), places, share=None)
 
 
 def true_rule(layer: int, feature: int) -> Rule:
@@ -64,7 +65,7 @@ def test_wrong_rules_score_no_better_than_chance(known):
 
 def test_a_label_by_weights_that_is_as_good_is_taken(known):
     names, windows = known
-    others = {(0, 3): Label(write_rule(true_rule(0, 3), names).replace("after", "after"), "weights")}
+    others = {(0, 3): Label(write_rule(true_rule(0, 3), names), "weights")}
     others[0, 4] = Label("say '3'", "weights")
     labels = label_by_rules(windows, names, {}, others)
     assert labels[0, 3].source == "weights" and labels[0, 4].source == "rules"
@@ -74,9 +75,10 @@ def test_a_label_by_weights_that_is_as_good_is_taken(known):
 def test_windows_are_what_the_model_does():
     model = make_model()
     coder, rows = make_coder(model), draw_rows()
+    data = find_rows(model, rows, None, None)
     places = [(layer, feature) for layer in (0, 2) for feature in (0, 5, 11)]
     activations = encode_rows(model, coder, rows)
-    for place, pair in collect_windows(model, coder, rows, places, count=6).items():
+    for place, pair in collect_windows(model, coder, data, places, count=6).items():
         a = activations[place[0], :, :, place[1]]
         for half, windows in enumerate(pair):
             fires, silent = (a[half::2] > 0).any(1), ~(a[half::2] > 0).any(1)
@@ -87,14 +89,14 @@ def test_windows_are_what_the_model_does():
                 assert any(np.allclose(np.maximum(a[n], 0), values, atol=1e-5) for n in same)
             assert (windows.tokens[:, [0, -1]] == -1).all()
     with pytest.raises(UserError, match="feature 7/0: the coder has none"):
-        collect_windows(model, coder, rows, [(7, 0)])
+        collect_windows(model, coder, data, [(7, 0)])
 
 
 def test_longer_rows_are_cut_around_the_firing(monkeypatch):
     monkeypatch.setattr(of_windows, "WINDOW_TOKENS", 4)
     model = make_model()
     coder, rows = make_coder(model), draw_rows()
-    pair = collect_windows(model, coder, rows, [(1, 3)], count=8)[1, 3]
+    pair = collect_windows(model, coder, find_rows(model, rows, None, None), [(1, 3)], count=8)[1, 3]
     assert pair.explaining.activations.shape[1] == 4 and pair.explaining.tokens.shape[1] == 6
     for tokens, start in zip(pair.explaining.tokens, pair.explaining.start, strict=True):
         padded = np.pad(rows[::2], ((0, 0), (1, 1)), constant_values=-1)[:, start : start + 6]
@@ -104,7 +106,8 @@ def test_longer_rows_are_cut_around_the_firing(monkeypatch):
 def test_random_directions_are_described_by_rules_too():
     model = make_model()
     names = [str(n) for n in range(model.config.vocabulary)]
-    found = measure_random_directions(model, make_coder(model), draw_rows(), {}, names, 0.1, count=4)
+    data = find_rows(model, draw_rows(), None, None)
+    found = measure_random_directions(model, make_coder(model), data, {}, names, 0.1, [0, 1, 2], count=4)
     assert set(found) <= {0, 1, 2} and all(0.3 < score <= 1 for score in found.values())
 
 

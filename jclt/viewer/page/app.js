@@ -24,10 +24,9 @@ export class App {
     const turn = this.turn = (this.turn ?? 0) + 1;
     const data = content ?? await this.server.readGraph(name);
     if (turn !== this.turn) return; // another was opened meanwhile
-    this.data = data;
     this.graph = readGraph(data);
     const { view } = data;
-    for (const [key, label] of Object.entries(view.labels ?? {})) this.relabel(key, label);
+    this.relabel(view.labels ?? {});
     this.groups = (view.supernodes ?? []).map(([title, ...ids]) => ({ name: title, members: this.findNodes(ids) })).filter(({ members }) => members.length);
     this.places = view.places ?? {};
     this.saved = this.findNodes(view.pinnedIds ?? []);
@@ -179,23 +178,25 @@ export class App {
     this.save({ supernodes: this.listGroups() });
   }
 
-  relabel(key, label) {
-    for (let node = 0; node < this.graph.size; node++) if (featureKey(this.graph, node) === key) this.graph.labels[node] = label;
+  relabel(labels) {
+    for (let node = 0; node < this.graph.size; node++) {
+      this.graph.labels[node] = labels[featureKey(this.graph, node)] ?? this.graph.labels[node];
+    }
   }
 
   setLabel(key, label) {
-    this.relabel(key, label);
+    this.relabel({ [key]: label });
     this.show();
     this.save({ labels: { [key]: label } });
   }
 
   // Saves changes beside the graph. The answer has what others have saved meanwhile.
   async save(changes) {
-    Object.assign(this.data.view, changes, { labels: { ...this.data.view.labels, ...changes.labels } });
     if (!this.server) return;
+    const { graph } = this;
     try {
-      const { labels } = await this.server.saveView(this.graph.name, changes);
-      for (const [key, label] of Object.entries(labels ?? {})) this.relabel(key, label);
+      const { labels } = await this.server.saveView(graph.name, changes);
+      if (graph === this.graph) this.relabel(labels ?? {});
       this.report(null);
     } catch (error) {
       this.report(new Error(`Not saved: ${error.message}`));

@@ -15,7 +15,6 @@ export function readGraph(data) {
     value: decode(data.value, Float64Array),
     activation: decode(data.activation, Float64Array),
     influence: decode(data.influence, Float64Array),
-    share: decode(data.share, Float64Array),
     restMass: decode(data.restMass, Float64Array),
     outputWeights: decode(data.outputWeights, Float64Array),
     starts: decode(data.starts, Int32Array),
@@ -69,6 +68,11 @@ function measureMass({ starts, weights, restMass, size }) {
     mass[node] = sum + restMass[node];
   }
   return mass;
+}
+
+// An edge's part of all that reaches its target.
+export function shareOf(graph, edge) {
+  return Math.abs(graph.weights[edge]) / (graph.mass[graph.targets[edge]] || 1);
 }
 
 // Numbers of the edges into or out of a node, among those that are kept, the heaviest first.

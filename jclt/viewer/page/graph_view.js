@@ -37,8 +37,9 @@ export class GraphView {
       (on && graph.kind[node] === 'feature' ? Math.max(most, graph.influence[node]) : most), 0) || 1;
     this.places = { x: this.layout.x.map((x) => x + this.zoom.x), y: this.layout.y.map((y) => y + this.zoom.y) };
     const context = this.prepare(this.base, width, height);
-    this.leftOut = this.paintBase(context);
-    this.app.showLeftOut?.(this.leftOut);
+    const { leftOut, labels } = this.paintBase(context);
+    this.labels = labels;
+    this.app.showLeftOut?.(leftOut);
     this.drawTop();
     this.top.setAttribute('aria-label', `Graph of ${countOf(shown.nodes.reduce((a, b) => a + b, 0), 'shown node')}`);
     performance.measure('draw graph', { start });
@@ -49,8 +50,8 @@ export class GraphView {
     paintFrame(context, graph, layout, colours);
     const leftOut = state.faint ? paintAllEdges(context, graph, layout, shown, colours) : 0;
     paintNodes(context, graph, layout, shown, colours);
-    this.labels = paintLabels(context, graph, layout, shown, new Set([...this.app.pinned, this.app.clicked]), colours);
-    return leftOut;
+    const labels = paintLabels(context, graph, layout, shown, new Set([...this.app.pinned, this.app.clicked]), colours);
+    return { leftOut, labels };
   }
 
   prepare(canvas, width, height) {

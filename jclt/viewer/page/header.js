@@ -1,7 +1,7 @@
 // The head of the page: which graph, a new one from a prompt, files.
 
 import { download, make } from './dom.js';
-import { paintAllEdges, paintFrame, paintLabels, paintNodes, readColours } from './paint.js';
+import { readColours } from './paint.js';
 import { SvgContext } from './svg_context.js';
 import { clean } from './text.js';
 
@@ -97,12 +97,9 @@ export class Header {
   }
 
   saveSvg() {
-    const { graph, shown, state, view, pinned, clicked } = this.app, colours = readColours();
-    const context = new SvgContext(view.layout.width, view.layout.height, colours.ground);
-    paintFrame(context, graph, view.layout, colours);
-    if (state.faint) paintAllEdges(context, graph, view.layout, shown, colours);
-    paintNodes(context, graph, view.layout, shown, colours);
-    paintLabels(context, graph, view.layout, shown, new Set([...pinned, clicked]), colours);
+    const { graph, view } = this.app;
+    const context = new SvgContext(view.layout.width, view.layout.height, view.colours.ground);
+    view.paintBase(context);
     download(`${graph.name || 'graph'}.svg`, context.finish(), 'image/svg+xml');
   }
 }

@@ -1,7 +1,7 @@
 // The clicked node: what it is, its label, and its inputs and outputs sorted by weight.
 
 import { LongList, make } from './dom.js';
-import { featureKey, isInner, listInputs, listOutputs } from './graph.js';
+import { featureKey, isInner, listInputs, listOutputs, shareOf } from './graph.js';
 import { clean, countOf, formatNumber, formatShare, fullName, shortName } from './text.js';
 
 export class NodePanel {
@@ -79,7 +79,7 @@ export class NodePanel {
   makeRow(part, number) {
     const { app } = this, { graph } = app;
     const edge = part.edges[number], node = part.ends[edge], weight = graph.weights[edge];
-    const share = Math.abs(weight) / (graph.mass[graph.targets[edge]] || 1);
+    const share = shareOf(graph, edge);
     const bar = make('span', { class: `bar ${weight > 0 ? 'raises' : 'lowers'}`, 'aria-hidden': 'true' });
     bar.style.width = `${100 * Math.abs(weight) / part.largest}%`;
     return make('button', {

@@ -1,6 +1,7 @@
 // Draws a graph on a canvas, or on a context that writes SVG.
 
 import { readColour } from './dom.js';
+import { shareOf } from './graph.js';
 import { MARGIN } from './layout.js';
 import { clean, shortName } from './text.js';
 
@@ -59,7 +60,7 @@ export function paintFrame(context, graph, layout, colours) {
 export function paintEdges(context, graph, layout, edges, colours, alpha) {
   const groups = new Map();
   for (const edge of edges) {
-    const share = Math.abs(graph.weights[edge]) / (graph.mass[graph.targets[edge]] || 1);
+    const share = shareOf(graph, edge);
     const key = (graph.weights[edge] > 0 ? 10 : 0) + Math.min(5, Math.floor(7 * Math.sqrt(share)));
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(edge);
@@ -87,7 +88,7 @@ export function paintAllEdges(context, graph, layout, shown, colours) {
   for (let edge = 0; edge < graph.edges; edge++) if (shown.edges[edge]) edges.push(edge);
   const count = edges.length;
   if (count > MOST_FAINT) {
-    const share = (edge) => Math.abs(graph.weights[edge]) / (graph.mass[graph.targets[edge]] || 1);
+    const share = (edge) => shareOf(graph, edge);
     const cutoff = Float64Array.from(edges, share).sort()[count - MOST_FAINT];
     edges = edges.filter((edge) => share(edge) >= cutoff);
   }

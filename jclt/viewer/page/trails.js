@@ -1,13 +1,11 @@
 // The strongest path through a node: from a token up to an output, by the product of the edges' shares.
 
+import { shareOf } from './graph.js';
+
 export function findTrail(graph, shown, node) {
   if (node < 0) return [];
   const order = [...graph.kind.keys()].filter((other) => shown.nodes[other]).sort((a, b) => graph.order[a] - graph.order[b]);
   return [...followUp(graph, shown, node, order), node, ...followDown(graph, shown, node, order.toReversed())];
-}
-
-function share(graph, edge) {
-  return Math.abs(graph.weights[edge]) / (graph.mass[graph.targets[edge]] || 1);
 }
 
 function followDown(graph, shown, node, fromTop) {
@@ -16,7 +14,7 @@ function followDown(graph, shown, node, fromTop) {
   for (const target of fromTop) {
     if (!best[target]) continue;
     for (let edge = graph.starts[target]; edge < graph.starts[target + 1]; edge++) {
-      const source = graph.sources[edge], product = shown.edges[edge] ? best[target] * share(graph, edge) : 0;
+      const source = graph.sources[edge], product = shown.edges[edge] ? best[target] * shareOf(graph, edge) : 0;
       if (product > best[source]) { best[source] = product; previous[source] = target; }
     }
   }
@@ -30,7 +28,7 @@ function followUp(graph, shown, node, fromBottom) {
     if (!best[source]) continue;
     for (let place = graph.outStarts[source]; place < graph.outStarts[source + 1]; place++) {
       const edge = graph.outgoing[place], target = graph.targets[edge];
-      const product = shown.edges[edge] ? best[source] * share(graph, edge) : 0;
+      const product = shown.edges[edge] ? best[source] * shareOf(graph, edge) : 0;
       if (product > best[target]) { best[target] = product; previous[target] = source; }
     }
   }
