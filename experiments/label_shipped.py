@@ -41,7 +41,7 @@ def main() -> None:
     graphs = [graph.prune() for graph in attribute_batch(model, coder, prompts, batch=len(prompts))]
     kept = sorted({(int(layer), int(feature)) for graph in graphs for layer, _, feature in graph.features})
     kinds = {"concepts": (), "or tokens": ("place", "token", "next"), "or tasks": GENERAL}
-    for name, places in (("that fire", sorted(labels)), ("in the demo's pruned graphs", kept)):
+    for name, places in (("with a label by concepts", sorted(labels)), ("in the demo's pruned graphs", kept)):
         print(f"{len(places)} features {name}")
         for kind, allowed in kinds.items():
             of_kind = [labels[x] for x in places if x in labels and is_of_kind(labels[x].text, allowed)]
