@@ -41,10 +41,10 @@ def test_loops_run_as_often_as_is_counted(family, kind, cut, first, monkeypatch)
         return batches[-1]
 
     monkeypatch.setattr("jclt.attribution.schedule.push_columns", keep)
-    jax.clear_caches()
+    forget_loops()
     graph = attribute(model, coder, np.arange(LENGTH), targets=list(range(MOST_LOGITS)))
     jax.effects_barrier()
-    jax.clear_caches()  # of programs that count
+    forget_loops()  # those that count
 
     setup = describe_setup(config, model.config, jax.devices()[0])
     prompt = make_prompt(setup, LENGTH, float(ACTIVE * len(config.covered)), "cpu")
@@ -66,6 +66,11 @@ def test_loops_run_as_often_as_is_counted(family, kind, cut, first, monkeypatch)
     assert needed == ran["tiles"][True] > 0 and skipped >= ran["tiles"][False]
     groups = batch.layout.tiles // batch.layout.tiles_at_once
     assert needed + skipped == ran["shares"].total() * groups
+
+
+def forget_loops() -> None:
+    for program in (edges.trace_blocks, columns.push_sources):
+        program.clear_cache()
 
 
 def watch_loops(monkeypatch) -> dict[str, Counter[int]]:
