@@ -138,6 +138,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(config, tmp_path
     assert [step for step, _ in read_curve(tmp_path / "run")] == [1, *range(10, 401, 10)]
 
 
+@pytest.mark.exhaustive  # slow: two processes that compile everything for themselves; `.ci/run` runs it every time
 def test_two_processes_train_a_model_as_one_does(config, tmp_path):
     config = replace(config, steps=8, save_every=8)
     for process in start_two_processes(config, tmp_path / "run"):

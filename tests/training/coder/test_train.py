@@ -70,7 +70,7 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
         assert process.returncode == 0, errors
 
 
-@pytest.mark.exhaustive  # slow; a plain run tests two processes in test_lm.py, but not the death of one
+@pytest.mark.exhaustive  # slow; test_lm.py has two processes of which none dies
 def test_a_process_that_dies_ends_the_other_and_the_run_goes_on(one_device, tmp_path):
     """With as many processes or with one, it ends as the run of one device."""
     first, second = start_two_processes(SHARED, tmp_path / "two")
