@@ -48,6 +48,7 @@ def explain_examples(out: Path, seed: int = 0) -> str:
     from tqdm import tqdm
 
     from jclt.attribution import attribute_batch
+    from jclt.features.group_names import draw_prompts, name_by_concepts, read_known_prompts
     from jclt.features.labels import load_label_texts
     from jclt.graphs import add_supernodes, label_nodes, suggest_supernodes
     from jclt.viewer.text import SCORES_EXPLAINED, summarize_graph, write_graph
@@ -57,25 +58,29 @@ def explain_examples(out: Path, seed: int = 0) -> str:
     model, coder = load_demo()
     labels = load_label_texts("demo")
     examples = [task.examples("report", 1, seed)[0] for task in TASKS.values()]
+    drawn = [prompts for example in examples for prompts in draw_prompts(example.task, without=example.prompt)]
     with tqdm(
-        total=2 * len(examples) + 1, desc="loading", leave=False, bar_format="{desc}: {bar} {elapsed}"
+        total=2 * len(examples) + 2, desc="loading", leave=False, bar_format="{desc}: {bar} {elapsed}"
     ) as progress:
         answers = answer_examples(model, examples)
         progress.update()
         progress.set_description("computing graphs")
         graphs = attribute_batch(model, coder, [example.prompt for example in examples], batch=len(examples))
         progress.update(len(examples))
+        progress.set_description("reading other prompts")
+        known = read_known_prompts(model, coder, drawn)
+        progress.update()
         blocks = []
-        for example, answer, graph in zip(examples, answers, graphs, strict=True):
+        for example, answer, graph, *others in zip(examples, answers, graphs, known[::2], known[1::2], strict=True):
             progress.set_description(f"drawing {example.task}")
             graph = label_nodes(graph, labels)
             pruned = graph.prune()
-            suggested = suggest_supernodes(pruned)
+            suggested = name_by_concepts(coder, graph, suggest_supernodes(pruned), example, *others)
             graph, pruned = add_supernodes(graph, suggested), add_supernodes(pruned, suggested)
             write_graph(graph, pruned, out, example.task)
             verdict = "right" if answer.right else f"wrong, expected {' or '.join(map(repr, example.answers[:3]))}"
             head = f"{example.task}: {example.prompt!r} -> {answer.predicted!r} {answer.probability:.3f} {verdict}"
-            blocks.append(f"{head}\n{summarize_graph(graph, pruned)}")
+            blocks.append(f"{head}\n{summarize_graph(graph, pruned, supernodes=suggested)}")
             progress.update()
     right = sum(answer.right for answer in answers)
     blocks.append(

@@ -7,7 +7,7 @@ only the best), `weights.py` (what follows from weights alone), `viewer_files.py
 
 Labels: `labels.py` (their file), `label.py` (finds and scores them, with `windows.py`, `rules.py`, `rule_labels.py`,
 `scores.py`, `weight_labels.py`; by a language model `endpoint.py`, `endpoint_labels.py`), `concepts.py` with
-`statements.py` (of the small world).
+`statements.py` (of the small world), `group_names.py` (of groups of features).
 """
 
 from jclt.features.columns import BIN_EDGES, COLUMNS, Sizes

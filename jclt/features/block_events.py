@@ -15,13 +15,11 @@ from jclt.features.events import (
     fetch_events,
     find_thresholds,
     join_events,
-    read_sites,
     start_listing,
 )
 from jclt.features.rows import Block
-from jclt.mesh import make_sharding, mesh_of
-from jclt.models import Model
-from jclt.models.model import on_mesh
+from jclt.mesh import mesh_of
+from jclt.models import Model, read_sites
 from jclt.shapes import Array, Bool, Float, Int
 
 BATCH_TOKENS = {"cpu": 2048}
@@ -64,11 +62,7 @@ class BlockLister:
 
     def read(self, tokens: Int[np.ndarray, "B T"]) -> Sequence[Float[Array, "B T D"]]:
         """What the coder reads in each of its layers."""
-        config, mesh = self.coder.config, self.model.mesh
-        placement = make_sharding(mesh, tokens.shape, ("batch", None)) if mesh else None
-        with on_mesh(self.model):
-            placed = jax.device_put(tokens, placement)
-            return read_sites(self.model.config, self.model.params, config.reads, config.covered, placed)
+        return read_sites(self.model, tokens, self.coder.config.reads, self.coder.config.covered)
 
     def cut_batches(self, block: Block) -> Iterator[tuple[np.ndarray, Bool[np.ndarray, "B T"]]]:
         """Tokens of one shape, and where they count."""

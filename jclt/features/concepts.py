@@ -14,8 +14,8 @@ import scipy.sparse
 from jclt.coders import Coder
 from jclt.features.labels import LONGEST_LABEL, Label, Labels
 from jclt.features.statements import GENERAL, Statement, list_statements
-from jclt.models import Model, run
-from jclt.shapes import Float, Int
+from jclt.models import Model, read_sites
+from jclt.shapes import Array, Bool, Float, Int
 from jclt.world import Example
 from jclt.world.measure import pad_prompts
 
@@ -38,19 +38,29 @@ class Activations(NamedTuple):
 
 def read_activations(model: Model, coder: Coder, examples: Sequence[Example]) -> Activations:
     """Positions that the coder leaves to the model are left out, and <bos>."""
+    prompts, parts = list[np.ndarray](), [list[scipy.sparse.csr_array]() for _ in coder.config.covered]
+    for rows, inside, layers in run_prompts(model, coder, examples):
+        prompts.append(rows[np.nonzero(inside)[0]])
+        for part, (encoder, seen) in zip(parts, layers, strict=True):
+            activations = np.asarray(encoder.encode(0, seen), np.float32)
+            part.append(scipy.sparse.csr_array(np.maximum(activations[inside], 0)))
+    return Activations(np.concatenate(prompts), [scipy.sparse.csc_array(scipy.sparse.vstack(part)) for part in parts])
+
+
+def run_prompts(
+    model: Model, coder: Coder, examples: Sequence[Example]
+) -> Iterator[tuple[Int[np.ndarray, "B"], Bool[np.ndarray, "B T"], list[tuple[Coder, Float[Array, "B T D"]]]]]:
+    """For each batch the numbers of its prompts, the positions that count, and each covered layer's encoder with what
+    it reads. Rows without a prompt repeat the last one; none of their positions counts."""
     tokens, ends = pad_prompts(model, [example.prompt for example in examples])
-    layers, parts = coder.config.covered, [list[scipy.sparse.csr_array]() for _ in coder.config.covered]
-    first = max(1, coder.config.first_position)
-    encoders = [coder.load_encoder(index) for index in range(len(layers))]
-    inside = (np.arange(tokens.shape[1]) <= ends[:, None]) & (np.arange(tokens.shape[1]) >= first)
-    for start in range(0, len(tokens), BATCH_PROMPTS):
-        rows, kept = tokens[start : start + BATCH_PROMPTS], inside[start : start + BATCH_PROMPTS]
-        padded = np.pad(rows, ((0, min(BATCH_PROMPTS, len(tokens)) - len(rows)), (0, 0)))  # one shape, one program
-        seen = run(model, padded, capture=(coder.config.reads,))[1][coder.config.reads]
-        for part, encoder, layer in zip(parts, encoders, layers, strict=True):
-            activations = np.asarray(encoder.encode(0, seen[layer]), np.float32)[: len(rows)]
-            part.append(scipy.sparse.csr_array(np.maximum(activations[kept], 0)))
-    return Activations(np.nonzero(inside)[0], [scipy.sparse.csc_array(scipy.sparse.vstack(part)) for part in parts])
+    encoders = [coder.load_encoder(index) for index in range(len(coder.config.covered))]
+    positions, size = np.arange(tokens.shape[1]), min(BATCH_PROMPTS, len(tokens))
+    for start in range(0, len(tokens), size):
+        rows = np.minimum(np.arange(start, start + size), len(tokens) - 1)  # one shape, one program
+        new = (np.arange(start, start + size) < len(tokens))[:, None]
+        inside = new & (positions <= ends[rows, None]) & (positions >= max(1, coder.config.first_position))
+        seen = read_sites(model, tokens[rows], coder.config.reads, coder.config.covered)
+        yield rows, inside, list(zip(encoders, seen, strict=True))
 
 
 class Truth(NamedTuple):

@@ -11,8 +11,7 @@ import numpy as np
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.kernels.active import find_active_pairs
-from jclt.models import ModelConfig, forward
-from jclt.shapes import Array, Bool, Float, Int, Params, Tokens
+from jclt.shapes import Array, Bool, Float, Int
 
 CHUNK_TOKENS = {"cpu": 512}
 """Tokens that are encoded at once: on a CPU so few that their activations stay in its cache."""
@@ -27,15 +26,6 @@ class Events(NamedTuple):
     feature: Int[np.ndarray, "E"]
     place: Int[np.ndarray, "E"]  # row of the block * length + position
     value: Float[np.ndarray, "E"]
-
-
-@eqx.filter_jit
-def read_sites(
-    config: ModelConfig, params: Params, site: str, layers: tuple[int, ...], tokens: Tokens
-) -> tuple[Float[Array, "B T D"], ...]:
-    """What the coder reads in these layers. The compiled program has no unembedding, since nothing uses it."""
-    _, seen, _ = forward(config, params, tokens, capture=(site,))
-    return tuple(seen[site][layer] for layer in layers)
 
 
 @eqx.filter_jit

@@ -13,7 +13,8 @@ The likeness of two features is the cosine of their inputs times the cosine of t
 as 0. Groups are joined as long as the mean likeness between their members is at least `likeness` (average linkage).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class Supernode(NamedTuple):
     name: str
     features: tuple[tuple[int, int, int], ...]  # layer, position and number; those with most influence first
     share: float  # of all influence
+    scores: Mapping[str, float] = MappingProxyType({})  # of the name, where it is scored
 
 
 def suggest_supernodes(graph: Graph, likeness: float = LIKENESS) -> list[Supernode]:

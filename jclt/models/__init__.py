@@ -11,6 +11,7 @@ from jclt.models.edits import Compose, Freeze, Replace
 from jclt.models.formats.known_shapes import known_config
 from jclt.models.loading import find_model, load_model, load_tokenizer, save_model
 from jclt.models.model import Model, generate, run, token_array
+from jclt.models.read_sites import read_sites
 from jclt.models.site_edits import Add, Noise, Scale, Set, SiteEdit
 from jclt.models.sites import (
     LAYER_SITES,
@@ -58,6 +59,7 @@ __all__ = [
     "find_model",
     "forward",
     "generate",
+    "read_sites",
     "known_config",
     "load_model",
     "load_tokenizer",

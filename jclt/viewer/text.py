@@ -1,6 +1,7 @@
 """Summarizes a graph in a few lines of text, and writes all files of a graph."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from jclt.errors import UserError, escape_unprintable
 from jclt.features import Features
 from jclt.files import create_file, write_bytes
-from jclt.graphs import Graph, add_supernodes, describe, load_graph, strongest_paths, suggest_supernodes
+from jclt.graphs import Graph, Supernode, add_supernodes, describe, load_graph, strongest_paths, suggest_supernodes
 from jclt.graphs.export_json import export_json, slug_of
 from jclt.graphs.viewer_index import write_index
 from jclt.graphs.viewer_json import encode_json
@@ -23,9 +24,9 @@ SCORES_EXPLAINED = (
 SUFFIXES = (".npz", ".json", ".png")
 
 
-def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS) -> str:
-    """The outputs that the graph explains, its scores before and after pruning, and the strongest paths of the pruned
-    graph."""
+def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS, supernodes: Sequence[Supernode] = ()) -> str:
+    """The outputs that the graph explains, its scores before and after pruning, the strongest paths of the pruned
+    graph, and supernodes."""
     outputs = zip(graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities, strict=True)
     # Only tokens have probabilities; a difference of tokens or a direction has only a name.
     named = ", ".join(f"{name!r} {chance:.3f}" if token >= 0 else repr(name) for name, token, chance in outputs)
@@ -39,15 +40,15 @@ def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS) -> str:
         f"{scores.replacement:.2f}; pruned to {len(pruned.features)} features and {edges} edges: completeness "
         f"{pruned_scores.completeness:.2f}, replacement {pruned_scores.replacement:.2f}",
         *(f"  {describe(pruned, path)}" for path in strongest_paths(pruned, paths)),
-        *(f"  supernode {describe_supernode(pruned, name)}" for name in pruned.supernodes),
+        *(f"  supernode {describe_supernode(group)}" for group in supernodes),
     ]
     return "\n".join(lines)
 
 
-def describe_supernode(graph: Graph, name: str) -> str:
-    members, influence = list(graph.supernodes[name]), graph.influence.astype(np.float64)
-    share = influence[members].sum() / (influence.sum() or 1)
-    return f"{escape_unprintable(name)}: {len(members)} features, {share:.1%} of the influence"
+def describe_supernode(group: Supernode) -> str:
+    scores = "".join(f", {name} {score:.2f}" for name, score in group.scores.items())
+    name = escape_unprintable(group.name)
+    return f"{name}: {len(group.features)} features, {group.share:.1%} of the influence{scores}"
 
 
 def describe_chosen(nodes: int, of: int, share_of_score: float) -> str:
