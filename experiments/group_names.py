@@ -2,7 +2,7 @@
 
     python experiments/group_names.py
 
-Prompts of the same city neither choose nor score a name. Expected: of 40 prompts 25 have a group for the state, 40 one
+Prompts of the same city neither choose nor score a name. Expected: of 40 prompts 21 have a group for the state, 40 one
 for the relation. Cost: 3 minutes on one CPU core.
 """
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_EDGES, MAX_LABELS = 500, 90  # more would make the picture unreadable
 MAX_LABEL_LETTERS, MAX_TEXT_LETTERS = 26, 60
 RAISES, LOWERS, FEATURE, ERROR, INPUT, HEAD = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c", "#8a4fa3"
+GROUPS = ("#c99a00", "#c2377e", "#1f9e9e", "#7a4a1e")
+"""Colours of the first supernodes."""
 POINTS_PER_INCH = 72
 
 # All coordinates and lengths are in inches; the origin is the picture's lower left corner.
@@ -60,7 +62,7 @@ def write_picture(graph: Graph, path: Path, kind: str = "png", *, title: str | N
 
     influence = graph.influence.astype(np.float64)
     layout = _lay_out(graph, influence)
-    width, height = float(layout.columns[-1]) + RIGHT, float(layout.layers[-1]) + TOP
+    width, height = float(layout.columns[-1]) + RIGHT, float(layout.layers[-1]) + _find_top_margin(graph)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.set_axis_off()
@@ -71,6 +73,11 @@ def write_picture(graph: Graph, path: Path, kind: str = "png", *, title: str | N
     _draw_outputs(axes, graph, layout)
     _draw_labels(axes, _name_features(graph), influence, layout, dots)
     save_figure(figure, path, kind)
+
+
+def _find_top_margin(graph: Graph) -> float:
+    """With one more line for each supernode from the third to the last that has a colour."""
+    return TOP + 0.15 * max(0, min(len(graph.supernodes), len(GROUPS)) - 2)
 
 
 def _lay_out(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Layout:
@@ -170,6 +177,10 @@ def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], l
         chosen = graph.nodes.find(kind)
         edge = {"edgecolors": "white", "linewidths": 0.4}
         axes.scatter(layout.x[chosen], layout.y[chosen], s=size, marker=marker, color=colour, zorder=4, **edge)
+    for colour, members in reversed([*zip(GROUPS, graph.supernodes.values(), strict=False)]):
+        chosen = features[np.isin(features, members)]
+        size = diameters[np.isin(features, members)] ** 2
+        axes.scatter(layout.x[chosen], layout.y[chosen], s=size, color=colour, zorder=5, edgecolors="white")
     errors = graph.nodes.find("error")
     half = np.concatenate([diameters, np.full(len(errors), min(3.2, widest / 2))]) / POINTS_PER_INCH / 2
     x, y = (coordinates[np.concatenate([features, errors])] for coordinates in (layout.x, layout.y))
@@ -181,12 +192,13 @@ def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) 
     from matplotlib.lines import Line2D
 
     left, right, top = layout.columns[0], layout.columns[-1], layout.layers[-1]
+    ceiling = float(top) + _find_top_margin(graph)
     for start, end in list(pairwise(layout.columns))[::2]:
         axes.fill_between([start, end], 0.08, top, color="#f6f6f3", linewidth=0, zorder=0)
     axes.hlines(layout.layers, left, right, color="#e2e2de", linewidth=0.4, zorder=1)
     small = {"ha": "right", "va": "center", "fontsize": 7, "color": "#666666"}
-    for layer, (floor, ceiling) in enumerate(pairwise(layout.layers)):
-        axes.text(left - 0.08, (floor + ceiling) / 2, str(layer), **small)
+    for layer, (low, high) in enumerate(pairwise(layout.layers)):
+        axes.text(left - 0.08, (low + high) / 2, str(layer), **small)
     axes.text(left - 0.08, 0.72, "input", **small)
     axes.text(left - 0.08, top + 0.3, "output", **small)
     legend = [
@@ -202,19 +214,22 @@ def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) 
         if graph.counts[kind]
     ]
     # On the left below the title, because most outputs are on the right.
-    axes.legend(
-        handles=legend,
-        loc="upper left",
-        bbox_to_anchor=(left, top + TOP - 0.38),
-        bbox_transform=axes.transData,
-        ncols=2,
-        fontsize=7,
-        **{"frameon": False, "borderpad": 0, "borderaxespad": 0},
-    )
+    place: dict[str, Any] = {"loc": "upper left", "bbox_transform": axes.transData, "fontsize": 7}
+    place |= {"frameon": False, "borderpad": 0, "borderaxespad": 0}
+    kinds = axes.legend(handles=legend, ncols=2, bbox_to_anchor=(left, ceiling - 0.38), **place)
+    if graph.supernodes:
+        axes.add_artist(kinds)
+        groups = [
+            Line2D([], [], color=colour, marker="o", linestyle="", markersize=5, label=_display_text(name))
+            for colour, name in zip(GROUPS, graph.supernodes, strict=False)
+        ]
+        second = axes.legend(handles=groups, bbox_to_anchor=(left + 2.1, ceiling - 0.38), **place)
+        for text in second.get_texts():
+            text.set_parse_math(False)
     if title is not None:
         style = {"ha": "left", "va": "top", "fontsize": 11}
         letters = int((right - left) * POINTS_PER_INCH / (11 * 0.6))
-        axes.text(left, top + TOP - 0.1, _display_text(title, most=letters), parse_math=False, **style)
+        axes.text(left, ceiling - 0.1, _display_text(title, most=letters), parse_math=False, **style)
 
 
 def _draw_tokens(axes: "Axes", graph: Graph, layout: _Layout) -> None:
