@@ -194,7 +194,14 @@ def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "s
     if arguments.open and arguments.out is not None:
         folder, loaded = arguments.out, (model, coder)
         described = None if features is None else features.folder
-        serve_graphs([folder], arguments, load=lambda: loaded, features=described, first=name)
+        serve_graphs(
+            [folder],
+            arguments,
+            load=lambda: loaded,
+            find_labels=lambda _: labels,
+            features=described,
+            first=name,
+        )
     return 0
 
 

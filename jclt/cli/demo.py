@@ -1,14 +1,23 @@
 """`jclt demo`: explains answers of the shipped model."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jclt.cli.arguments import Subcommands, make_int_parser
-from jclt.cli.page import add_page_arguments, serve_graphs
+from jclt.cli.page import DESCRIBED, add_page_arguments, serve_graphs
+from jclt.errors import UserError
 
 if TYPE_CHECKING:
+    from jclt.coders import Coder
+    from jclt.graphs.names import LabelTexts
     from jclt.models import Model
+
+log = logging.getLogger(__name__)
+
+DESCRIBED_ROWS = 512
+"""Rows of the small world from which the page's examples of features are taken: some seconds."""
 
 
 def add_command(commands: Subcommands) -> None:
@@ -32,7 +41,33 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(arguments.out)
     print(explain_examples(arguments.out, arguments.seed))
     if arguments.open:
-        serve_graphs([arguments.out], arguments, load=load_demo, first="two_hop")
+        serve_graphs(
+            [arguments.out],
+            arguments,
+            load=load_demo,
+            find_labels=find_demo_labels,
+            features=describe_demo(arguments.out / DESCRIBED),
+            first="two_hop",
+            has_tour=True,
+        )
+
+
+def describe_demo(folder: Path) -> Path | None:
+    """Describes the features of the shipped coder, unless the folder has that already."""
+    from jclt.features import describe_features
+
+    try:
+        return describe_features(*load_demo(), rows=DESCRIBED_ROWS, out=folder).folder
+    except UserError as error:
+        log.warning("the page is without examples of features: %s", error)
+        return None
+
+
+def find_demo_labels(coder: "Coder") -> "LabelTexts":
+    from jclt.coders import read_fingerprint
+    from jclt.features.labels import load_label_texts
+
+    return load_label_texts("demo", read_fingerprint(coder))
 
 
 def load_demo() -> "tuple[Model, Any]":

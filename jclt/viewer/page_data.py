@@ -19,12 +19,18 @@ PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pru
 
 
 def build_page_data(
-    graph: Graph, name: str, *, labels: LabelTexts | None = None, view: Mapping[str, Any] | None = None
+    graph: Graph,
+    name: str,
+    *,
+    labels: LabelTexts | None = None,
+    densities: Float[np.ndarray, "N"] | None = None,
+    view: Mapping[str, Any] | None = None,
 ) -> Json:
     """All nodes and edges of the graph. Arrays are base64 texts of little-endian numbers. The edges are sorted by
     target; those into node n have the numbers `starts[n]` to `starts[n + 1]`.
 
-    `labels` are those of the features; `view` is what a user pinned, grouped and renamed earlier.
+    `labels` are those of the features, and `densities` the shares of tokens on which they are active; `view` is what a
+    user pinned, grouped and renamed earlier.
     """
     starts, sources, weights = list_edges(graph.adjacency)
     nodes, ids, pruning = graph.nodes, make_node_ids(graph), graph.provenance.get("pruning_settings")
@@ -57,6 +63,7 @@ def build_page_data(
         "starts": encode(starts, np.int32),
         "sources": encode(sources, np.int32),
         "weights": encode(weights, np.float32 if is_single else np.float64),
+        "density": None if densities is None else encode(densities, np.float64),
         "scores": graph.scores.both,
         "about": {key: graph.provenance[key] for key in PROVENANCE if key in graph.provenance},
         "view": read_first_view(graph, ids) | dict(view or {}),

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from jclt.errors import UserError
 from jclt.features.labels import parse_place
-from jclt.graphs import Graph, export_json, slug_of
+from jclt.graphs import Graph, export_json, slug_of, suggest_supernodes
 from jclt.graphs.export_nodes import make_node_ids
 from jclt.graphs.names import LabelTexts, label_nodes, list_labels
+from jclt.graphs.supernodes import find_members
 from jclt.graphs.viewer_json import Json, name_groups
-from jclt.viewer.feature_panels import read_description, read_labels
+from jclt.viewer.feature_panels import coder_of, read_densities, read_description, read_labels
 from jclt.viewer.library import Library, read_graph_bytes
 from jclt.viewer.page_data import build_page_data
 from jclt.viewer.page_files import build_single_page
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jclt.models import Model
 
 LoadModel = Callable[[], "tuple[Model, Coder]"]
+FindLabels = Callable[["Coder"], LabelTexts]
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Page:
     library: Library
     load_model: LoadModel | None = None
     features: Path | None = None  # folder with labels and descriptions
+    find_labels: FindLabels | None = None  # of the coder's features, for new graphs
+    has_tour: bool = False  # whether the first look at the demo is offered
     running: threading.Lock = field(default_factory=threading.Lock)
 
     @cached_property
@@ -42,12 +46,33 @@ class Page:
         return self.load_model()
 
     @cached_property
-    def labels(self) -> LabelTexts:
-        return read_labels(self.features)
+    def coder_labels(self) -> LabelTexts:
+        return self.find_labels(self.model_and_coder[1]) if self.find_labels else {}
+
+    def read_labels(self, graph: Graph) -> LabelTexts:
+        return read_labels(self.features, coder_of(graph))
 
     def show(self, name: str) -> Json:
         graph = self.library.read(name)
-        return build_page_data(graph, name, labels=self.labels, view=self.library.read_view(name))
+        labels, densities = self.read_labels(graph), read_densities(self.features, graph)
+        return build_page_data(graph, name, labels=labels, densities=densities, view=self.library.read_view(name))
+
+    def suggest(self, name: str, request: Mapping[str, Any]) -> Json:
+        """Supernodes of the graph as it is pruned on the page, with their parts of the influence."""
+        graph, thresholds = self.library.read(name), [request.get(key, 1) for key in ("nodes", "edges")]
+        if not all(type(share) in (int, float) and 0 <= share <= 1 for share in thresholds):
+            raise UserError("groups: expected thresholds between 0 and 1")
+        pruned = graph if thresholds == [1, 1] else graph.prune(*thresholds)
+        pruned = label_nodes(pruned, {**list_labels(graph), **self.read_labels(graph)})
+        suggested = suggest_supernodes(pruned)
+        ids = make_node_ids(pruned)
+        members = find_members(pruned, suggested)
+        return {
+            "groups": [
+                {"name": group.name, "nodes": [ids[node] for node in nodes], "share": group.share}
+                for group, nodes in zip(suggested, members, strict=True)
+            ]
+        }
 
     def add(self, name: str, graph: Graph) -> Json:
         return self.show(self.library.add(name, graph))
@@ -61,7 +86,7 @@ class Page:
             raise UserError("prompt: empty, expected at least one token")
         with self.running:
             model, coder = self.model_and_coder
-            graph = attribute(model, coder, prompt)
+            graph = label_nodes(attribute(model, coder, prompt), self.coder_labels)
         return self.add(slug_of(graph), graph)
 
     def intervene(self, name: str, request: Mapping[str, Any]) -> Json:
@@ -85,11 +110,12 @@ class Page:
         if (node_threshold, edge_threshold) != (1, 1):
             graph = graph.prune(node_threshold, edge_threshold)
         given = {parse_place(key, "view"): text for key, text in view.get("labels", {}).items()}
-        content = export_json(label_nodes(graph, {**list_labels(graph), **self.labels, **given}), slug=name)
+        content = export_json(label_nodes(graph, {**list_labels(graph), **self.read_labels(graph), **given}), slug=name)
         return json.dumps(content, separators=(",", ":"))
 
     def list_graphs(self) -> Json:
-        return {"graphs": self.library.list_graphs(), "model": self.load_model is not None}
+        has_model = self.load_model is not None
+        return {"graphs": self.library.list_graphs(), "model": has_model, "tour": self.has_tour}
 
     def upload(self, name: str, content: bytes) -> Json:
         graph = read_graph_bytes(name, content)
@@ -97,10 +123,9 @@ class Page:
 
     def describe(self, name: str, layer: int, feature: int) -> Json | None:
         """Examples and effects of a feature."""
-        self.library.read(name)
-        return read_description(self.features, layer, feature)
+        return read_description(self.features, layer, feature, coder_of(self.library.read(name)))
 
     def build_file(self, name: str) -> str:
         """The page with this graph as one file."""
-        view = self.library.read_view(name)
-        return build_single_page(self.library.read(name), name, labels=self.labels, view=view)
+        graph, view = self.library.read(name), self.library.read_view(name)
+        return build_single_page(graph, name, labels=self.read_labels(graph), view=view)

@@ -159,32 +159,35 @@ def _draw_edges(axes: "Axes", graph: Graph, layout: _Layout) -> None:
 
 def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], layout: _Layout) -> list[Box]:
     """Draws features as dots, larger for more influence, and all other nodes in one size per kind. Returns the boxes of
-    the features and of the errors."""
+    the features, and then of the other nodes inside the layers."""
     features = graph.nodes.find("feature")
     widest = min(layout.slot * 0.95, ROW_HEIGHT * 0.85) * POINTS_PER_INCH
     share = influence[features] / max(influence[features].max(initial=0), 1e-30)
     diameters = widest * np.sqrt(0.1 + 0.9 * share)
+    small = min(3.2, widest / 2)
     marks: tuple[tuple[Kind, Any, str, str], ...] = (
-        ("feature", diameters**2, "o", FEATURE),
-        ("error", min(3.2, widest / 2) ** 2, "D", ERROR),
-        ("token", 16, "s", INPUT),
-        ("position", 16, "s", INPUT),
-        ("head", 14, "^", HEAD),
-        ("stream", 12, "s", HEAD),
-        ("output", 30, "^", FEATURE),
+        ("feature", diameters, "o", FEATURE),
+        ("error", small, "D", ERROR),
+        ("token", 4.0, "s", INPUT),
+        ("position", 4.0, "s", INPUT),
+        ("head", 3.7, "^", HEAD),
+        ("stream", 3.5, "s", HEAD),
+        ("output", 5.5, "^", FEATURE),
     )
-    for kind, size, marker, colour in marks:
+    boxes: list[Box] = []
+    for kind, diameter, marker, colour in marks:
         chosen = graph.nodes.find(kind)
+        x, y = layout.x[chosen], layout.y[chosen]
         edge = {"edgecolors": "white", "linewidths": 0.4}
-        axes.scatter(layout.x[chosen], layout.y[chosen], s=size, marker=marker, color=colour, zorder=4, **edge)
+        axes.scatter(x, y, s=diameter**2, marker=marker, color=colour, zorder=4, **edge)
+        if kind in ("feature", "error", "head", "stream"):
+            half = np.broadcast_to(diameter, x.shape) / POINTS_PER_INCH / 2
+            boxes += map(tuple, np.stack([x - half, y - half, x + half, y + half], axis=-1).tolist())
     for colour, members in reversed([*zip(GROUPS, graph.supernodes.values(), strict=False)]):
-        chosen = features[np.isin(features, members)]
-        size = diameters[np.isin(features, members)] ** 2
-        axes.scatter(layout.x[chosen], layout.y[chosen], s=size, color=colour, zorder=5, edgecolors="white")
-    errors = graph.nodes.find("error")
-    half = np.concatenate([diameters, np.full(len(errors), min(3.2, widest / 2))]) / POINTS_PER_INCH / 2
-    x, y = (coordinates[np.concatenate([features, errors])] for coordinates in (layout.x, layout.y))
-    return list(zip(*((x - half).tolist(), (y - half).tolist(), (x + half).tolist(), (y + half).tolist()), strict=True))
+        inside = np.isin(features, members)
+        x, y = layout.x[features[inside]], layout.y[features[inside]]
+        axes.scatter(x, y, s=diameters[inside] ** 2, color=colour, zorder=5, edgecolors="white")
+    return boxes
 
 
 def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) -> None:

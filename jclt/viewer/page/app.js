@@ -92,8 +92,8 @@ export class App {
   }
 
   clearFilters() {
-    const { hidden, sign, layers, tokens, text } = DEFAULTS;
-    this.change({ hidden, sign, layers, tokens, text });
+    const { hidden, sign, layers, tokens, text, density } = DEFAULTS;
+    this.change({ hidden, sign, layers, tokens, text, density });
   }
 
   hover(node) {
@@ -144,6 +144,27 @@ export class App {
     const isOn = nodes.every((node) => this.grouping.includes(node));
     this.grouping = isOn ? this.grouping.filter((node) => !nodes.includes(node)) : [...new Set([...this.grouping, ...nodes.filter((node) => node >= 0)])];
     this.show();
+  }
+
+  // Adds the groups that the server suggests; what is in a group already stays there. Returns the new groups.
+  async suggestGroups() {
+    const { graph, thresholds } = this;
+    const { groups } = await this.server.suggestGroups(graph.name, thresholds);
+    if (graph !== this.graph) return [];
+    const taken = new Set(this.groups.flatMap(({ members }) => members));
+    const added = groups.map(({ name, nodes }) => ({ name, members: this.findNodes(nodes).filter((node) => !taken.has(node)) }))
+      .filter(({ members }) => members.length > 1);
+    for (const { name, members } of added) this.groups = addGroup(this.groups, members, name);
+    if (added.length) this.setPinned(new Set([...this.pinned, ...added.flatMap(({ members }) => members)]));
+    return this.groups.slice(this.groups.length - added.length);
+  }
+
+  // The part of all influence in the pruned graph that these nodes have.
+  shareOfInfluence(members) {
+    const { graph, scores: { visits } } = this;
+    const influence = (node) => visits[node] - graph.outputWeights[node];
+    const total = visits.reduce((sum, _, node) => sum + influence(node), 0);
+    return total > 0 ? members.reduce((sum, node) => sum + influence(node), 0) / total : 0;
   }
 
   ungroup(number) {

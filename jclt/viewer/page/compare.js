@@ -1,5 +1,6 @@
 // Two graphs side by side: nodes that both have, and those that one of them lacks.
 
+import { DifferenceWindow, mergeGraphs } from './difference.js';
 import { LongList, make } from './dom.js';
 import { nodeKey, readGraph } from './graph.js';
 import { keepAll, prune } from './pruning.js';
@@ -9,11 +10,14 @@ export class ComparePart {
   constructor(app) {
     this.app = app;
     this.name = 'Compare';
+    this.wanted = '';
     this.rows = [];
     this.picker = make('select', { 'aria-label': 'The other graph', onchange: () => this.load() });
+    this.window = new DifferenceWindow();
+    this.picture = make('button', { type: 'button', hidden: true, onclick: () => this.draw() }, 'Picture');
     this.summary = make('p', { class: 'facts', role: 'status' });
     this.list = new LongList('Nodes of both graphs', 24, (number) => this.makeRow(number));
-    this.element = make('div', { class: 'part' }, make('div', { class: 'line' }, make('span', {}, 'with'), this.picker), this.summary, this.list.element);
+    this.element = make('div', { class: 'part' }, make('div', { class: 'line' }, make('span', {}, 'with'), this.picker, this.picture), this.summary, this.list.element);
   }
 
   show() {
@@ -25,16 +29,18 @@ export class ComparePart {
       this.picker.replaceChildren(make('option', { value: '' }, 'choose a graph'), ...names.map((name) => make('option', { value: name }, clean(name, 40))));
     }
     this.picker.value = app.state.other;
-    if (app.state.other && this.other?.name !== app.state.other) this.load();
+    if (app.state.other !== this.wanted) this.load();
     else this.compare();
   }
 
   async load() {
     const { app } = this, name = this.picker.value;
-    if (name !== app.state.other) app.change({ other: name });
     this.other = null;
+    this.wanted = name;
+    if (name !== app.state.other) app.change({ other: name });
     try {
-      if (name) this.other = readGraph(await app.server.readGraph(name));
+      const other = name ? readGraph(await app.server.readGraph(name)) : null;
+      if (this.wanted === name) this.other = other; // no other was chosen meanwhile
     } catch (error) {
       app.report(error);
     }
@@ -43,12 +49,12 @@ export class ComparePart {
 
   // By kind, layer, position and number; the other graph is pruned by the same thresholds.
   compare() {
-    const { app, other } = this, { graph, kept, thresholds } = app;
+    const { app, other } = this, { graph, kept } = app;
     this.rows = [];
+    this.picture.hidden = !other;
     this.summary.textContent = '';
     if (other) {
-      const { nodes, edges } = thresholds;
-      const keptThere = other.pruned || (nodes === 1 && edges === 1) ? keepAll(other) : prune(other, nodes, edges);
+      const keptThere = this.keepThere();
       const list = (one, mask) => new Map([...one.kind.keys()].filter((node) => mask[node] && one.kind[node] !== 'error').map((node) => [nodeKey(one, node), node]));
       const here = list(graph, kept.nodes), there = list(other, keptThere.nodes);
       const both = [...here.keys()].filter((key) => there.has(key));
@@ -61,6 +67,16 @@ export class ComparePart {
       this.summary.textContent = `${both.length} nodes in both, ${here.size - both.length} only here, ${there.size - both.length} only there (without errors; same layer, position and number).`;
     }
     this.list.show(this.rows.length);
+  }
+
+  keepThere() {
+    const { nodes, edges } = this.app.thresholds;
+    return this.other.pruned || (nodes === 1 && edges === 1) ? keepAll(this.other) : prune(this.other, nodes, edges);
+  }
+
+  draw() {
+    const { graph, kept } = this.app;
+    this.window.open(mergeGraphs(graph, kept, this.other, this.keepThere()), [graph.name, this.other.name]);
   }
 
   makeRow(number) {

@@ -19,6 +19,7 @@ export class Controls {
     this.layers = this.makeText('layers', 'Layers', 'such as 0-3, 7');
     this.tokens = this.makeText('tokens', 'Positions', 'such as 4, 12-');
     this.text = this.makeText('text', 'Text', 'a part of a name');
+    this.density = this.makeText('density', 'Density, %', 'such as 0.1-5', 'Features that are active on this share of the tokens; those of which it is unknown stay');
     this.faint = make('input', { type: 'checkbox', onchange: () => app.change({ faint: this.faint.checked }) });
     this.count = make('summary', {}, 'Filters');
     this.status = make('p', { class: 'status', role: 'status' });
@@ -31,7 +32,7 @@ export class Controls {
       this.nodes.element, this.edges.element,
       make('details', { class: 'filters' }, this.count, make('div', { class: 'popup' },
         make('fieldset', {}, make('legend', {}, 'Show'), ...this.kinds.map(({ element }) => element), make('label', { class: 'check' }, this.faint, 'all edges, faint')),
-        make('div', { class: 'fields' }, this.sign, this.layers.element, this.tokens.element, this.text.element,
+        make('div', { class: 'fields' }, this.sign, this.layers.element, this.tokens.element, this.text.element, this.density.element,
           make('button', { type: 'button', onclick: () => app.clearFilters() }, 'Clear filters')))),
       this.status, this.leftOut);
   }
@@ -42,8 +43,8 @@ export class Controls {
     return { input, value, element: make('label', { class: 'slider' }, make('span', {}, text, ' ', value), input) };
   }
 
-  makeText(name, text, placeholder) {
-    const input = make('input', { type: 'search', placeholder, autocomplete: 'off', oninput: () => this.app.change({ [name]: input.value }, true) });
+  makeText(name, text, placeholder, title = '') {
+    const input = make('input', { type: 'search', placeholder, title, autocomplete: 'off', oninput: () => this.app.change({ [name]: input.value }, true) });
     return { input, element: make('label', { class: 'field' }, make('span', {}, text), input) };
   }
 
@@ -63,8 +64,9 @@ export class Controls {
     for (const { kind, box } of this.kinds) box.checked = !state.hidden.includes(kind);
     this.sign.value = state.sign;
     this.faint.checked = state.faint;
-    for (const name of ['layers', 'tokens', 'text']) if (document.activeElement !== this[name].input) this[name].input.value = state[name];
-    const isFiltered = state.hidden.some((kind) => kind !== 'loose') || state.sign !== 'both' || state.layers || state.tokens || state.text;
+    this.density.element.hidden = !graph.density;
+    for (const name of ['layers', 'tokens', 'text', 'density']) if (document.activeElement !== this[name].input) this[name].input.value = state[name];
+    const isFiltered = state.hidden.some((kind) => kind !== 'loose') || state.sign !== 'both' || state.layers || state.tokens || state.text || (graph.density && state.density);
     this.count.textContent = isFiltered ? 'Filters (on)' : 'Filters';
     this.status.textContent = [
       `Shown: ${sum(shown.nodes).toLocaleString('en')} of ${countOf(graph.size, 'node')}, ${sum(shown.edges).toLocaleString('en')} of ${countOf(graph.edges, 'edge')}.`,

@@ -34,11 +34,13 @@ export class FeaturePart {
 
   draw(feature) {
     const parts = [];
+    if (feature.checked === false) parts.push(make('p', { class: 'hint' }, 'Whether these examples are of the graph’s coder is not known.'));
     if (Number.isFinite(feature.activation_frequency)) parts.push(make('p', { class: 'facts' }, `active on ${formatShare(feature.activation_frequency)} of the tokens`));
     if (feature.top_logits?.length || feature.bottom_logits?.length) {
       parts.push(make('p', { class: 'facts' }, 'raises ', ...this.listTokens(feature.top_logits)), make('p', { class: 'facts' }, 'lowers ', ...this.listTokens(feature.bottom_logits)));
     }
-    if (feature.histogram?.length) parts.push(this.drawHistogram(feature.histogram));
+    if (feature.histogram?.length) parts.push(this.drawHistogram(feature.histogram), make('p', { class: 'facts' }, `how often it has which activation, from 0 to ${formatNumber(feature.act_max)}`));
+    if (feature.jclt?.decoder_norms?.length) parts.push(this.drawNorms(feature.jclt.decoder_norms, feature.jclt.layer));
     for (const { quantile_name: title, examples } of feature.examples_quantiles ?? []) {
       parts.push(make('h3', {}, clean(title)), ...examples.slice(0, 20).map((example) => this.drawExample(example, feature.act_max)));
     }
@@ -57,6 +59,17 @@ export class FeaturePart {
       return bar;
     });
     return make('div', { class: 'histogram', role: 'img', 'aria-label': `Histogram of activations: ${counts.length} bins, the fullest has ${most}` }, ...bars);
+  }
+
+  // How much it writes to each layer from its own on.
+  drawNorms(norms, first) {
+    const most = Math.max(...norms, 1e-30);
+    const rows = norms.map((norm, i) => {
+      const bar = make('span', { class: 'norm', 'aria-hidden': 'true' });
+      bar.style.width = `${100 * norm / most}%`;
+      return make('tr', {}, make('th', { scope: 'row' }, `layer ${first + i}`), make('td', {}, bar), make('td', {}, formatNumber(norm)));
+    });
+    return make('table', { class: 'norms' }, make('caption', {}, 'what it writes: decoder norm by target layer'), make('tbody', {}, ...rows));
   }
 
   drawExample({ tokens, tokens_acts_list: values }, most) {

@@ -2,11 +2,12 @@
 
 import { isInner } from './graph.js';
 import { keepNodes } from './pruning.js';
-import { readRanges } from './state.js';
+import { readPercents, readRanges } from './state.js';
 import { fullName } from './text.js';
 
 export function filter(graph, kept, state, pinned) {
   const inLayers = readRanges(state.layers), atTokens = readRanges(state.tokens);
+  const densities = graph.density && readPercents(state.density);
   const wanted = state.text.trim().toLowerCase();
   const nodes = new Uint8Array(graph.size);
   const hidden = { thresholds: 0, filters: 0, loose: 0 };
@@ -15,6 +16,7 @@ export function filter(graph, kept, state, pinned) {
     if (!kept.nodes[node] && !pinned.has(node)) { hidden.thresholds++; continue; }
     const isHidden = state.hidden.includes(kind)
       || (isInLayer && inLayers && !inLayers(graph.layer[node]))
+      || (densities && (graph.density[node] < densities[0] || graph.density[node] > densities[1]))
       || (kind !== 'output' && atTokens && !atTokens(graph.position[node]))
       || (isInLayer && wanted && !fullName(graph, node).toLowerCase().includes(wanted));
     if (isHidden && !pinned.has(node)) { hidden.filters++; continue; }

@@ -4,7 +4,7 @@ import { make } from './dom.js';
 import { listInputs, listOutputs } from './graph.js';
 import { findNearest, layOut } from './layout.js';
 import { nodeColour, nodeSize, paintAllEdges, paintEdges, paintFrame, paintLabels, paintNode, paintNodes, readColours } from './paint.js';
-import { countOf, formatShare, fullName, shortName } from './text.js';
+import { clean, countOf, formatShare, fullName } from './text.js';
 
 const REACH = 30; // pixels within which a node is hovered
 
@@ -100,7 +100,8 @@ export class GraphView {
     this.tip.hidden = hovered < 0 || !shown.nodes[hovered];
     if (this.tip.hidden) return;
     const inputs = listInputs(graph, hovered, shown.edges).length, outputs = listOutputs(graph, hovered, shown.edges).length;
-    this.tip.textContent = `${fullName(graph, hovered)} · influence ${formatShare(graph.influence[hovered])} · ${countOf(inputs, 'input')}, ${countOf(outputs, 'output')}`;
+    const inGroup = this.app.groups.find(({ members }) => members.includes(hovered));
+    this.tip.textContent = `${fullName(graph, hovered)}${inGroup ? ` · in the group ${clean(inGroup.name)}` : ''} · influence ${formatShare(graph.influence[hovered])} · ${countOf(inputs, 'input')}, ${countOf(outputs, 'output')}`;
     const left = this.places.x[hovered], top = this.places.y[hovered];
     this.tip.style.left = `${Math.max(8, Math.min(left + 12, this.element.clientWidth - this.tip.offsetWidth - 8))}px`;
     this.tip.style.top = `${top > this.element.clientHeight / 2 ? top - this.tip.offsetHeight - 14 : top + 14}px`;

@@ -30,10 +30,12 @@ export class Header {
     ];
     if (!app.server) return own;
     const link = (path) => make('a', { href: path, download: `${app.graph.name}.${path.includes('.html') ? 'html' : 'json'}` }).click();
+    this.look = action('First look', () => app.tour.go(0));
     return [
       action('Open a file …', () => this.file.click()), ...own,
       action('This page as one file', () => link(app.server.pageUrl(app.graph.name))),
       action('JSON for graph viewers', () => link(app.server.exportUrl(app.graph.name, app.thresholds))),
+      this.look,
     ];
   }
 
@@ -45,12 +47,13 @@ export class Header {
   }
 
   async list() {
-    const { graphs, model } = await this.app.server.listGraphs();
+    const { graphs, model, tour } = await this.app.server.listGraphs();
     this.graphs = graphs;
     this.names = graphs.map(({ name }) => name);
     this.options.replaceChildren(...graphs.map(({ name, prompt }) => make('option', { value: name, label: clean(prompt ?? '', 60) })));
     this.ask.hidden = !model;
-    this.app.model = model;
+    Object.assign(this.app, { model, hasTour: tour });
+    this.look.hidden = !tour;
   }
 
   async pick() {

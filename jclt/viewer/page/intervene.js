@@ -1,6 +1,7 @@
 // An intervention on the clicked node or the chosen supernode: the model is run again, beside the graph's prediction.
 
 import { make } from './dom.js';
+import { featureKey } from './graph.js';
 import { clean, fullName, formatNumber, quote } from './text.js';
 
 export class IntervenePart {
@@ -36,6 +37,11 @@ export class IntervenePart {
     this.graph = graph;
   }
 
+  suggestPrompt(text) {
+    this.other.value = text;
+    this.swap.focus();
+  }
+
   async run(change) {
     const { app } = this, { graph } = app;
     this.result.replaceChildren(make('p', { class: 'hint' }, 'The model runs …'));
@@ -47,6 +53,13 @@ export class IntervenePart {
     } finally {
       for (const button of [this.scale, this.swap]) button.disabled = false;
     }
+  }
+
+  // By its label, if the graph has the feature somewhere.
+  nameFeature({ layer, feature, position }) {
+    const { graph } = this.app, key = `${layer}/${feature}`;
+    const label = graph.labels.find((text, node) => text && featureKey(graph, node) === key);
+    return `${label ? `${clean(label, 60)} ` : ''}${key} @${position}`;
   }
 
   draw({ outputs, features, setting }) {
@@ -63,7 +76,7 @@ export class IntervenePart {
     const rows = outputs.map((o) => make('tr', { class: o === after ? 'best' : '' }, make('th', { scope: 'row' }, quote(o.text)),
       make('td', {}, bar(o.probability_before, 'was'), percent(o.probability_before)), make('td', {}, bar(o.probability_after, 'is'), percent(o.probability_after)),
       cell(formatNumber(o.after - o.before)), cell(o.predicted === null ? '–' : formatNumber(o.predicted - o.before))));
-    const changed = features.map((f) => make('tr', {}, make('th', { scope: 'row' }, `${f.layer}/${f.feature} @${f.position}`), cell(formatNumber(f.before)), cell(formatNumber(f.after))));
+    const changed = features.map((f) => make('tr', {}, make('th', { scope: 'row', title: this.nameFeature(f) }, this.nameFeature(f)), cell(formatNumber(f.before)), cell(formatNumber(f.after))));
     const head = (...names) => make('thead', {}, make('tr', {}, ...names.map((name) => make('th', { scope: 'col' }, name))));
     this.result.replaceChildren(
       make('p', { class: 'verdict' }, ...(before.token === after.token ? ['The answer stays ', token(after)] : ['The answer changes from ', token(before), ' to ', token(after)]), '.'),

@@ -9,6 +9,7 @@ import { NodePanel } from './node_panel.js';
 import { Server } from './server.js';
 import { SubgraphPanel } from './subgraph_panel.js';
 import { Tabs } from './tabs.js';
+import { Tour } from './tour.js';
 
 function build(root, server) {
   const app = new App(server);
@@ -17,8 +18,8 @@ function build(root, server) {
   app.view = new GraphView(app);
   const header = new Header(app), controls = new Controls(app), node = new NodePanel(app), subgraph = new SubgraphPanel(app), tabs = new Tabs(app);
   app.panels = [header, controls, node, subgraph, tabs, { show: () => app.view.draw() }];
-  app.header = header;
-  root.replaceChildren(header.element, notice, make('main', {},
+  Object.assign(app, { header, tabs, tour: new Tour(app) });
+  root.replaceChildren(header.element, notice, app.tour.element, make('main', {},
     make('div', { class: 'left' }, make('section', { class: 'panel main-graph', 'aria-label': 'Graph' }, controls.element, app.view.element), subgraph.element),
     make('div', { class: 'right' }, node.element, tabs.element)));
   listenKeys(app);
@@ -63,6 +64,7 @@ async function start() {
     const name = app.state.graph || app.header.names[0];
     if (name) await app.open(name);
     else app.report(new Error('There is no graph. Drop a file here, or type a prompt.'));
+    if (app.hasTour) app.tour.begin();
   } catch (error) {
     app.report(error);
   }

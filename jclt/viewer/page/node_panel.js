@@ -57,7 +57,7 @@ export class NodePanel {
     this.title.textContent = `Supernode ${clean(name)}`;
     this.hint.hidden = this.body.hidden = true;
     this.facts.hidden = false;
-    this.facts.textContent = `${countOf(members.length, 'node')}: ${members.slice(0, 20).map((node) => fullName(graph, node)).join('; ')}. Double-click or F2 renames it.`;
+    this.facts.textContent = `${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence: ${members.slice(0, 20).map((node) => fullName(graph, node)).join('; ')}. Double-click or F2 renames it.`;
   }
 
   describe(node) {

@@ -5,7 +5,7 @@ import { shareOf } from './graph.js';
 import { MARGIN } from './layout.js';
 import { clean, shortName } from './text.js';
 
-const FONT = '11px system-ui, "DejaVu Sans", sans-serif';
+export const FONT = '11px system-ui, "DejaVu Sans", sans-serif';
 const WIDTHS = [0.6, 1, 1.6, 2.6, 4, 6];
 const MOST_FAINT = 40_000, MOST_LABELS = 70, SEGMENTS = 512;
 

@@ -2,7 +2,7 @@
 
 export const DEFAULTS = {
   graph: '', clicked: '', pinned: null, nodes: null, edges: null, hidden: ['loose'], sign: 'both',
-  layers: '', tokens: '', text: '', faint: true, other: '',
+  layers: '', tokens: '', text: '', density: '', faint: true, other: '',
 };
 
 const KINDS = { hidden: 'list', pinned: 'list', nodes: 'number', edges: 'number', faint: 'flag' };
@@ -45,6 +45,13 @@ export function keepAddress(state, isMinor) {
 function readShare(text) {
   const number = Number(text);
   return text !== '' && number >= 0 && number <= 1 ? number : null;
+}
+
+// A range of percents such as "0.1-5", as shares: its least and its most; null for all.
+export function readPercents(text) {
+  const match = /^\s*(\d*\.?\d*)\s*-\s*(\d*\.?\d*)\s*%?\s*$/.exec(text);
+  if (!match || !(match[1] || match[2])) return null;
+  return [Number(match[1] || 0) / 100, match[2] ? Number(match[2]) / 100 : Infinity];
 }
 
 // A set of numbers such as "0-3, 7"; null for all.

@@ -11,12 +11,13 @@ export class SubgraphPanel {
     this.app = app;
     this.svg = makeSvg('svg', { role: 'group', 'aria-label': 'Subgraph of pinned nodes', class: 'subgraph' });
     this.grouping = make('button', { type: 'button', 'aria-pressed': 'false', onclick: () => app.setGrouping(!app.grouping) }, 'Group');
-    this.hint = make('p', { class: 'hint' });
+    this.suggest = make('button', { type: 'button', hidden: !app.server, onclick: () => this.addSuggested(), title: 'Group features that are fed alike and do alike' }, 'Suggest groups');
+    this.hint = make('p', { class: 'hint', role: 'status' });
     this.clear = make('button', { type: 'button', onclick: () => app.unpinAll() }, 'Unpin all');
     this.tidy = make('button', { type: 'button', onclick: () => app.setPlaces({}) }, 'Tidy up');
     this.box = make('div', { class: 'subgraph-box' }, this.svg);
     this.element = make('section', { class: 'panel pinned-nodes', 'aria-label': 'Pinned nodes' },
-      make('div', { class: 'line head' }, make('h2', {}, 'Pinned nodes'), this.grouping, this.tidy, this.clear), this.hint, this.box);
+      make('div', { class: 'line head' }, make('h2', {}, 'Pinned nodes'), this.grouping, this.suggest, this.tidy, this.clear), this.hint, this.box);
     new ResizeObserver(() => this.show()).observe(this.box);
   }
 
@@ -26,8 +27,10 @@ export class SubgraphPanel {
     this.grouping.setAttribute('aria-pressed', String(Boolean(app.grouping)));
     this.grouping.textContent = app.grouping ? `Group ${app.grouping.length} chosen` : 'Group';
     this.clear.hidden = this.tidy.hidden = !pinned.size;
+    if (this.graph !== graph || app.grouping) this.suggested = '';
+    this.graph = graph;
     this.hint.textContent = app.grouping ? 'Click the nodes of the group, here or above; then press the button again, or let go of G.'
-      : pinned.size ? '' : 'No node is pinned. Ctrl-click a node, or press P. Hold G and click several to make a supernode.';
+      : this.suggested ? this.suggested : pinned.size ? '' : 'No node is pinned. Ctrl-click a node, or press P. Hold G and click several to make a supernode.';
     this.hint.hidden = !this.hint.textContent;
     this.element.classList.toggle('empty', !pinned.size);
     const { clientWidth: width, clientHeight: height } = this.box;
@@ -50,9 +53,25 @@ export class SubgraphPanel {
     if (focused !== null) [...this.svg.querySelectorAll('.item')].find((element) => element.dataset.id === focused)?.focus();
   }
 
+  async addSuggested() {
+    const { app } = this;
+    this.suggest.disabled = true;
+    try {
+      app.report(null);
+      const groups = await app.suggestGroups(), share = app.shareOfInfluence(groups.flatMap(({ members }) => members));
+      this.suggested = groups.length ? `${countOf(groups.length, 'group')} suggested, with ${formatShare(share)} of the influence.`
+        : 'No features outside groups are fed alike and do alike.';
+      this.show();
+    } catch (error) {
+      app.report(error);
+    } finally {
+      this.suggest.disabled = false;
+    }
+  }
+
   measure({ group, name, members }) {
     const text = group < 0 ? shortName(this.app.graph, members[0], 22) : clean(name, 22);
-    return Math.max(44, text.length * LETTER + 20, group < 0 ? 0 : members.length * 10 + 34);
+    return Math.max(44, text.length * LETTER + (group < 0 ? 20 : 42), group < 0 ? 0 : Math.min(members.length, 16) * 10 + 34);
   }
 
   makeEdge(items, { source, target, weight }) {
@@ -63,7 +82,8 @@ export class SubgraphPanel {
   }
 
   nameItem({ group, name, members }) {
-    return group < 0 ? fullName(this.app.graph, members[0]) : `${clean(name)}, ${countOf(members.length, 'node')}`;
+    return group < 0 ? fullName(this.app.graph, members[0])
+      : `${clean(name)}, ${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence`;
   }
 
   makeItem(item) {
@@ -77,7 +97,7 @@ export class SubgraphPanel {
       onpointerenter: () => app.hover(node), onpointerleave: () => app.hover(-1),
       onfocus: () => app.hover(node), onblur: () => app.hover(-1), onkeydown: (event) => this.press(event, item),
     },
-    makeSvg('title', {}, document.createTextNode(members.map((member) => fullName(graph, member)).slice(0, 12).join('\n'))),
+    makeSvg('title', {}, document.createTextNode([...(group < 0 ? [] : [this.nameItem(item)]), ...members.map((member) => fullName(graph, member)).slice(0, 12)].join('\n'))),
     makeSvg('rect', { x: -wide / 2, y: -high / 2, width: wide, height: high, rx: group < 0 ? 5 : 9 }),
     makeSvg('text', { y: group < 0 ? 4 : -1, 'text-anchor': 'middle' }, document.createTextNode(text)));
     element.dataset.id = item.id;

@@ -30,6 +30,12 @@ export class Tabs {
     if (this.app.graph) this.show();
   }
 
+  chooseByName(name) {
+    const number = this.parts.findIndex((part) => part.name === name);
+    this.choose(number);
+    return this.parts[number];
+  }
+
   walk(event, number) {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step) return;
