@@ -1,106 +1,21 @@
 """The page in a real browser. Every test fails on an error in the console, or if the page asks anything of others."""
 
 import json
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from graph_lists import build_graph, hand_graph, replace_lists
-from page_server import TOKEN, running
+from page_browser import NAME, find_node, list_nodes, open_graph, read, wait_for
+from page_server import running
 
-import jclt
 from jclt.graphs import Graph, import_json
 from jclt.viewer.library import Library
 from jclt.viewer.page_files import export_html
 from jclt.viewer.page_service import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[browser]'")
-PUBLISHED = Path(__file__).parents[1] / "golden" / "published_graphs"
-NAME = "dallas-austin-gemma-2-2b-clt"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    shutil.copy(PUBLISHED / f"{NAME}.json.gz", tmp_path)
-    shutil.copy(PUBLISHED / "dollar-gemma-2-2b-part.json.gz", tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def port(folder) -> Iterator[int]:
-    with running(Page(Library([folder]))) as port:
-        yield port
-
-
-@pytest.fixture
-def tab(browser, request) -> Iterator[Any]:
-    """A tab that must see no error and ask no other address."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    tab, wrong = context.new_page(), []
-    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    local = ("http://127.0.0.1:", "data:", "blob:", "file:")
-    tab.on("request", lambda asked: None if asked.url.startswith(local) else wrong.append(asked.url))
-    yield tab
-    context.close()
-    assert wrong == []
-
-
-def open_graph(tab: Any, port: int, name: str = NAME, fields: str = "") -> None:
-    tab.goto(f"http://127.0.0.1:{port}/{TOKEN}/#graph={name}{fields}")
-    wait_for(tab, "globalThis.jcltPage?.graph && jcltPage.view.places")
-
-
-def wait_for(tab: Any, expression: str) -> None:
-    """Waits until this is true in the page. Playwright's own function needs eval, which the page's policy forbids."""
-    end = time.monotonic() + 60
-    while not tab.evaluate(f"Boolean({expression})"):
-        assert time.monotonic() < end, expression
-        time.sleep(0.02)
-
-
-def find_node(tab: Any, node_id: str) -> tuple[float, float]:
-    """Where a node is drawn in the window."""
-    x, y = tab.evaluate(
-        """id => { const { view, graph } = jcltPage, node = graph.numbers.get(id);
-        const box = view.top.getBoundingClientRect();
-        return [view.places.x[node] + box.x, view.places.y[node] + box.y]; }""",
-        node_id,
-    )
-    return x, y
-
-
-def list_nodes(tab: Any, count: int) -> list[str]:
-    """Ids of shown features that lie far from all others."""
-    return tab.evaluate(
-        """count => { const { view, graph, shown } = jcltPage, { x, y } = view.places;
-        const all = [...graph.kind.keys()].filter((n) => shown.nodes[n]);
-        const gap = (n) => Math.min(...all.filter((m) => m !== n).map((m) => Math.hypot(x[n] - x[m], y[n] - y[m])));
-        const features = all.filter((n) => graph.kind[n] === 'feature').sort((a, b) => gap(b) - gap(a));
-        return features.slice(0, count).map((n) => graph.ids[n]); }""",
-        count,
-    )
-
-
-def read(tab: Any, expression: str) -> Any:
-    return tab.evaluate(f"(() => {{ const app = jcltPage; return {expression}; }})()")
 
 
 @pytest.mark.parametrize("name", [NAME, "dollar-gemma-2-2b-part"])
@@ -313,18 +228,6 @@ def test_a_notebook_shows_the_page_in_a_frame(tab, tmp_path):
     assert heading.is_visible()
 
 
-def test_a_dropped_file_opens_and_two_graphs_are_compared(tab, port, folder):
-    hand = replace(hand_graph(), token_texts=(" Big", " Bend"))
-    hand.save(folder / "new.npz")
-    open_graph(tab, port)
-    tab.locator("input[type=file]").set_input_files(folder / "new.npz")
-    wait_for(tab, "jcltPage.graph.name === 'big-bend'")
-    tab.get_by_role("tab", name="Compare").click()
-    tab.get_by_label("The other graph").select_option(NAME)
-    wait_for(tab, "document.querySelector('#part-2 .facts').textContent.includes('in both')")
-    assert "5 only here" in tab.locator("#part-2 .facts").inner_text()  # all but the error
-
-
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 800), ("dark", 800)])
 def test_axe_finds_no_serious_fault(browser, port, scheme, width):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
@@ -416,28 +319,3 @@ def test_large_graphs_are_quick(browser, tmp_path, capsys, features, edges, limi
             print(f"\n{features} features, {edges} edges, ms: { ({name: round(ms, 1) for name, ms in got.items()}) }")
         if limits:
             assert got["draw"] < limits[0] and got["prune"] < limits[1] and got["hover"] < limits[2]
-
-
-PROMPT = "Question: in the state of South Creek, what is the capital? Answer:"
-STATE = ("1_6_16", "1_66_16", "1_324_16")
-"""The features of the shipped coder that stand for the state, at the prompt's last token."""
-
-
-def test_the_state_is_set_to_another_and_the_capital_changes(tab, tmp_path):
-    model = jclt.load_model("demo")
-    coder = jclt.load_coder("demo", model=model, check=False)
-    jclt.attribute(model, coder, PROMPT).save(tmp_path / "two_hop.npz")
-    with running(Page(Library([tmp_path]), load_model=lambda: (model, coder))) as port:
-        open_graph(tab, port, "two_hop")
-        tab.keyboard.down("g")
-        for node in STATE:
-            tab.mouse.click(*find_node(tab, node))
-        tab.keyboard.up("g")
-        tab.locator("g.item.group").wait_for()
-        tab.get_by_label("Another prompt").fill(PROMPT.replace("South Creek", "Mount Haven"))
-        tab.get_by_role("button", name="Set to what this prompt has").click()
-        tab.get_by_text("The answer changes from ‘ Denver’ to ‘ Atlanta’.").wait_for(timeout=120_000)
-        tab.get_by_label("Prompt of a new graph").fill("calc: 36+59=")
-        tab.keyboard.press("Enter")
-        wait_for(tab, "jcltPage.graph.name === 'calc-36-59'")
-        assert read(tab, "app.graph.outputs[0].text") == "95"

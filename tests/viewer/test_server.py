@@ -15,13 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from graph_lists import hand_graph
+from graph_lists import hand_graph, random_graph
 from page_server import TOKEN, running
 
 import jclt
 from jclt.cli.main import main
 from jclt.errors import UserError
-from jclt.graphs import export_json, import_json
+from jclt.features import Label, save_labels
+from jclt.files import write_json
+from jclt.graphs import export_json, import_json, suggest_supernodes
+from jclt.graphs.export_nodes import cantor, make_node_ids
+from jclt.viewer.feature_panels import read_densities, read_description
 from jclt.viewer.library import Library, find_graph_files
 from jclt.viewer.page_files import FOLDER, export_html, join_modules, read_page_files
 from jclt.viewer.page_service import Page
@@ -167,6 +171,39 @@ def test_what_is_pinned_grouped_and_labelled_is_kept_beside_the_graph_and_writte
     with running(Page(Library([tmp_path / "hand.npz"]))) as port:
         data = ask(port, f"/{TOKEN}/api/graphs/hand")[2]["view"]
     assert data == view | {"labels": {"0/17": "one", "2/40": "two"}}
+
+
+def test_groups_are_suggested_for_the_graph_as_it_is_pruned(tmp_path):
+    graph = random_graph(4, features=60, layers=6, tokens=9, outputs=3)
+    graph.save(tmp_path / "one.npz")
+    ids = make_node_ids(graph)
+    with running(Page(Library([tmp_path]))) as port:
+        for nodes, edges in ((0.9, 0.98), (1, 1)):
+            status, _, content = post(port, "api/graphs/one/groups", {"nodes": nodes, "edges": edges})
+            groups = suggest_supernodes(graph if nodes == 1 else graph.prune(nodes, edges))
+            assert status == 200 and groups
+            assert [(group["name"], group["share"]) for group in content["groups"]] == [
+                (g.name, g.share) for g in groups
+            ]
+            assert [set(group["nodes"]) for group in content["groups"]] == [
+                {ids[graph.features.tolist().index(list(place))] for place in g.features} for g in groups
+            ]
+        for nodes in (2, "all", True, None):
+            status, _, content = post(port, "api/graphs/one/groups", {"nodes": nodes})
+            assert status == 400 and content["error"] == "groups: expected thresholds between 0 and 1"
+
+
+def test_labels_and_densities_of_another_coder_are_left_out(tmp_path):
+    graph = hand_graph()
+    folder = tmp_path / "features"
+    save_labels(folder / "labels.json", {(0, 17): Label("south", "yours")}, "a")
+    for coder, label in (("a", "south"), ("b", ""), (None, "south")):  # a graph that does not say may be of this coder
+        other = replace(graph, provenance=graph.provenance | ({"coder_fingerprint": coder} if coder else {}))
+        page = Page(Library([]), features=folder)
+        assert page.add("one", other)["labels"][0] == label
+    write_json(folder / f"{cantor(1, 2)}.json", {"index": 2})  # a file of other software
+    assert read_description(folder, 1, 2, "a") == {"index": 2, "checked": False}
+    assert read_densities(folder, graph) is None
 
 
 def test_files_of_graphs_are_found_and_others_left_out(tmp_path, folder):

@@ -24,7 +24,8 @@ export class NodePanel {
       make('div', { class: 'two' }, this.inputs.box, this.outputs.box));
     this.hint = make('p', { class: 'hint' }, 'Click a node to see its inputs and outputs. Ctrl-click pins a node below. '
       + 'Shift freezes the pointer’s node. With the keyboard: Tab to the graph, then arrows, Enter, P.');
-    this.element = make('section', { class: 'panel node', 'aria-label': 'Node' }, this.title, this.facts, this.hint, this.body);
+    this.members = make('div', { class: 'members', role: 'group', 'aria-label': 'Members' });
+    this.element = make('section', { class: 'panel node', 'aria-label': 'Node' }, this.title, this.facts, this.hint, this.members, this.body);
   }
 
   makeList(name) {
@@ -39,6 +40,7 @@ export class NodePanel {
     const { graph, clicked, shown, pinned } = this.app;
     const isOn = clicked >= 0;
     this.hint.hidden = isOn;
+    this.members.replaceChildren();
     this.body.hidden = this.facts.hidden = !isOn;
     this.title.textContent = isOn ? fullName(graph, clicked) : 'No node is clicked';
     if (this.app.group >= 0 && this.app.groups[this.app.group]) return this.showGroup(this.app.groups[this.app.group]);
@@ -57,7 +59,12 @@ export class NodePanel {
     this.title.textContent = `Supernode ${clean(name)}`;
     this.hint.hidden = this.body.hidden = true;
     this.facts.hidden = false;
-    this.facts.textContent = `${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence: ${members.slice(0, 20).map((node) => fullName(graph, node)).join('; ')}. Double-click or F2 renames it.`;
+    this.facts.textContent = `${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence. Double-click or F2 renames it.`;
+    this.members.replaceChildren(...members.map((node) => make('button', {
+      type: 'button', class: 'row', title: fullName(graph, node), onclick: () => this.app.click(node),
+      onpointerenter: () => this.app.hover(node), onpointerleave: () => this.app.hover(-1),
+      onfocus: () => this.app.hover(node), onblur: () => this.app.hover(-1),
+    }, make('span', { class: 'weight' }, formatShare(graph.influence[node])), make('span', { class: 'what' }, fullName(graph, node)))));
   }
 
   describe(node) {

@@ -1,0 +1,50 @@
+"""What tests in a real browser share."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from page_server import TOKEN
+
+PUBLISHED = Path(__file__).parent / "golden" / "published_graphs"
+NAME = "dallas-austin-gemma-2-2b-clt"
+
+
+def open_graph(tab: Any, port: int, name: str = NAME, fields: str = "") -> None:
+    tab.goto(f"http://127.0.0.1:{port}/{TOKEN}/#graph={name}{fields}")
+    wait_for(tab, "globalThis.jcltPage?.graph && jcltPage.view.places")
+
+
+def wait_for(tab: Any, expression: str) -> None:
+    """Waits until this is true in the page. Playwright's own function needs eval, which the page's policy forbids."""
+    end = time.monotonic() + 60
+    while not tab.evaluate(f"Boolean({expression})"):
+        assert time.monotonic() < end, expression
+        time.sleep(0.02)
+
+
+def find_node(tab: Any, node_id: str) -> tuple[float, float]:
+    """Where a node is drawn in the window."""
+    x, y = tab.evaluate(
+        """id => { const { view, graph } = jcltPage, node = graph.numbers.get(id);
+        const box = view.top.getBoundingClientRect();
+        return [view.places.x[node] + box.x, view.places.y[node] + box.y]; }""",
+        node_id,
+    )
+    return x, y
+
+
+def list_nodes(tab: Any, count: int) -> list[str]:
+    """Ids of shown features that lie far from all others."""
+    return tab.evaluate(
+        """count => { const { view, graph, shown } = jcltPage, { x, y } = view.places;
+        const all = [...graph.kind.keys()].filter((n) => shown.nodes[n]);
+        const gap = (n) => Math.min(...all.filter((m) => m !== n).map((m) => Math.hypot(x[n] - x[m], y[n] - y[m])));
+        const features = all.filter((n) => graph.kind[n] === 'feature').sort((a, b) => gap(b) - gap(a));
+        return features.slice(0, count).map((n) => graph.ids[n]); }""",
+        count,
+    )
+
+
+def read(tab: Any, expression: str) -> Any:
+    return tab.evaluate(f"(() => {{ const app = jcltPage; return {expression}; }})()")
