@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from page_server import TOKEN
 
 PUBLISHED = Path(__file__).parent / "golden" / "published_graphs"
@@ -44,6 +45,16 @@ def list_nodes(tab: Any, count: int) -> list[str]:
         return features.slice(0, count).map((n) => graph.ids[n]); }""",
         count,
     )
+
+
+def list_serious_faults(tab: Any) -> list[tuple[str, list[str]]]:
+    """What axe finds; the tab's context must bypass the page's policy."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    return [
+        (fault["id"], [node["html"][:120] for node in fault["nodes"]])
+        for fault in axe.run(tab).response["violations"]
+        if fault["impact"] in ("serious", "critical")
+    ]
 
 
 def read(tab: Any, expression: str) -> Any:

@@ -27,7 +27,7 @@ def add_command(commands: Subcommands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from jclt.cli.arguments import check_new_file
     from jclt.viewer import export_html
-    from jclt.viewer.feature_panels import read_labels
+    from jclt.viewer.feature_panels import coder_of, read_labels
     from jclt.viewer.library import Library
 
     check_new_file(arguments.out)
@@ -35,5 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(library.paths) != 1:
         raise UserError(f"{arguments.graph}: {len(library.paths)} graphs, expected the file of one")
     (name,) = library.paths
-    export_html(library.read(name), arguments.out, labels=read_labels(arguments.features), view=library.read_view(name))
+    graph = library.read(name)
+    labels = read_labels(arguments.features, coder_of(graph))
+    export_html(graph, arguments.out, labels=labels, view=library.read_view(name))
     print(f"written: {arguments.out}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_browser import find_node, open_graph, read, wait_for
+from page_browser import find_node, list_serious_faults, open_graph, read, wait_for
 from page_server import running
 
 import jclt
@@ -169,3 +169,20 @@ def test_the_first_look_is_walked_with_the_keyboard_and_seen_once(tab, demo):
     tab.get_by_text("Files", exact=True).click()
     tab.get_by_role("button", name="First look").click()
     assert look.is_visible()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 800), ("dark", 1280)])
+def test_axe_finds_no_serious_fault_in_the_first_look_examples_and_the_difference(browser, demo, scheme, width):
+    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
+        tab = context.new_page()
+        open_graph(tab, demo[0], "two_hop", "&clicked=1_6_16")
+        assert tab.get_by_role("region", name="First look").is_visible()
+        tab.get_by_role("tab", name="Feature").click()
+        tab.get_by_text("Top activations").wait_for()
+        assert list_serious_faults(tab) == []
+        tab.get_by_role("button", name="state = Colorado").click()
+        tab.get_by_role("tab", name="Compare").click()
+        tab.get_by_label("The other graph").select_option("other_coder")
+        tab.get_by_role("button", name="Picture", exact=True).click()
+        assert list_serious_faults(tab) == []
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width

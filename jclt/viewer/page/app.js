@@ -8,6 +8,8 @@ import { DEFAULTS, keepAddress, readState } from './state.js';
 import { findTrail } from './trails.js';
 import { shortName } from './text.js';
 
+const MOST_SUGGESTED = 10; // groups added at once: more would hide each other
+
 export class App {
   constructor(server) {
     Object.assign(this, { server, graph: null, hovered: -1, clicked: -1, group: -1, grouping: null, panels: [] });
@@ -146,17 +148,19 @@ export class App {
     this.show();
   }
 
-  // Adds the groups that the server suggests; what is in a group already stays there. Returns the new groups.
+  // Adds the groups that the server suggests, a few at a time; what is in a group already stays there. Returns the new
+  // groups, and how many more there are.
   async suggestGroups() {
     const { graph, thresholds } = this;
     const { groups } = await this.server.suggestGroups(graph.name, thresholds);
-    if (graph !== this.graph) return [];
+    if (graph !== this.graph) return { added: [], left: 0 };
     const taken = new Set(this.groups.flatMap(({ members }) => members));
-    const added = groups.map(({ name, nodes }) => ({ name, members: this.findNodes(nodes).filter((node) => !taken.has(node)) }))
+    const free = groups.map(({ name, nodes }) => ({ name, members: this.findNodes(nodes).filter((node) => !taken.has(node)) }))
       .filter(({ members }) => members.length > 1);
+    const added = free.slice(0, MOST_SUGGESTED);
     for (const { name, members } of added) this.groups = addGroup(this.groups, members, name);
     if (added.length) this.setPinned(new Set([...this.pinned, ...added.flatMap(({ members }) => members)]));
-    return this.groups.slice(this.groups.length - added.length);
+    return { added: this.groups.slice(this.groups.length - added.length), left: free.length - added.length };
   }
 
   // The part of all influence in the pruned graph that these nodes have.

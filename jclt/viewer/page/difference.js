@@ -3,7 +3,7 @@
 import { download, make } from './dom.js';
 import { nodeKey } from './graph.js';
 import { layOut, MARGIN } from './layout.js';
-import { FONT, paintFrame, paintLabels, readColours } from './paint.js';
+import { FONT, SEGMENTS, paintFrame, paintLabels, readColours } from './paint.js';
 import { SvgContext } from './svg_context.js';
 import { clean } from './text.js';
 
@@ -79,15 +79,17 @@ export function paintDifference(context, merged, width, height, colours) {
   paintFrame(context, merged, layout, colours);
   context.lineWidth = 1.2;
   for (const side of [0, 1, 2]) {
-    context.globalAlpha = side ? 0.5 : 0.35;
+    context.globalAlpha = Math.min(0.5, 12 / Math.sqrt(merged.edges.length || 1));
     context.strokeStyle = sideColour(side, colours);
-    context.beginPath();
-    for (const edge of merged.edges) {
-      if (edge.side !== side) continue;
-      context.moveTo(x[edge.source], y[edge.source]);
-      context.lineTo(x[edge.target], y[edge.target]);
+    const edges = merged.edges.filter((edge) => edge.side === side);
+    for (let start = 0; start < edges.length; start += SEGMENTS) {
+      context.beginPath();
+      for (const { source, target } of edges.slice(start, start + SEGMENTS)) {
+        context.moveTo(x[source], y[source]);
+        context.lineTo(x[target], y[target]);
+      }
+      context.stroke();
     }
-    context.stroke();
   }
   context.globalAlpha = 1;
   for (let node = 0; node < merged.size; node++) paintMark(context, x[node], y[node], merged.side[node], colours);

@@ -48,7 +48,7 @@ export class FeaturePart {
   }
 
   listTokens(tokens) {
-    return (tokens ?? []).slice(0, 10).map((token) => make('code', {}, quote(Array.isArray(token) ? token[0] : token)));
+    return (tokens ?? []).slice(0, 10).flatMap((token) => [make('code', {}, quote(Array.isArray(token) ? token[0] : token)), ' ']);
   }
 
   drawHistogram(counts) {

@@ -59,17 +59,24 @@ function freeName(groups, name) {
   return free;
 }
 
-// Where items lie at first: by layer upward, side by side within a layer, in the order of positions.
+const ROW = 46; // the least height of a row of items
+
+// Where items lie at first: by layer upward, side by side within a layer, in the order of positions. Where there is no
+// room for all layers, neighbouring ones share a row.
 export function placeItems(graph, items, width, height) {
   const mean = ({ members }, column) => members.reduce((sum, node) => sum + graph[column][node], 0) / members.length;
-  const layers = [...new Set(items.map((item) => Math.round(mean(item, 'layer'))))].sort((a, b) => a - b);
+  const layerOf = (item) => Math.round(mean(item, 'layer'));
+  const layers = [...new Set(items.map((item) => layerOf(item)))].sort((a, b) => a - b);
+  const rows = Math.min(layers.length, Math.max(1, Math.floor(height / ROW)));
+  const below = (layer) => items.filter((item) => layerOf(item) < layer).length;
+  const rowOf = (item) => (rows === layers.length ? layers.indexOf(layerOf(item)) : Math.floor(below(layerOf(item)) * rows / items.length));
   const places = new Map();
-  layers.forEach((layer, row) => {
-    const inRow = items.filter((item) => Math.round(mean(item, 'layer')) === layer).sort((a, b) => mean(a, 'position') - mean(b, 'position'));
+  for (let row = 0; row < rows; row++) {
+    const inRow = items.filter((item) => rowOf(item) === row).sort((a, b) => mean(a, 'position') - mean(b, 'position'));
     inRow.forEach((item, number) => places.set(item.id, {
       x: width * (number + 1) / (inRow.length + 1),
-      y: height - height * (row + 0.5) / layers.length,
+      y: height - height * (row + 0.5) / rows,
     }));
-  });
+  }
   return places;
 }

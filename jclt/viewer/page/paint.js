@@ -7,7 +7,8 @@ import { clean, shortName } from './text.js';
 
 export const FONT = '11px system-ui, "DejaVu Sans", sans-serif';
 const WIDTHS = [0.6, 1, 1.6, 2.6, 4, 6];
-const MOST_FAINT = 40_000, MOST_LABELS = 70, SEGMENTS = 512;
+const MOST_FAINT = 40_000, MOST_LABELS = 70;
+export const SEGMENTS = 512; // in one path: longer ones are slow, and cover nothing twice
 
 export function readColours() {
   return Object.fromEntries(['ground', 'text', 'soft', 'line', 'raises', 'lowers', 'feature', 'error', 'input', 'chosen', 'pinned']
@@ -139,7 +140,8 @@ export function paintLabels(context, graph, layout, shown, wanted, colours, earl
   const taken = [...earlier.values()], labels = new Map(earlier);
   const blocks = (box) => taken.some((t) => box[0] < t[2] && box[2] > t[0] && box[1] < t[3] && box[3] > t[1]);
   const inner = [...graph.kind.keys()].filter((node) => shown.nodes[node] && graph.kind[node] !== 'token');
-  for (const node of inner.length < 4000 ? inner : []) {
+  const tokens = [...graph.kind.keys()].filter((node) => shown.nodes[node] && graph.kind[node] === 'token');
+  for (const node of inner.length < 4000 ? [...inner, ...tokens] : []) {
     taken.push([layout.x[node] - 4, layout.y[node] - 4, layout.x[node] + 4, layout.y[node] + 4]);
   }
   const named = inner.filter((node) => ['feature', 'output'].includes(graph.kind[node]) && !earlier.has(node));
@@ -151,7 +153,7 @@ export function paintLabels(context, graph, layout, shown, wanted, colours, earl
     const text = shortName(graph, node, 22), wide = context.measureText(text).width;
     const [x, y] = [layout.x[node], layout.y[node]];
     const places = [[x + 9, y], [x - 9 - wide, y], [x - wide / 2, y - 13], [x - wide / 2, y + 13]];
-    const place = places.find(([left, middle]) => left > 2 && left + wide < layout.width - 2
+    const place = places.find(([left, middle]) => left > MARGIN.left - 5 && left + wide < layout.width - 2
       && !blocks([left - 1, middle - 6, left + wide + 1, middle + 6]));
     if (!place) continue;
     const [left, middle] = place;

@@ -58,8 +58,9 @@ export class SubgraphPanel {
     this.suggest.disabled = true;
     try {
       app.report(null);
-      const groups = await app.suggestGroups(), share = app.shareOfInfluence(groups.flatMap(({ members }) => members));
-      this.suggested = groups.length ? `${countOf(groups.length, 'group')} suggested, with ${formatShare(share)} of the influence.`
+      const { added, left } = await app.suggestGroups(), share = app.shareOfInfluence(added.flatMap(({ members }) => members));
+      this.suggested = added.length ? `${countOf(added.length, 'group')} suggested, with ${formatShare(share)} of the influence.`
+        + (left ? ` There are ${left} more: press the button again.` : '')
         : 'No features outside groups are fed alike and do alike.';
       this.show();
     } catch (error) {
