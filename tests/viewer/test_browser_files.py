@@ -27,13 +27,11 @@ DROP = """([name, content]) => {
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json.gz")), ids=lambda path: path.name[:6])
-@pytest.mark.parametrize("is_packed", [True, False])
-def test_a_published_graph_is_dropped_and_opens(tab, tmp_path, path, is_packed):
+def test_a_published_graph_is_dropped_and_opens(tab, tmp_path, path):
     hand_graph().save(tmp_path / "hand.npz")
     with running(Page(Library([tmp_path]))) as port:
         open_graph(tab, port, "hand")
-        content = path.read_bytes() if is_packed else gzip.decompress(path.read_bytes())
-        name = path.name if is_packed else path.name.removesuffix(".gz")
+        content, name = gzip.decompress(path.read_bytes()), path.name.removesuffix(".gz")
         tab.evaluate(DROP, [name, base64.b64encode(content).decode()])
         wait_for(tab, "jcltPage.graph.name !== 'hand' && jcltPage.view.places")
         graph = import_json(path)

@@ -76,7 +76,7 @@ export class FeaturePart {
     const largest = most || Math.max(...values) || 1;
     return make('p', { class: 'example' }, ...tokens.map((token, i) => {
       const word = make('span', { title: formatNumber(values[i]) }, clean(token, 40));
-      if (values[i] > 0) word.style.backgroundColor = `color-mix(in srgb, var(--lowers) ${Math.round(60 * Math.min(values[i] / largest, 1))}%, transparent)`;
+      if (values[i] > 0) word.style.backgroundColor = `color-mix(in srgb, var(--active) ${Math.round(60 * Math.min(values[i] / largest, 1))}%, transparent)`;
       return word;
     }));
   }
