@@ -203,6 +203,15 @@ class Graph:
         looked up only here."""
         return import_module("jclt.viewer").show_graph(self, height=height)
 
+    def plot(self, *, title: str | None = None) -> Any:
+        """The graph's picture, as the last value of a notebook's cell; `save("graph.svg")` writes it as a file. It needs
+        no browser. The title is the prompt by default."""
+        return import_module("jclt.viewer").plot_graph(self, title=title)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of a graph by itself: a few lines of text."""
+        return import_module("jclt.viewer").describe_in_notebook(self)
+
     def save(self, path: str | Path) -> None:
         """Writes the graph as one `.npz` file, which `load_graph` reads. An older file is replaced only when the new
         file is complete."""

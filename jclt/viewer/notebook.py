@@ -1,10 +1,23 @@
-"""Shows a graph's page in a notebook's cell."""
+"""Shows a graph in a notebook's cell: as its page, as a picture, or in a few lines."""
 
 import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from jclt.files import create_file
+from jclt.graphs import describe, strongest_paths
 from jclt.graphs.export_json import slug_of
 from jclt.graphs.graph import Graph
 from jclt.viewer.page_files import build_single_page
+from jclt.viewer.picture import build_figure
+from jclt.viewer.picture_files import find_picture_type, save_figure
+from jclt.viewer.text import PATHS, describe_outputs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NOTEBOOK_DOTS_PER_INCH = 100
 
 
 class NotebookPage:
@@ -19,6 +32,42 @@ class NotebookPage:
         return f'<iframe srcdoc="{html.escape(self.page)}" {frame} style="{style}"></iframe>'
 
 
+class NotebookPicture:
+    """A picture that notebooks display."""
+
+    def __init__(self, figure: "Figure"):
+        self.figure = figure
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        save_figure(self.figure, content, "png", NOTEBOOK_DOTS_PER_INCH)
+        return content.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """The ending of the file's name is the file type."""
+        kind = find_picture_type(Path(path))
+        with create_file(Path(path)) as partial:
+            save_figure(self.figure, partial, kind)
+
+
 def show_graph(graph: Graph, *, height: int = 760) -> NotebookPage:
     """The graph's page, to be shown as the last value of a notebook's cell."""
     return NotebookPage(build_single_page(graph, slug_of(graph)), height)
+
+
+def plot_graph(graph: Graph, *, title: str | None = None) -> NotebookPicture:
+    """The graph's picture, to be shown as the last value of a notebook's cell."""
+    return NotebookPicture(build_figure(graph, "".join(graph.token_texts) if title is None else title))
+
+
+def describe_in_notebook(graph: Graph) -> str:
+    """What a notebook shows of a graph by itself: outputs, scores and the strongest paths."""
+    scores = graph.scores
+    lines = [
+        repr(graph),
+        f"explains {describe_outputs(graph)}; completeness {scores.completeness:.2f}, replacement "
+        f"{scores.replacement:.2f}",
+        *(f"  {describe(graph, path)}" for path in strongest_paths(graph, PATHS)),
+        "graph.show() is its page, graph.plot() its picture, graph.prune() the part with most of the influence",
+    ]
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"

@@ -18,6 +18,7 @@ from jclt.viewer.picture_files import find_picture_type, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_EDGES, MAX_LABELS = 500, 90  # more would make the picture unreadable
 MAX_LABEL_LETTERS, MAX_TEXT_LETTERS = 26, 60
@@ -58,6 +59,10 @@ def draw_graph(graph: Graph, path: str | Path, *, title: str | None = None) -> N
 
 def write_picture(graph: Graph, path: Path, kind: str = "png", *, title: str | None = None) -> None:
     """Writes the picture directly to this path, unlike `draw_graph`, which replaces a file only by a complete one."""
+    save_figure(build_figure(graph, title), path, kind)
+
+
+def build_figure(graph: Graph, title: str | None = None) -> "Figure":
     from matplotlib.figure import Figure
 
     influence = graph.influence.astype(np.float64)
@@ -72,7 +77,7 @@ def write_picture(graph: Graph, path: Path, kind: str = "png", *, title: str | N
     dots = _draw_nodes(axes, graph, influence, layout)
     _draw_outputs(axes, graph, layout)
     _draw_labels(axes, _name_features(graph), influence, layout, dots)
-    save_figure(figure, path, kind)
+    return figure
 
 
 def _find_top_margin(graph: Graph) -> float:

@@ -1,5 +1,6 @@
 """Files of pictures: their type, and how a figure is written."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ def find_picture_type(path: Path) -> str:
     return kind
 
 
-def save_figure(figure: "Figure", path: Path, kind: str) -> None:
+def save_figure(figure: "Figure", file: Path | io.BytesIO, kind: str, dots_per_inch: int = DOTS_PER_INCH) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing")  # scripts that the font lacks
-        figure.savefig(path, dpi=min(DOTS_PER_INCH, MAX_DOTS / max(figure.get_size_inches())), format=kind)
+        figure.savefig(file, dpi=min(dots_per_inch, MAX_DOTS / max(figure.get_size_inches())), format=kind)

@@ -27,13 +27,10 @@ SUFFIXES = (".npz", ".json", ".png")
 def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS, supernodes: Sequence[Supernode] = ()) -> str:
     """The outputs that the graph explains, its scores before and after pruning, the strongest paths of the pruned
     graph, and supernodes."""
-    outputs = zip(graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities, strict=True)
-    # Only tokens have probabilities; a difference of tokens or a direction has only a name.
-    named = ", ".join(f"{name!r} {chance:.3f}" if token >= 0 else repr(name) for name, token, chance in outputs)
     scores, pruned_scores, edges = graph.scores, pruned.scores, int(np.count_nonzero(pruned.adjacency))
     chosen, heads = graph.provenance.get("chosen"), graph.provenance.get("chosen_heads")
     lines = [
-        f"explains {named}",
+        f"explains {describe_outputs(graph)}",
         *([describe_chosen(**chosen)] if chosen else ()),
         *([describe_heads(**heads)] if heads else ()),
         f"{len(graph.features)} active features: completeness {scores.completeness:.2f}, replacement "
@@ -43,6 +40,12 @@ def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS, supernodes:
         *(f"  supernode {describe_supernode(group)}" for group in supernodes),
     ]
     return "\n".join(lines)
+
+
+def describe_outputs(graph: Graph) -> str:
+    """Only tokens have probabilities; a difference of tokens or a direction has only a name."""
+    outputs = zip(graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities, strict=True)
+    return ", ".join(f"{name!r} {chance:.3f}" if token >= 0 else repr(name) for name, token, chance in outputs)
 
 
 def describe_supernode(group: Supernode) -> str:
