@@ -204,8 +204,8 @@ class Graph:
         return import_module("jclt.viewer").show_graph(self, height=height)
 
     def plot(self, *, title: str | None = None) -> Any:
-        """The graph's picture, as the last value of a notebook's cell; `save("graph.svg")` writes it as a file. It needs
-        no browser. The title is the prompt by default."""
+        """The graph's picture, as the last value of a notebook's cell; `save("graph.svg")` writes it as a file. It
+        needs no browser. The title is the prompt by default."""
         return import_module("jclt.viewer").plot_graph(self, title=title)
 
     def _repr_html_(self) -> str:

@@ -26,6 +26,9 @@ class NotebookPage:
     def __init__(self, page: str, height: int):
         self.page, self.height = page, height
 
+    def __repr__(self) -> str:
+        return "<page of a graph; notebooks show it>"
+
     def _repr_html_(self) -> str:
         style = f"width:100%;height:{self.height}px;border:1px solid #8888"
         frame = 'sandbox="allow-scripts allow-downloads" title="Graph"'
@@ -37,6 +40,9 @@ class NotebookPicture:
 
     def __init__(self, figure: "Figure"):
         self.figure = figure
+
+    def __repr__(self) -> str:
+        return "<picture of a graph; notebooks show it, and save(FILE) writes it>"
 
     def _repr_png_(self) -> bytes:
         content = io.BytesIO()
