@@ -143,11 +143,11 @@ class _Output(NamedTuple):
     weight: float = 1.0
 
 
-def choose_likeliest(logits: Float[np.ndarray, "V"]) -> list[int]:
-    """The smallest set of tokens with a probability of `LOGIT_MASS` together, the likeliest first."""
+def choose_likeliest(logits: Float[np.ndarray, "V"], most: int = MOST_LOGITS, mass: float = LOGIT_MASS) -> list[int]:
+    """The smallest set of tokens with a probability of `mass` together, the likeliest first; at most so many."""
     probabilities = softmax(logits)
-    order = np.argsort(-probabilities, kind="stable")[:MOST_LOGITS]
-    enough = np.searchsorted(np.cumsum(probabilities[order]), LOGIT_MASS) + 1
+    order = np.argsort(-probabilities, kind="stable")[:most]
+    enough = np.searchsorted(np.cumsum(probabilities[order]), mass) + 1
     return [int(token) for token in order[:enough]]
 
 

@@ -97,6 +97,28 @@ class Page:
             model, coder = self.model_and_coder
             return answer_intervention(model, coder, graph, request)
 
+    def generate_graph(self, request: Mapping[str, Any]) -> Json:
+        """This and the next two are requests of a published graph server (`graph_server.py`)."""
+        from jclt.viewer import graph_server
+
+        graph_server.check_graph_request(request)
+        with self.running:
+            return graph_server.generate_graph(*self.model_and_coder, self.labels, request)
+
+    def find_likeliest(self, request: Mapping[str, Any]) -> Json:
+        from jclt.viewer import graph_server
+
+        graph_server.check_forward_request(request)
+        with self.running:
+            return graph_server.find_likeliest(self.model_and_coder[0], request)
+
+    def steer(self, request: Mapping[str, Any]) -> Json:
+        from jclt.viewer import graph_server
+
+        graph_server.check_steering_request(request)
+        with self.running:
+            return graph_server.steer_prompt(*self.model_and_coder, request)
+
     def export(self, name: str, node_threshold: float, edge_threshold: float) -> str:
         """The JSON of published viewers, with pinned nodes, groups and labels."""
         graph, view = self.library.read(name), self.library.read_view(name)

@@ -63,6 +63,9 @@ def build_app(page: Page, token: str, hosts: Sequence[str]) -> ASGIApp:
         Route(f"{graph}/features/{{layer:int}}/{{feature:int}}", answer(page.describe, "name", "layer", "feature")),
         Route(f"{graph}/page.html", send_page(page)),
         Route(f"{graph}/export.json", send_export(page)),
+        Route("/generate-graph", answer_post(page.generate_graph), methods=["POST"]),
+        Route("/forward-pass", answer_post(page.find_likeliest), methods=["POST"]),
+        Route("/steer", answer_post(page.steer), methods=["POST"]),
     ]
     errors = {UserError: show_user_error, HTTPException: show_http_error, Exception: show_other_error}
     return guard(Starlette(routes=routes, exception_handlers=errors), token, hosts)
