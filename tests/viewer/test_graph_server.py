@@ -109,7 +109,9 @@ def check_steering(model, coder, answer) -> None:
     """Logits of one pass over all tokens with the same edits, and without any."""
     default, steered = answer["DEFAULT_LOGITS_BY_TOKEN"], answer["STEERED_LOGITS_BY_TOKEN"]
     length = len(model.encode(PROMPT))
-    assert "".join(row["token"] for row in default) == answer["DEFAULT_GENERATION"] == f"<bos>{PROMPT}95"  # then a new line, which ends it
+    assert (
+        "".join(row["token"] for row in default) == answer["DEFAULT_GENERATION"] == f"<bos>{PROMPT}95"
+    )  # then a new line, which ends it
     assert "".join(row["token"] for row in steered) == answer["STEERED_GENERATION"]
     assert [len(row["top_logits"]) for row in default] == [0] * (length - 1) + [3] * 2
     graph = jclt.attribute(model, coder, PROMPT)
