@@ -1,7 +1,7 @@
 """Graphs and features written here, in circuit-tracer's own page: from its installed package, in Chromium.
 
-That page takes four libraries from other sites. The test gives it d3 and dagre as npm has them, and of d3-jetpack, whose
-version there is in no registry, the published one with the two functions that differ.
+That page takes its libraries from other sites. The test gives it d3 and dagre as npm has them, and of d3-jetpack, whose
+version there is not in npm, the published one with the two functions that differ.
 """
 
 import json
