@@ -31,7 +31,7 @@ class Steering(NamedTuple):
     """A checked request to change one feature."""
 
     layer: int
-    index: int
+    feature: int
     active_at: int  # the position of the activation that `delta` is added to
     position: int | None  # where it is changed; None: at all new tokens
     delta: float | None  # None: the feature is set to 0
@@ -132,9 +132,9 @@ def make_edits(model: Model, coder: Coder, tokens: Int[np.ndarray, "T"], steerin
     _, seen = run(model, tokens, capture=(config.reads,))
     edits = []
     for one in steering:
-        if one.layer not in config.covered or not one.index < config.features:
+        if one.layer not in config.covered or not one.feature < config.features:
             raise UserError(
-                f"features: layer {one.layer}, index {one.index}, expected a layer of "
+                f"features: layer {one.layer}, index {one.feature}, expected a layer of "
                 f"{', '.join(map(str, config.covered))} and an index below {config.features}"
             )
         if not max(one.active_at, one.position or 0) < len(tokens):
@@ -142,9 +142,9 @@ def make_edits(model: Model, coder: Coder, tokens: Int[np.ndarray, "T"], steerin
         value = 0.0
         if one.delta is not None:
             encoder, read = coder.load_encoder(config.covered.index(one.layer)), seen[config.reads][one.layer]
-            value = float(encoder.encode(0, read[one.active_at][None])[0, one.index]) + one.delta
+            value = float(encoder.encode(0, read[one.active_at][None])[0, one.feature]) + one.delta
         position = slice(len(tokens), None) if one.position is None else one.position
-        edits.append(Set(value, layer=one.layer, position=position, feature=one.index))
+        edits.append(Set(value, layer=one.layer, position=position, feature=one.feature))
     return edits
 
 
@@ -210,7 +210,7 @@ def read_one_steering(one: Request) -> Steering:
         raise UserError("features: expected either steer_generated_tokens or a steer_position")
     return Steering(
         layer=read_integer(one, "layer", None, least=0),
-        index=read_integer(one, "index", None, least=0),
+        feature=read_integer(one, "index", None, least=0),
         active_at=read_integer(one, "token_active_position", None, least=0),
         position=None if at_new else read_integer(one, "steer_position", None, least=0),
         delta=None if ablate else read_number(one, "delta", None, -math.inf, math.inf),

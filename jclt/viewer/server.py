@@ -212,6 +212,7 @@ def serve_page(page: Page, *, port: int = 0, first: str | None = None, open_brow
         print(f"The page is at {url}\nCtrl-C ends it.", flush=True)
 
         def stop(number: int, frame: object) -> None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # nothing about requests that it cuts off
             server.should_exit = True
 
         former = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -252,7 +252,11 @@ def test_the_command_serves_a_file_until_ctrl_c_ends_it(tmp_path):
             assert found, line
             status, _, data = ask(int(found[1]), f"/{found[2]}/api/graphs/hand")
             assert status == 200 and len(data["ids"]) == len(import_json(tmp_path / "hand.json"))
-            process.send_signal(signal.SIGINT)
-            assert process.wait(10) == 0 and process.stderr.read() == ""
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(found[1]))) as unfinished:
+                unfinished.putrequest("POST", f"/{found[2]}/api/upload")  # it runs when the server ends
+                unfinished.putheader("Content-Length", "10")
+                unfinished.endheaders(b"half")
+                process.send_signal(signal.SIGINT)
+                assert process.wait(10) == 0 and process.stderr.read() == ""
         finally:
             process.kill()
