@@ -220,6 +220,8 @@ def serve_page(page: Page, *, port: int = 0, first: str | None = None, open_brow
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         try:
             server.run(sockets=[listener])
+            if page.running.locked():
+                print("Waiting for the end of a computation that still runs.", flush=True)
         finally:
             for number, handler in former:
                 signal.signal(number, handler)

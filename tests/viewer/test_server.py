@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from jclt.features import Label, save_labels
 from jclt.files import write_json
 from jclt.graphs import export_json, import_json, suggest_supernodes
 from jclt.graphs.export_nodes import cantor, make_node_ids
+from jclt.viewer import server
 from jclt.viewer.feature_panels import read_densities, read_description
 from jclt.viewer.library import Library, find_graph_files, name_graph
 from jclt.viewer.page_files import FOLDER, export_html, join_modules, read_page_files
@@ -116,6 +118,11 @@ def test_graphs_are_listed_once_and_read(port):
         (f"/{TOKEN}/api/graphs/secret", {}, 400),
         (f"/{TOKEN}/api/graphs/hand/features/0/99", {}, 200),
         (f"/{TOKEN}/api/graphs/hand/features/0/x", {}, 404),
+        (f"/{TOKEN}/api/graphs/hand/page.html", {}, 200),
+        (f"/{TOKEN}/api/graphs/hand/export.json?nodes=x", {}, 400),
+        (f"/{TOKEN}/api/graphs/hand/export.json?nodes=nan", {}, 400),
+        (f"/{TOKEN}/api/graphs/hand/view", {}, 405),
+        (f"/{TOKEN}/api/graphs/%3Cb%3E%E2%80%AE", {}, 400),
     ],
 )
 def test_only_the_page_itself_gets_answers(port, path, headers, status):
@@ -144,6 +151,30 @@ def test_bodies_that_are_too_large_or_damaged_are_refused(port):
         assert status == 400 and content["error"].startswith("view:")
     status, _, content = post(port, "api/attribute", {"prompt": "Once"})
     assert status == 400 and content["error"].startswith("there is no model here")
+
+
+def test_a_body_in_parts_without_a_length_is_refused_as_soon_as_it_is_too_large(port, monkeypatch):
+    monkeypatch.setattr(server, "MOST_UPLOAD", 1000)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        parts = (b"x" * 600 for _ in range(2))
+        connection.request("POST", f"/{TOKEN}/api/upload", parts, encode_chunked=True)
+        answer = connection.getresponse()
+        assert answer.status == 413 and json.loads(answer.read()) == {"error": "request of more than 1000 bytes"}
+
+
+def test_labels_that_arrive_at_the_same_time_are_all_kept(tmp_path):
+    hand_graph().save(tmp_path / "hand.npz")
+    with running(Page(Library([tmp_path]))) as port, ThreadPoolExecutor(8) as pool:
+        for status, _, _ in pool.map(
+            lambda n: post(port, "api/graphs/hand/view", {"labels": {f"0/{n}": str(n)}}), range(24)
+        ):
+            assert status == 200
+        labels = ask(port, f"/{TOKEN}/api/graphs/hand")[2]["view"]["labels"]
+        assert labels == {f"0/{n}": str(n) for n in range(24)}
+        (tmp_path / "hand.view.json").write_text('{"labels": 3}')  # damaged by hand
+        status, _, answer = post(port, "api/graphs/hand/view", {"labels": {"0/1": "a"}})
+        assert status == 400 and "hand.view.json: field 'labels' is unknown or damaged" in answer["error"]
+    assert (tmp_path / "hand.view.json").read_text() == '{"labels": 3}'
 
 
 def test_a_dropped_file_opens_and_its_name_is_only_a_name(port, folder):
