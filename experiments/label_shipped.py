@@ -13,29 +13,24 @@ import numpy as np
 
 from jclt import UserError, attribute_batch, load_coder, load_model
 from jclt.coders import read_fingerprint
-from jclt.features.concepts import label_by_concepts
+from jclt.features.concepts import PROMPTS, PURE, draw_examples, label_by_concepts
 from jclt.features.label import label_features, summarize_labels
 from jclt.features.labels import find_labels, save_labels
 from jclt.features.statements import GENERAL
-from jclt.world import TASKS, Example, Split
+from jclt.world import TASKS
 
-PURITY, ROWS = 0.8, 512
-
-
-def draw(split: Split, count: int, seed: int) -> list[Example]:
-    return [example for task in TASKS.values() for example in task.examples(split, count, seed)]
+ROWS = 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=find_labels("demo"))
-    parser.add_argument("--prompts", type=int, default=300, help="of each task (default 300)")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"of each task (default {PROMPTS})")
     options = parser.parse_args()
     start, model = time.perf_counter(), load_model("demo")
     coder = load_coder("demo", model=model)
-    held_out = [*draw("report", options.prompts, 0), *draw("train", options.prompts, 2)]
-    labels = label_by_concepts(model, coder, draw("train", options.prompts, 1), held_out)
-    pure = {place: label for place, label in labels.items() if label.scores.get("purity", 0) >= PURITY}
+    labels = label_by_concepts(model, coder, *draw_examples(options.prompts))
+    pure = {place: label for place, label in labels.items() if label.scores.get("purity", 0) >= PURE}
     save_labels(options.out, pure, read_fingerprint(coder))
     prompts = [task.examples("report", 1, seed=0)[0].prompt for task in TASKS.values()]
     graphs = [graph.prune() for graph in attribute_batch(model, coder, prompts, batch=len(prompts))]
@@ -46,14 +41,14 @@ def main() -> None:
         for kind, allowed in kinds.items():
             of_kind = [labels[x] for x in places if x in labels and is_of_kind(labels[x].text, allowed)]
             shares = [
-                sum(label.scores.get(score, 0) >= PURITY for label in of_kind) / len(places)
+                sum(label.scores.get(score, 0) >= PURE for label in of_kind) / len(places)
                 for score in ("purity", "pure_firings")
             ]
             means = {
                 s: np.mean([x.scores[s] for x in of_kind if x.scores]) for s in ("purity", "shuffled", "detection")
             }
             print(
-                f"  {kind:10} labelled {len(of_kind) / len(places):4.0%}, purity of at least {PURITY} {shares[0]:4.0%} "
+                f"  {kind:10} labelled {len(of_kind) / len(places):4.0%}, purity of at least {PURE} {shares[0]:4.0%} "
                 f"(by firings {shares[1]:4.0%}); means: " + ", ".join(f"{s} {x:.2f}" for s, x in means.items())
             )
     print(f"{time.perf_counter() - start:.0f} seconds", flush=True)

@@ -28,7 +28,7 @@ from jclt.features.block_events import BlockLister
 from jclt.features.describe import count_blocks
 from jclt.features.rows import find_rows
 from jclt.features.weights import describe_weights
-from jclt.models import Model, declare, forward
+from jclt.models import Model, declare, forward, read_sites
 from jclt.training.coder.speed import count_forward_operations
 
 LENGTH, FEATURES, ACTIVE, BATCH = 128, 8192, 100, 16
@@ -79,7 +79,7 @@ def main() -> None:
 
     @jax.jit
     def run_and_encode(params: dict[str, jax.Array], coder: SparseCoder, tokens: jax.Array) -> list[jax.Array]:
-        seen = forward(GPT2, params, tokens, capture=("mlp_in",))[1]["mlp_in"]
+        seen = read_sites(replace(model, params=params), tokens, "mlp_in", coder.config.covered)
         return [jnp.max(coder.encode(layer, seen[layer]), axis=(0, 1)) for layer in range(GPT2.layers)]
 
     run = jax.jit(lambda params, tokens: forward(GPT2, params, tokens)[0])
@@ -102,7 +102,8 @@ def main() -> None:
     describe_weights(model, coder, 0, sizes)
     of_weights = GPT2.layers * (time.perf_counter() - start)
 
-    inside = count_forward_operations(GPT2, size, LENGTH)
+    last_mlp = 4.0 * count * GPT2.width * GPT2.mlp_width
+    inside = count_forward_operations(GPT2, size, LENGTH) - last_mlp
     encode = 2.0 * count * GPT2.layers * FEATURES * GPT2.width
     by_weights = 2.0 * GPT2.layers * FEATURES * GPT2.width * (GPT2.vocabulary + 2 * FEATURES)
     rate = max(rate, matmul_rate(options.repeats))

@@ -149,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("attribute: --prompts needs --out DIR, the folder for the graphs")
     if arguments.open and (arguments.out is None or arguments.prompts is not None):
         raise UserError("attribute: --open shows one graph, expected a prompt and --out DIR, the folder for it")
+    check_shown(arguments)
     options = Options(
         targets=arguments.target,
         max_features=arguments.max_features,
@@ -168,13 +169,33 @@ def run(arguments: argparse.Namespace) -> int:
     return explain_file(arguments, options, share) if prompt is None else explain_prompt(arguments, options, prompt)
 
 
+def check_shown(arguments: argparse.Namespace) -> None:
+    """An error if something is asked for that would be shown nowhere."""
+    if arguments.prompts is not None and not arguments.json:
+        for name in ("labels", "features", "supernodes"):
+            if getattr(arguments, name):
+                raise UserError(f"attribute: --{name} with --prompts is for viewers' files, expected --json too")
+    if arguments.features is not None and arguments.out is None:
+        raise UserError("attribute: --features is for viewers' files, expected --out DIR too")
+    if arguments.supernodes and arguments.prompts is None:
+        check_kept(arguments.keep)
+
+
+def check_kept(kept: str | None) -> None:
+    if kept in ("host", "disk"):
+        raise UserError(f"attribute: --supernodes sets groups to zero, expected --keep device, not {kept}")
+
+
 def explain_prompt(arguments: argparse.Namespace, options: "Options", prompt: "str | Messages") -> int:
     from jclt.attribution import attribute
+    from jclt.coders import StreamedCoder
     from jclt.graphs import add_supernodes, label_nodes, suggest_supernodes
     from jclt.interventions import measure_supernodes
     from jclt.viewer import SCORES_EXPLAINED, summarize_graph, write_graph
 
     model, coder = load_coder_and_model(arguments)
+    if arguments.supernodes and isinstance(coder, StreamedCoder):
+        check_kept(coder.kept)
     features = find_described_features(arguments, coder) if arguments.out is not None else None
     labels = find_label_texts(arguments, coder)
     graph = label_nodes(attribute(model, coder, prompt, **options._asdict()), labels)

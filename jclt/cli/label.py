@@ -39,6 +39,11 @@ def add_command(commands: Subcommands) -> None:
         "--only", type=parse_place, action="append", metavar="LAYER/FEATURE", help="label this one; can be repeated"
     )
     command.add_argument("--out", type=Path, default=Path("labels.json"), help="the file (default labels.json)")
+    command.add_argument(
+        "--concepts",
+        action="store_true",
+        help="of a model of the small world: first by its known concepts, on held-out prompts; the rest by rules",
+    )
     command.add_argument("--endpoint", metavar="URL", help="such as http://localhost:8000/v1")
     command.add_argument(
         "--explainer",
@@ -51,13 +56,17 @@ def add_command(commands: Subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jclt.features.endpoint import find_endpoint
-    from jclt.features.label import label_features, summarize_labels
+    from jclt.features.label import add_concepts, label_features, summarize_labels
 
+    if arguments.concepts and arguments.endpoint:
+        raise UserError("--concepts: not with --endpoint, expected one of the two")
     if bool(arguments.endpoint) != bool(arguments.explainer):
         raise UserError("--endpoint and --explainer: expected both or none")
     endpoint = find_endpoint(arguments.endpoint, arguments.explainer) if arguments.endpoint else None
     check_new_file(arguments.out)
     model, coder = load_coder_and_model(arguments)
+    if arguments.concepts:
+        print(f"{add_concepts(model, coder, arguments.out, arguments.only)} features with a new label by concepts")
     found = label_features(
         model,
         coder,

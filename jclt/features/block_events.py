@@ -1,6 +1,6 @@
 """Runs the model on the batches of a block, and lists where the features of each layer fire."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jclt.coders import Coder, CoderConfig, StreamedCoder
 from jclt.errors import UserError
 from jclt.features.events import (
     FIRST_SLOTS,
+    NONE,
     Events,
     Listing,
     fetch_events,
@@ -71,15 +72,16 @@ class BlockLister:
             more = ((0, self.rows - len(block.rows[rows])), (0, 0))
             yield np.pad(block.tokens[rows], more), np.pad(block.valid[rows], more)
 
-    def list_events(self, block: Block) -> tuple[Block, list[Events]]:
-        """The events of each layer. The device works on the next batches while those of the last ones are fetched."""
+    def list_events(self, block: Block, wanted: Collection[int] | None = None) -> tuple[Block, list[Events]]:
+        """The events of each layer; of those that are not wanted none. The device works on the next batches while those
+        of the last ones are fetched."""
         found: list[list[Events]] = [[] for _ in self.slots]
         waiting: list[tuple[int, Listing]] = []
         batches = list(self.cut_batches(block))
         for start in range(0, len(batches), self.batches_at_once):
             some = batches[start : start + self.batches_at_once]
             reads, started = [self.read(tokens) for tokens, _ in some], []
-            for layer in range(len(self.slots)):
+            for layer in range(len(self.slots)) if wanted is None else sorted(wanted):
                 encoder = self.load(layer)
                 for x, (_, valid) in zip(reads, some, strict=True):
                     listing = start_listing(encoder, x[layer], valid, self.thresholds[layer], self.slots[layer])
@@ -90,7 +92,9 @@ class BlockLister:
             self._fetch(waiting, found)
             waiting = started
         self._fetch(waiting, found)
-        return block, [join_events(batches, self.rows * block.tokens.shape[1]) for batches in found]
+        return block, [
+            join_events(batches, self.rows * block.tokens.shape[1]) if batches else NONE for batches in found
+        ]
 
     def _fetch(self, listings: Sequence[tuple[int, Listing]], found: list[list[Events]]) -> None:
         for layer, listing in listings:

@@ -9,8 +9,9 @@ Letters: K and R examples, C tokens of context before and after, M tokens counte
 H bins, Z layers of the decoder's reach. Empty places at the end hold -1 as number and 0 as value.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,6 +106,13 @@ def find_axis_sizes(sizes: Sizes, features: int, reach: int) -> dict[str, int]:
 
 def find_token_type(vocabulary: int) -> str:
     return "uint16" if vocabulary <= 1 << 16 else "uint32"
+
+
+def find_layout(column: Column, sizes: Sizes, settings: Mapping[str, Any], layer: int) -> tuple[str, tuple[int, ...]]:
+    """The type and shape of a column of the layer with this index."""
+    axes = find_axis_sizes(sizes, settings["features"], settings["reach"][layer])
+    dtype = find_token_type(settings["vocabulary"]) if column.dtype == "token" else column.dtype
+    return dtype, (settings["features"], *(axes[letter] for letter in column.axes))
 
 
 def find_bins(values: Float[np.ndarray, "E"]) -> Int[np.ndarray, "E"]:

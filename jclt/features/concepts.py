@@ -12,16 +12,21 @@ import numpy as np
 import scipy.sparse
 
 from jclt.coders import Coder
+from jclt.errors import UserError
 from jclt.features.labels import LONGEST_LABEL, Label, Labels
 from jclt.features.statements import GENERAL, Statement, list_statements
 from jclt.models import Model, read_sites
 from jclt.shapes import Array, Bool, Float, Int
-from jclt.world import Example
+from jclt.world import TASKS, Example, Split, build_tokenizer
 from jclt.world.measure import pad_prompts
 
 BATCH_PROMPTS = 256
 LEAST_PURITY = 0.85
 """On the prompts that explain, so that 0.8 is likely on others."""
+PURE = 0.8
+"""On prompts that chose nothing: labels that are less pure are not kept."""
+PROMPTS = 300
+"""Prompts of each task, and of each of its splits."""
 LEAST_PROMPTS = 5
 """Prompts in which a feature fires where its label holds; with fewer there is no label."""
 MOST_VALUES, MOST_TASKS = 4, 2
@@ -190,6 +195,23 @@ def score_statements(firing: Firing, truth: Truth, statements: Sequence[Statemen
         "pure_firings": len(right) / len(firing.values),
         "detection": float(holds[fires].mean() + (~holds[~fires]).mean()) / 2,
     }
+
+
+def draw_examples(count: int = PROMPTS) -> tuple[list[Example], list[Example]]:
+    """Prompts of all tasks to explain with, and others to judge by, half of them of the split that is in no corpus."""
+
+    def draw(split: Split, seed: int) -> list[Example]:
+        return [example for task in TASKS.values() for example in task.examples(split, count, seed)]
+
+    return draw("train", 1), [*draw("report", 0), *draw("train", 2)]
+
+
+def check_world(model: Model) -> None:
+    """An error unless the model reads the small world's text."""
+    known = set() if model.tokenizer is None else set(model.tokenizer.backend.get_vocab())
+    if len(missing := set(build_tokenizer().get_vocab()) - known):
+        some = ", ".join(map(repr, sorted(missing)[:3]))
+        raise UserError(f"model {model.name}: has no tokens {some} ..., expected a model of the small world")
 
 
 def label_by_concepts(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -46,14 +47,17 @@ def label_by_endpoint(
     vocabulary: Sequence[str],
     raised: Mapping[Place, Sequence[str]] | None = None,
     *,
+    given: Mapping[Place, Label] = MappingProxyType({}),
     judge: bool = True,
     save: Callable[[Place, Label], None] = lambda place, label: None,
 ) -> EndpointRun:
     """A label of each feature with enough windows, with its detection and fuzzing by the same model's judgement on
-    held-out windows and, as `shuffled`, the detection by another feature's label. `save` gets each label as soon as it
-    is there. A question without an answer is reported and costs no other label. `raised` are tokens whose logits a
-    feature raises, for the prompt."""
-    run = EndpointRun({}, {p: "it fires in too few windows" for p, x in windows.items() if not x.explaining.enough})
+    held-out windows and, as `shuffled`, the detection by another feature's label. Labels that are `given` are only
+    judged. `save` gets each label as soon as it is there. A question without an answer is reported and costs no other
+    label. `raised` are tokens whose logits a feature raises, for the prompt."""
+    asked = {place: pair for place, pair in windows.items() if place not in given}
+    few = {place: "it fires in too few windows" for place, pair in asked.items() if not pair.explaining.enough}
+    run = EndpointRun(dict(given), few)
 
     def explain(place: Place) -> Label:
         prompt = write_explain_prompt(windows[place].explaining, vocabulary, (raised or {}).get(place, ()))
@@ -62,7 +66,7 @@ def label_by_endpoint(
             raise NoAnswer("an answer without a label")
         return Label(text, "endpoint")
 
-    for place, label in _ask_for_all(explain, [place for place in windows if place not in run.failed], run.failed):
+    for place, label in _ask_for_all(explain, [place for place in asked if place not in run.failed], run.failed):
         run.labels[place] = label
         save(place, label)  # before it is judged, which takes longer
     if judge:

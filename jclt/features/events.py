@@ -28,6 +28,9 @@ class Events(NamedTuple):
     value: Float[np.ndarray, "E"]
 
 
+NONE = Events(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
 @eqx.filter_jit
 def list_firing(
     encoder: Coder, x: Float[Array, "C n D"], valid: Bool[Array, "C n"], threshold: Float[Array, "F"], slots: int

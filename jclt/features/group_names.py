@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jclt.coders import Coder
-from jclt.features.concepts import LARGEST_SHARE, LEAST_PROMPTS, LEAST_PURITY, run_prompts, write_concepts
+from jclt.features.concepts import LARGEST_SHARE, LEAST_PROMPTS, LEAST_PURITY, PURE, run_prompts, write_concepts
 from jclt.features.statements import GENERAL, Statement, list_statements
 from jclt.graphs import Graph, Supernode
 from jclt.graphs.names import name_apart
@@ -26,8 +26,6 @@ from jclt.world.example import last_position
 
 LEAST_MEMBERS = 0.75
 """The share of a group's members that fire where the group does."""
-PURE = 0.8
-"""On prompts that chose nothing. Less pure names are not given."""
 RANDOM_GROUPS = 20
 EXPLAINING, HELD_OUT = 100, 60
 """Prompts of each task, and of each of its splits."""
@@ -84,7 +82,7 @@ def name_by_concepts(
     """
     random, named = np.random.default_rng(seed), list[Supernode]()
     activations = dict(zip(map(tuple, graph.features.tolist()), graph.activations.tolist(), strict=True))
-    units = {place: (coder.config.index(place[0]), place[2], value) for place, value in activations.items()}
+    units = {place: (coder.config.covered.index(place[0]), place[2], value) for place, value in activations.items()}
     for group in supernodes:
         members = [units[place] for place in group.features]
         known = list_known(example, min(position for _, position, _ in group.features))

@@ -8,9 +8,10 @@ from tqdm import tqdm
 
 from jclt.coders import Coder, read_fingerprint
 from jclt.features.block_events import choose_share
+from jclt.features.concepts import PURE, check_world, draw_examples, label_by_concepts
 from jclt.features.endpoint import Endpoint
 from jclt.features.endpoint_labels import EndpointRun, label_by_endpoint
-from jclt.features.labels import SOURCES, Label, load_labels, save_labels
+from jclt.features.labels import SOURCES, Label, Labels, load_labels, save_labels
 from jclt.features.rows import Data, find_rows
 from jclt.features.rule_labels import label_by_rules, measure_random_directions
 from jclt.features.rules import find_classes
@@ -43,7 +44,8 @@ def label_features(
     """Labels these features, or all, in the file `out`: by rules and weights, or by the model behind an endpoint.
 
     Labels that the file has stay: yours always, others unless an endpoint is asked and they are by something else. So
-    the same call goes on where it was interrupted. `failed` says which features got no label, and why.
+    the same call goes on where it was interrupted; an endpoint's labels without scores are then judged. `failed` says
+    which features got no label, and why.
     """
     out, share = Path(out), choose_share(coder.config, share)
     with on_mesh(model):
@@ -52,7 +54,8 @@ def label_features(
     if places is None:
         places = [(layer, feature) for layer in coder.config.covered for feature in range(coder.config.features)]
     kept = ("yours", "endpoint") if endpoint else SOURCES
-    todo = [place for place in dict.fromkeys(places) if place not in labels or labels[place].source not in kept]
+    unjudged = find_unjudged(labels) if endpoint and judge else {}
+    todo = [x for x in dict.fromkeys(places) if x in unjudged or x not in labels or labels[x].source not in kept]
     vocabulary, failed = list_token_texts(model), dict[tuple[int, int], str]()
     classes = find_classes(vocabulary)
 
@@ -69,9 +72,10 @@ def label_features(
         windows = collect_windows(model, coder, found, some, share=share)
         if endpoint:
             raised = {p: [text for text, _ in pairs] for p, pairs in find_raised_tokens(model, coder, some).items()}
-            run = label_by_endpoint(endpoint, windows, vocabulary, raised, judge=judge, save=save)
+            given = {place: unjudged[place] for place in some if place in unjudged}
+            run = label_by_endpoint(endpoint, windows, vocabulary, raised, given=given, judge=judge, save=save)
             failed |= run.failed
-            if run.failed and not run.labels and any("not asked" in reason for reason in run.failed.values()):
+            if run.labels.keys() == given.keys() and any("not asked" in reason for reason in run.failed.values()):
                 break
             continue
         if controls is None:
@@ -83,6 +87,25 @@ def label_features(
         failed |= {place: "it fires in too few windows" for place in some if place not in labels}
         save_labels(out, labels, fingerprint)
     return EndpointRun({place: labels[place] for place in places if place in labels}, failed)
+
+
+def find_unjudged(labels: Labels) -> Labels:
+    return {place: label for place, label in labels.items() if label.source == "endpoint" and not label.scores}
+
+
+def add_concepts(model: Model, coder: Coder, out: str | Path, places: Sequence[tuple[int, int]] | None = None) -> int:
+    """Adds to the file `out` the pure labels by the small world's concepts of these features, or all, that have no
+    label there. Returns how many."""
+    check_world(model)
+    out = Path(out)
+    with on_mesh(model):
+        fingerprint = read_fingerprint(coder)
+    labels = load_labels(out, fingerprint) if out.exists() else {}
+    found = label_by_concepts(model, coder, *draw_examples())
+    wanted = found.keys() if places is None else found.keys() & set(places)
+    added = {p: found[p] for p in wanted - labels.keys() if found[p].scores.get("purity", 0) >= PURE}
+    save_labels(out, labels | added, fingerprint)
+    return len(added)
 
 
 def summarize_labels(run: EndpointRun) -> str:

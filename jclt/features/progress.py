@@ -20,8 +20,7 @@ from jclt.features.columns import (
     VERSION,
     VOCABULARY,
     Sizes,
-    find_axis_sizes,
-    find_token_type,
+    find_layout,
 )
 from jclt.features.rows import BLOCK_TOKENS, DataRows, count_tokens
 from jclt.features.tally import Tally
@@ -118,11 +117,9 @@ def read_saved(folder: Path, layers: Sequence[int]) -> tuple[int, list[Tally]] |
 def write_layer(folder: Path, layer: int, columns: Mapping[str, np.ndarray], settings: Settings) -> None:
     """The folder of one layer."""
     index = settings["layers"].index(layer)
-    axes = find_axis_sizes(Sizes(**settings["sizes"]), settings["features"], settings["reach"][index])
     with create_folder(folder / str(layer)) as partial:
         for name, column in COLUMNS.items():
-            dtype = find_token_type(settings["vocabulary"]) if column.dtype == "token" else column.dtype
-            shape = (settings["features"], *(axes[letter] for letter in column.axes))
+            dtype, shape = find_layout(column, Sizes(**settings["sizes"]), settings, index)
             assert columns[name].shape == shape, (name, columns[name].shape, shape)
             np.save(partial / f"{name}.npy", columns[name].astype(dtype, copy=False))
 

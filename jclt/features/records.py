@@ -19,8 +19,7 @@ from jclt.features.columns import (
     VERSION,
     VOCABULARY,
     Sizes,
-    find_axis_sizes,
-    find_token_type,
+    find_layout,
 )
 from jclt.files import read_json
 from jclt.shapes import Float, Int
@@ -167,14 +166,9 @@ class Features:
         self.check(layer)
         if (layer, name) not in self._columns:
             index = self.layers.index(layer)
-            kind, axes = (
-                COLUMNS[name],
-                find_axis_sizes(self.sizes, self.settings["features"], self.settings["reach"][index]),
-            )
-            shape = (self.settings["features"], *(axes[letter] for letter in kind.axes))
-            dtype = find_token_type(self.settings["vocabulary"]) if kind.dtype == "token" else kind.dtype
+            dtype, shape = find_layout(COLUMNS[name], self.sizes, self.settings, index)
             path = self.folder / str(layer) / f"{name}.npy"
-            array = map_array(path, f"{kind.dtype} of shape {list(shape)}")
+            array = map_array(path, f"{dtype} of shape {list(shape)}")
             if array.shape != shape or array.dtype != dtype:
                 raise UserError(f"{path}: {array.dtype} of shape {list(array.shape)}, expected {dtype} {list(shape)}")
             self._columns[layer, name] = array

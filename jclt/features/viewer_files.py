@@ -10,7 +10,6 @@ import gzip
 import json
 import math
 import struct
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from jclt.features.records import Example, FeatureRecord, Features
 from jclt.files import check_file, create_file, parse_object, read_bytes, write_bytes
 from jclt.graphs.export_nodes import cantor
 from jclt.graphs.names import LabelTexts
-from jclt.graphs.viewer_json import encode_json, to_shortest_decimals
+from jclt.graphs.viewer_json import encode_json, to_shortest_decimals, unpack_gzip
 from jclt.shapes import Float
 
 Json = dict[str, Any]
@@ -123,7 +122,7 @@ def _read_feature(content: Json, where: object) -> FeatureRecord:
             top=examples[0] if examples else (),
             sample=tuple(example for group in examples[1:] for example in group),
         )
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         what = f"'examples_quantiles' or another field is damaged ({type(error).__name__})"
         raise UserError(f"{where}: {what}, expected a feature as viewers read it") from None
 
@@ -163,12 +162,12 @@ def read_bundle(folder: str | Path, layer: int, feature: int) -> FeatureRecord:
     folder = Path(folder)
     path = folder / INDEX_FILE
     try:
-        index = json.loads(gzip.decompress(read_bytes(path, "the index of a bundle of features")))
+        index = json.loads(unpack_gzip(path, read_bytes(path, "the index of a bundle of features")))
         entry = index[layer] if isinstance(index, list) else index[str(layer)]
         name, start, stop = str(entry["filename"]), int(entry["offsets"][feature]), int(entry["offsets"][feature + 1])
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({first_line(error)}), expected the index of a bundle of features") from None
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, OverflowError):
         raise UserError(f"{path}: has no feature {layer}/{feature}, expected one that is in it") from None
     if Path(name).name != name:
         raise UserError(f"{path}: names the file '{name}', expected one in its own folder")
@@ -178,7 +177,8 @@ def read_bundle(folder: str | Path, layer: int, feature: int) -> FeatureRecord:
         file.seek(start)
         data = file.read(min(max(stop - start, 0), size))
     try:
-        text = gzip.decompress(data[4 : 4 + struct.unpack("<I", data[:4])[0]])
-    except (OSError, EOFError, zlib.error, struct.error) as error:
+        length = struct.unpack("<I", data[:4])[0]
+    except struct.error as error:
         raise UserError(f"{binary}: feature {layer}/{feature} is damaged ({first_line(error)})") from None
+    text = unpack_gzip(f"{binary}: feature {layer}/{feature}", data[4 : 4 + length])
     return _read_feature(parse_object(text, binary), binary)

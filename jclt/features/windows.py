@@ -87,7 +87,7 @@ def read_firing(
     for block in iterate_blocks(data, first):
         if done == 0:
             lister.thresholds = [jnp.asarray(x) for x in lister.measure_thresholds(block, share)]
-        block, events = lister.list_events(block)
+        block, events = lister.list_events(block, [index for index, features in wanted.items() if len(features)])
         for index, layer in enumerate(coder.config.covered):
             starts = np.searchsorted(events[index].feature, wanted[index])
             ends = np.searchsorted(events[index].feature, wanted[index], side="right")

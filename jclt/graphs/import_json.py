@@ -74,7 +74,7 @@ def import_json(path: str | Path) -> Graph:
         supernodes=_read_supernodes(path, view.get("supernodes", []), numbers),
         annotations={key: value for key, value in content.items() if key not in FIELDS}
         | {"metadata": metadata, "qParams": view}
-        | {"nodes": [{} if node is None else node.fields | {"node_id": node.id} for node in by_kind.all]},
+        | {"nodes": [{} if node is None else _list_fields(node) for node in by_kind.all]},
     )
     check_graph(graph, path)
     return graph
@@ -184,6 +184,12 @@ def _read_labels(nodes: Sequence[FileNode | None]) -> tuple[str, ...]:
     """What features mean. What viewers write beside other nodes names them only."""
     texts = [node.text if node is not None and node.kind == "feature" else "" for node in nodes]
     return tuple(texts) if any(texts) else ()
+
+
+def _list_fields(node: FileNode) -> Json:
+    """Without a feature's label, which the graph has."""
+    fields = node.fields | {"node_id": node.id}
+    return {name: x for name, x in fields.items() if name != "clerp"} if node.kind == "feature" else fields
 
 
 def _read_supernodes(path: Path, groups: Any, numbers: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -44,14 +44,14 @@ def read_viewer_file(path: Path) -> Json:
     """The object in a JSON file, which may be compressed with gzip."""
     data = read_bytes(path, "a graph's JSON file")
     if data[:2] == b"\x1f\x8b":
-        data = _unpack_gzip(path, data)
+        data = unpack_gzip(path, data)
     check_memory(
         MEMORY_PER_BYTE * len(data), f"{path}: {len(data)} bytes of JSON", "read it where there is more", host=True
     )
     return parse_object(data, path)
 
 
-def _unpack_gzip(path: Path, data: bytes) -> bytes:
+def unpack_gzip(path: Path | str, data: bytes) -> bytes:
     limit = MAX_UNPACKED_RATIO * len(data) + 1_000_000
     try:
         with gzip.open(io.BytesIO(data)) as file:

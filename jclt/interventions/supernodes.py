@@ -22,6 +22,9 @@ from jclt.shapes import Float
 ROWS = 16
 """Groups that are set to zero at once."""
 
+CHOICES = 5
+"""From how many features of about the same influence each member of a control is drawn."""
+
 Group = tuple[int, ...]
 """Numbers of features of a graph."""
 
@@ -38,14 +41,21 @@ class SupernodeEffect:
     predicted: float  # the effect, by the graph
     agreement: float  # cosine of the predicted and the measured changes of the graph's other features; NaN without any
     random: Float[np.ndarray, "r"]  # the effect of each random group
+    comparable: Float[np.ndarray, "r"]  # the same of groups with about as much influence
 
     @property
     def beaten(self) -> int:
         """How many random groups move the outputs less."""
-        return int(np.count_nonzero(np.abs(self.random) < abs(self.effect)))
+        return self.count_beaten(self.random)
+
+    def count_beaten(self, effects: Float[np.ndarray, "r"]) -> int:
+        return int(np.count_nonzero(np.abs(effects) < abs(self.effect)))
 
     def __str__(self) -> str:
-        beside = f", more than {self.beaten} of {len(self.random)} random groups" if len(self.random) else ""
+        beside = ""
+        if count := len(self.random):
+            beside = f", more than {self.beaten} of {count} random groups"
+            beside += f" and {self.count_beaten(self.comparable)} of {count} with about as much influence"
         head = f"{escape_unprintable(self.name)}: {self.features} features, {self.share:.1%} of the influence"
         moves = f"set to zero, it moves the outputs' logits by {self.effect:+.2f}{beside}"
         return f"{head}; {moves} (predicted {self.predicted:+.2f})"
@@ -65,7 +75,8 @@ def measure_supernodes(
     norms: Treatment = "frozen",
 ) -> list[SupernodeEffect]:
     """Sets each supernode to zero, and `random` groups for each, drawn from the graph's other features: as many of each
-    layer, if it has as many. `graph` is the prompt's, before pruning. `intervene` says how the model may react."""
+    layer, if it has as many; and then as many whose influence is about that of the members. `graph` is the prompt's,
+    before pruning. `intervene` says how the model may react."""
     outputs = np.flatnonzero((graph.logit_tokens >= 0) & (graph.logit_positions == len(graph.tokens) - 1))
     if not len(outputs):
         raise UserError("supernodes: the graph explains no tokens at the last position, expected at least one")
@@ -75,7 +86,8 @@ def measure_supernodes(
     if not groups:
         return []
     generator = np.random.default_rng(seed)
-    others = [draw_alike(graph, group, generator) for group in groups for _ in range(random)]
+    draws = (draw_alike, draw_comparable)
+    others = [draw(graph, group, generator) for group in groups for draw in draws for _ in range(random)]
     setting = Setting(None, attention, norms, reference, "kept")
     logits, changes = set_to_zero(model, coder, prompt, graph, [*groups, *others], setting)
     weights = graph.output_weights[graph.nodes.find("output")[outputs]].astype(np.float64)
@@ -92,7 +104,8 @@ def measure_supernodes(
                 effect=float(effects[row]),
                 predicted=float(predicted[graph.nodes.find("output")[outputs]] @ weights / weights.sum()),
                 agreement=compute_cosine(predicted[downstream], changes[row, downstream]),
-                random=effects[len(groups) + row * random :][:random],
+                random=effects[len(groups) + 2 * row * random :][:random],
+                comparable=effects[len(groups) + (2 * row + 1) * random :][:random],
             )
         )
     return results
@@ -104,6 +117,18 @@ def draw_alike(graph: Graph, group: Group, generator: np.random.Generator) -> Gr
     for layer, count in zip(*np.unique(layers[list(group)], return_counts=True), strict=True):
         others = np.setdiff1d(np.flatnonzero(layers == layer), group)
         drawn += generator.permutation(others)[:count].tolist()
+    return tuple(drawn)
+
+
+def draw_comparable(graph: Graph, group: Group, generator: np.random.Generator) -> Group:
+    """Other features, for each member one of the `CHOICES` that are nearest to it in influence."""
+    influence, drawn = graph.influence.astype(np.float64), list[int]()
+    others = np.setdiff1d(np.arange(len(graph.features)), group)
+    for node in sorted(group, key=lambda node: -influence[node])[: len(others)]:
+        distance = np.abs(influence[others] - influence[node])
+        chosen = generator.permutation(np.argsort(distance, kind="stable")[:CHOICES])[0]
+        drawn.append(int(others[chosen]))
+        others = np.delete(others, chosen)
     return tuple(drawn)
 
 

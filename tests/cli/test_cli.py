@@ -149,6 +149,19 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
         (["attribute", "x", "--model", "smol"], "model 'smol': expected --coder too"),
         (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
         (["attribute", "--prompts", "{}/none", "--out", "{}/o"], "{}/none: not found"),
+        (["attribute", "x", "--features", "f"], "attribute: --features is for viewers' files, expected --out DIR too"),
+        (
+            ["attribute", "--prompts", "p", "--out", "o", "--supernodes"],
+            "attribute: --supernodes with --prompts is for viewers' files, expected --json too",
+        ),
+        (
+            ["attribute", "x", "--supernodes", "--keep", "disk"],
+            "attribute: --supernodes sets groups to zero, expected --keep device, not disk",
+        ),
+        (
+            ["label", "x", "--concepts", "--endpoint", "u"],
+            "--concepts: not with --endpoint, expected one of the two",
+        ),
         (["intervene", "x"], "intervene: nothing to change, expected --set, --scale, --add or --supernode"),
         (["intervene", "x", "--supernode", "state=0"], "intervene: --supernode needs --graph FILE"),
         (

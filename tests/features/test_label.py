@@ -44,6 +44,11 @@ def test_what_is_read_and_raised_equals_float64(traced):
         assert verb in ("say", "reads") and 1 <= len(named.split(", ")) <= 3, (layer, feature)
 
 
+def find_numbers(prompt: str) -> str:
+    """A judgement of as many pieces as the prompt has."""
+    return str([n % 2 for n, line in enumerate(x for x in prompt.splitlines() if x[:1].isdigit())])
+
+
 def test_labels_are_kept_and_the_rest_is_found(traced, tmp_path, monkeypatch):
     model, coder = traced
     monkeypatch.setattr(labelling, "LABELLED_AT_ONCE", 5)
@@ -64,10 +69,21 @@ def test_labels_are_kept_and_the_rest_is_found(traced, tmp_path, monkeypatch):
             model, coder, draw_rows(), out=out, places=PLACES[:4], share=0.1, endpoint=connect(server)
         )
         count = len(server.asked)
-        label_features(model, coder, draw_rows(), out=out, places=PLACES[:4], share=0.1, endpoint=connect(server))
+        label_features(
+            model, coder, draw_rows(), out=out, places=PLACES[:4], share=0.1, endpoint=connect(server), judge=False
+        )
+        assert len(server.asked) == count  # nothing is asked twice
+        server.answer = find_numbers
+        again = partial(label_features, model, coder, draw_rows(), out=out, places=PLACES[:4], share=0.1)
+        again(endpoint=connect(server))  # what was not judged is
+        assert all("described so" in x["messages"][0]["content"] for x in server.asked[count:])
+        judged = {x for x, label in load_labels(out).items() if label.source == "endpoint" and label.scores}
+        count = len(server.asked)
+        again(endpoint=connect(server))
+        assert judged and len(server.asked) == count
     named = {place: label.text for place, label in load_labels(out).items() if label.source == "endpoint"}
     assert named and set(named.values()) == {"frequent tokens"} and (0, 8) not in named
-    assert set(named) <= set(PLACES[:4]) and len(server.asked) == count  # nothing is asked twice
+    assert set(named) <= set(PLACES[:4]) and judged <= set(named)
     assert "is missing" in summarize_labels(asked)
 
 

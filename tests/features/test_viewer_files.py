@@ -67,8 +67,11 @@ def test_a_feature_is_the_same_after_a_bundle(features, tmp_path):
     with pytest.raises(UserError, match="has no feature 1/24"):
         read_bundle(tmp_path, 1, 24)
     (tmp_path / "layer_1.bin").write_bytes(b"\4\0\0\0no")
-    with pytest.raises(UserError, match=r"layer_1\.bin: feature 1/0 is damaged"):
+    with pytest.raises(UserError, match=r"layer_1\.bin: feature 1/0: not valid gzip"):
         read_bundle(tmp_path, 1, 0)
+    (tmp_path / "index.json.gz").write_bytes(gzip.compress(bytes(30_000_000)))
+    with pytest.raises(UserError, match="unpacks to more than"):
+        read_bundle(tmp_path, 0, 0)
     (tmp_path / "index.json.gz").write_bytes(gzip.compress(b'{"0": {"filename": "../x", "offsets": [0, 9]}}'))
     with pytest.raises(UserError, match="expected one in its own folder"):
         read_bundle(tmp_path, 0, 0)

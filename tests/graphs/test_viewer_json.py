@@ -737,3 +737,13 @@ def test_neither_features_nor_labels_cover_features():
             left < text.get_position()[0] < right and low < text.get_position()[1] < high
             for left, low, right, high in boxes
         )
+
+
+def test_a_label_that_is_removed_stays_away(tmp_path):
+    graph = small_graph()
+    layer, _, feature = graph.features[0].tolist()
+    export_json(label_nodes(graph, {(layer, feature): "a label"}), tmp_path / "a.json")
+    again = import_json(tmp_path / "a.json")
+    assert again.labels[0] == "a label"
+    assert export_json(again)["nodes"][0]["clerp"] == "a label"
+    assert export_json(label_nodes(again, {}))["nodes"][0]["clerp"] == ""

@@ -7,7 +7,7 @@ import jclt
 from jclt.errors import UserError
 from jclt.graphs import add_supernodes, suggest_supernodes
 from jclt.interventions import measure_supernodes, scale_nodes
-from jclt.interventions.supernodes import draw_alike
+from jclt.interventions.supernodes import draw_alike, draw_comparable
 
 PROMPT = "English: poor or"
 
@@ -31,6 +31,7 @@ def test_suggested_groups_move_the_output_more_than_random_groups(traced, effect
     assert len(effects) == len(traced[3]) >= 2
     for effect, group in zip(effects, traced[3], strict=True):
         assert effect.beaten == len(effect.random) == 7 and effect.features == len(group.features)
+        assert len(effect.comparable) == 7 and np.abs(effect.comparable).mean() > np.abs(effect.random).mean()
         assert abs(effect.effect) > 3 * np.abs(effect.random).mean()
         assert 0.5 < effect.predicted / effect.effect < 1.5
         assert effect.agreement > 0.95
@@ -58,6 +59,11 @@ def test_random_groups_have_as_many_features_of_each_layer(traced):
     layers = graph.features[:, 0]
     assert sorted(layers[list(drawn)]) == sorted(layers[list(group)])
     assert len({*drawn, *group}) == 2 * len(group)
+    influence, strong = graph.influence, tuple(np.argsort(-graph.influence[: len(graph.features)])[:4].tolist())
+    near = draw_comparable(graph, strong, np.random.default_rng(0))
+    assert len({*near, *strong}) == 8 and draw_comparable(graph, (), np.random.default_rng(0)) == ()
+    ranks = np.argsort(np.argsort(-influence[: len(graph.features)]))[list(near)]
+    assert ranks.min() >= 4 and ranks.max() < 4 + 5 + 3  # of the next 5, then of those that are left
     everything = tuple(range(len(graph.features)))
     assert draw_alike(graph, everything, np.random.default_rng(0)) == ()
 
