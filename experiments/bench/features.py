@@ -28,7 +28,8 @@ from jclt.features.block_events import BlockLister
 from jclt.features.describe import count_blocks
 from jclt.features.rows import find_rows
 from jclt.features.weights import describe_weights
-from jclt.models import Model, declare, forward, read_sites
+from jclt.models import Model, declare, forward
+from jclt.models.read_sites import run_to_sites
 from jclt.training.coder.speed import count_forward_operations
 
 LENGTH, FEATURES, ACTIVE, BATCH = 128, 8192, 100, 16
@@ -79,7 +80,7 @@ def main() -> None:
 
     @jax.jit
     def run_and_encode(params: dict[str, jax.Array], coder: SparseCoder, tokens: jax.Array) -> list[jax.Array]:
-        seen = read_sites(replace(model, params=params), tokens, "mlp_in", coder.config.covered)
+        seen = run_to_sites(GPT2, params, "mlp_in", coder.config.covered, tokens)
         return [jnp.max(coder.encode(layer, seen[layer]), axis=(0, 1)) for layer in range(GPT2.layers)]
 
     run = jax.jit(lambda params, tokens: forward(GPT2, params, tokens)[0])

@@ -72,6 +72,7 @@ def name_by_concepts(
     example: Example,
     explaining: KnownPrompts,
     held_out: KnownPrompts,
+    *,
     seed: int = 0,
 ) -> list[Supernode]:
     """The supernodes of an example's graph, with other names where one is pure, and its scores.

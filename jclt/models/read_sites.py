@@ -20,11 +20,11 @@ def read_sites(
     """What the site, such as `mlp_in`, holds in each of these layers."""
     placement = make_sharding(model.mesh, tokens.shape, ("batch", None)) if model.mesh else None
     with on_mesh(model):
-        return _read_sites(model.config, model.params, site, layers, jax.device_put(tokens, placement))
+        return run_to_sites(model.config, model.params, site, layers, jax.device_put(tokens, placement))
 
 
 @eqx.filter_jit
-def _read_sites(
+def run_to_sites(
     config: ModelConfig, params: Params, site: str, layers: tuple[int, ...], tokens: Tokens
 ) -> tuple[Float[Array, "B T D"], ...]:
     """The last of the layers is not in the loop over layers, so that the compiled program has
