@@ -103,7 +103,7 @@ class Page:
 
         graph_server.check_graph_request(request)
         with self.running:
-            return graph_server.generate_graph(*self.model_and_coder, self.labels, request)
+            return graph_server.generate_graph(*self.model_and_coder, self.coder_labels, request)
 
     def find_likeliest(self, request: Mapping[str, Any]) -> Json:
         from jclt.viewer import graph_server
