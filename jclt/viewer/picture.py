@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,33 +15,18 @@ from jclt.graphs.nodes import Kind
 from jclt.shapes import Float, Int
 from jclt.viewer.label_places import Box, do_overlap, list_far_places, list_near_places
 from jclt.viewer.picture_files import find_picture_type, save_figure
+from jclt.viewer.picture_layout import RIGHT, ROW_HEIGHT, TOP, Layout, display_text, lay_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_EDGES, MAX_LABELS = 500, 90  # more would make the picture unreadable
-MAX_LABEL_LETTERS, MAX_TEXT_LETTERS = 26, 60
+MAX_LABEL_LETTERS = 26
 RAISES, LOWERS, FEATURE, ERROR, INPUT, HEAD = "#2a6fb0", "#d1602c", "#2b2b2b", "#a3a3a3", "#3f7d5c", "#8a4fa3"
 GROUPS = ("#c99a00", "#c2377e", "#1f9e9e", "#7a4a1e")
 """Colours of the first supernodes."""
 POINTS_PER_INCH = 72
-
-# All coordinates and lengths are in inches; the origin is the picture's lower left corner.
-LEFT, RIGHT, BOTTOM, TOP = 0.55, 0.2, 0.95, 1.25  # margins
-SLOT_WIDTH, ROW_HEIGHT = 0.17, 0.17  # distance between nodes in a cell, sideways and upward
-LAYER_GAP, EMPTY_LAYER = 0.17, 0.13  # space for labels above each layer; height of a layer without nodes
-MIN_WIDTH, MAX_WIDTH = 8.0, 22.0
-
-
-class _Layout(NamedTuple):
-    """Coordinates of all nodes, columns and layers."""
-
-    x: Float[np.ndarray, "N"]
-    y: Float[np.ndarray, "N"]
-    columns: Float[np.ndarray, "_"]  # left edge of each position's column, and right edge of the last
-    layers: Float[np.ndarray, "_"]  # lower edge of each layer, and upper edge of the last
-    slot: float  # distance between neighbouring nodes in a cell
 
 
 def draw_graph(graph: Graph, path: str | Path, *, title: str | None = None) -> None:
@@ -66,7 +51,7 @@ def build_figure(graph: Graph, title: str | None = None) -> "Figure":
     from matplotlib.figure import Figure
 
     influence = graph.influence.astype(np.float64)
-    layout = _lay_out(graph, influence)
+    layout = lay_out(graph, influence)
     width, height = float(layout.columns[-1]) + RIGHT, float(layout.layers[-1]) + _find_top_margin(graph)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
@@ -85,48 +70,6 @@ def _find_top_margin(graph: Graph) -> float:
     return TOP + 0.15 * max(0, min(len(graph.supernodes), len(GROUPS)) - 2)
 
 
-def _lay_out(graph: Graph, influence: Float[np.ndarray, "N"]) -> _Layout:
-    """Places each node. The nodes of one layer and position form a cell of several rows, the strongest features in the
-    upper rows."""
-    nodes, layers, positions = graph.nodes, graph.nodes.layer, graph.nodes.position
-    cells: dict[tuple[int, int], list[int]] = {}
-    inside = nodes.find("feature", "error", "head", "stream")
-    for node in inside[np.lexsort((-influence[inside], nodes.is_kind("error")[inside]))].tolist():
-        cells.setdefault((int(layers[node]), int(positions[node])), []).append(node)
-    nodes_per_row = int(np.clip(90 // max(len(graph.tokens), 1), 3, 9))
-    widths = np.array([max(2.5, 0.45 * len(_display_text(text)) + 1) for text in graph.token_texts])
-    heights = np.full(graph.layers, EMPTY_LAYER)
-    for (layer, position), members in cells.items():
-        widths[position] = max(widths[position], min(len(members), nodes_per_row) + 1.2)
-        heights[layer] = max(heights[layer], LAYER_GAP + ROW_HEIGHT * -(-len(members) // nodes_per_row))
-    slot = float(np.clip(widths.sum() * SLOT_WIDTH, MIN_WIDTH, MAX_WIDTH) / max(widths.sum(), 1))
-    columns = LEFT + slot * np.concatenate([[0.0], np.cumsum(widths)])
-    floors = BOTTOM + np.concatenate([[0.0], np.cumsum(heights)])
-
-    x, y = ((columns[1:] + columns[:-1]) / 2)[positions], np.full(len(graph), 0.72)
-    for (layer, _), members in cells.items():
-        top = floors[layer + 1] - LAYER_GAP
-        for row, start in enumerate(range(0, len(members), nodes_per_row)):
-            row_nodes = members[start : start + nodes_per_row]
-            x[row_nodes] += slot * (np.arange(len(row_nodes)) - (len(row_nodes) - 1) / 2)
-            y[row_nodes] = top - ROW_HEIGHT * row
-    y[nodes.find("position")] = 0.5
-    _place_outputs(graph, x, columns)
-    y[nodes.find("output")] = floors[-1] + 0.3
-    return _Layout(x=x, y=y, columns=columns, layers=floors, slot=slot)
-
-
-def _place_outputs(graph: Graph, x: Float[np.ndarray, "N"], columns: Float[np.ndarray, "_"]) -> None:
-    """Places outputs side by side with space for their names, as close to their positions as possible."""
-    outputs = graph.nodes.find("output")
-    in_order = outputs[np.argsort(graph.logit_positions, kind="stable")]
-    longest = max((len(_display_text(name)) for name in graph.logit_names), default=0)
-    step = min(max(0.6, 0.085 * (longest + 3)), (columns[-1] - columns[0]) / max(len(outputs), 1))
-    offsets = np.arange(len(outputs)) * step
-    start = x[in_order].mean() - offsets.mean() if len(outputs) else 0.0
-    x[in_order] = offsets + np.clip(start, columns[0] + step / 2, max(columns[-1] - step * (len(outputs) - 0.5), 0.0))
-
-
 def _find_strongest_edges(graph: Graph) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
     """Targets and sources of the edges with most influence, the weakest first."""
     influence = compute_edge_influence(graph.edges)
@@ -135,7 +78,7 @@ def _find_strongest_edges(graph: Graph) -> tuple[Int[np.ndarray, "n"], Int[np.nd
     return targets[order], sources[order]
 
 
-def _draw_edges(axes: "Axes", graph: Graph, layout: _Layout) -> None:
+def _draw_edges(axes: "Axes", graph: Graph, layout: Layout) -> None:
     """Draws a curve for each edge. Stronger edges are wider and darker."""
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
@@ -162,7 +105,7 @@ def _draw_edges(axes: "Axes", graph: Graph, layout: _Layout) -> None:
     )
 
 
-def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], layout: _Layout) -> list[Box]:
+def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], layout: Layout) -> list[Box]:
     """Draws features as dots, larger for more influence, and all other nodes in one size per kind. Returns the boxes of
     the features, and then of the other nodes inside the layers."""
     features = graph.nodes.find("feature")
@@ -195,7 +138,7 @@ def _draw_nodes(axes: "Axes", graph: Graph, influence: Float[np.ndarray, "N"], l
     return boxes
 
 
-def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) -> None:
+def _draw_frame(axes: "Axes", graph: Graph, layout: Layout, title: str | None) -> None:
     """Draws the columns of tokens, the lines between layers, the legend and the title."""
     from matplotlib.lines import Line2D
 
@@ -228,7 +171,7 @@ def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) 
     if graph.supernodes:
         axes.add_artist(kinds)
         groups = [
-            Line2D([], [], color=colour, marker="o", linestyle="", markersize=5, label=_display_text(name))
+            Line2D([], [], color=colour, marker="o", linestyle="", markersize=5, label=display_text(name))
             for colour, name in zip(GROUPS, graph.supernodes, strict=False)
         ]
         second = axes.legend(handles=groups, bbox_to_anchor=(left + 2.1, ceiling - 0.38), **place)
@@ -237,31 +180,31 @@ def _draw_frame(axes: "Axes", graph: Graph, layout: _Layout, title: str | None) 
     if title is not None:
         style = {"ha": "left", "va": "top", "fontsize": 11}
         letters = int((right - left) * POINTS_PER_INCH / (11 * 0.6))
-        axes.text(left, ceiling - 0.1, _display_text(title, most=letters), parse_math=False, **style)
+        axes.text(left, ceiling - 0.1, display_text(title, most=letters), parse_math=False, **style)
 
 
-def _draw_tokens(axes: "Axes", graph: Graph, layout: _Layout) -> None:
-    for text, (left, right) in zip(map(_display_text, graph.token_texts), pairwise(layout.columns), strict=True):
+def _draw_tokens(axes: "Axes", graph: Graph, layout: Layout) -> None:
+    for text, (left, right) in zip(map(display_text, graph.token_texts), pairwise(layout.columns), strict=True):
         size = float(np.clip((right - left) * POINTS_PER_INCH / max(len(text), 1) / 0.64, 3, 9))
         style = {"ha": "center", "va": "center", "fontsize": size}
         axes.text((left + right) / 2, 0.28 if len(graph.positions) else 0.45, text, parse_math=False, **style)
 
 
-def _draw_outputs(axes: "Axes", graph: Graph, layout: _Layout) -> None:
+def _draw_outputs(axes: "Axes", graph: Graph, layout: Layout) -> None:
     outputs = graph.nodes.find("output")
     width = float(layout.columns[-1] - layout.columns[0]) / max(len(outputs), 1)
     lists = (graph.logit_names, graph.logit_tokens.tolist(), graph.logit_probabilities.tolist())
     for name, token, probability, x, y in zip(
         *lists, layout.x[outputs].tolist(), layout.y[outputs].tolist(), strict=True
     ):
-        name = _display_text(name, strip=False)
+        name = display_text(name, strip=False)
         size = float(np.clip(width * POINTS_PER_INCH / (len(name) + 2) / 0.62, 3.5, 8))
         text = f"“{name}”\n{probability:.1%}" if token >= 0 else name  # only a token has a probability
         axes.text(x, y + 0.08, text, ha="center", va="bottom", fontsize=size, parse_math=False)
 
 
 def _draw_labels(
-    axes: "Axes", names: Sequence[str], influence: Float[np.ndarray, "N"], layout: _Layout, marks: Sequence[Box]
+    axes: "Axes", names: Sequence[str], influence: Float[np.ndarray, "N"], layout: Layout, marks: Sequence[Box]
 ) -> None:
     """Draws names beside the strongest features, or further off with a line to them. A name that would cover a mark or
     another name is left out. `marks` are the boxes of the features, and then of other nodes."""
@@ -295,13 +238,6 @@ def _name_features(graph: Graph) -> list[str]:
     """The name of each feature, shortened to fit beside its dot."""
     labels = graph.labels or [""] * len(graph)
     return [
-        _display_text(shorten_label(label, MAX_LABEL_LETTERS) if label.strip() else f"{layer}/{feature}")
+        display_text(shorten_label(label, MAX_LABEL_LETTERS) if label.strip() else f"{layer}/{feature}")
         for (layer, _, feature), label in zip(graph.features.tolist(), labels, strict=False)
     ]
-
-
-def _display_text(text: str, strip: bool = True, most: int = MAX_TEXT_LETTERS) -> str:
-    """The text on one line, shortened to `most` letters, with visible signs for spaces and unprintable letters."""
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    shown = "".join(letter if letter.isprintable() else "·" for letter in text.replace("\n", "⏎").replace("\t", "→"))
-    return (shown.strip() or "␣" * len(shown)) if strip else shown

@@ -26,7 +26,8 @@ from jclt.graphs.influence import compute_cumulative_shares
 from jclt.models import load_model
 from jclt.viewer import draw_graph, picture_files, summarize_graph, write_graph, write_viewer_json
 from jclt.viewer.label_places import do_overlap
-from jclt.viewer.picture import _draw_labels, _draw_outputs, _lay_out
+from jclt.viewer.picture import _draw_labels, _draw_outputs
+from jclt.viewer.picture_layout import lay_out
 from jclt.world import TASKS
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "published_graphs"
@@ -240,7 +241,7 @@ def test_only_tokens_are_shown_with_probabilities(tmp_path):
     assert [node["is_target_logit"] for node in nodes] == [True, False]
     assert summarize_graph(graph, graph.prune()).splitlines()[0] == "explains ' \"mat\"' 0.100, 'one - other'"
     axes = Figure().add_axes((0, 0, 1, 1))
-    _draw_outputs(axes, graph, _lay_out(graph, np.ones(11)))
+    _draw_outputs(axes, graph, lay_out(graph, np.ones(11)))
     assert [text.get_text() for text in axes.texts] == ['“ "mat"”\n10.0%', "one - other"]
     export_json(graph, tmp_path / "one.json")
     back = import_json(tmp_path / "one.json")  # by weights, what counts stays the same
@@ -718,7 +719,7 @@ def test_neither_features_nor_labels_cover_features():
         logit_probabilities=np.ones(1, np.float32),
         supernodes={},
     )
-    plan = _lay_out(graph, np.ones(n))
+    plan = lay_out(graph, np.ones(n))
     half = min(plan.slot * 0.95, 0.17 * 0.85) / 2
     places = zip(plan.x.tolist(), plan.y.tolist(), strict=True)
     boxes = [(x - half, y - half, x + half, y + half) for x, y in places]
