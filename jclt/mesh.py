@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.errors import UserError
@@ -81,6 +81,13 @@ def mesh_of(x: Array) -> Mesh | None:
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """A context in which programs run on the mesh, if there is one."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def find_place(weights: Any) -> tuple[Mesh | None, Sharding]:
+    """The mesh over which weights are split, if any; and the sharding of arrays that all their devices have whole."""
+    leaf: Any = jax.tree.leaves(weights)[0]
+    mesh = mesh_of(leaf)
+    return mesh, leaf.sharding if mesh is None else NamedSharding(mesh, P())
 
 
 def device_kind() -> str:

@@ -7,12 +7,12 @@ how large the coder is, or where its weights are: on one device, split over a me
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.sizes import round_up
@@ -20,7 +20,7 @@ from jclt.attribution.sweep.bases import FeatureNodes
 from jclt.attribution.sweep.nodes import count_prompt_shards
 from jclt.coders import Coder
 from jclt.kernels.take_rows import take_from_shards
-from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of, use_mesh
+from jclt.mesh import FEATURES_AXIS, find_place, is_split, map_over_devices, use_mesh
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int
 
 
@@ -83,13 +83,6 @@ def find_active(
         lists.append(layer_list)
         encoders.append(tuple(jax.device_put(of_prompts, by_prompt)))
     return ActiveFeatures(lists, encoders, longest)
-
-
-def find_place(weights: Any) -> tuple[Mesh | None, Sharding]:
-    """The mesh over which weights are split, if any; and the sharding of arrays that all their devices have whole."""
-    leaf: Any = jax.tree.leaves(weights)[0]
-    mesh = mesh_of(leaf)
-    return mesh, leaf.sharding if mesh is None else NamedSharding(mesh, P())
 
 
 @jax.jit

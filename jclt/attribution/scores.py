@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jclt.attribution.active import find_place, take_layer
+from jclt.attribution.active import take_layer
 from jclt.attribution.gradients import Gradients, begin_at_outputs, pull_to_input, pull_to_vectors, pull_to_write
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.sizes import OUTPUTS_AT_ONCE
@@ -32,7 +32,7 @@ from jclt.coders import Coder
 from jclt.coders.activations import find_largest_reached
 from jclt.errors import UserError
 from jclt.kernels.matmuls import apply_weight, widen_for_product
-from jclt.mesh import use_mesh
+from jclt.mesh import find_place, use_mesh
 from jclt.shapes import Array, Bool, Float, Int
 
 

@@ -40,8 +40,9 @@ def add_command(commands: Subcommands) -> None:
     add_coder_arguments(command)
     command.add_argument(
         "--keep",
-        choices=("device", "host", "disk"),
-        help="where the coder's weights are kept (default: the first of these that has room)",
+        choices=("device", "host", "disk", "mesh"),
+        help="where the coder's weights are kept; mesh: split over all devices (default: the first of the others that "
+        "has room)",
     )
     command.add_argument(
         "--data", type=parse_text, default="world", help="world (default), a folder of tokens, or a text file"

@@ -16,10 +16,11 @@ from jclt.features.events import (
     fetch_events,
     find_thresholds,
     join_events,
+    move,
     start_listing,
 )
 from jclt.features.rows import Block
-from jclt.mesh import mesh_of
+from jclt.mesh import find_place, use_mesh
 from jclt.models import Model, read_sites
 from jclt.shapes import Array, Bool, Float, Int
 
@@ -48,8 +49,9 @@ class BlockLister:
         layers = len(coder.config.covered)
         self.model, self.coder = model, coder
         self.encoders = None if isinstance(coder, StreamedCoder) else [coder.load_encoder(i) for i in range(layers)]
-        if self.encoders and any(mesh_of(leaf) for leaf in jax.tree.leaves(self.encoders)):
-            raise UserError("coder: split over a mesh, expected keep='device', 'host' or 'disk'")
+        mesh = find_place(self.encoders)[0] if self.encoders else None
+        if mesh is not None and mesh.is_multi_process:
+            raise UserError("coder: split over devices of several hosts, expected those of one")
         devices = 1 if model.mesh is None else model.mesh.size
         batch = max(1, BATCH_TOKENS.get(jax.default_backend(), OTHER_BATCH_TOKENS) // length)
         self.rows = -(-min(batch, rows) // devices) * devices
@@ -109,8 +111,11 @@ class BlockLister:
         batches = list(self.cut_batches(block))[:count]
         reads = [self.read(tokens) for tokens, _ in batches]
         valid = jnp.asarray(np.concatenate([valid for _, valid in batches]))
-        by_layer = zip(*reads, strict=True)
-        return [
-            np.asarray(find_thresholds(self.load(layer), jnp.concatenate(x), valid, jnp.float32(share)))
-            for layer, x in enumerate(by_layer)
-        ]
+        thresholds = list[np.ndarray]()
+        for layer, parts in enumerate(zip(*reads, strict=True)):
+            encoder = self.load(layer)
+            mesh, place = find_place(encoder)
+            with use_mesh(mesh):
+                x = jnp.concatenate([move(part, place) for part in parts])
+                thresholds.append(np.asarray(find_thresholds(encoder, x, valid, jnp.float32(share))))
+        return thresholds

@@ -7,10 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.kernels.active import find_active_pairs
+from jclt.mesh import FEATURES_AXIS, find_place, is_split, map_over_devices, mesh_of, use_mesh
 from jclt.shapes import Array, Bool, Float, Int
 
 CHUNK_TOKENS = {"cpu": 512}
@@ -34,17 +37,25 @@ NONE = Events(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float
 @eqx.filter_jit
 def list_firing(
     encoder: Coder, x: Float[Array, "C n D"], valid: Bool[Array, "C n"], threshold: Float[Array, "F"], slots: int
-) -> tuple[Int[Array, "C E"], Int[Array, "C E"], Float[Array, "C E"], Int[Array, "C"]]:
-    """For each chunk: token, feature and value where an activation exceeds its threshold, and how many there are;
-    -1 if the input is not finite."""
+) -> tuple[Int[Array, "C S E"], Int[Array, "C S E"], Float[Array, "C S E"], Int[Array, "C S"]]:
+    """For each chunk and each feature shard, S of them: token, feature and value where an activation exceeds its
+    threshold, and how many there are; -1 if the input is not finite."""
 
     def list_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
         x, valid = chunk
         activations = encoder.encode(0, x).astype(jnp.float32)
-        fires = (activations > threshold[None]) & valid[:, None]
-        token, feature, ends = find_active_pairs(fires, slots)
-        total = jnp.where(jnp.isfinite(x).all(), ends[-1], -1)
-        return token, feature, activations[token, feature], total
+        fires, split = (activations > threshold[None]) & valid[:, None], is_split(activations)
+
+        def list_shard(activations: Array, fires: Array) -> tuple[Array, Array, Array, Array]:
+            token, feature, ends = find_active_pairs(fires, slots)
+            values = activations[token, feature]
+            if split:
+                feature = feature + jax.lax.axis_index(FEATURES_AXIS).astype(feature.dtype) * activations.shape[1]
+            return token[None], feature[None], values[None], ends[-1:]
+
+        list_shards = map_over_devices(list_shard, (P(FEATURES_AXIS),) * 4) if split else list_shard
+        token, feature, value, totals = list_shards(activations, fires)
+        return token, feature, value, jnp.where(jnp.isfinite(x).all(), totals, -1)
 
     return jax.lax.map(list_chunk, (x, valid))
 
@@ -55,6 +66,12 @@ def choose_chunk(rows: int, length: int) -> int:
     return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= tokens))
 
 
+def move(x: Array, place: Sharding) -> Array:
+    """The array at the place of an encoder, if either of them is on a mesh."""
+    is_there = not isinstance(place, NamedSharding) and mesh_of(x) is None
+    return x if is_there else jax.device_put(x, place)
+
+
 class Listing(NamedTuple):
     """A batch of one layer while the device works on it."""
 
@@ -62,7 +79,7 @@ class Listing(NamedTuple):
     x: Float[Array, "C n D"]
     valid: Bool[Array, "C n"]
     threshold: Float[Array, "F"]
-    slots: int  # per token
+    slots: int  # per token, on each feature shard
     result: tuple[Array, Array, Array, Array]
 
 
@@ -73,8 +90,11 @@ def start_listing(
     rows, length, width = x.shape
     chunk = choose_chunk(rows, length)
     chunks, tokens = rows // chunk, chunk * length
-    x, of_chunks = x.reshape(chunks, tokens, width), jnp.asarray(valid.reshape(chunks, tokens))
-    result = list_firing(encoder, x, of_chunks, threshold, slots * tokens)
+    mesh, place = find_place(encoder)
+    x = move(x, place).reshape(chunks, tokens, width)
+    of_chunks = move(jnp.asarray(valid.reshape(chunks, tokens)), place)
+    with use_mesh(mesh):
+        result = list_firing(encoder, x, of_chunks, threshold, slots * tokens)
     return Listing(encoder, x, of_chunks, threshold, slots, result)
 
 
@@ -89,10 +109,11 @@ def fetch_events(listing: Listing) -> tuple[Events, int]:
     while slots * tokens < counts.max():
         slots *= 2  # so that there are few programs
     if slots > listing.slots:
-        result = list_firing(listing.encoder, listing.x, listing.valid, listing.threshold, slots * tokens)
+        with use_mesh(find_place(listing.encoder)[0]):
+            result = list_firing(listing.encoder, listing.x, listing.valid, listing.threshold, slots * tokens)
     token, feature, value = map(np.asarray, result[:3])
-    filled = np.arange(slots * tokens) < counts[:, None]
-    place = token.astype(np.int64) + np.arange(chunks)[:, None] * tokens
+    filled = np.arange(slots * tokens) < counts[..., None]
+    place = token.astype(np.int64) + np.arange(chunks)[:, None, None] * tokens
     return Events(feature[filled], place[filled], value[filled]), slots
 
 

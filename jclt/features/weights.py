@@ -9,6 +9,7 @@ import numpy as np
 
 from jclt.coders import Coder
 from jclt.features.columns import Sizes
+from jclt.mesh import find_place, mesh_of, replicate, use_mesh
 from jclt.models import Model, ModelConfig
 from jclt.models.model import on_mesh
 from jclt.models.ops import center
@@ -32,7 +33,10 @@ def describe_weights(model: Model, coder: Coder, layer: int, sizes: Sizes) -> Co
     with on_mesh(model):
         gains = take_post_gains(model, coder, layer)
         for chunk, count in _iterate_chunks(features):
-            sums, norms = sum_targets(coder.take_decoder_rows(layer, chunk), gains)
+            rows = coder.take_decoder_rows(layer, chunk)
+            if mesh_of(rows) != model.mesh:
+                rows = jax.device_put(rows, find_place(model.params)[1])
+            sums, norms = sum_targets(rows, gains)
             found = rank_effects(model.config, model.params, sums, min(sizes.effects, model.config.vocabulary))
             found["decoder_norms"] = norms
             parts.append({name: np.asarray(x)[:count] for name, x in found.items()})
@@ -42,9 +46,10 @@ def describe_weights(model: Model, coder: Coder, layer: int, sizes: Sizes) -> Co
         more = ((0, 0), (0, sizes.effects - columns[f"{name}_ids"].shape[1]))
         columns[f"{name}_ids"] = np.pad(columns[f"{name}_ids"], more, constant_values=-1)
         columns[f"{name}_effects"] = np.pad(columns[f"{name}_effects"], more)
-    rows, _ = coder.load_encoder(layer).encoder(0)
-    neighbours = min(sizes.neighbours, features - 1)
-    columns |= _find_neighbours("encoder", np.asarray(rows.astype(jnp.float32)), neighbours)
+    encoder, neighbours = coder.load_encoder(layer), min(sizes.neighbours, features - 1)
+    with use_mesh(find_place(encoder)[0]):
+        rows = np.asarray(encoder.encoder(0)[0].astype(jnp.float32))
+    columns |= _find_neighbours("encoder", rows, neighbours)
     return columns | _find_neighbours("decoder", np.concatenate(written), neighbours)
 
 
@@ -83,8 +88,8 @@ def sum_targets(
 def rank_effects(config: ModelConfig, params: Params, written: Float[Array, "n D"], count: int) -> dict[str, Array]:
     """The tokens whose logits these vectors raise and lower most."""
     directions = center(written) if config.norm == "layer" else written
-    gain = params["final_norm_gain"].astype(jnp.float32) + jnp.float32(config.norm_offset)
-    table = params["token_embedding" if config.tied else "unembedding"].astype(jnp.float32)
+    gain = replicate(params["final_norm_gain"]).astype(jnp.float32) + jnp.float32(config.norm_offset)
+    table = replicate(params["token_embedding" if config.tied else "unembedding"]).astype(jnp.float32)
     effects = center(einsum("nd,vd->nv", directions * gain[None], table))
     (raised, raised_ids), (lowered, lowered_ids) = jax.lax.top_k(effects, count), jax.lax.top_k(-effects, count)
     return {

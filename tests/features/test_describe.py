@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,14 +19,21 @@ from features_of_random_coders import (
     make_model,
     read_files,
 )
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from random_coders import random_coder
 
 import jclt
-from jclt.coders import load_coder, neurons, save_coder
+from jclt.coders import CoderConfig, abstract_coder, load_coder, neurons, save_coder
 from jclt.errors import UserError
 from jclt.features import Features, describe_features
 from jclt.features import describe as describing
 from jclt.features import rows as rows_of_data
 from jclt.features.columns import COLUMNS, find_bins
+from jclt.features.events import list_firing
+from jclt.mesh import make_sharding
+from jclt.models import Model, declare
+from jclt.pods.collectives import find_collectives
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +49,12 @@ def small_blocks(monkeypatch):
 @pytest.fixture(scope="module")
 def model():
     return make_model()
+
+
+def split_model(model: Model, mesh: jax.sharding.Mesh) -> Model:
+    axes = {name: weight.axes for name, weight in declare(model.config).items()}
+    params = {name: jax.device_put(x, make_sharding(mesh, x.shape, axes[name])) for name, x in model.params.items()}
+    return replace(model, params=params)
 
 
 def check_counts(features: Features, activations: np.ndarray, rows: np.ndarray, layers: tuple[int, ...]) -> None:
@@ -115,13 +129,27 @@ def test_neurons_fire_at_the_share_of_tokens_with_their_highest_activations(mode
     assert 0.05 < np.median(shares) < 0.15 and (features.column(1, "threshold") >= 0).all()
 
 
-def test_a_coder_on_disk_has_the_same_features(model, tmp_path):
-    coder, rows = make_coder(model), draw_rows()
+def test_no_features_are_gathered_from_a_mesh(model):
+    """Sizes differ from one another, so that a shape says what its axes are."""
+    features, mesh = 4 * 43, jclt.make_mesh()
+    coder = random_coder(CoderConfig(features=features).fit_to_model(model.config, "random"))
+    coder = jax.device_put(coder, jax.tree.map(lambda x: x.sharding, abstract_coder(coder.config, mesh)))
+    x = jax.device_put(np.zeros((3, 7, model.config.width), np.float32), NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        arguments = coder.load_encoder(0), x, jnp.ones((3, 7), bool), jnp.zeros(features), 5
+        collectives = find_collectives(list_firing.lower(*arguments).compile().compiled.as_text())
+    assert not any(op.has_axis(features) or op.has_axis(features // 4) for op in collectives), collectives
+
+
+@pytest.mark.parametrize("where", ["disk", "mesh", pytest.param("mesh, model too", marks=pytest.mark.exhaustive)])
+def test_a_coder_has_the_same_features_wherever_it_lies(where, model, tmp_path):
+    coder, rows, mesh = make_coder(model), draw_rows(), jclt.make_mesh(2, 2)
     save_coder(coder, tmp_path / "coder")
-    on_disk = load_coder(tmp_path / "coder", keep="disk", model=model, check=False)
+    keep, model_there = "disk" if where == "disk" else mesh, split_model(model, mesh) if "model" in where else model
+    coder_there = load_coder(tmp_path / "coder", keep=keep, model=model, check=False)
     first, second = (
-        describe_features(model, c, rows, out=tmp_path / name, sizes=SIZES)
-        for c, name in ((coder, "a"), (on_disk, "b"))
+        describe_features(m, c, rows, out=tmp_path / name, sizes=SIZES)
+        for m, c, name in ((model, coder, "a"), (model_there, coder_there, "b"))
     )
     for name in COLUMNS:
         if np.issubdtype(first.column(1, name).dtype, np.integer):
