@@ -23,9 +23,11 @@ def add_command(commands: Subcommands) -> None:
         description="Measures a coder on data on which it was not trained: reconstruction, sparsity and dead features "
         "of each layer; the replacement model, in which the coder replaces every MLP, compared with the model and with "
         "a model whose MLPs return their mean; on the small world also how often the answers to each task stay the "
-        "same.",
+        "same. With --faithfulness, what the graphs of a set of prompts say, beside what interventions find; each "
+        "figure with its interval over prompts and its control.",
         epilog="example: jclt eval runs/tiny/coder; jclt eval runs/gpt2/coder --data stories.txt --rows 32 --json "
-        "figures.json; jclt eval scope/layer_12 --model google/gemma-2-2b --reads mlp_in --writes mlp_out",
+        "figures.json; jclt eval scope/layer_12 --model google/gemma-2-2b --reads mlp_in --writes mlp_out; "
+        "jclt eval demo --faithfulness --count 3",
     )
     add_coder_arguments(command)
     command.add_argument(
@@ -42,6 +44,19 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--tasks", type=make_int_parser(1), default=200, help="prompts of each task of the small world (default 200)"
     )
+    for name, what in (("faithfulness", "each feature's influence beside what its ablation does, in the true model"),):
+        command.add_argument(
+            f"--{name}", dest="questions", action="append_const", const=name, help=f"instead, on graphs: {what}"
+        )
+    command.add_argument(
+        "--prompts",
+        default="world",
+        metavar="FILE",
+        help="of which graphs are made: world (default), or a file as `jclt attribute --prompts` reads it",
+    )
+    command.add_argument(
+        "--count", type=make_int_parser(1), default=3, help="prompts of each task, or of the file (default 3)"
+    )
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.set_defaults(function=run)
 
@@ -49,6 +64,8 @@ def add_command(commands: Subcommands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from jclt.coders import check_fit
     from jclt.evaluation.evaluate import evaluate
+    from jclt.evaluation.prompts import find_prompts
+    from jclt.evaluation.questions import answer_questions
     from jclt.files import write_json
 
     check_new_file(arguments.json)
@@ -59,8 +76,13 @@ def run(arguments: argparse.Namespace) -> None:
             check_fit(coder, model, arguments.coder)
         except UserError as error:  # the figures show how well it fits
             log.warning("%s", error)
-    sizes = arguments.rows, arguments.length, arguments.seed, arguments.tasks
-    words, figures = evaluate(model, coder, arguments.data, *sizes)
+    if arguments.questions:
+        prompts = find_prompts(model, arguments.prompts, arguments.count, arguments.seed)
+        names = list(dict.fromkeys(arguments.questions))
+        words, figures = answer_questions(model, coder, names, prompts, arguments.seed)
+    else:
+        sizes = arguments.rows, arguments.length, arguments.seed, arguments.tasks
+        words, figures = evaluate(model, coder, arguments.data, *sizes)
     print(words)
     if arguments.json:
         write_json(arguments.json, figures)
