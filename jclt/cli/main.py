@@ -30,6 +30,7 @@ from jclt.cli import (
     tokenize,
     train,
     train_lm,
+    verify,
 )
 from jclt.cli.arguments import Parser
 from jclt.config import cache_folder
@@ -47,6 +48,7 @@ COMMANDS = (
     train_lm,
     train,
     evaluate,
+    verify,
     inspect,
     tokenize,
     plan,
@@ -123,6 +125,7 @@ LESS_MEMORY = {
     "features": "a shorter --length takes less, and --keep disk",
     "label": "fewer --rows or a shorter --length take less",
     "eval": "fewer --rows or a shorter --length take less",
+    "verify": "shorter prompts take less",
     "tokenize": "fewer --workers or --shard-tokens take less",
     "convert": "--dtype bfloat16 takes less",
     "plan": "compiling a smaller run, or on fewer chips, takes less",

@@ -6,6 +6,7 @@ of layer 0 a neuron for each city writes the state; in the MLP of layer 1 a neur
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ SHAPE = ModelConfig(
 SATURATED = 1000.0  # this score is so much larger than the others that their exponentials are 0, also in float64
 
 
-def build_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> Model:
+def build_two_hop(*, basis_seed: int | None = None, norms: bool | Literal["layer"] = False) -> Model:
     """The model; with a seed, in a random orthogonal basis of its residual stream.
 
     All edges into the last position are these, for every city:
@@ -63,16 +64,22 @@ def build_two_hop(*, basis_seed: int | None = None, norms: bool = False) -> Mode
     `norms` adds RMSNorm, and biases of the down projections, each of which writes the direction of a spare token.
     Layer 1 reads the one of layer 0 as a third of its -1.5. Each write compensates for the denominator of its read. So
     each edge is the one above divided by the denominator of its target, sqrt(n / 39 + epsilon): n = 3 for the neuron in
-    layer 0, 5 for the one in layer 1, and 10 for the logit, which also has an edge of -2/24 from the biases.
+    layer 0, 5 for the one in layer 1, and 10 for the logit, which also has an edge of -2/24 from the biases. With
+    "layer" it is a layer norm, and 40 in place of 39: such a model can be saved.
     """
     config = replace(SHAPE, norm="rms") if norms else SHAPE
-    bias = float(norms)
+    if norms == "layer":
+        config = replace(SHAPE, norm="layer", width=SHAPE.width + 1, qkv_bias=True, attn_out_bias=True)
+    bias = float(bool(norms))
     # n is the squared length of what layer 0's attention and the two MLPs read, at the positions that matter.
     attention, first, second = (np.sqrt(n / config.width + config.norm_epsilon) if norms else 1.0 for n in (2, 3, 5))
 
     basis = np.eye(config.width)
-    if basis_seed is not None:
-        basis = np.linalg.qr(np.random.default_rng(basis_seed).standard_normal(basis.shape))[0]
+    if basis_seed is not None or norms == "layer":
+        drawn = np.random.default_rng(basis_seed or 0).standard_normal(basis.shape)
+        if norms == "layer":
+            drawn[:, 0] = 1  # the mean, which the norm takes away; every direction of the model is orthogonal to it
+        basis = np.linalg.qr(drawn)[0].T[config.width - SHAPE.width :]
     token, position, copied = np.split(basis, [config.vocabulary, config.vocabulary + config.context])
     cities, states, capitals, spare = (token[list(ids)] for ids in (CITY_TOKENS, STATE_TOKENS, CAPITAL_TOKENS, SPARE))
 

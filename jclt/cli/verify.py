@@ -1,0 +1,49 @@
+"""`jclt verify`: whether a coder's replacement model does what the model does."""
+
+import argparse
+from pathlib import Path
+
+from jclt.cli.arguments import Subcommands, add_coder_arguments, check_new_file, load_coder_and_model, make_int_parser
+
+
+def add_command(commands: Subcommands) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="accept or reject a coder",
+        description="Changes the true model's residual stream between two layers, to that of a prompt that differs in "
+        "one concept, by one feature, and at random, and compares what the model's later MLPs do with what the coder's "
+        "features do in their place. A coder is accepted if after every layer its features follow at least half of the "
+        "reaction to the changes of concepts. Exit status 1: rejected. Reconstruction cannot show this: a coder that "
+        "does in one step what the model does in two may have no error.",
+        epilog="example: jclt verify demo; jclt verify runs/gpt2/coder --prompts pairs.jsonl --count 50 --json v.json",
+    )
+    add_coder_arguments(command)
+    command.add_argument(
+        "--prompts",
+        default="world",
+        metavar="FILE",
+        help="pairs of prompts that share all but one concept: world (default), or a file with the fields clean, "
+        "corrupted and answer in each row, in text or token ids, or in a published layout (jclt/interventions)",
+    )
+    command.add_argument(
+        "--count", type=make_int_parser(1), default=10, help="pairs of each task, or of the file (default 10)"
+    )
+    command.add_argument(
+        "--seed", type=make_int_parser(0), default=0, help="of the pairs and the random directions (default 0)"
+    )
+    command.add_argument("--json", type=Path, help="also write the figures to this file")
+    command.set_defaults(function=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from jclt.evaluation.verdict import find_pairs, verify
+    from jclt.files import write_json
+
+    check_new_file(arguments.json)
+    model, coder = load_coder_and_model(arguments)
+    pairs = find_pairs(model, arguments.prompts, arguments.count, arguments.seed)
+    verdict = verify(model, coder, pairs, arguments.seed)
+    print(f"{len(pairs)} pairs of prompts\n{verdict.table()}\n{verdict}")
+    if arguments.json:
+        write_json(arguments.json, verdict.summary())
+    return int(not verdict.accepted)
