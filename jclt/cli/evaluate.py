@@ -23,11 +23,11 @@ def add_command(commands: Subcommands) -> None:
         description="Measures a coder on data on which it was not trained: reconstruction, sparsity and dead features "
         "of each layer; the replacement model, in which the coder replaces every MLP, compared with the model and with "
         "a model whose MLPs return their mean; on the small world also how often the answers to each task stay the "
-        "same. With --faithfulness, what the graphs of a set of prompts say, beside what interventions find; each "
-        "figure with its interval over prompts and its control.",
+        "same. With --graphs, --faithfulness and the like, what graphs of a set of prompts say; each figure with its "
+        "interval over prompts and its control.",
         epilog="example: jclt eval runs/tiny/coder; jclt eval runs/gpt2/coder --data stories.txt --rows 32 --json "
         "figures.json; jclt eval scope/layer_12 --model google/gemma-2-2b --reads mlp_in --writes mlp_out; "
-        "jclt eval demo --faithfulness --count 3",
+        "jclt eval demo --graphs --beside neurons",
     )
     add_coder_arguments(command)
     command.add_argument(
@@ -44,7 +44,10 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--tasks", type=make_int_parser(1), default=200, help="prompts of each task of the small world (default 200)"
     )
-    for name, what in (("faithfulness", "each feature's influence beside what its ablation does, in the true model"),):
+    for name, what in (
+        ("graphs", "scores, lengths of paths, and sizes after pruning"),
+        ("faithfulness", "each feature's influence beside what its ablation does, in the true model"),
+    ):
         command.add_argument(
             f"--{name}", dest="questions", action="append_const", const=name, help=f"instead, on graphs: {what}"
         )
@@ -57,15 +60,23 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--count", type=make_int_parser(1), default=3, help="prompts of each task, or of the file (default 3)"
     )
+    command.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="CODER",
+        help="also measure the graphs of this coder; neurons and thresholded-neurons are the model's own, all or as "
+        "many as the coder has active features; can be repeated",
+    )
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.set_defaults(function=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from jclt.coders import check_fit
+    from jclt.coders import check_fit, load_coder
     from jclt.evaluation.evaluate import evaluate
     from jclt.evaluation.prompts import find_prompts
-    from jclt.evaluation.questions import answer_questions
+    from jclt.evaluation.questions import THRESHOLDED, answer_questions
     from jclt.files import write_json
 
     check_new_file(arguments.json)
@@ -79,7 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.questions:
         prompts = find_prompts(model, arguments.prompts, arguments.count, arguments.seed)
         names = list(dict.fromkeys(arguments.questions))
-        words, figures = answer_questions(model, coder, names, prompts, arguments.seed)
+        others = {name: None if name == THRESHOLDED else load_coder(name, model=model) for name in arguments.beside}
+        words, figures = answer_questions(model, {arguments.coder: coder} | others, names, prompts, arguments.seed)
     else:
         sizes = arguments.rows, arguments.length, arguments.seed, arguments.tasks
         words, figures = evaluate(model, coder, arguments.data, *sizes)

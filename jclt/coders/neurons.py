@@ -25,6 +25,8 @@ class Neurons(eqx.Module):
     params: Params  # stacked over layers, as in the model
     model: ModelConfig = eqx.field(static=True)
     config: CoderConfig = eqx.field(static=True)
+    threshold: float = eqx.field(static=True, default=0.0)
+    """Neurons whose activation is not larger in size are set to 0; what they write is then error."""
 
     def _project(self, name: str, layer: int, x: Array) -> Array:
         """One of the MLP's projections of x, in the wider type of x and the weights."""
@@ -40,7 +42,8 @@ class Neurons(eqx.Module):
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
         act, up = ACTIVATIONS[self.model.activation], self._project("up", layer, x)
-        return act(self._project("gate", layer, x)) * up if self.model.gated else act(up)
+        a = act(self._project("gate", layer, x)) * up if self.model.gated else act(up)
+        return jnp.where(jnp.abs(a) > self.threshold, a, jnp.zeros_like(a)) if self.threshold else a
 
     def write(
         self, layer: int, activations: Sequence[Float[Array, "*N F"]], x: Float[Array, "*N D"]
@@ -49,7 +52,7 @@ class Neurons(eqx.Module):
 
     def load_encoder(self, layer: int) -> "Neurons":
         params = {name: self._take(name, layer)[None] for name in WEIGHTS[:4] if name in self.params}
-        return Neurons(params, self.model, self.config.keep_one_layer())
+        return Neurons(params, self.model, self.config.keep_one_layer(), self.threshold)
 
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         return self._take("down", layer)[:, None]
@@ -72,8 +75,9 @@ class Neurons(eqx.Module):
         return None
 
 
-def neurons(model: Model) -> Neurons:
-    """The MLP neurons of a model as a coder from `mlp_in` to `mlp_raw_out`. Its weights are the model's."""
+def neurons(model: Model, threshold: float = 0.0) -> Neurons:
+    """The MLP neurons of a model as a coder from `mlp_in` to `mlp_raw_out`. Its weights are the model's. With a
+    threshold only larger activations are features."""
     config = CoderConfig(
         kind="neurons",
         features=model.config.mlp_width,
@@ -81,7 +85,8 @@ def neurons(model: Model) -> Neurons:
         reads="mlp_in",
         writes="mlp_raw_out",
     ).fit_to_model(model.config, model.name)
-    return Neurons({name: model.params[name] for name in WEIGHTS if name in model.params}, model.config, config)
+    params = {name: model.params[name] for name in WEIGHTS if name in model.params}
+    return Neurons(params, model.config, config, threshold)
 
 
 def load_neurons(model: Model | None, **others: object) -> Neurons:

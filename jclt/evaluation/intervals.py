@@ -24,11 +24,12 @@ class Figure:
     paper: str = ""  # what the method paper has, with other models
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        digits = 3 if not abs(self.value) >= 10 else 1
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 def average_prompts(
-    values: Sequence[float] | Float[np.ndarray, "N"],
+    values: Sequence[float] | np.ndarray,
     *,
     control: Sequence[float] | float | None = None,
     paper: str = "",
@@ -41,8 +42,8 @@ def average_prompts(
 
 
 def divide_sums(
-    parts: Sequence[float] | Float[np.ndarray, "N"],
-    totals: Sequence[float] | Float[np.ndarray, "N"],
+    parts: Sequence[float] | np.ndarray,
+    totals: Sequence[float] | np.ndarray,
     *,
     control: Sequence[float] | float | None = None,
     paper: str = "",
@@ -81,13 +82,16 @@ def correlate_ranks(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> flo
     return correlate(rank(x), rank(y)) if len(x) > 2 else float("nan")
 
 
-def tabulate(title: str, figures: Mapping[str, Figure]) -> str:
-    """A line for each figure: its interval, its control, and the paper's figure."""
-    width = max((len(name) for name in figures), default=0)
-    lines = [f"{title:{width + 2}}{'mean [95% interval]':>26}{'control':>10}  paper"]
-    for name, figure in figures.items():
+def tabulate(title: str, tables: Mapping[str, Mapping[str, Figure]]) -> str:
+    """A line for each figure: of each coder its mean and interval, of the first the control, and the paper's figure."""
+    first = next(iter(tables.values()))
+    width = max(len(name) for name in (title, *first))
+    heads = [label if len(tables) > 1 else "mean [95% interval]" for label in tables]
+    lines = [f"{title:{width}}" + "".join(f"{head[-24:]:>26}" for head in heads) + f"{'control':>10}  paper"]
+    for name, figure in first.items():
         control = "-" if figure.control is None else f"{figure.control:.3f}"
-        lines.append(f"{name:{width + 2}}{str(figure):>26}{control:>10}  {figure.paper or '-'}")
+        values = "".join(f"{table[name]!s:>26}" for table in tables.values())
+        lines.append(f"{name:{width}}{values}{control:>10}  {figure.paper or '-'}")
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
     assert (ratio.value, ratio.low, ratio.high, ratio.control) == (0.5, 0.25, 0.75, 0.3)
     assert np.isnan(average_prompts([]).value) and average_prompts([1.0, np.nan]).prompts == 1
     with_paper = {"x": divide_sums([1.0, 3.0], [4.0, 4.0], control=0.3, paper="0.72")}
-    assert "0.500 [0.250, 0.750]     0.300  0.72" in tabulate("t", with_paper)
+    assert "0.500 [0.250, 0.750]     0.300  0.72" in tabulate("t", {"coder": with_paper})
 
 
 def test_predictions_are_sums_over_all_paths():
@@ -122,7 +122,7 @@ def test_the_shipped_coders_graphs_say_what_ablation_does(capsys):
     import json
     from pathlib import Path
 
-    figures = json.loads(Path("figures.json").read_text())["faithfulness"]
+    figures = json.loads(Path("figures.json").read_text())["faithfulness"]["demo"]
     for name, bar in BARS.items():
         assert figures[name]["low"] > bar and abs(figures[name]["control"]) < 0.1
     assert "0.72" in capsys.readouterr().out
