@@ -47,6 +47,11 @@ def add_command(commands: Subcommands) -> None:
     for name, what in (
         ("graphs", "scores, lengths of paths, and sizes after pruning"),
         ("faithfulness", "each feature's influence beside what its ablation does, in the true model"),
+        ("circuits", "the claims that interventions confirm, and whether the pruned graph is necessary and sufficient"),
+        (
+            "distances",
+            "the local replacement model beside the model, by the number of layers after a perturbation",
+        ),
     ):
         command.add_argument(
             f"--{name}", dest="questions", action="append_const", const=name, help=f"instead, on graphs: {what}"

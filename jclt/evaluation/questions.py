@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from jclt.coders import Coder
+from jclt.evaluation.circuits import measure_circuits
+from jclt.evaluation.distances import measure_distances
 from jclt.evaluation.faithfulness import measure_faithfulness
 from jclt.evaluation.graph_figures import measure_graphs, threshold_neurons
 from jclt.evaluation.intervals import Figure, summarize_figures, tabulate
@@ -13,7 +15,12 @@ from jclt.models import Model
 from jclt.shapes import Int
 
 Measure = Callable[..., dict[str, Figure]]
-QUESTIONS: dict[str, Measure] = {"graphs": measure_graphs, "faithfulness": measure_faithfulness}
+QUESTIONS: dict[str, Measure] = {
+    "graphs": measure_graphs,
+    "faithfulness": measure_faithfulness,
+    "circuits": measure_circuits,
+    "distances": measure_distances,
+}
 """Each takes the model, the coder, the prompts' token ids and a seed."""
 THRESHOLDED = "thresholded-neurons"
 """The name of the model's neurons above a threshold, of which as many are active as features of the coder."""
