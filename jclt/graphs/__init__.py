@@ -1,6 +1,7 @@
 """Attribution graphs as objects: nodes, edges, influence, pruning, paths and files. numpy alone."""
 
 from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
+from jclt.graphs.combine import average_graphs, find_shared_features, subtract_graphs, tabulate_influence
 from jclt.graphs.curve import CurvePoint, curve
 from jclt.graphs.export_json import export_json, slug_of
 from jclt.graphs.graph import Graph
@@ -32,10 +33,12 @@ __all__ = [
     "Scores",
     "Supernode",
     "add_supernodes",
+    "average_graphs",
     "between_supernodes",
     "curve",
     "describe",
     "export_json",
+    "find_shared_features",
     "import_json",
     "label_nodes",
     "list_labels",
@@ -46,7 +49,9 @@ __all__ = [
     "read_circuit_tracer",
     "slug_of",
     "strongest_paths",
+    "subtract_graphs",
     "suggest_supernodes",
+    "tabulate_influence",
     "with_supernodes",
     "write_index",
 ]
