@@ -123,6 +123,11 @@ def check_graphs(names: Names) -> None:
     assert "the second number" in names["labelled"].labels and len(names["suggested"]) > 1
 
 
+def check_evaluation(names: Names) -> None:
+    verdict = names["verdict"]
+    assert verdict.accepted and verdict.followed[0, "concepts"].value == pytest.approx(1, abs=1e-4)
+
+
 def check_patching(names: Names) -> None:
     values = names["patched"].values
     assert values.shape == (3, 4, 2) and Path("patching.png").stat().st_size > 1000
@@ -164,6 +169,7 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/models/README.md", 0): check_models,
     ("jclt/models/README.md", 1): check_edits,
     ("jclt/coders/README.md", 0): check_coders,
+    ("jclt/evaluation/README.md", 0): check_evaluation,
     ("jclt/interventions/README.md", 0): check_interventions,
     ("jclt/attribution/README.md", 0): check_attribution,
     ("jclt/features/README.md", 0): check_features,

@@ -78,7 +78,7 @@ class Verdict:
             return f"accepted: after every layer the replacement model follows at least {ACCEPTED:.0%} of the reaction"
         layers = ", ".join(map(str, self.failed))
         reason = f"after layer {layers} its features follow less than {ACCEPTED:.0%} of what the model's MLPs do"
-        return f"rejected: {reason}; either earlier features have written what the model works out there, or errors did"
+        return f"rejected: {reason}: earlier features have written the rest, or the coder's errors hold it"
 
 
 def _show(value: float | None) -> str:
