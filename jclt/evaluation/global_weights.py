@@ -75,7 +75,8 @@ def measure_global_weights(
         part = tokens[start : start + ROWS]
         mask = np.arange(ROWS) < len(part)
         batch = np.resize(part, (ROWS, tokens.shape[1]))
-        found = _sum_products(model.config, model.params, coder, batch, mask, index, listed[:, 1].astype(np.int32))
+        arguments = map(jnp.asarray, (batch, mask, index, listed[:, 1].astype(np.int32)))
+        found = _sum_products(model.config, model.params, coder, *arguments)
         *products, total = (np.asarray(x, np.float64) for x in found)
         sums = [a + b for a, b in zip(sums, products, strict=True)]
         mean += total
@@ -135,8 +136,8 @@ def _sum_products(
     active = jnp.where(mask[None, :, None], encoded[index, :, :, features].astype(jnp.float32), jnp.float32(0))
     active = active.reshape(len(index), -1)
     fires = (active > 0).astype(jnp.float32)
-    products = (einsum("jn,in->ji", a, b) for a, b in ((active, active), (fires, active), (fires, fires)))
-    return (*products, active.sum(axis=1))
+    both, when, together = (einsum("jn,in->ji", a, b) for a, b in ((active, active), (fires, active), (fires, fires)))
+    return both, when, together, active.sum(axis=1)
 
 
 def choose_often_active(model: Model, coder: Coder, rows: Int[np.ndarray, "N T"], each: int) -> Int[np.ndarray, "m 2"]:

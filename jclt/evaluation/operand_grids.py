@@ -32,7 +32,7 @@ class OperandGrids(NamedTuple):
     grids: Float[np.ndarray, "m A B"]  # activations at the last token
     shapes: tuple[Shape, ...]
 
-    def count(self) -> dict[str, int]:
+    def count_shapes(self) -> dict[str, int]:
         return {shape: self.shapes.count(shape) for shape in ("bar", "diagonal", "grid", "mostly active", "other")}
 
 
@@ -66,7 +66,7 @@ def label_grid(grid: Float[np.ndarray, "A B"]) -> Shape:
         return "mostly active"
     if spread == 0:
         return "other"
-    a, b = np.indices(grid.shape)
+    a, b = (np.asarray(operand) for operand in np.indices(grid.shape))
     explained = [explain(grid, places) / spread for places in (a, b, a + b)]
     if max(explained[:2]) >= EXPLAINED:
         return "bar"

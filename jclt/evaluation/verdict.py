@@ -89,8 +89,8 @@ def verify(model: Model, coder: Coder, pairs: PromptPairs, seed: int = 0) -> Ver
     """Measures on pairs whose prompts have as many tokens, of which the corrupted one has another concept."""
     if model.config.layers < 2:
         raise UserError(f"model {model.name}: has one layer, expected at least two, to change what is between them")
-    sums: dict[tuple[int, str], list[Float[np.ndarray, _]]] = defaultdict(list)
-    previous: dict[tuple[int, str], Float[np.ndarray, V]] = {}
+    sums: dict[tuple[int, str], list[np.ndarray]] = defaultdict(list)
+    previous: dict[tuple[int, str], np.ndarray] = {}
     generator = np.random.default_rng(seed)
     usable = [(c, other) for c, other in zip(pairs.clean, pairs.corrupted, strict=True) if other is not None]
     if not usable:

@@ -8,6 +8,7 @@ for the page and for files.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def tabulate_influence(
     classes    of each graph a name for each position, such as "city"; by default the tokens' texts
     labels     by layer and number of a feature; by default those of the graphs
     """
-    table: dict[tuple[int, str, str], np.ndarray] = defaultdict(lambda: np.zeros(len(graphs)))
+    table: dict[Any, np.ndarray] = defaultdict(lambda: np.zeros(len(graphs)))
     for row, graph in enumerate(graphs):
         n = len(graph.features)
         influence = graph.influence[:n].astype(np.float64)

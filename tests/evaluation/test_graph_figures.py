@@ -11,6 +11,7 @@ from jclt.evaluation.questions import THRESHOLDED, answer_questions
 from jclt.world.handmade import ANSWERS, PROMPTS, build_two_hop
 
 
+@pytest.mark.exhaustive  # programs of its own; scores, paths and pruning are tested in tests/graphs
 def test_figures_of_the_handmade_model_are_those_by_hand():
     """Of the walks from the capital 23/24 go to the state's feature and 1/48 each to the city's and the relation. Half
     of those at the state's go on to the city's, from where all end at an embedding."""
