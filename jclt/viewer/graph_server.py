@@ -129,8 +129,6 @@ def steer_prompt(model: Model, coder: Coder, request: Request) -> Json:
 def make_edits(model: Model, coder: Coder, tokens: Int[np.ndarray, "T"], steering: Sequence[Steering]) -> list[Set]:
     """Sets each feature to its activation on the prompt plus `delta`, or to 0."""
     config = coder.config
-    _, seen = run(model, tokens, capture=(config.reads,))
-    edits = []
     for one in steering:
         if one.layer not in config.covered or not one.feature < config.features:
             raise UserError(
@@ -139,6 +137,9 @@ def make_edits(model: Model, coder: Coder, tokens: Int[np.ndarray, "T"], steerin
             )
         if not max(one.active_at, one.position or 0) < len(tokens):
             raise UserError(f"features: a position beyond the prompt's {len(tokens)} tokens")
+    _, seen = run(model, tokens, capture=(config.reads,))
+    edits = []
+    for one in steering:
         value = 0.0
         if one.delta is not None:
             encoder, read = coder.load_encoder(config.covered.index(one.layer)), seen[config.reads][one.layer]

@@ -19,21 +19,35 @@ OUTPUTS, FEATURES = 8, 12
 """How many the page shows."""
 
 
-def answer_intervention(model: Model, coder: Coder, graph: Graph, request: Mapping[str, Any]) -> Json:
-    """Runs the model with an edit of some nodes. `request` names them by id, and says either by which `factor` they are
-    scaled or from which other `prompt` they are taken."""
+def find_changed_nodes(graph: Graph, request: Mapping[str, Any]) -> list[int]:
+    """The nodes that a request names by id. It says either by which `factor` they are scaled or from which other
+    `prompt` they are taken; an error if it does not."""
     number = {node_id: node for node, node_id in enumerate(make_node_ids(graph))}
     ids = request.get("nodes")
     if not isinstance(ids, list) or not ids or not all(isinstance(text, str) and text in number for text in ids):
         raise UserError("intervention: nodes are unknown, expected ids of this graph's nodes")
-    members = [number[text] for text in ids]
-    prompt, factor = request.get("prompt"), request.get("factor")
+    members, prompt, factor = [number[text] for text in ids], request.get("prompt"), request.get("factor")
+    kinds = {str(graph.nodes.kind[node]) for node in members}
     if prompt is not None:
-        edits = swap_with_prompt(model, coder, graph, members, prompt)
-    elif isinstance(factor, int | float) and math.isfinite(factor):
-        edits = scale_nodes(graph, members, float(factor))
-    else:
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError("intervention: the other prompt is empty, expected a text")
+        if "feature" not in kinds:
+            raise UserError("intervention: another prompt has other features, expected at least one among the nodes")
+    elif not isinstance(factor, int | float) or not math.isfinite(factor):
         raise UserError("intervention: expected a number as factor, or a prompt")
+    elif others := kinds - {"feature", "error"}:
+        raise UserError(f"intervention: a node is of the kind {min(others)}, expected features and errors")
+    return members
+
+
+def answer_intervention(
+    model: Model, coder: Coder, graph: Graph, members: list[int], request: Mapping[str, Any]
+) -> Json:
+    """Runs the model with an edit of these nodes, which `find_changed_nodes` gave."""
+    if request.get("prompt") is not None:
+        edits = swap_with_prompt(model, coder, graph, members, request["prompt"])
+    else:
+        edits = scale_nodes(graph, members, float(request["factor"]))
     result = intervene(
         model,
         coder,
@@ -47,10 +61,8 @@ def answer_intervention(model: Model, coder: Coder, graph: Graph, request: Mappi
     return describe_result(result)
 
 
-def swap_with_prompt(model: Model, coder: Coder, graph: Graph, members: list[int], prompt: Any) -> list[SiteEdit]:
+def swap_with_prompt(model: Model, coder: Coder, graph: Graph, members: list[int], prompt: str) -> list[SiteEdit]:
     """Edits that give the members' layers and places the features of another prompt, counted from its end."""
-    if not isinstance(prompt, str) or not prompt:
-        raise UserError("intervention: the other prompt is empty, expected a text")
     other = attribute(model, coder, prompt)
     shift = len(other.tokens) - len(graph.tokens)
     features = [node for node in members if graph.nodes.kind[node] == "feature"]

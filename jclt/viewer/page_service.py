@@ -90,12 +90,12 @@ class Page:
         return self.add(slug_of(graph), graph)
 
     def intervene(self, name: str, request: Mapping[str, Any]) -> Json:
-        from jclt.viewer.page_interventions import answer_intervention
+        from jclt.viewer.page_interventions import answer_intervention, find_changed_nodes
 
         graph = self.library.read(name)
+        members = find_changed_nodes(graph, request)
         with self.running:
-            model, coder = self.model_and_coder
-            return answer_intervention(model, coder, graph, request)
+            return answer_intervention(*self.model_and_coder, graph, members, request)
 
     def generate_graph(self, request: Mapping[str, Any]) -> Json:
         """This and the next two are requests of a published graph server (`graph_server.py`)."""
