@@ -25,7 +25,7 @@ class Library:
     def __init__(self, places: Sequence[str | Path]):
         self.paths = find_graph_files(places)
         self.added: dict[str, Graph] = {}  # have no file
-        self.views: dict[str, Json] = {}  # of graphs without a file
+        self.views: dict[str, Json] = {}  # of graphs without a file, and those whose file could not be written
         self.loaded: dict[str, Graph] = {}  # the latest last
         self.lock = threading.RLock()
 
@@ -67,24 +67,27 @@ class Library:
         """What was pinned, grouped and labelled; saved beside the graph's file."""
         with self.lock:
             path = self._find_view_file(name)
-            if path is None:
+            if path is None or name in self.views:
                 return dict(self.views.get(name, {}))
             view = read_json(path) if path.exists() else {}
             check_view(view, path)
             return view
 
     def change_view(self, name: str, changes: Mapping[str, object]) -> Json:
-        """Saves changes and returns the whole view. Labels are added to those that others have saved meanwhile."""
+        """Saves changes and returns the whole view. Labels are added to those that others have saved meanwhile. What
+        cannot be written stays here, and is written with the next change."""
         check_view(changes, "view")
         with self.lock:
             view = self.read_view(name)
             labels = dict(view.get("labels", {})) | dict(changes.get("labels", {}))  # type: ignore[call-overload]
             view |= dict(changes) | {"labels": {key: text for key, text in labels.items() if text}}
-            path = self._find_view_file(name)
-            if path:
-                write_json(path, view)
-            else:
-                self.views[name] = view
+            self.views[name] = view
+            if path := self._find_view_file(name):
+                try:
+                    write_json(path, view)
+                except UserError as error:
+                    raise UserError(f"{error}; kept until the server ends") from None
+                del self.views[name]
             return view
 
     def _find_view_file(self, name: str) -> Path | None:

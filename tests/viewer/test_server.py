@@ -24,10 +24,10 @@ import jclt
 from jclt.cli.main import main
 from jclt.errors import UserError
 from jclt.features import Label, save_labels
-from jclt.files import write_json
+from jclt.files import read_json, write_json
 from jclt.graphs import export_json, import_json, suggest_supernodes
 from jclt.graphs.export_nodes import cantor, make_node_ids
-from jclt.viewer import server
+from jclt.viewer import library, server
 from jclt.viewer.feature_panels import read_densities, read_description
 from jclt.viewer.library import Library, find_graph_files, name_graph
 from jclt.viewer.page_files import FOLDER, export_html, join_modules, read_page_files
@@ -175,6 +175,40 @@ def test_labels_that_arrive_at_the_same_time_are_all_kept(tmp_path):
         status, _, answer = post(port, "api/graphs/hand/view", {"labels": {"0/1": "a"}})
         assert status == 400 and "hand.view.json: field 'labels' is unknown or damaged" in answer["error"]
     assert (tmp_path / "hand.view.json").read_text() == '{"labels": 3}'
+
+
+def test_what_cannot_be_written_is_said_and_kept_until_it_can(tmp_path, monkeypatch):
+    hand_graph().save(tmp_path / "hand.npz")
+
+    def fail(path, _):
+        raise UserError(f"{path.name}: cannot be written (Read-only file system)")
+
+    with running(Page(Library([tmp_path]))) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(library, "write_json", fail)
+            status, _, answer = post(port, "api/graphs/hand/view", {"labels": {"0/17": "one"}})
+        assert status == 400 and answer["error"].endswith("(Read-only file system); kept until the server ends")
+        assert ask(port, f"/{TOKEN}/api/graphs/hand")[2]["view"]["labels"] == {"0/17": "one"}
+        assert post(port, "api/graphs/hand/view", {"labels": {"2/40": "two"}})[0] == 200
+    assert read_json(tmp_path / "hand.view.json") == {"labels": {"0/17": "one", "2/40": "two"}}
+
+
+def test_an_intervention_is_checked_before_the_model_is_loaded(tmp_path):
+    hand_graph().save(tmp_path / "hand.npz")
+    feature, output = make_node_ids(hand_graph())[0], make_node_ids(hand_graph())[-1]
+    with running(Page(Library([tmp_path]))) as port:
+        for request, error in (
+            ({}, "intervention: nodes are unknown"),
+            ({"nodes": ["9_9_9"], "factor": 0}, "intervention: nodes are unknown"),
+            ({"nodes": [feature]}, "intervention: expected a number as factor, or a prompt"),
+            ({"nodes": [feature], "factor": float("nan")}, "intervention: expected a number as factor"),
+            ({"nodes": [feature], "prompt": ""}, "intervention: the other prompt is empty"),
+            ({"nodes": [output], "prompt": "x"}, "intervention: another prompt has other features"),
+            ({"nodes": [feature, output], "factor": 0}, "intervention: a node is of the kind output"),
+            ({"nodes": [feature], "factor": 0}, "there is no model here"),
+        ):
+            status, _, answer = post(port, "api/graphs/hand/intervene", request)
+            assert status == 400 and answer["error"].startswith(error)
 
 
 def test_a_dropped_file_opens_and_its_name_is_only_a_name(port, folder):
