@@ -12,7 +12,7 @@ const MOST_SUGGESTED = 10; // groups added at once: more would hide each other
 
 export class App {
   constructor(server) {
-    Object.assign(this, { server, graph: null, hovered: -1, clicked: -1, group: -1, grouping: null, panels: [] });
+    Object.assign(this, { server, graph: null, hovered: -1, clicked: -1, groups: [], grouping: null, panels: [] });
     this.state = readState(location.hash);
     window.addEventListener('popstate', () => this.restore());
   }
@@ -37,7 +37,7 @@ export class App {
       keepAddress(this.state, location.hash === '');
     }
     document.title = `${data.tokens.join('').slice(0, 60)} – jclt`;
-    this.hovered = this.group = -1;
+    this.hovered = -1;
     this.prune();
     this.refresh();
   }
@@ -49,6 +49,20 @@ export class App {
   get thresholds() {
     const whole = this.graph.pruned ? [1, 1] : [0.8, 0.98];
     return { nodes: this.state.nodes ?? whole[0], edges: this.state.edges ?? whole[1] };
+  }
+
+  // The number of the chosen group; -1 if there is none.
+  get group() {
+    return this.groups.findIndex(({ name }) => name === this.state.group);
+  }
+
+  groupOf(node) {
+    return this.groups.findIndex(({ members }) => members.includes(node));
+  }
+
+  // The members of the chosen group, or the clicked node.
+  get chosen() {
+    return this.groups[this.group]?.members ?? (this.clicked >= 0 ? [this.clicked] : []);
   }
 
   prune() {
@@ -105,8 +119,7 @@ export class App {
   }
 
   click(node) {
-    this.group = -1;
-    this.change({ clicked: node < 0 ? '' : this.graph.ids[node] });
+    this.change({ clicked: node < 0 ? '' : this.graph.ids[node], group: '' });
   }
 
   togglePin(nodes) {
@@ -118,6 +131,7 @@ export class App {
 
   unpinAll() {
     this.groups = [];
+    this.state = { ...this.state, group: '' };
     this.setPinned(new Set());
   }
 
@@ -172,20 +186,21 @@ export class App {
   }
 
   ungroup(number) {
+    const { name } = this.groups[number];
     this.groups = this.groups.filter((_, other) => other !== number);
-    this.group = -1;
+    if (name === this.state.group) this.change({ group: '' }, true);
     this.saveGroups();
   }
 
   renameGroup(number, name) {
+    const isChosen = number === this.group;
     this.groups = renameGroup(this.groups, number, name);
+    if (isChosen) this.change({ group: this.groups[number].name }, true);
     this.saveGroups();
   }
 
   chooseGroup(number) {
-    this.change({ clicked: '' });
-    this.group = number;
-    this.show();
+    this.change({ clicked: '', group: this.groups[number].name });
   }
 
   setPlaces(places) {

@@ -50,8 +50,17 @@ export class GraphView {
     paintFrame(context, graph, layout, colours);
     const leftOut = state.faint ? paintAllEdges(context, graph, layout, shown, colours) : 0;
     paintNodes(context, graph, layout, shown, colours);
-    const labels = paintLabels(context, graph, layout, shown, new Set([...this.app.pinned, this.app.clicked]), colours);
+    const wanted = new Set([...this.app.pinned, this.app.clicked]);
+    const labels = paintLabels(context, graph, layout, shown, wanted, colours, { groups: this.nameGroups() });
     return { leftOut, labels };
+  }
+
+  // The names of groups, by the strongest of their shown members.
+  nameGroups() {
+    const { graph, shown, groups } = this.app;
+    const strongest = (nodes) => nodes.reduce((a, b) => (graph.influence[b] > graph.influence[a] ? b : a));
+    return new Map(groups.map(({ name, members }) => [members.filter((node) => shown.nodes[node]), name])
+      .filter(([members]) => members.length).map(([members, name]) => [strongest(members), name]));
   }
 
   prepare(canvas, width, height) {
@@ -69,16 +78,16 @@ export class GraphView {
 
   // Draws only what changes while the pointer moves.
   drawTop() {
-    const { app } = this, { graph, shown, hovered, clicked, pinned } = app;
+    const { app } = this, { graph, shown, hovered, chosen, pinned } = app;
     if (!this.layout) return;
     const context = this.prepare(this.top, this.element.clientWidth, this.element.clientHeight);
     const { layout, colours } = this;
     const edgesOf = (node) => (node < 0 || !shown.nodes[node] ? [] : [...listInputs(graph, node, shown.edges), ...listOutputs(graph, node, shown.edges)]);
     const between = [...pinned].flatMap((node) => listInputs(graph, node, shown.edges)).filter((edge) => pinned.has(graph.sources[edge]));
     paintEdges(context, graph, layout, between, colours, 0.5);
-    paintEdges(context, graph, layout, edgesOf(clicked), colours, 0.75);
-    if (hovered !== clicked) paintEdges(context, graph, layout, edgesOf(hovered), colours, 0.75);
-    const ends = new Set([...edgesOf(clicked), ...edgesOf(hovered)].flatMap((edge) => [graph.sources[edge], graph.targets[edge]]));
+    const edges = new Set([...chosen, hovered].flatMap(edgesOf));
+    paintEdges(context, graph, layout, edges, colours, 0.75);
+    const ends = new Set([...edges].flatMap((edge) => [graph.sources[edge], graph.targets[edge]]));
     const paint = (node, more, stroke, line) => {
       if (node < 0 || !shown.nodes[node]) return;
       paintNode(context, graph.kind[node], layout.x[node], layout.y[node], nodeSize(graph, node, layout.largest) + more, nodeColour(graph, node, colours), stroke, line);
@@ -86,11 +95,12 @@ export class GraphView {
     for (const node of ends) paint(node, 0, colours.ground, 1.2);
     for (const node of pinned) paint(node, 1.2, colours.pinned, 2.2);
     for (const node of app.grouping ?? []) paint(node, 3, colours.chosen, 3);
-    paint(clicked, 2, colours.chosen, 2.6);
-    if (hovered !== clicked) paint(hovered, 2, colours.text, 2);
-    if (hovered >= 0 || clicked >= 0) {
+    for (const node of chosen) paint(node, 2, colours.chosen, 2.6);
+    if (!chosen.includes(hovered)) paint(hovered, 2, colours.text, 2);
+    if (hovered >= 0 || chosen.length) {
       const named = [...ends].sort((a, b) => graph.influence[b] - graph.influence[a]).slice(0, 12);
-      paintLabels(context, graph, layout, { nodes: mask(graph.size, [...named, clicked, hovered]) }, new Set([clicked, hovered]), colours, this.labels);
+      const wanted = new Set([...chosen, hovered]);
+      paintLabels(context, graph, layout, { nodes: mask(graph.size, [...named, ...wanted]) }, wanted, colours, { earlier: this.labels });
     }
     this.showTip();
   }
@@ -100,7 +110,7 @@ export class GraphView {
     this.tip.hidden = hovered < 0 || !shown.nodes[hovered];
     if (this.tip.hidden) return;
     const inputs = listInputs(graph, hovered, shown.edges).length, outputs = listOutputs(graph, hovered, shown.edges).length;
-    const inGroup = this.app.groups.find(({ members }) => members.includes(hovered));
+    const inGroup = this.app.groups[this.app.groupOf(hovered)];
     this.tip.textContent = `${fullName(graph, hovered)}${inGroup ? ` · in the group ${clean(inGroup.name)}` : ''} · influence ${formatShare(graph.influence[hovered])} · ${countOf(inputs, 'input')}, ${countOf(outputs, 'output')}`;
     const left = this.places.x[hovered], top = this.places.y[hovered];
     this.tip.style.left = `${Math.max(8, Math.min(left + 12, this.element.clientWidth - this.tip.offsetWidth - 8))}px`;
@@ -120,15 +130,20 @@ export class GraphView {
       if (from && event.buttons && (moved || Math.hypot(x - from[0], y - from[1]) > 6)) {
         moved = true;
         this.move(this.zoom.scale, from[2] + x - from[0], from[3] + y - from[1]);
-      } else if (!event.shiftKey) app.hover(this.find(x, y));
+      } else if (!event.shiftKey) {
+        const named = this.findNamed(x, y);
+        top.style.cursor = named < 0 ? '' : 'pointer';
+        app.hover(named < 0 ? this.find(x, y) : named);
+      }
     });
     top.addEventListener('pointerleave', (event) => { if (!event.shiftKey) app.hover(-1); });
     top.addEventListener('pointerup', () => { from = null; });
     top.addEventListener('click', (event) => {
       if (moved) return;
-      const node = event.shiftKey && app.hovered >= 0 ? app.hovered : this.find(...at(event));
+      const node = event.shiftKey && app.hovered >= 0 ? app.hovered : this.find(...at(event)), named = this.findNamed(...at(event));
       if (app.grouping && node >= 0) app.addToGroup(node);
       else if ((event.ctrlKey || event.metaKey) && node >= 0) app.togglePin([node]);
+      else if (named >= 0) app.chooseGroup(app.groupOf(named));
       else app.click(node === app.clicked ? -1 : node);
     });
     top.addEventListener('wheel', (event) => {
@@ -141,6 +156,13 @@ export class GraphView {
 
   find(x, y) {
     return this.places ? findNearest(this.places, this.app.shown.nodes, x, y, REACH) : -1;
+  }
+
+  // The node beside which the name of its group is drawn at a point; -1 if there is none.
+  findNamed(x, y) {
+    const [px, py] = [x - this.zoom.x, y - this.zoom.y];
+    const isInside = (box) => box && px >= box[0] && px <= box[2] && py >= box[1] && py <= box[3];
+    return this.labels ? [...this.nameGroups().keys()].find((node) => isInside(this.labels.get(node))) ?? -1 : -1;
   }
 
   zoomAt(x, y, factor) {

@@ -10,7 +10,9 @@ export class Header {
     this.app = app;
     this.names = [];
     this.prompt = make('h1', { class: 'prompt' });
-    this.picker = make('input', { type: 'search', 'aria-label': 'Graph', placeholder: 'find a graph', autocomplete: 'off', onchange: () => this.pick() });
+    this.picker = make('input', { type: 'search', 'aria-label': 'Graph', autocomplete: 'off', onchange: () => this.pick() });
+    this.picker.addEventListener('focus', () => { this.picker.value = ''; }); // browsers offer what begins so: all
+    this.picker.addEventListener('blur', () => this.showName());
     this.picker.setAttribute('list', 'graph-names');
     this.options = make('datalist', { id: 'graph-names' });
     this.file = make('input', { type: 'file', accept: '.json,.gz,.npz,.pt', hidden: true, onchange: () => this.file.files[0] && this.upload(this.file.files[0]) });
@@ -43,7 +45,12 @@ export class Header {
     const { graph } = this.app;
     this.prompt.textContent = clean(graph.tokens.join(''), 160);
     this.prompt.title = clean(graph.tokens.join(''), 2000);
-    if (document.activeElement !== this.picker) this.picker.value = graph.name;
+    if (document.activeElement !== this.picker) this.showName();
+  }
+
+  showName() {
+    this.picker.value = this.app.graph?.name ?? '';
+    this.picker.placeholder = this.picker.value || 'find a graph';
   }
 
   async list() {
@@ -57,9 +64,11 @@ export class Header {
   }
 
   async pick() {
-    const wanted = this.picker.value.toLowerCase();
-    const name = this.names.find((other) => other === this.picker.value) ?? this.names.find((other) => other.toLowerCase().includes(wanted));
-    if (!name) return this.app.report(new Error(`No graph of the name ${clean(this.picker.value)}`));
+    const wanted = this.picker.value.trim().toLowerCase();
+    if (!wanted) return;
+    const found = this.graphs.filter((graph) => `${graph.name} ${graph.prompt ?? ''}`.toLowerCase().includes(wanted));
+    const { name } = found.find((graph) => graph.name.toLowerCase() === wanted) ?? found[0] ?? {};
+    if (!name) return this.app.report(new Error(`No graph has ${clean(this.picker.value)} in its name or prompt`));
     await this.attempt(() => this.app.open(name));
   }
 

@@ -20,18 +20,13 @@ export class IntervenePart {
     this.element = make('div', { class: 'part', tabIndex: 0 }, this.what, this.form, this.result);
   }
 
-  get members() {
-    const { clicked, group, groups } = this.app;
-    return group >= 0 && groups[group] ? groups[group].members : clicked >= 0 ? [clicked] : [];
-  }
-
   show() {
-    const { app } = this, { graph, group, groups } = app, members = this.members;
+    const { app } = this, { graph, group, groups, chosen: members } = app;
     const isPossible = members.length > 0 && members.every((node) => ['feature', 'error'].includes(graph.kind[node]));
     this.form.hidden = !app.model || !isPossible;
     if (!app.model) this.what.textContent = app.server ? 'There is no model here: `jclt serve --model NAME` gives one.' : 'There is no model in this file.';
-    else if (!isPossible) this.what.textContent = 'Click a feature or an error, or a supernode below the graph, to change it in the model.';
-    else this.what.textContent = `Change ${group >= 0 && groups[group] ? `${clean(groups[group].name)} (${members.length} nodes)` : fullName(graph, members[0])} in the model`;
+    else if (!isPossible) this.what.textContent = 'Click a feature or an error, or the name of a group, to change it in the model.';
+    else this.what.textContent = `Change ${group >= 0 ? `${clean(groups[group].name)} (${members.length} nodes)` : fullName(graph, members[0])} in the model`;
     if (!this.other.value && app.graph) this.other.value = graph.tokens.filter((token) => !/^<[^<>]*>$/.test(token)).join('');
     if (this.graph !== graph) this.result.replaceChildren();
     this.graph = graph;
@@ -47,7 +42,7 @@ export class IntervenePart {
     this.result.replaceChildren(make('p', { class: 'hint' }, 'The model runs …'));
     for (const button of [this.scale, this.swap]) button.disabled = true;
     try {
-      this.draw(await app.server.intervene(graph.name, { nodes: this.members.map((node) => graph.ids[node]), ...change }));
+      this.draw(await app.server.intervene(graph.name, { nodes: app.chosen.map((node) => graph.ids[node]), ...change }));
     } catch (error) {
       this.result.replaceChildren(make('p', { class: 'notice' }, error.message));
     } finally {

@@ -43,7 +43,7 @@ export class NodePanel {
     this.members.replaceChildren();
     this.body.hidden = this.facts.hidden = !isOn;
     this.title.textContent = isOn ? fullName(graph, clicked) : 'No node is clicked';
-    if (this.app.group >= 0 && this.app.groups[this.app.group]) return this.showGroup(this.app.groups[this.app.group]);
+    if (this.app.group >= 0) return this.showGroup(this.app.groups[this.app.group]);
     if (!isOn) return;
     this.facts.textContent = this.describe(clicked);
     const key = featureKey(graph, clicked);

@@ -6,6 +6,7 @@ import { MARGIN } from './layout.js';
 import { clean, shortName } from './text.js';
 
 export const FONT = '11px system-ui, "DejaVu Sans", sans-serif';
+const BOLD = `bold ${FONT}`;
 const WIDTHS = [0.6, 1, 1.6, 2.6, 4, 6];
 const MOST_FAINT = 40_000, MOST_LABELS = 70;
 export const SEGMENTS = 512; // in one path: longer ones are slow, and cover nothing twice
@@ -132,9 +133,8 @@ export function paintNodes(context, graph, layout, shown, colours) {
 }
 
 // Labels of the wanted nodes and then of the strongest, as far as none covers another or a node. `earlier` are labels that
-// are there already; returns all labels, by node.
-export function paintLabels(context, graph, layout, shown, wanted, colours, earlier = new Map()) {
-  context.font = FONT;
+// are there already; `groups` are names of groups, each in place of the label of one member. Returns all labels, by node.
+export function paintLabels(context, graph, layout, shown, wanted, colours, { earlier = new Map(), groups = new Map() } = {}) {
   context.textBaseline = 'middle';
   context.textAlign = 'left';
   const taken = [...earlier.values()], labels = new Map(earlier);
@@ -145,12 +145,14 @@ export function paintLabels(context, graph, layout, shown, wanted, colours, earl
     taken.push([layout.x[node] - 4, layout.y[node] - 4, layout.x[node] + 4, layout.y[node] + 4]);
   }
   const named = inner.filter((node) => ['feature', 'output'].includes(graph.kind[node]) && !earlier.has(node));
-  const rank = (node) => (wanted.has(node) ? 2 : 0) + (graph.kind[node] === 'output' ? 1 : 0);
+  const rank = (node) => (groups.has(node) ? 4 : 0) + (wanted.has(node) ? 2 : 0) + (graph.kind[node] === 'output' ? 1 : 0);
   named.sort((a, b) => rank(b) - rank(a) || graph.influence[b] - graph.influence[a]);
   let count = 0;
   for (const node of named) {
     if (count >= MOST_LABELS) break;
-    const text = shortName(graph, node, 22), wide = context.measureText(text).width;
+    const text = groups.has(node) ? clean(groups.get(node), 28) : shortName(graph, node, 22);
+    context.font = groups.has(node) ? BOLD : FONT;
+    const wide = context.measureText(text).width;
     const [x, y] = [layout.x[node], layout.y[node]];
     const places = [[x + 9, y], [x - 9 - wide, y], [x - wide / 2, y - 13], [x - wide / 2, y + 13]];
     const place = places.find(([left, middle]) => left > MARGIN.left - 5 && left + wide < layout.width - 2

@@ -1,7 +1,7 @@
 // What the user chose, kept in the address: it can be shared, reloaded, and left by the back button.
 
 export const DEFAULTS = {
-  graph: '', clicked: '', pinned: null, nodes: null, edges: null, hidden: ['loose'], sign: 'both',
+  graph: '', clicked: '', group: '', pinned: null, nodes: null, edges: null, hidden: ['loose'], sign: 'both',
   layers: '', tokens: '', text: '', density: '', faint: true, other: '',
 };
 

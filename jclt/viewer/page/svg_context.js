@@ -43,8 +43,8 @@ export class SvgContext {
 
   write(text, x, y, fields) {
     const moves = this.moves.length ? ` transform="${this.moves.join(' ')}"` : '';
-    const middle = this.textBaseline === 'middle' ? 3.6 : 0;
-    this.parts.push(`<text x="${round(x)}" y="${round(y + middle)}" text-anchor="${ANCHORS[this.textAlign]}" ${fields}${moves}>${escape(text)}</text>`);
+    const middle = this.textBaseline === 'middle' ? 3.6 : 0, weight = this.font.startsWith('bold') ? ' font-weight="bold"' : '';
+    this.parts.push(`<text x="${round(x)}" y="${round(y + middle)}" text-anchor="${ANCHORS[this.textAlign]}"${weight} ${fields}${moves}>${escape(text)}</text>`);
   }
 
   measureText(text) {
