@@ -11,12 +11,13 @@ from jclt.features import Features
 from jclt.files import create_file, write_bytes
 from jclt.graphs import Graph, Supernode, add_supernodes, describe, load_graph, strongest_paths, suggest_supernodes
 from jclt.graphs.export_json import export_json, slug_of
+from jclt.graphs.names import shorten_label
 from jclt.graphs.viewer_index import write_index
 from jclt.graphs.viewer_json import encode_json
 from jclt.viewer.feature_files import write_feature_files
 from jclt.viewer.picture import write_picture
 
-PATHS = 3
+PATHS, GROUP_LETTERS = 3, 80
 SCORES_EXPLAINED = (
     "completeness: of what reaches the nodes of a graph, the part that is no error; replacement: of what reaches its "
     "outputs, the part that comes from the prompt and not from errors; what was pruned counts as error"
@@ -50,7 +51,7 @@ def describe_outputs(graph: Graph) -> str:
 
 def describe_supernode(group: Supernode) -> str:
     scores = "".join(f", {name} {score:.2f}" for name, score in group.scores.items())
-    name = escape_unprintable(group.name)
+    name = escape_unprintable(shorten_label(group.name, GROUP_LETTERS))
     return f"{name}: {len(group.features)} features, {group.share:.1%} of the influence{scores}"
 
 
