@@ -90,7 +90,7 @@ def verify(model: Model, coder: Coder, pairs: PromptPairs, seed: int = 0) -> Ver
     if model.config.layers < 2:
         raise UserError(f"model {model.name}: has one layer, expected at least two, to change what is between them")
     sums: dict[tuple[int, str], list[np.ndarray]] = defaultdict(list)
-    previous: dict[tuple[int, str], np.ndarray] = {}
+    previous: dict[tuple[int, str], Any] = {}
     generator = np.random.default_rng(seed)
     usable = [(c, other) for c, other in zip(pairs.clean, pairs.corrupted, strict=True) if other is not None]
     if not usable:
