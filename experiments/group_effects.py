@@ -66,7 +66,7 @@ def set_all_to_zero(model: Model, coder: Coder, graphs: list[Graph]) -> None:
 def ask_about_other_cities(model: Model, coder: Coder, graph: Graph, example: Example, state: Supernode) -> None:
     """Of the cities for which training never asked this."""
     city = next(concept.value for concept in example.concepts if concept.name == "city")
-    members, changed = find_members(graph, [state])[0], list[bool]()
+    members, changed = list(find_members(graph, [state])[0]), list[bool]()
     others = [x for x, split in CITY_SPLIT.items() if split != "train" and STATE_OF[x] != STATE[1]]
     for other in others:
         prompt = example.prompt.replace(city, other)
