@@ -99,13 +99,13 @@ def group_alike(likeness: Float[np.ndarray, "n n"], least: float) -> list[np.nda
 
 
 def name_group(graph: Graph, nodes: Sequence[int], influence: Float[np.ndarray, "N"]) -> str:
-    """The label that carries at least half of what the labelled members carry, or else the two that carry most. Without
-    labels, the strongest node's name."""
+    """The label that carries at least half of what the labelled members carry, or else the two that carry most. Where
+    members without a label carry more than those with one, the strongest node's name."""
     weights: dict[str, float] = {}
     for node in nodes:
         if text := " ".join(graph.labels[node].split()) if graph.labels else "":
             weights[text] = weights.get(text, 0.0) + float(influence[node])
     ranked = sorted(weights, key=lambda text: -weights[text])
-    if not ranked:
+    if not ranked or 2 * sum(weights.values()) < influence[list(nodes)].sum():
         return f"{name_of(graph, nodes[0])} and {len(nodes) - 1} more"
     return ranked[0] if 2 * weights[ranked[0]] >= sum(weights.values()) else " / ".join(ranked[:2])

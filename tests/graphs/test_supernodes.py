@@ -10,6 +10,7 @@ from jclt.errors import UserError
 from jclt.graphs import add_supernodes, export_json, label_nodes, suggest_supernodes
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import compute_edge_shares
+from jclt.graphs.names import name_of
 from jclt.graphs.supernodes import compute_likeness, group_alike, name_group
 
 
@@ -94,7 +95,7 @@ def test_average_linkage_stops_at_the_least_mean_likeness():
 
 def test_names_come_from_labels():
     graph, names = two_routes(), []
-    for labels in ({(0, 3): "state\n= x"}, {(0, 3): "x", (0, 8): "y"}, {(1, 5): "x", (0, 3): "y"}):
+    for labels in ({(1, 5): "state\n= x", (0, 3): "state = x"}, {(1, 5): "x", (0, 8): "y"}, {(1, 5): "x", (0, 3): "y"}):
         (group,) = suggest_supernodes(label_nodes(graph, labels), likeness=0.4)
         names.append(group.name)
     assert names == ["state = x", "x", "x"]
@@ -102,8 +103,10 @@ def test_names_come_from_labels():
     labels = {(0, 3): "b", (0, 8): "a", (1, 5): "c", (0, 2): "b", (0, 4): "a"}
     assert [group.name for group in suggest_supernodes(label_nodes(flat, labels))] == ["b", "b (2)"]
     labelled = label_nodes(graph, {(0, 3): "a", (0, 8): "b", (0, 2): "c"})
-    assert name_group(labelled, [0, 1, 2, 3], np.array([2.0, 1.0, 3.0, 9.0, 0, 0, 0, 0])) == "c"
-    assert name_group(labelled, [0, 1, 2, 3], np.array([2.0, 2.0, 3.0, 9.0, 0, 0, 0, 0])) == "c / a"
+    assert name_group(labelled, [0, 1, 2, 3], np.array([2.0, 1.0, 3.0, 6.0, 0, 0, 0, 0])) == "c"
+    assert name_group(labelled, [0, 1, 2, 3], np.array([2.0, 2.0, 3.0, 6.0, 0, 0, 0, 0])) == "c / a"
+    unlabelled = np.array([2.0, 1.0, 3.0, 7.0, 0, 0, 0, 0])
+    assert name_group(labelled, [3, 0, 1, 2], unlabelled) == f"{name_of(labelled, 3)} and 3 more"
 
 
 def test_supernodes_go_to_the_whole_graph_and_to_viewers():
