@@ -1,0 +1,281 @@
+"""What the case studies share: which features say a concept, their exchange, the controls.
+
+A code is the set of features that say a concept's value at one place of a prompt: those of whose variance, over prompts
+of the split `train`, enough lies between the concept's values. To exchange the value v for w, each of them is set to
+
+    max(activation + strength (mean in prompts of w - mean in prompts of v), 0)
+
+with the means over the train prompts. The model itself reacts: MLPs, attention and norms are free. Controls are the
+same at a place where the concept is not, and the same changes of as many other features of the same layers and
+position, drawn at random, active ones first. Shares and strengths were chosen on prompts of the split `choose`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+import jclt
+from jclt import Add, Model, Scale, load_coder, load_model, run
+from jclt.coders import Coder
+from jclt.interventions.settings import Treatment
+from jclt.world import TASKS, Example
+from jclt.world.example import last_position
+
+TRAIN_PROMPTS = 600
+ROWS, MULTIPLE = 16, 8
+"""Rows of one pass, and what lengths of prompts are padded to a multiple of: few programs."""
+DRAWS = 4
+"""Random controls of a prompt."""
+
+Read = Callable[[Example], str]
+"""The value of a concept in an example."""
+Place = Callable[[Example], int]
+"""A position of the prompt."""
+Cell = tuple[int, int, int]
+"""Layer, position and number of a feature."""
+Values = dict[Cell, float]
+"""What features are set to."""
+
+
+@cache
+def load() -> tuple[Model, Coder]:
+    model = load_model("demo")
+    return model, load_coder("demo", model=model)
+
+
+def concept(name: str) -> Read:
+    return lambda example: next(c.value for c in example.concepts if c.name == name)
+
+
+def at(name: str) -> Place:
+    """Where a concept can first be known."""
+    return lambda example: next(c.position for c in example.concepts if c.name == name)
+
+
+def at_end(example: Example) -> int:
+    return last_position(example.prompt)
+
+
+def before(place: Place) -> Place:
+    return lambda example: place(example) - 1
+
+
+def every(_: Example) -> bool:
+    return True
+
+
+def draw_examples(
+    task: str, count: int, seed: int, keep: Callable[[Example], bool] = every, split: jclt.world.Split = "report"
+) -> list[Example]:
+    return [example for example in TASKS[task].examples(split, 4 * count, seed) if keep(example)][:count]
+
+
+# ---------------------------------------------------------------- codes
+
+
+def pad_tokens(model: Model, examples: Sequence[Example]) -> np.ndarray:
+    """The prompts' tokens; what is added at the end changes nothing before it."""
+    tokens = [model.encode(example.prompt) for example in examples]
+    length = -(-max(map(len, tokens)) // MULTIPLE) * MULTIPLE
+    return np.array([[*row, *[0] * (length - len(row))] for row in tokens])
+
+
+def read_activations(tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+    """Of all features at one position of each prompt `[n, L, F]`, or at all `[n, L, T, F]`."""
+    model, coder = load()
+    seen = run(model, tokens, capture=(coder.config.reads,))[1][coder.config.reads]
+    rows = np.arange(len(tokens))
+    reads = [seen[layer] if positions is None else seen[layer][rows, positions] for layer in coder.config.covered]
+    return np.stack([np.asarray(coder.encode(i, read), np.float32) for i, read in enumerate(reads)], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """The features that say a concept's value at a place."""
+
+    read: Read
+    place: Place
+    values: list[str]
+    means: np.ndarray  # [values, L, F]
+    features: list[tuple[int, int]]  # layer, number
+
+    def list_shifts(self, example: Example, value: str, strength: float) -> dict[tuple[int, int], float]:
+        """By how much each feature changes when the example's value is exchanged for another."""
+        own, other = (self.means[self.values.index(name)] for name in (self.read(example), value))
+        return {cell: float(strength * (other[cell] - own[cell])) for cell in self.features}
+
+
+def fit_code(
+    task: str,
+    read: Read,
+    place: Place,
+    *,
+    layers: Sequence[int] = (0, 1, 2, 3),
+    share: float = 0.5,
+    keep: Callable[[Example], bool] = every,
+) -> Code:
+    """`share`: of a feature's variance, the least part between values from which on it belongs to the code."""
+    examples = [example for example in TASKS[task].examples("train", TRAIN_PROMPTS, seed=1) if keep(example)]
+    positions = np.array([place(example) for example in examples])
+    activations = read_activations(pad_tokens(load()[0], examples), positions)
+    labels = np.array([read(example) for example in examples])
+    values = sorted(set(labels.tolist()))
+    means = np.stack([activations[labels == value].mean(axis=0) for value in values])
+    counts = np.array([np.mean(labels == value) for value in values])
+    between = np.einsum("v,vlf->lf", counts, (means - activations.mean(axis=0)) ** 2)
+    total = activations.var(axis=0)
+    chosen = np.argwhere((between >= share * total) & (total > 1e-6)).tolist()
+    return Code(read, place, values, means, [(layer, number) for layer, number in chosen if layer in layers])
+
+
+# ---------------------------------------------------------------- interventions
+
+
+def run_rows(
+    example: Example, length: int, rows: Sequence[Values], attention: Treatment = "free"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The next token's probabilities: the model's own `[V]`, and those with each row's features set `[rows, V]`."""
+    model, coder = load()
+    assert len(rows) <= ROWS
+    factors: dict[Cell, np.ndarray] = {}
+    values: dict[Cell, np.ndarray] = {}
+    for number, row in enumerate(rows):
+        for cell, value in row.items():
+            factors.setdefault(cell, np.ones(ROWS))[number] = 0
+            values.setdefault(cell, np.zeros(ROWS))[number] = value
+    edits = []
+    for (layer, position, feature), factor in factors.items():
+        place = {"layer": layer, "position": position, "feature": feature}
+        edits += [Scale(factor, **place), Add(values[layer, position, feature], **place)]
+    taken = {feature for layer, _, feature in factors if layer == 0}
+    free = [feature for feature in range(coder.config.features) if feature not in taken]
+    slots = 256 if max((sum(cell[0] == layer for cell in factors) for layer in range(4)), default=0) <= 256 else 1024
+    unused = slots - sum(layer == 0 for layer, _, _ in factors)  # edits that change nothing: one program for all
+    edits += [Scale(np.ones(ROWS), layer=0, position=0, feature=feature) for feature in free[:unused]]
+    tokens = model.encode(example.prompt)
+    padded = np.array([*tokens, *[0] * (length - len(tokens))])
+    found = jclt.sweep(
+        model, coder, padded, edits, reference="current", attention=attention, norms="free", predict=False
+    )
+    end = len(tokens) - 1
+    logits = np.stack([found[0].original_logits[end], *(result.logits[end] for result in found[: len(rows)])])
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return probabilities[0], probabilities[1:]
+
+
+def shift(activations: np.ndarray, shifts: Mapping[tuple[int, int], float], position: int) -> Values:
+    """The features' values after the shifts, from activations `[L, T, F]`."""
+    return {
+        (layer, position, number): max(0.0, float(activations[layer, position, number]) + change)
+        for (layer, number), change in shifts.items()
+    }
+
+
+def draw_others(
+    activations: np.ndarray, position: int, cells: Sequence[tuple[int, int]], random: np.random.Generator
+) -> list[tuple[int, int]]:
+    """For each feature another one of its layer, drawn at random, active ones first; no one twice."""
+    drawn: list[tuple[int, int]] = []
+    for layer in range(len(activations)):
+        own = [number for of, number in cells if of == layer]
+        order = random.permutation(np.setdiff1d(np.arange(activations.shape[2]), own))
+        order = order[np.argsort(activations[layer, position, order] <= 0, kind="stable")]
+        drawn += [(layer, int(number)) for number in order[: len(own)]]
+    return drawn
+
+
+class Outcome(NamedTuple):
+    """Of one prompt."""
+
+    ours: float
+    control: float
+
+
+Outcomes = dict[str, list[Outcome]]
+"""By claim."""
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """A concept whose value is exchanged."""
+
+    name: str
+    task: str
+    codes: tuple[Code, ...]
+    expect: Callable[[Example, str], tuple[str, ...]]  # the right answers with another value; none: it has no answer
+    strength: float
+    wrong: Place  # where the concept is not
+    keep: Callable[[Example], bool] = field(default=every)
+
+
+def choose_value(swap: Swap, example: Example, random: np.random.Generator) -> str | None:
+    """Another value, with which the answer is another one."""
+    own, values = swap.codes[0].read(example), swap.codes[0].values
+    others = [v for v in values if v != own and swap.expect(example, v) and swap.expect(example, v) != example.answers]
+    return str(random.choice(others)) if others else None
+
+
+def make_rows(
+    swap: Swap, example: Example, activations: np.ndarray, value: str, random: np.random.Generator
+) -> list[Values]:
+    """The exchange, the same at the wrong place, the sign of active features flipped; then, `DRAWS` times each, the
+    exchange and the flip of random features."""
+    moved, elsewhere, flipped = Values(), Values(), Values()
+    others, flipped_others = [Values() for _ in range(DRAWS)], [Values() for _ in range(DRAWS)]
+    for code in swap.codes:
+        position, shifts = code.place(example), code.list_shifts(example, value, swap.strength)
+        moved |= shift(activations, shifts, position)
+        elsewhere |= shift(activations, shifts, swap.wrong(example))
+        active = [cell for cell in code.features if activations[cell[0], position, cell[1]] > 0]
+        flipped |= flip(activations, active, position)
+        for other, flipped_other in zip(others, flipped_others, strict=True):
+            drawn = draw_others(activations, position, code.features, random)
+            by_layer = sorted(shifts, key=lambda cell: cell[0])
+            other |= shift(activations, {d: shifts[c] for d, c in zip(drawn, by_layer, strict=True)}, position)
+            flipped_other |= flip(activations, draw_others(activations, position, active, random), position)
+    return [moved, elsewhere, flipped, *others, *flipped_others]
+
+
+def flip(activations: np.ndarray, cells: Sequence[tuple[int, int]], position: int) -> Values:
+    return {(layer, position, f): -float(activations[layer, position, f]) for layer, f in cells}
+
+
+@cache
+def read_vocabulary() -> dict[int, str]:
+    tokenizer = load()[0].tokenizer
+    assert tokenizer is not None
+    return {number: token for token, number in tokenizer.backend.get_vocab().items()}
+
+
+def decode(token: int) -> str:
+    return read_vocabulary()[int(token)]
+
+
+def measure_swap(swap: Swap, seed: int, count: int, split: jclt.world.Split = "report") -> Outcomes:
+    """Claims: the answer after the exchange, beside random features, and beside the wrong place; how much of the
+    answer's probability is lost when the code's active features change sign, beside random ones."""
+    model, _ = load()
+    examples = draw_examples(swap.task, count, seed, swap.keep, split)
+    tokens, random = pad_tokens(model, examples), np.random.default_rng(seed)
+    outcomes: Outcomes = {}
+    for example, activations in zip(examples, read_activations(tokens), strict=True):
+        value = choose_value(swap, example, random)
+        if value is None:
+            continue
+        rows = make_rows(swap, example, activations, value, random)
+        clean, changed = run_rows(example, tokens.shape[1], rows)
+        hit = [float(decode(row.argmax()) in swap.expect(example, value)) for row in changed]
+        right = [number for number, token in read_vocabulary().items() if token in example.answers]
+        lost = [float(clean[right].sum() - row[right].sum()) for row in changed]
+        found = {
+            "exchanged; random features": Outcome(hit[0], float(np.mean(hit[3 : 3 + DRAWS]))),
+            "exchanged; at a wrong place": Outcome(hit[0], hit[1]),
+            "sign flipped; random features": Outcome(lost[2], float(np.mean(lost[3 + DRAWS :]))),
+        }
+        for claim, outcome in found.items():
+            outcomes.setdefault(f"{swap.name} {claim}", []).append(outcome)
+    return outcomes
