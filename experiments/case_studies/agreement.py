@@ -22,8 +22,8 @@ def expect_verb(example: Example, number: str) -> tuple[str, ...]:
 
 @cache
 def make_swap() -> Swap:
-    code = fit_code("agreement", concept("number"), at("number"), share=0.2)
-    return Swap("number", "agreement", (code,), expect_verb, strength=3, wrong=at("distractor"))
+    code = fit_code("agreement", concept("number"), at("number"), share=0.5)
+    return Swap("number", "agreement", (code,), expect_verb, strength=5, wrong=at("distractor"))
 
 
 def measure(seed: int, count: int) -> Outcomes:
@@ -39,7 +39,7 @@ STUDY = Study(
     (
         Claim("number exchanged; at a wrong place", "about 100 neurons control it (2601.22594)", 0.9, 0.05),
         Claim("number exchanged; random features", "", 0.9, 0.05),
-        Claim("number sign flipped; random features", "", 0.5, ratio=5),
+        Claim("number sign flipped; random features", "", 0.1, ratio=5),
     ),
     measure,
     show,

@@ -22,7 +22,7 @@ def expect_closer(example: Example, opener: str) -> tuple[str, ...]:
 @cache
 def make_swap() -> Swap:
     code = fit_code("closing", concept("innermost"), at_end, layers=(0,), share=0.2)
-    return Swap("innermost", "closing", (code,), expect_closer, strength=5, wrong=before(at_end))
+    return Swap("innermost", "closing", (code,), expect_closer, strength=3, wrong=before(at_end))
 
 
 def measure(seed: int, count: int) -> Outcomes:
@@ -38,7 +38,7 @@ STUDY = Study(
     (
         Claim("innermost exchanged; at a wrong place", "", 0.9, 0.05),
         Claim("innermost exchanged; random features", "", 0.9, 0.05),
-        Claim("innermost sign flipped; random features", "", 0.5, ratio=5),
+        Claim("innermost sign flipped; random features", "", 0.1, ratio=5),
     ),
     measure,
     show,

@@ -11,7 +11,7 @@ position, drawn at random, active ones first. Shares and strengths were chosen o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ from jclt.world.example import last_position
 TRAIN_PROMPTS = 600
 ROWS, MULTIPLE = 16, 8
 """Rows of one pass, and what lengths of prompts are padded to a multiple of: few programs."""
+DRAWN = 30
+"""Examples drawn for each that is kept."""
 DRAWS = 4
 """Random controls of a prompt."""
 
@@ -70,7 +72,7 @@ def every(_: Example) -> bool:
 def draw_examples(
     task: str, count: int, seed: int, keep: Callable[[Example], bool] = every, split: jclt.world.Split = "report"
 ) -> list[Example]:
-    return [example for example in TASKS[task].examples(split, 4 * count, seed) if keep(example)][:count]
+    return [example for example in TASKS[task].examples(split, DRAWN * count, seed) if keep(example)][:count]
 
 
 # ---------------------------------------------------------------- codes
@@ -101,6 +103,10 @@ class Code:
     values: list[str]
     means: np.ndarray  # [values, L, F]
     features: list[tuple[int, int]]  # layer, number
+    shares: np.ndarray  # [L, F]: of each feature's variance, what lies between values
+
+    def select(self, mask: np.ndarray) -> "Code":
+        return replace(self, features=[cell for cell in self.features if mask[cell]])
 
     def list_shifts(self, example: Example, value: str, strength: float) -> dict[tuple[int, int], float]:
         """By how much each feature changes when the example's value is exchanged for another."""
@@ -127,8 +133,9 @@ def fit_code(
     counts = np.array([np.mean(labels == value) for value in values])
     between = np.einsum("v,vlf->lf", counts, (means - activations.mean(axis=0)) ** 2)
     total = activations.var(axis=0)
-    chosen = np.argwhere((between >= share * total) & (total > 1e-6)).tolist()
-    return Code(read, place, values, means, [(layer, number) for layer, number in chosen if layer in layers])
+    shares = np.where(total > 1e-6, between / np.maximum(total, 1e-6), -1)
+    chosen = [(layer, number) for layer, number in np.argwhere(shares >= share).tolist() if layer in layers]
+    return Code(read, place, values, means, chosen, shares)
 
 
 # ---------------------------------------------------------------- interventions
@@ -222,26 +229,29 @@ def choose_value(swap: Swap, example: Example, random: np.random.Generator) -> s
 def make_rows(
     swap: Swap, example: Example, activations: np.ndarray, value: str, random: np.random.Generator
 ) -> list[Values]:
-    """The exchange, the same at the wrong place, the sign of active features flipped; then, `DRAWS` times each, the
-    exchange and the flip of random features."""
-    moved, elsewhere, flipped = Values(), Values(), Values()
-    others, flipped_others = [Values() for _ in range(DRAWS)], [Values() for _ in range(DRAWS)]
+    """The exchange, the same at the wrong place, the active features set to 0 and with their signs flipped; then,
+    `DRAWS` times each, the first, third and fourth with random features."""
+    moved, elsewhere = Values(), Values()
+    scaled, others = [Values(), Values()], [Values() for _ in range(3 * DRAWS)]
     for code in swap.codes:
         position, shifts = code.place(example), code.list_shifts(example, value, swap.strength)
         moved |= shift(activations, shifts, position)
         elsewhere |= shift(activations, shifts, swap.wrong(example))
         active = [cell for cell in code.features if activations[cell[0], position, cell[1]] > 0]
-        flipped |= flip(activations, active, position)
-        for other, flipped_other in zip(others, flipped_others, strict=True):
+        for row, factor in zip(scaled, (0, -1), strict=True):
+            row |= scale(activations, active, position, factor)
+        for draw in range(DRAWS):
             drawn = draw_others(activations, position, code.features, random)
             by_layer = sorted(shifts, key=lambda cell: cell[0])
-            other |= shift(activations, {d: shifts[c] for d, c in zip(drawn, by_layer, strict=True)}, position)
-            flipped_other |= flip(activations, draw_others(activations, position, active, random), position)
-    return [moved, elsewhere, flipped, *others, *flipped_others]
+            others[draw] |= shift(activations, {d: shifts[c] for d, c in zip(drawn, by_layer, strict=True)}, position)
+            drawn = draw_others(activations, position, active, random)
+            others[DRAWS + draw] |= scale(activations, drawn, position, 0)
+            others[2 * DRAWS + draw] |= scale(activations, drawn, position, -1)
+    return [moved, elsewhere, *scaled, *others]
 
 
-def flip(activations: np.ndarray, cells: Sequence[tuple[int, int]], position: int) -> Values:
-    return {(layer, position, f): -float(activations[layer, position, f]) for layer, f in cells}
+def scale(activations: np.ndarray, cells: Sequence[tuple[int, int]], position: int, factor: float) -> Values:
+    return {(layer, position, f): factor * float(activations[layer, position, f]) for layer, f in cells}
 
 
 @cache
@@ -255,9 +265,16 @@ def decode(token: int) -> str:
     return read_vocabulary()[int(token)]
 
 
+def mean_of(values: Sequence[float], kind: int) -> float:
+    """Over the random rows of one kind."""
+    start = len(values) - (3 - kind) * DRAWS
+    return float(np.mean(values[start : start + DRAWS]))
+
+
 def measure_swap(swap: Swap, seed: int, count: int, split: jclt.world.Split = "report") -> Outcomes:
-    """Claims: the answer after the exchange, beside random features, and beside the wrong place; how much of the
-    answer's probability is lost when the code's active features change sign, beside random ones."""
+    """Claims: how often the exchange gives the other value's answer, beside the same at the wrong place and with random
+    features; how much of the answer's probability is lost without the code's active features, or with their signs
+    flipped, beside as many random ones."""
     model, _ = load()
     examples = draw_examples(swap.task, count, seed, swap.keep, split)
     tokens, random = pad_tokens(model, examples), np.random.default_rng(seed)
@@ -272,9 +289,10 @@ def measure_swap(swap: Swap, seed: int, count: int, split: jclt.world.Split = "r
         right = [number for number, token in read_vocabulary().items() if token in example.answers]
         lost = [float(clean[right].sum() - row[right].sum()) for row in changed]
         found = {
-            "exchanged; random features": Outcome(hit[0], float(np.mean(hit[3 : 3 + DRAWS]))),
             "exchanged; at a wrong place": Outcome(hit[0], hit[1]),
-            "sign flipped; random features": Outcome(lost[2], float(np.mean(lost[3 + DRAWS :]))),
+            "exchanged; random features": Outcome(hit[0], mean_of(hit, 0)),
+            "set to 0; random features": Outcome(lost[2], mean_of(lost, 1)),
+            "sign flipped; random features": Outcome(lost[3], mean_of(lost, 2)),
         }
         for claim, outcome in found.items():
             outcomes.setdefault(f"{swap.name} {claim}", []).append(outcome)

@@ -4,13 +4,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
-from common import Outcome, Outcomes, Swap, load
+from common import Code, Outcome, Outcomes, Swap, load
 
 import jclt
 from jclt import UserError
@@ -120,21 +120,20 @@ def draw_verdicts(name: str, rows: Sequence[dict[str, Any]], path: Path) -> None
 
 def show_swaps(swaps: Sequence[Swap], example: Example) -> Graph:
     """The pruned graph of an example, with the features of each concept as a supernode."""
+    return show_codes(example, {swap.name: code for swap in swaps for code in swap.codes})
+
+
+def show_codes(example: Example, codes: Mapping[str, Code]) -> Graph:
     model, coder = load()
     graph = jclt.attribute(model, coder, example.prompt).prune()
     groups: dict[str, list[int]] = {}
-    taken: set[int] = set()
-    for swap in swaps:
-        for code in swap.codes:
-            position, cells = code.place(example), set(code.features)
-            nodes = [
-                node
-                for node, (layer, at, number) in enumerate(graph.features.tolist())
-                if at == position and (layer, number) in cells and node not in taken
-            ]
-            taken |= set(nodes)
-            if nodes:
-                groups.setdefault(f"{swap.name} = {code.read(example)}", []).extend(nodes)
+    places, taken = graph.features.tolist(), set[int]()
+    for name, code in codes.items():
+        position, cells = code.place(example), set(code.features)
+        nodes = [i for i, (n, p, f) in enumerate(places) if p == position and (n, f) in cells and i not in taken]
+        taken |= set(nodes)
+        if nodes:
+            groups[f"{name} = {code.read(example)}"] = nodes
     return with_supernodes(graph, groups)
 
 

@@ -42,7 +42,8 @@ STUDY = Study(
     (
         Claim("list exchanged; at a wrong place", "", 0.9, 0.05),
         Claim("list exchanged; random features", "", 0.9, 0.05),
-        Claim("list sign flipped; random features", "", 0.5, ratio=5),
+        Claim("list set to 0; random features", "", 0.1, ratio=5),
+        Claim("list sign flipped; random features", "", 0.1, ratio=5),
     ),
     measure,
     show,
