@@ -12,7 +12,6 @@ Beside these, the same changes of random features, and at the token before "=".
 Expected: see README.md. Cost: a minute on one CPU core.
 """
 
-from collections.abc import Mapping
 from functools import cache
 from random import Random
 
@@ -26,8 +25,8 @@ from common import (
     concept,
     decode,
     draw_examples,
-    draw_others,
     fit_code,
+    give_to_others,
     load,
     pad_tokens,
     read_activations,
@@ -42,7 +41,6 @@ from jclt.world import TASKS, Example
 LAYERS = (2, 3)
 STRENGTH = 2
 Sum = tuple[int, int]
-Shifts = Mapping[tuple[int, int], float]
 
 
 def read_sum(example: Example) -> Sum:
@@ -104,18 +102,12 @@ def measure(seed: int, count: int) -> Outcomes:
                 continue
             shifts = {(n, f): STRENGTH * float(change[n, position, f]) for n, f in features if change[n, position, f]}
             rows = [shift(own, shifts, position), shift(own, shifts, position - 1)]
-            rows += [shift(own, permute(own, shifts, position, draw), position) for _ in range(DRAWS)]
+            rows += [shift(own, give_to_others(own, position, shifts, draw), position) for _ in range(DRAWS)]
             hits = [float(decode(row.argmax()) == want) for row in run_rows(example, tokens.shape[1], rows)[1]]
             found = {"at a wrong place": hits[1], "random features": float(np.mean(hits[2:]))}
             for control, value in found.items():
                 outcomes.setdefault(f"{name} exchanged; {control}", []).append(Outcome(hits[0], value))
     return outcomes
-
-
-def permute(activations: np.ndarray, shifts: Shifts, position: int, random: np.random.Generator) -> Shifts:
-    """The same changes of as many other features."""
-    cells = sorted(shifts)
-    return dict(zip(draw_others(activations, position, cells, random), map(shifts.__getitem__, cells), strict=True))
 
 
 def show() -> Graph:

