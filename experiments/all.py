@@ -5,7 +5,7 @@
     python experiments/all.py --others          # also intermediates.py and group_names.py, with their own tables
 
 Nothing is trained. Figures and graphs of each study go to runs/case_studies/. Expected: the table in README.md.
-Cost: 8 minutes on one CPU core; with --others 13.
+Cost: 12 minutes on one CPU core; with --others, and SmolLM2 where it is installed, 19.
 """
 
 import argparse

@@ -9,7 +9,7 @@
 - of a sum in which both numbers differ, only those that say the ones of the sum more than its tens, or the reverse.
 
 Beside these, the same changes of random features, and at the token before "=".
-Expected: see README.md. Cost: a minute on one CPU core.
+Expected: see README.md. Cost: two minutes on one CPU core.
 """
 
 from functools import cache

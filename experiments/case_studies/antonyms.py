@@ -5,7 +5,7 @@
 "Le contraire de grand est" -> " petit". At the end of the prompt the features of the word asked for are exchanged for
 those of another word of the same language (the operand), or of the same word in another language (the language). Then
 those that say the language alone: these do not suffice, as language and word are not apart in this model.
-Expected: see README.md. Cost: a minute on one CPU core.
+Expected: see README.md. Cost: two minutes on one CPU core.
 """
 
 from functools import cache

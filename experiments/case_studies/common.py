@@ -10,7 +10,7 @@ same at a place where the concept is not, and the same changes of as many other 
 position, drawn at random, active ones first. Shares and strengths were chosen on prompts of the split `choose`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
@@ -21,7 +21,7 @@ import jclt
 from jclt import Add, Model, Scale, load_coder, load_model, run
 from jclt.coders import Coder
 from jclt.interventions.settings import Treatment
-from jclt.world import TASKS, Example
+from jclt.world import TASKS, Example, Split
 from jclt.world.example import last_position
 
 TRAIN_PROMPTS = 600
@@ -72,7 +72,7 @@ def every(_: Example) -> bool:
 
 
 def draw_examples(
-    task: str, count: int, seed: int, keep: Callable[[Example], bool] = every, split: jclt.world.Split = "report"
+    task: str, count: int, seed: int, keep: Callable[[Example], bool] = every, split: Split = "report"
 ) -> list[Example]:
     return [example for example in TASKS[task].examples(split, DRAWN * count, seed) if keep(example)][:count]
 
@@ -143,6 +143,22 @@ def fit_code(
 # ---------------------------------------------------------------- interventions
 
 
+def make_idle_edits(changed: Collection[Cell], features: int) -> list[Scale]:
+    """Edits that change nothing, so that passes with few and with many changed features share a program."""
+    most = max((sum(cell[0] == layer for cell in changed) for layer in range(4)), default=0)
+    in_first = sum(layer == 0 for layer, _, _ in changed)
+    missing = (256 if most <= 256 else 1024) - in_first
+    ends = [-1, *sorted({feature for layer, _, feature in changed if layer == 0}), features]
+    edits = list[Scale]()
+    for start, stop in zip(ends, ends[1:], strict=False):
+        size = min(stop - start - 1, missing)
+        if size > 0:
+            idle = slice(start + 1, start + 1 + size)
+            edits.append(Scale(np.ones(ROWS), layer=0, position=0, feature=idle))
+            missing -= size
+    return edits
+
+
 def run_rows(
     example: Example, length: int, rows: Sequence[Values], attention: Treatment = "free"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -157,13 +173,10 @@ def run_rows(
             values.setdefault(cell, np.zeros(ROWS))[number] = value
     edits = []
     for (layer, position, feature), factor in factors.items():
-        place = {"layer": layer, "position": position, "feature": feature}
-        edits += [Scale(factor, **place), Add(values[layer, position, feature], **place)]
-    taken = {feature for layer, _, feature in factors if layer == 0}
-    free = [feature for feature in range(coder.config.features) if feature not in taken]
-    slots = 256 if max((sum(cell[0] == layer for cell in factors) for layer in range(4)), default=0) <= 256 else 1024
-    unused = slots - sum(layer == 0 for layer, _, _ in factors)  # edits that change nothing: one program for all
-    edits += [Scale(np.ones(ROWS), layer=0, position=0, feature=feature) for feature in free[:unused]]
+        value = values[layer, position, feature]
+        edits.append(Scale(factor, layer=layer, position=position, feature=feature))
+        edits.append(Add(value, layer=layer, position=position, feature=feature))
+    edits += make_idle_edits(factors, coder.config.features)
     tokens = model.encode(example.prompt)
     padded = np.array([*tokens, *[0] * (length - len(tokens))])
     found = jclt.sweep(
@@ -282,7 +295,7 @@ def mean_of(values: Sequence[float], kind: int) -> float:
     return float(np.mean(values[start : start + DRAWS]))
 
 
-def measure_swap(swap: Swap, seed: int, count: int, split: jclt.world.Split = "report") -> Outcomes:
+def measure_swap(swap: Swap, seed: int, count: int, split: Split = "report") -> Outcomes:
     """Claims: how often the exchange gives the other value's answer, beside the same at the wrong place and with random
     features; how much of the answer's probability is lost without the code's active features, or with their signs
     flipped, beside as many random ones."""

@@ -4,7 +4,7 @@
 
 "The athlete Pete Jordan plays the sport of" -> the sport. Features that say it lie at the last name and at the end
 of the prompt. The wrong place is the first name, from which no sport follows.
-Expected: see README.md. Cost: a minute on one CPU core.
+Expected: see README.md. Cost: two minutes on one CPU core.
 """
 
 from functools import cache
@@ -24,7 +24,8 @@ def expect_sport(_: Example, sport: str) -> tuple[str, ...]:
 
 @cache
 def make_swaps() -> tuple[Swap, ...]:
-    name, end = (fit_code("athlete", SPORT, place, share=0.1) for place in (at("last"), at_end))
+    name = fit_code("athlete", SPORT, at("last"), share=0.1)
+    end = fit_code("athlete", SPORT, at_end, share=0.2)
 
     def make(title: str, *codes: object, strength: float = 2) -> Swap:
         return Swap(title, "athlete", codes, expect_sport, strength, at("first"))  # type: ignore[arg-type]

@@ -42,8 +42,8 @@ class Study(NamedTuple):
 
 def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     """The interval that holds 95% of the means of prompts drawn again."""
-    values, random = np.asarray(values), np.random.default_rng(0)
-    means = values[random.integers(len(values), size=(draws, len(values)))].mean(axis=1)
+    outcomes, random = np.asarray(values), np.random.default_rng(0)
+    means = outcomes[random.integers(len(outcomes), size=(draws, len(outcomes)))].mean(axis=1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 

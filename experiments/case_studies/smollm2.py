@@ -5,7 +5,7 @@
 
 Which neurons does the graph hold responsible? The strongest are set to 0 in the model, which reacts freely, beside as
 many others of the graph, drawn at random from the same layers and positions. Without the package there is one line.
-Expected: see README.md. Cost: 5 minutes on one CPU core, 3 GB.
+Expected: see README.md. Cost: 2 minutes on one CPU core, 3 GB.
 """
 
 import sys
