@@ -116,7 +116,7 @@ def draw_verdicts(name: str, rows: Sequence[dict[str, Any]], path: Path) -> None
     axes.set_yticks(range(len(rows)), [row["claim"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_title(name)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
