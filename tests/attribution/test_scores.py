@@ -78,6 +78,7 @@ def test_a_score_is_the_sum_over_all_paths_of_the_whole_graph(family, kind, kept
     assert measure_residual(part) < 1e-10
 
 
+@pytest.mark.exhaustive  # a plain run compares scores with sums over all paths
 def test_a_score_is_what_ablating_a_neuron_changes(kept):
     """With patterns and norms frozen the model is linear in the neurons of its last layer."""
     model, coder, tokens = make_case("llama3", "neurons", "float32")

@@ -107,6 +107,7 @@ def watch_programs(monkeypatch, programs: list[tuple[Any, str]]) -> dict[str, st
     return texts
 
 
+@pytest.mark.exhaustive  # slow; a plain run compares the graphs of a split model
 def test_no_device_ever_has_the_weights_of_more_than_one_layer(monkeypatch):
     model = draw_model(jclt.make_mesh())
     c = model.config

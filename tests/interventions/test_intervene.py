@@ -76,6 +76,7 @@ def test_direct_effects_are_the_graphs_edges(name, kind):
     assert result.unpredicted == 0
 
 
+@pytest.mark.exhaustive  # a plain run has them in double precision
 def test_they_are_so_in_single_precision():
     case, graph = plain_case(), trace_whole_graph("gpt2", "clt", "float32")
     edits, relative = scale_everything(graph, 1)
@@ -254,6 +255,7 @@ def test_generation_with_the_cache_is_that_without_it(name):
     assert np.abs(unedited[-1] - whole.logits[-1]).max() > 1e-3
 
 
+@pytest.mark.exhaustive  # a plain run generates with one strength
 def test_several_strengths_at_once_write_what_each_writes_alone():
     model, coder, tokens = make_case("llama3", "clt", "float32")
     edit = jclt.Add(np.array([0.0, 2.0, 6.0]), layer=0, position=slice(2, None), feature=3)

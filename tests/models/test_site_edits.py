@@ -170,6 +170,7 @@ def test_noise_is_normal_and_the_same_in_every_pass(model):
         np.testing.assert_array_equal(noise(place, x[:, :1])[:, 0], first[:, position])
 
 
+@pytest.mark.exhaustive  # a plain run generates with edits of features and of a head, in test_intervene.py
 def test_generation_with_the_cache_edits_what_a_pass_over_all_tokens_does(model, tokens):
     """Noise, captured patterns of the prompt, a head at an open range and a score: greedy tokens are the same."""
     _, seen = jclt.run(model, tokens, capture=("pattern",))

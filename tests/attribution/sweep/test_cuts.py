@@ -34,6 +34,7 @@ def test_graphs_are_the_same_with_a_cut(name, kind, cut, monkeypatch):
     assert measure_residual(few) <= 1e-10
 
 
+@pytest.mark.exhaustive  # a plain run has one prompt with a cut
 def test_prompts_of_a_batch_have_cuts_of_their_own(monkeypatch):
     model, coder, tokens = make_case("gpt2", "clt", "float32")
     prompts = [tokens, tokens[::-1]]
