@@ -80,5 +80,5 @@ def test_verdicts_on_a_few_prompts(name, load, monkeypatch):
         assert study.show().logit_names
     for claim, row in zip(study.claims, rows, strict=True):
         if claim.name not in FAIL:
-            most = claim.most + 0.1 if not claim.ratio else row["ours"] / 2
+            most = claim.most + 0.1 if not claim.ratio else 0.75 * row["ours"]  # of six prompts
             assert row["ours"] >= 0.7 * claim.least and row["control"] <= most, row

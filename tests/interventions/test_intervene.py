@@ -17,7 +17,7 @@ from jclt.interventions import ablate
 from jclt.models import Compose
 
 LAW = sorted({*DOUBLE.items(), ("gpt2", "skip"), ("gemma2", "clt"), ("neox", "skip")})
-FEW = [("gemma3", "some layers"), ("gpt2", "clt"), ("neox", "some skips")]
+FEW = [("gpt2", "clt"), ("neox", "some skips")]
 
 
 def scale_everything(graph: Graph, seed: int) -> tuple[list, np.ndarray]:

@@ -28,7 +28,7 @@ LAW = sorted(
     | {("gemma3", "skip"), ("gpt2", "skip"), ("gemma2", "raw writes"), ("gemma3", "raw skips")}
 )
 """Every family, every kind of coder, and CLTs and skips with each kind of block: post-norms, parallel, neither."""
-FEW = [("gemma2", "raw writes"), ("gemma3", "some layers"), ("gpt2", "clt"), ("neox", "some skips")]
+FEW = [("gemma2", "raw writes"), ("gpt2", "clt"), ("neox", "some skips")]
 """Post-norms, also after what the coder writes; learned positions, biases, parallel blocks, and norms that subtract the
 mean; CLTs and transcoders, also of some layers. The edges of neurons are checked one by one below."""
 SINGLE = {"gemma3": "neurons", "neox": "skip", "qwen3": "clt"}

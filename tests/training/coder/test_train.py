@@ -172,6 +172,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(one_device, tmp_
     assert read_losses(tmp_path / "run").tolist() == read_losses(one_device).tolist()
 
 
+@pytest.mark.exhaustive  # slow; test_activation_store.py compares what is stored with what is harvested
 def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
     train_coder(config, tmp_path / "run", ONE_DEVICE_MESH)
@@ -185,7 +186,8 @@ def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
         train_coder(replace(config, coder=other), tmp_path / "other", ONE_DEVICE_MESH)
 
 
-@pytest.mark.parametrize(("data", "features"), mark_others([(1, 1), (2, 2)], [(1, 1)]))
+@pytest.mark.exhaustive  # slow; test_losses.py has its formula, test_contracts.py its types
+@pytest.mark.parametrize(("data", "features"), [(1, 1), (2, 2)])
 def test_the_end_to_end_phase_lowers_the_divergence(data, features, tmp_path):
     config = replace(CONFIG, steps=40, end_to_end_steps=30, end_to_end_weight=4.0, learning_rate=3e-3)
     train_coder(config, tmp_path / "run", make_mesh(data, features))
