@@ -172,7 +172,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_there(one_device, tmp_
     assert read_losses(tmp_path / "run").tolist() == read_losses(one_device).tolist()
 
 
-@pytest.mark.exhaustive  # slow; test_activation_store.py compares what is stored with what is harvested
+@pytest.mark.exhaustive  # slow; what a store holds is tested in test_activation_store.py
 def test_stored_activations_train_as_harvested_ones_do(one_device, tmp_path):
     config = replace(CONFIG, store=str(tmp_path / "store"), store_rows=400)
     train_coder(config, tmp_path / "run", ONE_DEVICE_MESH)
