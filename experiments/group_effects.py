@@ -15,7 +15,14 @@ import numpy as np
 from jclt import UserError, attribute_batch, load_coder, load_model
 from jclt.coders import Coder
 from jclt.features.concepts import draw_examples
-from jclt.features.group_names import draw_prompts, find_holding, measure_strength, name_by_concepts, read_known_prompts
+from jclt.features.group_names import (
+    draw_prompts,
+    find_holding,
+    list_units,
+    measure_strength,
+    name_by_concepts,
+    read_known_prompts,
+)
 from jclt.graphs import Graph, Supernode, suggest_supernodes
 from jclt.graphs.supernodes import find_members
 from jclt.interventions import measure_supernodes
@@ -79,8 +86,8 @@ def ask_about_other_cities(model: Model, coder: Coder, graph: Graph, example: Ex
 
 
 def count_firing(model: Model, coder: Coder, graph: Graph, state: Supernode) -> None:
-    activations = dict(zip(map(tuple, graph.features.tolist()), graph.activations.tolist(), strict=True))
-    members = [(coder.config.covered.index(x[0]), x[2], activations[x]) for x in state.features]
+    units = list_units(coder, graph)
+    members = [units[place] for place in state.features]
     for name, prompts in zip(
         ("that explain", "held out"), read_known_prompts(model, coder, draw_examples()), strict=True
     ):

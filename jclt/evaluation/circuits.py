@@ -29,7 +29,6 @@ from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.evaluation.faithfulness import (
     MOST_SOURCES,
-    Prediction,
     find_later,
     find_outputs,
     iterate_graphs,
@@ -75,9 +74,9 @@ def check_claims(model: Model, coder: Coder, graph: Graph, generator: np.random.
     layers = graph.features[said.sources, 0]
     others = [int(generator.choice(np.flatnonzero(layers == layers[i]))) for i in top]
     edges = [(row[s], t) for s, t in list_edges(graph) if s in row]
-    predicted, later = predict_relative(graph, said), find_later(graph, said.sources)
+    later = find_later(graph, said.sources)
     swapped = [(int(generator.choice(np.flatnonzero(later[:, t]))), t) for _, t in edges]
-    of_edges, of_others = (np.array([predicted[edge] for edge in pairs]) for pairs in (edges, swapped))
+    of_edges, of_others = (np.array([said.relative[edge] for edge in pairs]) for pairs in (edges, swapped))
     measured = np.array([relative[edge] for edge in edges])
     return {
         "nodes": len(top),
@@ -95,14 +94,6 @@ def list_edges(graph: Graph) -> list[tuple[int, int]]:
     influence = compute_edge_influence(graph.edges)[:n, :n]
     strongest = np.argsort(-influence, axis=None, kind="stable")[:CLAIMS]
     return [(int(place % n), int(place // n)) for place in strongest if influence.flat[place] > 0]
-
-
-def predict_relative(graph: Graph, said: Prediction) -> Float[np.ndarray, "g n"]:
-    """By what share of itself each feature changes when a source is taken away, by all paths."""
-    n = len(graph.features)
-    values = graph.values[:n].astype(np.float64)
-    relative = graph.adjacency[:n, :n] / np.where(values != 0, values, np.inf)[:, None]
-    return -np.linalg.solve(np.eye(n) - relative, np.eye(n)[:, said.sources]).T
 
 
 def check_supernodes(model: Model, coder: Coder, graph: Graph, seed: int) -> dict[str, int]:

@@ -41,12 +41,14 @@ class Prediction(NamedTuple):
     direct: Float[np.ndarray, "g"]  # the same, by the edges to the outputs alone
     on_features: Float[np.ndarray, "g n"]  # influence of each source on each feature
     direct_on_features: Float[np.ndarray, "g n"]  # the shares of the edges alone
-    changes: Float[np.ndarray, "g k"]  # of the outputs' values: by all paths, with signs
+    relative: Float[np.ndarray, "g n"]  # by what share of itself each feature changes: by all paths, with signs
+    changes: Float[np.ndarray, "g k"]  # of the outputs' values, likewise
 
 
 def predict_ablations(graph: Graph, most: int = MOST_SOURCES) -> Prediction:
     """Of the `most` features with the highest influence. With S the edge shares and R = edges / values of the targets,
-    both among features, the influences are (1 - S)^-1 - 1, and the changes -edges (1 - R)^-1."""
+    both among features, the influences are (1 - S)^-1 - 1, the relative changes -(1 - R)^-1, and the outputs' changes
+    the edges times these."""
     n = len(graph.features)
     outputs, influence = find_outputs(graph), graph.influence[:n]
     sources = np.sort(np.argsort(-influence, kind="stable")[:most])
@@ -54,7 +56,8 @@ def predict_ablations(graph: Graph, most: int = MOST_SOURCES) -> Prediction:
     among = shares[:n, :n].astype(np.float64)
     unit = np.eye(n)[:, sources]
     values = graph.values[:n].astype(np.float64)
-    relative = graph.adjacency[:n, :n] / np.where(values != 0, values, np.inf)[:, None]
+    edges = graph.adjacency[:n, :n] / np.where(values != 0, values, np.inf)[:, None]
+    relative = -np.linalg.solve(np.eye(n) - edges, unit)
     weights = graph.output_weights[outputs]
     return Prediction(
         sources=sources,
@@ -62,7 +65,8 @@ def predict_ablations(graph: Graph, most: int = MOST_SOURCES) -> Prediction:
         direct=weights @ shares[np.ix_(outputs, sources)],
         on_features=(np.linalg.solve(np.eye(n) - among, unit) - unit).T,
         direct_on_features=among[:, sources].T,
-        changes=-(graph.adjacency[outputs][:, :n] @ np.linalg.solve(np.eye(n) - relative, unit)).T,
+        relative=relative.T,
+        changes=(graph.adjacency[outputs][:, :n] @ relative).T,
     )
 
 

@@ -82,8 +82,7 @@ def name_by_concepts(
     random      the share of random groups of active features at the same layers and positions that are as pure
     """
     random, named = np.random.default_rng(seed), list[Supernode]()
-    activations = dict(zip(map(tuple, graph.features.tolist()), graph.activations.tolist(), strict=True))
-    units = {place: (coder.config.covered.index(place[0]), place[2], value) for place, value in activations.items()}
+    units = list_units(coder, graph)
     for group in supernodes:
         members = [units[place] for place in group.features]
         known = list_known(example, min(position for _, position, _ in group.features))
@@ -92,7 +91,7 @@ def name_by_concepts(
         if not statement or not scores or scores["purity"] < PURE:
             named.append(group)
             continue
-        drawn = [draw_group(list(activations), group, random) for _ in range(RANDOM_GROUPS)]
+        drawn = [draw_group(list(units), group, random) for _ in range(RANDOM_GROUPS)]
         others = [score_name(held_out, [units[place] for place in places], statement) for places in drawn]
         as_pure = np.mean([other.get("purity", 0) >= scores["purity"] for other in others])
         name = write_concepts(statement[0], [statement[1]])
@@ -109,6 +108,15 @@ def list_known(example: Example, position: int) -> list[Statement]:
 
 Unit = tuple[int, int, float]
 """The index of a covered layer, a feature's number, and its activation in the graph."""
+
+
+def list_units(coder: Coder, graph: Graph) -> dict[tuple[int, int, int], Unit]:
+    """By layer, position and feature."""
+    places = map(tuple, graph.features.tolist())
+    return {
+        (layer, position, number): (coder.config.covered.index(layer), number, value)
+        for (layer, position, number), value in zip(places, graph.activations.tolist(), strict=True)
+    }
 
 
 def measure_strength(prompts: KnownPrompts, members: Sequence[Unit]) -> Float[np.ndarray, "n"]:

@@ -211,9 +211,12 @@ def gather_rows(
 @jax.named_scope("original_pass")
 def run_unchanged(settings: AblationSettings, params: Params, coder: Coder, tokens: Tokens) -> Unchanged:
     kept, seen = keep_pass(settings.model, params, tokens, (settings.reads, settings.writes, *settings.frozen))
+    return Unchanged(kept, seen, encode_layers(coder, seen[settings.reads]))
+
+
+def encode_layers(coder: Coder, reads: Float[Array, "L *B T D"]) -> Float[Array, "C *B T F"]:
     coder = widen(coder)
-    encoded = [coder.encode(index, seen[settings.reads][layer]) for index, layer in enumerate(coder.config.covered)]
-    return Unchanged(kept, seen, jnp.stack(encoded))
+    return jnp.stack([coder.encode(index, reads[layer]) for index, layer in enumerate(coder.config.covered)])
 
 
 @partial(jax.jit, static_argnames=("settings", "start"))

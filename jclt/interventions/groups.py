@@ -23,7 +23,7 @@ from jclt.attribution.attribute import check_coder
 from jclt.attribution.true_pass import stack_skips, widen
 from jclt.coders import Coder
 from jclt.errors import UserError
-from jclt.interventions.ablate import check_features, check_tokens
+from jclt.interventions.ablate import check_features, check_tokens, encode_layers
 from jclt.interventions.intervene import use_one_device
 from jclt.interventions.settings import Setting, Treatment
 from jclt.mesh import fetch_to_host
@@ -149,11 +149,6 @@ def read_unchanged(
     logits, seen, _ = forward(settings.model, params, tokens, capture=tuple(sites))
     encoded = encode_layers(coder, seen[settings.reads])
     return seen, logits[0, end], center_end(settings.model, params, seen, end)[0], encoded[:, 0]
-
-
-def encode_layers(coder: Coder, reads: Float[Array, "L B T D"]) -> Float[Array, "C B T F"]:
-    coder = widen(coder)
-    return jnp.stack([coder.encode(index, reads[layer]) for index, layer in enumerate(coder.config.covered)])
 
 
 def center_end(config: ModelConfig, params: Params, seen: Captured, end: Int[Array, ""]) -> Float[Array, "B V"]:

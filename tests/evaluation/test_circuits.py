@@ -6,7 +6,7 @@ from handmade_coders import faithful_coder
 from traced_graphs import trace_whole_graph
 
 import jclt
-from jclt.evaluation.circuits import count_confirmed, draw_matched, list_edges, measure_circuit, predict_relative
+from jclt.evaluation.circuits import count_confirmed, draw_matched, list_edges, measure_circuit
 from jclt.evaluation.faithfulness import predict_ablations
 from jclt.graphs.influence import compute_edge_influence
 from jclt.interventions.settings import Setting
@@ -33,7 +33,7 @@ def test_the_edges_that_are_tested_have_the_most_influence():
     assert sorted(influence[t, s] for s, t in edges) == sorted(np.sort(influence, axis=None)[-10:])
     said = predict_ablations(graph)
     outputs = graph.nodes.find("output")[[graph.logit_probabilities.argmax()]]
-    changes = predict_relative(graph, said) @ graph.adjacency[outputs, :n].T
+    changes = said.relative @ graph.adjacency[outputs, :n].T
     np.testing.assert_allclose(changes[:, 0], said.changes[:, 0], rtol=1e-3, atol=1e-4)
 
 

@@ -48,6 +48,8 @@ def test_predictions_are_sums_over_all_paths():
     for source in (0, n // 2, n - 1):
         changes = predict_changes(graph, {source: -1.0}, total=True)
         np.testing.assert_allclose(said.changes[source, 0], changes[output], rtol=1e-3, atol=1e-4)
+        moved, others = said.relative[source] * graph.values[:n], np.arange(n) != source
+        np.testing.assert_allclose(moved[others], changes[:n][others], rtol=1e-3, atol=1e-4)
     few = predict_ablations(graph, most=3)
     assert set(few.sources) == set(np.argsort(-graph.influence[:n])[:3])
     np.testing.assert_allclose(few.changes, said.changes[few.sources], rtol=1e-5)
