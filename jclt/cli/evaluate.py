@@ -82,9 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     from jclt.evaluation.evaluate import evaluate
     from jclt.evaluation.prompts import find_prompts
     from jclt.evaluation.questions import THRESHOLDED, answer_questions
-    from jclt.files import write_json
+    from jclt.files import check_file, write_json
 
     check_new_file(arguments.json)
+    if arguments.questions and arguments.prompts != "world":
+        check_file(Path(arguments.prompts), "world, or a file with a prompt on each line")
     no_check, arguments.no_check = arguments.no_check, True
     model, coder = load_coder_and_model(arguments)
     if not no_check:

@@ -37,9 +37,11 @@ def add_command(commands: Subcommands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from jclt.evaluation.verdict import find_pairs, verify
-    from jclt.files import write_json
+    from jclt.files import check_file, write_json
 
     check_new_file(arguments.json)
+    if arguments.prompts != "world":
+        check_file(Path(arguments.prompts), "world, or a file of pairs of prompts")
     model, coder = load_coder_and_model(arguments)
     pairs = find_pairs(model, arguments.prompts, arguments.count, arguments.seed)
     verdict = verify(model, coder, pairs, arguments.seed)
