@@ -181,7 +181,7 @@ def read_logits(model: Model, graph: Graph) -> Float[np.ndarray, "V"]:
 
 
 def measure_circuits(
-    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "T"]], *, seed: int = 0
+    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]], *, seed: int = 0
 ) -> dict[str, Figure]:
     """The means over prompts, and shares of all claims, with bootstrap intervals."""
     generator = np.random.default_rng(seed)

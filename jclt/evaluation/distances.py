@@ -32,7 +32,7 @@ PAPER = {"cosine": "about 0.8", "error": "about 0.4"}
 
 
 def measure_distances(
-    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "T"]], *, seed: int = 0
+    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]], *, seed: int = 0
 ) -> dict[str, Figure]:
     """Means over prompts, by the kind of push and the number of layers after it."""
     generator = np.random.default_rng(seed)

@@ -173,7 +173,7 @@ def measure_prompt(model: Model, coder: Coder, graph: Graph, most: int = MOST_SO
 
 
 def measure_faithfulness(
-    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "T"]], *, most: int = MOST_SOURCES, seed: int = 0
+    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]], *, most: int = MOST_SOURCES, seed: int = 0
 ) -> dict[str, Figure]:
     """The means over prompts, with bootstrap intervals."""
     measured = [measure_prompt(model, coder, graph, most) for graph in iterate_graphs(model, coder, prompts)]
@@ -208,6 +208,6 @@ def measure_faithfulness(
     }
 
 
-def iterate_graphs(model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "T"]]) -> Iterator[Graph]:
+def iterate_graphs(model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]]) -> Iterator[Graph]:
     """The graphs with at least two features."""
     return (graph for graph in attribute_batch(model, coder, prompts) if len(graph.features) > 1)

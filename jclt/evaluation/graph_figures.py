@@ -17,7 +17,7 @@ THRESHOLDS = (0.9, 0.8, 0.7)
 
 
 def measure_graphs(
-    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "T"]], *, seed: int = 0
+    model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]], *, seed: int = 0
 ) -> dict[str, Figure]:
     """The means over prompts. The paper's figures are of other models: of one prompt each, for 10 million features."""
     graphs = attribute_batch(model, coder, prompts)
@@ -56,7 +56,7 @@ def measure_path(graph: Graph) -> float:
     return float(lengths @ np.arange(len(lengths))) if lengths.any() else float("nan")
 
 
-def threshold_neurons(model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "T"]]) -> Neurons:
+def threshold_neurons(model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]]) -> Neurons:
     """The model's neurons, set to zero below the threshold at which as many are active on these prompts as features of
     the coder: the paper's baseline, at equal sparsity."""
     values, active, tokens = [], 0, 0

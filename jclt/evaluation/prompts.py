@@ -12,7 +12,7 @@ from jclt.shapes import Int
 from jclt.world import TASKS
 
 
-def find_prompts(model: Model, name: str, count: int, seed: int = 0) -> list[Int[np.ndarray, "T"]]:
+def find_prompts(model: Model, name: str, count: int, seed: int = 0) -> list[Int[np.ndarray, "_"]]:
     """Token ids of each prompt. `world`: `count` held-out prompts of each task of the small world; else the first
     `count` of a file, as `jclt attribute --prompts` reads it."""
     if count < 1:

@@ -30,7 +30,7 @@ def answer_questions(
     model: Model,
     coders: Mapping[str, Coder | None],
     names: Sequence[str],
-    prompts: Sequence[Int[np.ndarray, "T"]],
+    prompts: Sequence[Int[np.ndarray, "_"]],
     seed: int = 0,
 ) -> tuple[str, dict[str, Any]]:
     """Tables to print, and their figures by name, of one coder or of several side by side. A coder that is None is made
