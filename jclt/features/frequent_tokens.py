@@ -27,13 +27,18 @@ def make_counts(features: int, places: int) -> Counts:
 def add_counts(counts: Counts, feature: Int[np.ndarray, "E"], token: Int[np.ndarray, "E"], vocabulary: int) -> None:
     """Counts the events, in place."""
     places = counts["ids"].shape[1]
-    new, often = np.unique(feature.astype(np.int64) * vocabulary + token, return_counts=True)
-    changed = np.unique(new // vocabulary)
+    new = np.sort(feature.astype(np.int64) * vocabulary + token)
+    starts = find_starts(new)
+    new, often = new[starts], np.diff(starts, append=len(new))
+    changed = new // vocabulary
+    changed = changed[find_starts(changed)]
     ids = counts["ids"][changed]
     old = (changed[:, None] * vocabulary + ids)[ids >= 0]
-    key, place = np.unique(np.concatenate([old, new]), return_inverse=True)
-    total = np.zeros(len(key), np.int64)
-    np.add.at(total, place, np.concatenate([counts["counts"][changed][ids >= 0], often]))
+    keys, numbers = np.concatenate([old, new]), np.concatenate([counts["counts"][changed][ids >= 0], often])
+    order = np.argsort(keys, kind="stable")  # which is fast, as both parts are sorted
+    keys = keys[order]
+    starts = find_starts(keys)
+    key, total = keys[starts], np.add.reduceat(numbers[order], starts) if len(keys) else numbers
     owner = np.searchsorted(changed, key // vocabulary)
     total -= _find_excess(owner, total, len(changed), places, counts["missed"], changed)[owner]
     key, owner, total = key[total > 0], owner[total > 0], total[total > 0]
@@ -43,6 +48,11 @@ def add_counts(counts: Counts, feature: Int[np.ndarray, "E"], token: Int[np.ndar
         column = np.full((len(changed), places), empty, counts[name].dtype)
         column[owner, rank] = values
         counts[name][changed] = column
+
+
+def find_starts(items: Int[np.ndarray, "n"]) -> Int[np.ndarray, "_"]:
+    """Where in a sorted list each run of equal items begins."""
+    return np.flatnonzero(np.diff(items, prepend=items[:1] - 1))
 
 
 def _find_excess(
