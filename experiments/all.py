@@ -2,7 +2,7 @@
 
     python experiments/all.py                   # three seeds of 12 prompts
     python experiments/all.py --prompts 4       # to see that everything runs
-    python experiments/all.py --others          # also intermediates.py and group_names.py, with their own tables
+    python experiments/all.py --others          # also OTHERS, with tables of their own
 
 Nothing is trained. Figures and graphs of each study go to runs/case_studies/. Expected: the table in README.md.
 Cost: 12 minutes on one CPU core; with --others, and SmolLM2 where it is installed, 19.
@@ -20,7 +20,7 @@ STUDIES = (
     *("two_hop", "addition", "acronym", "factual_recall", "agreement", "antonyms", "successor", "brackets"),
     *("greater_than", "indirect_object", "attention"),
 )
-OTHERS = ("intermediates.py", "group_names.py")
+OTHERS = ("intermediates.py", "group_names.py", "global_weights.py")
 
 
 def main() -> None:

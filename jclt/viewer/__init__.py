@@ -5,11 +5,14 @@ from jclt.viewer.notebook import describe_in_notebook, plot_graph, show_graph
 from jclt.viewer.page_files import export_html
 from jclt.viewer.picture import draw_graph
 from jclt.viewer.text import SCORES_EXPLAINED, find_free_name, summarize_graph, write_graph, write_viewer_json
+from jclt.viewer.weight_pictures import draw_global_weights, draw_operand_grids
 
 __all__ = [
     "SCORES_EXPLAINED",
     "describe_in_notebook",
+    "draw_global_weights",
     "draw_graph",
+    "draw_operand_grids",
     "draw_patching",
     "export_html",
     "find_free_name",
