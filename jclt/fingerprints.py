@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jclt.shapes import Array
+from jclt.numerics import is_small
+from jclt.shapes import Array, ArrayLike
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -34,6 +35,14 @@ def sum_bits(arrays: Mapping[str, Array]) -> dict[str, Array]:
 @jax.jit
 def _sum_bfloat16_bits(x: Array) -> Array:
     return _sum_array_bits(x.astype(jnp.bfloat16))
+
+
+def _sum_bits_in_bfloat16(x: ArrayLike) -> np.ndarray:
+    if not is_small(x):
+        return np.asarray(_sum_bfloat16_bits(x))
+    bits = np.asarray(x).astype(jnp.bfloat16).view(np.uint16).ravel().astype(np.uint32)
+    weights = np.arange(1, 2 * bits.size, 2, dtype=np.uint32)
+    return np.array([bits.sum(dtype=np.uint32), (bits * weights).sum(dtype=np.uint32)])
 
 
 def _sum_array_bits(x: Array) -> Array:
@@ -78,8 +87,8 @@ def fingerprint(weights: Any) -> str:
         jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(weights)
     }
     floating = {name: x for name, x in named.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
-    sums = {name: _sum_bfloat16_bits(x) for name, x in floating.items()}  # a program for each shape, not for each name
-    result = hash_json({name: [list(named[name].shape), np.asarray(pair).tolist()] for name, pair in sums.items()})
+    sums = {name: _sum_bits_in_bfloat16(x) for name, x in floating.items()}
+    result = hash_json({name: [list(named[name].shape), pair.tolist()] for name, pair in sums.items()})
     try:
         key = id(weights)
         _known[key] = weakref.ref(weights, lambda _: _known.pop(key, None)), result
@@ -95,7 +104,7 @@ def sum_blocks(blocks: Iterable[Array]) -> list[int]:
     """
     start = first = second = 0
     for block in blocks:
-        in_block, weighted = map(int, np.asarray(_sum_bfloat16_bits(block)))
+        in_block, weighted = map(int, _sum_bits_in_bfloat16(block))
         first, second, start = first + in_block, second + weighted + 2 * start * in_block, start + block.size
     return [first % (1 << 32), second % (1 << 32)]
 

@@ -4,10 +4,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jclt.errors import UserError
-from jclt.shapes import Array, DTypeLike, Float
+from jclt.shapes import Array, ArrayLike, DTypeLike, Float
 
 Precision = Literal["float32", "tf32_3x", "tf32", "bfloat16_3x", "bfloat16"]
 """How float32 numbers are multiplied. Their products are always summed in float32. `_3x`: each number is the sum of two
@@ -25,6 +26,15 @@ NARROW_PRODUCTS: dict[Precision, NarrowProduct] = {
     "bfloat16_3x": NarrowProduct(jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, 15),
     "bfloat16": NarrowProduct(jax.lax.DotAlgorithmPreset.BF16_BF16_F32, 7),
 }
+
+
+SMALL_ARRAY = 1 << 20
+"""Numbers that a host has looked at before a program for their shape would be compiled."""
+
+
+def is_small(x: ArrayLike) -> bool:
+    """Whether all of the array is at this host, and small enough to be looked at there."""
+    return np.size(x) <= SMALL_ARRAY and (not isinstance(x, jax.Array) or x.is_fully_addressable)
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:

@@ -32,6 +32,17 @@ def test_sums_are_what_their_formula_says(dtype):
     assert second == sum(int(u) * (2 * place + 1) for place, u in enumerate(bits)) % 2**32
 
 
+@pytest.mark.parametrize("shape", [(8, 16), (), (0, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_small_arrays_have_the_sums_of_large_ones(monkeypatch, dtype, shape):
+    """They are computed on the host. Halves between two numbers of bfloat16 are rounded as on devices."""
+    x = np.concatenate([numbers(dtype), np.array([[1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40] * 4]).astype(dtype)])
+    x = jnp.asarray(x[-8:] if shape == (8, 16) else np.resize(x[-1], shape))
+    on_host = fingerprint({"x": x})
+    monkeypatch.setattr("jclt.numerics.SMALL_ARRAY", -1)
+    assert fingerprint({"x": x}) == on_host
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in TYPES if dtype != "bool"])
 def test_every_single_bit_changes_the_sums(dtype):
     x = numbers(dtype, (4, 4))

@@ -9,8 +9,8 @@ import jclt
 
 PACKAGE = Path(jclt.__file__).parent
 ORDER = [
-    *("errors", "shapes", "interrupts", "config", "files", "array_files", "memory", "fingerprints", "numerics"),
-    *("mesh", "hosts"),
+    *("errors", "shapes", "interrupts", "config", "files", "array_files", "memory", "numerics"),
+    *("fingerprints", "mesh", "hosts"),
     *(
         "graphs",
         "models",

@@ -4,15 +4,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jclt.models.config import Activation, ModelConfig, RopeScaling
-from jclt.numerics import einsum
+from jclt.numerics import einsum, is_small
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int, Mask
 
 
-@jax.jit
-def find_finite_rows(x: Float[Array, "..."]) -> Bool[Array, "_"]:
+def find_finite_rows(x: Float[Array, "..."]) -> Bool[Array | np.ndarray, "_"]:
     """Whether all numbers of each row are finite."""
+    return np.isfinite(np.asarray(x)).all(axis=tuple(range(1, x.ndim))) if is_small(x) else _find_finite_rows(x)
+
+
+@jax.jit
+def _find_finite_rows(x: Float[Array, "..."]) -> Bool[Array, "_"]:
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
