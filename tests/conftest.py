@@ -8,6 +8,7 @@ optimizations, and `.ci/run` repeats them with the newer generator.
 
 import gc
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,11 +22,11 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import pytest
+import type_checks
 from drawing import add_options, read_options
-from type_checks import check_calls
 
 gc.set_threshold(100_000, 20, 100)  # tracing makes many small objects: to look for cycles among them is 5% of the time
-check_calls()
+type_checks.check_calls()
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -49,6 +50,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     """Programs are compiled once: for all files, for the processes that tests start, and for the next run."""
+    if "exhaustive" in config.option.markexpr.replace("not exhaustive", ""):
+        type_checks.calls_checked = sys.maxsize
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and hasattr(config, "cache"):
         settings = {
             "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
