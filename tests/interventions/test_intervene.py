@@ -247,12 +247,20 @@ def test_generation_with_the_cache_is_that_without_it(name):
     whole = jclt.intervene(model, coder, steered.tokens[:-1], edits, **free)
     np.testing.assert_allclose(steered.logits, whole.logits[len(tokens) - 1 :], atol=1e-5)
     assert (steered.logits.argmax(axis=-1) == steered.tokens[len(tokens) :]).all()
-    sampled = jclt.steer(model, coder, tokens, edits, 6, temperature=0.7, seed=1, stop_tokens=())
-    assert (sampled.tokens != steered.tokens).any()
-    again = jclt.intervene(model, coder, sampled.tokens[:-1], edits, **free)
-    np.testing.assert_allclose(sampled.logits, again.logits[len(tokens) - 1 :], atol=1e-5)
     unedited = jclt.intervene(model, coder, steered.tokens[:-1], [], **free).logits
     assert np.abs(unedited[-1] - whole.logits[-1]).max() > 1e-3
+
+
+@pytest.mark.exhaustive  # a plain run generates the likeliest tokens
+def test_sampled_tokens_have_the_logits_of_a_pass_without_the_cache():
+    model, coder, tokens = make_case("gemma2", "clt", "float32")
+    edit = jclt.Set(4.0, layer=0, position=2, feature=3)
+    likeliest = jclt.steer(model, coder, tokens, edit, 6, stop_tokens=())
+    sampled = jclt.steer(model, coder, tokens, edit, 6, temperature=0.7, seed=1, stop_tokens=())
+    assert (sampled.tokens != likeliest.tokens).any()
+    free = {"reference": "current", "attention": "free", "norms": "free", "predict": False}
+    whole = jclt.intervene(model, coder, sampled.tokens[:-1], edit, **free)
+    np.testing.assert_allclose(sampled.logits, whole.logits[len(tokens) - 1 :], atol=1e-5)
 
 
 @pytest.mark.exhaustive  # a plain run generates with one strength
