@@ -4,8 +4,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from graph_lists import hand_graph, replace_lists
 from page_server import TOKEN
+
+from jclt.graphs import Graph
 
 PUBLISHED = Path(__file__).parent / "golden" / "published_graphs"
 NAME = "dallas-austin-gemma-2-2b-clt"
@@ -59,3 +63,41 @@ def list_serious_faults(tab: Any) -> list[tuple[str, list[str]]]:
 
 def read(tab: Any, expression: str) -> Any:
     return tab.evaluate(f"(() => {{ const app = jcltPage; return {expression}; }})()")
+
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "\"'><script>document.title='got'</script>",
+    "\u202etxet\u202c\u2066",
+    "a" * 10_000,
+    "${alert(1)}\n\r\t\0",
+    "&lt;b&gt;",
+)
+
+
+def make_hostile_graph() -> Graph:
+    length = len(HOSTILE)
+    size = 2 + length + 1
+    adjacency, zeros = np.zeros((size, size), np.float32), np.zeros(size, np.float32)
+    adjacency[0, 2:-1], adjacency[1, 0], adjacency[-1, :2] = 1, 2, 3
+    return replace_lists(
+        hand_graph(),
+        adjacency=adjacency,
+        bias=zeros,
+        rest=zeros,
+        rest_mass=zeros,
+        values=adjacency.sum(axis=1),
+        features=np.array([[0, 0, 17], [1, 1, 40]]),
+        errors=np.zeros((0, 2), int),
+        tokens=np.arange(length),
+        token_texts=HOSTILE,
+        logit_names=(HOSTILE[1],),
+        supernodes={HOSTILE[0]: (0, 1)},
+        provenance={"model": HOSTILE[0], "settings": {HOSTILE[1]: HOSTILE[2]}},
+    )
+
+
+def check_harmless(tab: Any) -> None:
+    assert tab.locator("img, i, script:not([src]):not([type='application/json']):not([type='module'])").count() == 0
+    assert tab.title() != "got" and "\u202e" not in tab.locator("body").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1280

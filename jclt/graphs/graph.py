@@ -198,10 +198,12 @@ class Graph:
         shares = masks.cumulative if self.whole_shares is None else self.whole_shares
         return replace(self, whole_shares=shares, provenance=provenance).keep(masks.nodes, masks.edges)
 
-    def show(self, *, height: int = 760) -> Any:
-        """The graph's page, as the last value of a notebook's cell. The page is in a package above this one, so it is
-        looked up only here."""
-        return import_module("jclt.viewer").show_graph(self, height=height)
+    def show(self, *, model: Any = None, coder: Any = None, features: Any = None, height: int = 760) -> Any:
+        """The graph's page, as the last value of a notebook's cell. Where anywidget is installed, what is done on it is
+        in the value: `view.graph` is the graph with it. With model and coder the page intervenes on the model; with a
+        folder of described `features` it shows their examples."""
+        # The page is in a package above this one, so it is looked up only here.
+        return import_module("jclt.viewer").show_graph(self, model=model, coder=coder, features=features, height=height)
 
     def plot(self, *, title: str | None = None) -> Any:
         """The graph's picture, as the last value of a notebook's cell; `save("graph.svg")` writes it as a file. It

@@ -2,9 +2,11 @@
 
 import html
 import io
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jclt.errors import UserError
 from jclt.files import create_file
 from jclt.graphs import describe, strongest_paths
 from jclt.graphs.export_json import slug_of
@@ -17,7 +19,12 @@ from jclt.viewer.text import PATHS, describe_outputs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from jclt.coders import Coder
+    from jclt.models import Model
+    from jclt.viewer.widget import GraphWidget
+
 NOTEBOOK_DOTS_PER_INCH = 100
+INSTALL = "pip install 'jclt[notebook]'"
 
 
 class NotebookPage:
@@ -32,7 +39,10 @@ class NotebookPage:
     def _repr_html_(self) -> str:
         style = f"width:100%;height:{self.height}px;border:1px solid #8888"
         frame = 'sandbox="allow-scripts allow-downloads" title="Graph"'
-        return f'<iframe srcdoc="{html.escape(self.page)}" {frame} style="{style}"></iframe>'
+        return (
+            f'<iframe srcdoc="{html.escape(self.page)}" {frame} style="{style}"></iframe>'
+            f"<div>What is done here does not come back to Python; with <code>{INSTALL}</code> it does.</div>"
+        )
 
 
 class NotebookPicture:
@@ -56,8 +66,25 @@ class NotebookPicture:
             save_figure(self.figure, partial, kind)
 
 
-def show_graph(graph: Graph, *, height: int = 760) -> NotebookPage:
+def show_graph(
+    graph: Graph,
+    *,
+    model: "Model | None" = None,
+    coder: "Coder | None" = None,
+    features: str | Path | None = None,
+    height: int = 760,
+) -> "GraphWidget | NotebookPage":
     """The graph's page, to be shown as the last value of a notebook's cell."""
+    if (model is None) != (coder is None):
+        raise UserError("show: a model or a coder alone, expected both or neither")
+    if find_spec("anywidget"):
+        from jclt.viewer.widget import GraphWidget
+
+        folder = None if features is None else Path(features)
+        load = None if model is None or coder is None else lambda: (model, coder)
+        return GraphWidget(graph, load_model=load, features=folder, height=height)
+    if model is not None or features is not None:
+        raise UserError(f"show: with a model or features it needs anywidget, expected `{INSTALL}`")
     return NotebookPage(build_single_page(graph, slug_of(graph)), height)
 
 

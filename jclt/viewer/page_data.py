@@ -33,14 +33,14 @@ def build_page_data(
     user pinned, grouped and renamed earlier.
     """
     starts, sources, weights = list_edges(graph.adjacency)
-    nodes, ids, pruning = graph.nodes, make_node_ids(graph), graph.provenance.get("pruning_settings")
+    nodes, ids = graph.nodes, make_node_ids(graph)
     is_single = graph.adjacency.dtype == np.float32
     return {
         "name": name,
         "tokens": list(graph.token_texts),
         "layers": graph.layers,
         "single": is_single,
-        "pruned": isinstance(pruning, dict) or graph.whole_shares is not None or "nodes" in graph.annotations,
+        "pruned": is_pruned(graph),
         "ids": ids,
         "labels": list_labels(graph, labels or {}),
         "outputs": [
@@ -68,6 +68,12 @@ def build_page_data(
         "about": {key: graph.provenance[key] for key in PROVENANCE if key in graph.provenance},
         "view": read_first_view(graph, ids) | dict(view or {}),
     }
+
+
+def is_pruned(graph: Graph) -> bool:
+    """Whether the page shows all of the graph at first: it has been pruned, or is of published viewers."""
+    settings = graph.provenance.get("pruning_settings")
+    return isinstance(settings, dict) or graph.whole_shares is not None or "nodes" in graph.annotations
 
 
 def list_edges(

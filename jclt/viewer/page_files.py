@@ -35,8 +35,14 @@ def export_html(
 
 
 def build_single_page(
-    graph: Graph, name: str, *, labels: LabelTexts | None = None, view: Mapping[str, Any] | None = None
+    graph: Graph,
+    name: str,
+    *,
+    labels: LabelTexts | None = None,
+    view: Mapping[str, Any] | None = None,
+    has_kernel: bool = False,
 ) -> str:
+    """With `has_kernel` the page waits for a port through which Python answers (`page/kernel.js`)."""
     script, style = join_modules(), read_page_files()["style.css"][0].decode()
     # Nothing in the data can end the element that holds it.
     data = json.dumps(build_page_data(graph, name, labels=labels, view=view)).replace("<", "\\u003c")
@@ -49,7 +55,8 @@ def build_single_page(
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>jclt</title>\n'
         f'<link rel="icon" href="data:,">\n<style>{style}</style>\n</head>\n<body>\n'
-        f'<script type="application/json" id="graph-data">{data}</script>\n<script type="module">{script}</script>\n'
+        f'<script type="application/json" id="graph-data"{" data-kernel" if has_kernel else ""}>{data}</script>\n'
+        f'<script type="module">{script}</script>\n'
         "</body>\n</html>\n"
     )
 

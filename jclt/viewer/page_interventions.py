@@ -40,15 +40,15 @@ def find_changed_nodes(graph: Graph, request: Mapping[str, Any]) -> list[int]:
     return members
 
 
-def answer_intervention(
+def change_nodes(
     model: Model, coder: Coder, graph: Graph, members: list[int], request: Mapping[str, Any]
-) -> Json:
+) -> Intervention:
     """Runs the model with an edit of these nodes, which `find_changed_nodes` gave."""
     if request.get("prompt") is not None:
         edits = swap_with_prompt(model, coder, graph, members, request["prompt"])
     else:
         edits = scale_nodes(graph, members, float(request["factor"]))
-    result = intervene(
+    return intervene(
         model,
         coder,
         graph.tokens.tolist(),
@@ -58,7 +58,6 @@ def answer_intervention(
         attention="free",
         norms="free",
     )
-    return describe_result(result)
 
 
 def swap_with_prompt(model: Model, coder: Coder, graph: Graph, members: list[int], prompt: str) -> list[SiteEdit]:

@@ -22,6 +22,7 @@ from jclt.viewer.page_files import build_single_page
 
 if TYPE_CHECKING:
     from jclt.coders import Coder
+    from jclt.interventions import Intervention
     from jclt.models import Model
 
 LoadModel = Callable[[], "tuple[Model, Coder]"]
@@ -90,12 +91,17 @@ class Page:
         return self.add(slug_of(graph), graph)
 
     def intervene(self, name: str, request: Mapping[str, Any]) -> Json:
-        from jclt.viewer.page_interventions import answer_intervention, find_changed_nodes
+        from jclt.viewer.page_interventions import describe_result
+
+        return describe_result(self.run_intervention(name, request))
+
+    def run_intervention(self, name: str, request: Mapping[str, Any]) -> "Intervention":
+        from jclt.viewer.page_interventions import change_nodes, find_changed_nodes
 
         graph = self.library.read(name)
         members = find_changed_nodes(graph, request)
         with self.running:
-            return answer_intervention(*self.model_and_coder, graph, members, request)
+            return change_nodes(*self.model_and_coder, graph, members, request)
 
     def generate_graph(self, request: Mapping[str, Any]) -> Json:
         """This and the next two are requests of a published graph server (`graph_server.py`)."""
@@ -120,20 +126,12 @@ class Page:
             return graph_server.steer_prompt(*self.model_and_coder, request)
 
     def export(self, name: str, node_threshold: float, edge_threshold: float) -> str:
-        """The JSON of published viewers, with pinned nodes, groups and labels."""
-        graph, view = self.library.read(name), self.library.read_view(name)
-        numbers = {node_id: node for node, node_id in enumerate(make_node_ids(graph))}
-        annotations = dict(graph.annotations)
-        if "pinnedIds" in view:
-            annotations["qParams"] = annotations.get("qParams", {}) | {"pinnedIds": view["pinnedIds"]}
-        if "supernodes" in view:
-            graph = replace(graph, supernodes=name_groups(view["supernodes"], numbers))
-        graph = replace(graph, annotations=annotations)
+        """The JSON of published viewers, with pinned nodes, supernodes and labels."""
+        graph = self.library.read(name)
+        graph = add_view(graph, self.library.read_view(name), self.read_labels(graph))
         if (node_threshold, edge_threshold) != (1, 1):
             graph = graph.prune(node_threshold, edge_threshold)
-        given = {parse_place(key, "view"): text for key, text in view.get("labels", {}).items()}
-        content = export_json(label_nodes(graph, {**list_labels(graph), **self.read_labels(graph), **given}), slug=name)
-        return json.dumps(content, separators=(",", ":"))
+        return json.dumps(export_json(graph, slug=name), separators=(",", ":"))
 
     def list_graphs(self) -> Json:
         has_model = self.load_model is not None
@@ -151,3 +149,15 @@ class Page:
         """The page with this graph as one file."""
         graph, view = self.library.read(name), self.library.read_view(name)
         return build_single_page(graph, name, labels=self.read_labels(graph), view=view)
+
+
+def add_view(graph: Graph, view: Mapping[str, Any], labels: LabelTexts) -> Graph:
+    """The graph with what was pinned, grouped and labelled on the page; `labels` are those of its other features."""
+    numbers = {node_id: node for node, node_id in enumerate(make_node_ids(graph))}
+    annotations = dict(graph.annotations)
+    if "pinnedIds" in view:
+        annotations["qParams"] = annotations.get("qParams", {}) | {"pinnedIds": view["pinnedIds"]}
+    if "supernodes" in view:
+        graph = replace(graph, supernodes=name_groups(view["supernodes"], numbers))
+    given = {parse_place(key, "view"): text for key, text in view.get("labels", {}).items()}
+    return label_nodes(replace(graph, annotations=annotations), {**list_labels(graph), **labels, **given})

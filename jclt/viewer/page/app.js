@@ -218,14 +218,15 @@ export class App {
     this.save({ supernodes: this.listGroups() });
   }
 
-  relabel(labels) {
-    for (let node = 0; node < this.graph.size; node++) {
-      this.graph.labels[node] = labels[featureKey(this.graph, node)] ?? this.graph.labels[node];
-    }
+  // Labels that were edited, by layer and number, stand in place of those that the graph had.
+  relabel(edited) {
+    const { graph } = this;
+    this.edited = edited;
+    for (let node = 0; node < graph.size; node++) graph.labels[node] = edited[featureKey(graph, node)] ?? graph.givenLabels[node];
   }
 
   setLabel(key, label) {
-    this.relabel({ [key]: label });
+    this.relabel({ ...this.edited, [key]: label });
     this.show();
     this.save({ labels: { [key]: label } });
   }
@@ -236,7 +237,7 @@ export class App {
     const { graph } = this;
     try {
       const { labels } = await this.server.saveView(graph.name, changes);
-      if (graph === this.graph) this.relabel(labels ?? {});
+      if (graph === this.graph) this.relabel({ ...this.edited, ...labels });
       this.report(null);
     } catch (error) {
       this.report(new Error(`Not saved: ${error.message}`));

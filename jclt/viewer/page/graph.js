@@ -26,6 +26,7 @@ export function readGraph(data) {
   Object.assign(graph, sortBySource(graph));
   graph.numbers = new Map(graph.ids.map((id, node) => [id, node]));
   graph.labels = [...data.labels, ...new Array(size - data.labels.length).fill('')];
+  graph.givenLabels = graph.labels.slice();
   graph.mass = measureMass(graph);
   graph.density = data.density ? decode(data.density, Float64Array) : null;  // NaN where it is unknown
   return graph;

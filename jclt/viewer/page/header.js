@@ -31,12 +31,11 @@ export class Header {
       action('Picture as SVG', () => this.saveSvg()),
     ];
     if (!app.server) return own;
-    const link = (path) => make('a', { href: path, download: `${app.graph.name}.${path.includes('.html') ? 'html' : 'json'}` }).click();
     this.look = action('First look', () => app.tour.go(0));
     return [
-      action('Open a file …', () => this.file.click()), ...own,
-      action('This page as one file', () => link(app.server.pageUrl(app.graph.name))),
-      action('JSON for graph viewers', () => link(app.server.exportUrl(app.graph.name, app.thresholds))),
+      ...(app.server.upload ? [action('Open a file …', () => this.file.click())] : []), ...own,
+      action('This page as one file', () => this.attempt(() => app.server.savePage(app.graph.name))),
+      action('JSON for graph viewers', () => this.attempt(() => app.server.saveJson(app.graph.name, app.thresholds))),
       this.look,
     ];
   }
@@ -59,6 +58,7 @@ export class Header {
     this.names = graphs.map(({ name }) => name);
     this.options.replaceChildren(...graphs.map(({ name, prompt }) => make('option', { value: name, label: clean(prompt ?? '', 60) })));
     this.ask.hidden = !model;
+    this.picker.hidden = graphs.length < 2 && !this.app.server.upload;
     Object.assign(this.app, { model, hasTour: tour });
     this.look.hidden = !tour;
   }

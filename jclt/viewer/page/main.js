@@ -1,10 +1,11 @@
-// Puts the page together, from a server or from a graph that lies in the file.
+// Puts the page together, from a server, or from a graph that lies in the file; in a notebook's cell Python answers beside.
 
 import { App } from './app.js';
 import { Controls } from './controls.js';
 import { make } from './dom.js';
 import { GraphView } from './graph_view.js';
 import { Header } from './header.js';
+import { Kernel } from './kernel.js';
 import { NodePanel } from './node_panel.js';
 import { Server } from './server.js';
 import { SubgraphPanel } from './subgraph_panel.js';
@@ -44,7 +45,7 @@ function listenKeys(app) {
 }
 
 function listenDrops(app, root) {
-  if (!app.server) return;
+  if (!app.server?.upload) return;
   root.addEventListener('dragover', (event) => event.preventDefault());
   root.addEventListener('drop', (event) => {
     event.preventDefault();
@@ -55,12 +56,16 @@ function listenDrops(app, root) {
 
 async function start() {
   const inside = document.getElementById('graph-data');
-  const app = build(make('div', { id: 'app' }), inside ? null : new Server());
+  const kernel = inside && 'kernel' in inside.dataset ? await Kernel.connect() : null;
+  const app = build(make('div', { id: 'app' }), inside ? kernel : new Server());
   document.body.append(app.header.element.parentElement);
   globalThis.jcltPage = app;
   try {
-    if (inside) return await app.open('', JSON.parse(inside.textContent));
-    await app.header.list();
+    if (app.server) await app.header.list();
+    if (inside) {
+      await app.open('', JSON.parse(inside.textContent));
+      return kernel?.follow(app);
+    }
     const name = app.state.graph || app.header.names[0];
     if (name) await app.open(name);
     else app.report(new Error('There is no graph. Drop a file here, or type a prompt.'));

@@ -1,6 +1,10 @@
-// What the page asks of its server. In a file of its own and in a notebook there is none.
+// What the page asks of its server. In a file of its own there is none.
+
+import { make } from './dom.js';
 
 export class Server {
+  hint = 'There is no model here: `jclt serve --model NAME` gives one.';
+
   async ask(path, options = {}) {
     let answer;
     try {
@@ -36,7 +40,11 @@ export class Server {
 
   readFeature(name, layer, index) { return this.ask(`api/graphs/${encodeURIComponent(name)}/features/${layer}/${index}`); }
 
-  exportUrl(name, { nodes, edges }) { return `api/graphs/${encodeURIComponent(name)}/export.json?nodes=${nodes}&edges=${edges}`; }
+  saveJson(name, { nodes, edges }) { follow(`api/graphs/${encodeURIComponent(name)}/export.json?nodes=${nodes}&edges=${edges}`, `${name}.json`); }
 
-  pageUrl(name) { return `api/graphs/${encodeURIComponent(name)}/page.html`; }
+  savePage(name) { follow(`api/graphs/${encodeURIComponent(name)}/page.html`, `${name}.html`); }
+}
+
+function follow(href, download) {
+  make('a', { href, download }).click();
 }
