@@ -12,8 +12,8 @@ def add_command(commands: Subcommands) -> None:
         "export-html",
         help="write a graph's page as one file, to send or to publish",
         description="Writes the page of `jclt serve` with one graph in it, as a file that needs no server and no "
-        "network: to look at, to prune and to group, without interventions. What was pinned, grouped and labelled on "
-        "the page is in it.",
+        "network: to look at, to prune, to make supernodes, without interventions. What was pinned, grouped and "
+        "labelled on the page is in it.",
         epilog="example: jclt export-html demo/two_hop.npz --out two_hop.html",
     )
     command.add_argument("graph", type=Path, metavar="GRAPH", help="the graph's file")

@@ -30,17 +30,10 @@ def describe_weights(model: Model, coder: Coder, layer: int, sizes: Sizes) -> Co
     and the norm's denominator, which differs by token, is left out.
     """
     features, parts, written = coder.config.features, list[Columns](), list[np.ndarray]()
-    with on_mesh(model):
-        gains = take_post_gains(model, coder, layer)
-        for chunk, count in _iterate_chunks(features):
-            rows = coder.take_decoder_rows(layer, chunk)
-            if mesh_of(rows) != model.mesh:
-                rows = jax.device_put(rows, find_place(model.params)[1])
-            sums, norms = sum_targets(rows, gains)
-            found = rank_effects(model.config, model.params, sums, min(sizes.effects, model.config.vocabulary))
-            found["decoder_norms"] = norms
-            parts.append({name: np.asarray(x)[:count] for name, x in found.items()})
-            written.append(np.asarray(sums)[:count])
+    for chunk, count in _iterate_chunks(features):
+        found, sums = describe_effects(model, coder, layer, chunk, sizes.effects)
+        parts.append({name: x[:count] for name, x in found.items()})
+        written.append(sums[:count])
     columns = _join(parts)
     for name in ("raised", "lowered"):  # a vocabulary can be smaller than what is asked for
         more = ((0, 0), (0, sizes.effects - columns[f"{name}_ids"].shape[1]))
@@ -51,6 +44,21 @@ def describe_weights(model: Model, coder: Coder, layer: int, sizes: Sizes) -> Co
         rows = np.asarray(encoder.encoder(0)[0].astype(jnp.float32))
     columns |= _find_neighbours("encoder", rows, neighbours)
     return columns | _find_neighbours("decoder", np.concatenate(written), neighbours)
+
+
+def describe_effects(
+    model: Model, coder: Coder, layer: int, features: Int[np.ndarray, "n"], count: int
+) -> tuple[Columns, Float[np.ndarray, "n D"]]:
+    """Of these features of one covered layer, the tokens whose logits they raise and lower most and the norms of what
+    they write by target layer; and what they write to all together."""
+    with on_mesh(model):
+        rows = coder.take_decoder_rows(layer, features)
+        if mesh_of(rows) != model.mesh:
+            rows = jax.device_put(rows, find_place(model.params)[1])
+        sums, norms = sum_targets(rows, take_post_gains(model, coder, layer))
+        found = rank_effects(model.config, model.params, sums, min(count, model.config.vocabulary))
+    columns = {name: np.asarray(x) for name, x in found.items()}
+    return columns | {"decoder_norms": np.asarray(norms)}, np.asarray(sums)
 
 
 def _iterate_chunks(features: int) -> Iterator[tuple[Int[np.ndarray, "n"], int]]:

@@ -6,6 +6,7 @@ A features folder is what `jclt features` wrote, with labels.json if `jclt label
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +21,13 @@ from jclt.graphs.export_nodes import cantor
 from jclt.graphs.names import LabelTexts
 from jclt.graphs.viewer_json import Json
 from jclt.shapes import Float
+
+if TYPE_CHECKING:
+    from jclt.coders import Coder
+    from jclt.models import Model
+
+EFFECTS, EFFECT_IDS = 10, ("raised_ids", "lowered_ids")
+"""How many tokens the page shows, and their columns."""
 
 
 def read_labels(folder: Path | None, coder: str | None = None) -> LabelTexts:
@@ -56,6 +64,20 @@ def read_description(folder: Path | None, layer: int, feature: int, coder: str |
         return make_viewer_feature(features[layer, feature]) | {"checked": coder is not None}
     path = folder / f"{cantor(layer, feature)}.json"
     return read_json(path) | {"checked": False} if path.exists() else None
+
+
+def describe_by_weights(model: "Model", coder: "Coder", layer: int, feature: int) -> Json | None:
+    """What the weights alone say of a feature; None if the coder does not have it."""
+    from jclt.attribution.targets import decode_token
+    from jclt.features.weights import describe_effects
+
+    index = coder.config.index(layer)
+    if index is None or not 0 <= feature < coder.config.features:
+        return None
+    columns, _ = describe_effects(model, coder, index, np.array([feature], np.int32), EFFECTS)
+    tokens = {name: [decode_token(model, token) for token in columns[name][0].tolist()] for name in EFFECT_IDS}
+    norms = {"layer": layer, "decoder_norms": columns["decoder_norms"][0].tolist()}
+    return {"top_logits": tokens["raised_ids"], "bottom_logits": tokens["lowered_ids"], "jclt": norms, "checked": True}
 
 
 def read_densities(folder: Path | None, graph: Graph) -> Float[np.ndarray, "N"] | None:

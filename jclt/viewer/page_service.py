@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from jclt.errors import UserError
 from jclt.features.labels import parse_place
-from jclt.graphs import Graph, export_json, slug_of, suggest_supernodes
+from jclt.graphs import Graph, export_json, slug_of
 from jclt.graphs.export_nodes import make_node_ids
 from jclt.graphs.names import LabelTexts, label_nodes, list_labels
-from jclt.graphs.supernodes import find_members
 from jclt.graphs.viewer_json import Json, name_groups
-from jclt.viewer.feature_panels import coder_of, read_densities, read_description, read_labels
+from jclt.viewer.feature_panels import (
+    are_others,
+    coder_of,
+    describe_by_weights,
+    read_densities,
+    read_description,
+    read_labels,
+)
 from jclt.viewer.library import Library, read_graph_bytes
 from jclt.viewer.page_data import build_page_data
 from jclt.viewer.page_files import build_single_page
@@ -57,23 +63,6 @@ class Page:
         graph = self.library.read(name)
         labels, densities = self.read_labels(graph), read_densities(self.features, graph)
         return build_page_data(graph, name, labels=labels, densities=densities, view=self.library.read_view(name))
-
-    def suggest(self, name: str, request: Mapping[str, Any]) -> Json:
-        """Supernodes of the graph as it is pruned on the page, with their parts of the influence."""
-        graph, thresholds = self.library.read(name), [request.get(key, 1) for key in ("nodes", "edges")]
-        if not all(type(share) in (int, float) and 0 <= share <= 1 for share in thresholds):
-            raise UserError("groups: expected thresholds between 0 and 1")
-        pruned = graph if thresholds == [1, 1] else graph.prune(*thresholds)
-        pruned = label_nodes(pruned, {**list_labels(graph), **self.read_labels(graph)})
-        suggested = suggest_supernodes(pruned)
-        ids = make_node_ids(pruned)
-        members = find_members(pruned, suggested)
-        return {
-            "groups": [
-                {"name": group.name, "nodes": [ids[node] for node in nodes], "share": group.share}
-                for group, nodes in zip(suggested, members, strict=True)
-            ]
-        }
 
     def add(self, name: str, graph: Graph) -> Json:
         return self.show(self.library.add(name, graph))
@@ -142,8 +131,19 @@ class Page:
         return self.add(slug_of(graph), graph)
 
     def describe(self, name: str, layer: int, feature: int) -> Json | None:
-        """Examples and effects of a feature."""
-        return read_description(self.features, layer, feature, coder_of(self.library.read(name)))
+        """Examples and effects of a feature; the effects alone if there is a model, but no description."""
+        coder = coder_of(self.library.read(name))
+        found = read_description(self.features, layer, feature, coder)
+        return self.describe_by_weights(coder, layer, feature) if found is None and self.load_model else found
+
+    def describe_by_weights(self, made_by: str | None, layer: int, feature: int) -> Json | None:
+        """Nothing if the graph was made by another coder."""
+        from jclt.coders import read_fingerprint
+
+        with self.running:
+            model, coder = self.model_and_coder
+            is_others = are_others(read_fingerprint(coder), made_by)
+            return None if is_others else describe_by_weights(model, coder, layer, feature)
 
     def build_file(self, name: str) -> str:
         """The page with this graph as one file."""

@@ -58,7 +58,6 @@ def build_app(page: Page, token: str, hosts: Sequence[str]) -> ASGIApp:
         Route("/api/attribute", answer_post(page.attribute), methods=["POST"]),
         Route(graph, answer(page.show, "name")),
         Route(f"{graph}/view", answer_post(page.library.change_view, "name"), methods=["POST"]),
-        Route(f"{graph}/groups", answer_post(page.suggest, "name"), methods=["POST"]),
         Route(f"{graph}/intervene", answer_post(page.intervene, "name"), methods=["POST"]),
         Route(f"{graph}/features/{{layer:int}}/{{feature:int}}", answer(page.describe, "name", "layer", "feature")),
         Route(f"{graph}/page.html", send_page(page)),

@@ -75,7 +75,8 @@ def test_pictures_and_pages_are_saved(tab, port, tmp_path):
     tab.goto(f"file://{tmp_path}/saved.html")
     wait_for(tab, "globalThis.jcltPage?.graph && jcltPage.view.places")
     assert read(tab, "[app.graph.size, app.graph.edges, app.kept.nodes.reduce((a, b) => a + b, 0)]") == shown
-    assert tab.get_by_role("button", name="Suggest groups").is_hidden()
+    tab.get_by_role("button", name="Suggest supernodes").click()
+    tab.get_by_text("supernodes suggested, with").wait_for()
 
 
 def list_keys(graph: Graph) -> set[tuple]:

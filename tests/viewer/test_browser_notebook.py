@@ -106,10 +106,10 @@ def test_what_is_pinned_grouped_named_labelled_and_intervened_on_is_in_python(ta
         numbers = frame.evaluate("ids => ids.map((id) => jcltPage.graph.numbers.get(id))", [one, two, three])
         click_node(frame, three, "Control")
         wait_until(lambda: view.pinned == [numbers[2]], tab)
-        frame.get_by_role("button", name="Group", exact=True).click()
+        frame.get_by_role("button", name="Make supernode", exact=True).click()
         for node in (one, two):
             click_node(frame, node)
-        frame.get_by_role("button", name="2 chosen").click()
+        frame.get_by_role("button", name="Make supernode of 2").click()
         frame.locator("g.item.group").press("F2")
         frame.get_by_label("Name of the supernode").fill("a <i>name</i>")
         frame.get_by_label("Name of the supernode").press("Enter")

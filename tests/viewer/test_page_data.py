@@ -9,7 +9,7 @@ from golden_graphs import golden_graph
 from graph_lists import hand_graph, random_graph
 from page_modules import run_modules
 
-from jclt.graphs import Graph, import_json
+from jclt.graphs import Graph, import_json, label_nodes, suggest_supernodes
 from jclt.graphs.pruning import NEVER_REMOVED
 from jclt.viewer.page_data import build_page_data
 
@@ -61,6 +61,35 @@ def test_pruning_and_scores_in_the_page_are_those_of_graphs(tmp_path):
             pruned = graph.keep(masks.nodes, masks.edges)
             np.testing.assert_allclose(case["scores"], list(pruned.scores.both.values()), atol=1e-5)
     assert set(NEVER_REMOVED) == {rule for _, _, rule in THRESHOLDS}
+
+
+SUGGEST = """
+const { readGraph } = await load('graph.js');
+const { prune, measureScores, keepAll } = await load('pruning.js');
+const { suggestSupernodes } = await load('suggest.js');
+print(data.graphs.map((content) => data.thresholds.map(([nodes, edges]) => {
+  const graph = readGraph(content), kept = nodes === 1 ? keepAll(graph) : prune(graph, nodes, edges);
+  return suggestSupernodes(graph, kept, measureScores(graph, kept).visits);
+})));
+"""
+
+
+def test_supernodes_that_the_page_suggests_are_those_of_graphs(tmp_path):
+    graphs, thresholds = [*list_graphs(), import_json(PUBLISHED / "meow-gemma-2-2b-clt.json.gz")], [(0.9, 0.98), (1, 1)]
+    graphs[2] = label_nodes(graphs[2], {(layer, n): f"{n % 3}  {layer}" for layer, _, n in graphs[2].features.tolist()})
+    data = {"graphs": [build_page_data(graph, "one") for graph in graphs], "thresholds": thresholds}
+    count = 0
+    for graph, cases in zip(graphs, run_modules(SUGGEST, data, tmp_path), strict=True):
+        for (nodes, edges), got in zip(thresholds, cases, strict=True):
+            groups = suggest_supernodes(graph if nodes == 1 else graph.prune(nodes, edges))
+            assert [graph.features[group["members"]].tolist() for group in got] == [
+                [list(place) for place in group.features] for group in groups
+            ]
+            for group, wanted in zip(got, groups, strict=True):
+                unnamed = f" and {len(wanted.features) - 1} more"
+                assert group["name"] == wanted.name or (group["name"].endswith(unnamed) and unnamed in wanted.name)
+            count += len(groups)
+    assert count > 20
 
 
 def test_the_view_of_a_file_is_the_first_view_and_a_saved_one_replaces_it():

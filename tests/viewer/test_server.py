@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from graph_lists import hand_graph
-from page_browser import PUBLISHED
 from page_server import TOKEN, running
 
 import jclt
@@ -25,11 +24,11 @@ from jclt.cli.main import main
 from jclt.errors import UserError
 from jclt.features import Label, save_labels
 from jclt.files import read_json, write_json
-from jclt.graphs import export_json, import_json, suggest_supernodes
+from jclt.graphs import export_json, import_json
 from jclt.graphs.export_nodes import cantor, make_node_ids
 from jclt.viewer import library, server
 from jclt.viewer.feature_panels import read_densities, read_description
-from jclt.viewer.library import Library, find_graph_files, name_graph
+from jclt.viewer.library import Library, find_graph_files
 from jclt.viewer.page_files import FOLDER, export_html, join_modules, read_page_files
 from jclt.viewer.page_service import Page
 from jclt.viewer.server import MOST_JSON
@@ -237,26 +236,6 @@ def test_what_is_pinned_grouped_and_labelled_is_kept_beside_the_graph_and_writte
     with running(Page(Library([tmp_path / "hand.npz"]))) as port:
         data = ask(port, f"/{TOKEN}/api/graphs/hand")[2]["view"]
     assert data == view | {"labels": {"0/17": "one", "2/40": "two"}}
-
-
-def test_groups_are_suggested_for_the_graph_as_it_is_pruned():
-    path = PUBLISHED / "meow-gemma-2-2b-clt.json.gz"
-    graph = import_json(path)
-    numbers = {node_id: node for node, node_id in enumerate(make_node_ids(graph))}
-    with running(Page(Library([path]))) as port:
-        for nodes, edges in ((0.9, 0.98), (1, 1)):
-            status, _, content = post(port, f"api/graphs/{name_graph(path)}/groups", {"nodes": nodes, "edges": edges})
-            groups = suggest_supernodes(graph if nodes == 1 else graph.prune(nodes, edges))
-            assert status == 200 and len(groups) > 3
-            assert [(group["name"], group["share"]) for group in content["groups"]] == [
-                (g.name, g.share) for g in groups
-            ]
-            for suggested, group in zip(content["groups"], groups, strict=True):
-                members = [numbers[node_id] for node_id in suggested["nodes"]]
-                assert graph.features[members].tolist() == [list(place) for place in group.features]
-        for nodes in (2, "all", True, None):
-            status, _, content = post(port, f"api/graphs/{name_graph(path)}/groups", {"nodes": nodes})
-            assert status == 400 and content["error"] == "groups: expected thresholds between 0 and 1"
 
 
 def test_labels_and_densities_of_another_coder_are_left_out(tmp_path):

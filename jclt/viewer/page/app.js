@@ -5,10 +5,11 @@ import { featureKey, readGraph } from './graph.js';
 import { addGroup, removeMembers, renameGroup } from './groups.js';
 import { keepAll, keepNodes, measureScores, prune } from './pruning.js';
 import { DEFAULTS, keepAddress, readState } from './state.js';
+import { suggestSupernodes } from './suggest.js';
 import { findTrail } from './trails.js';
 import { shortName } from './text.js';
 
-const MOST_SUGGESTED = 10; // groups added at once: more would hide each other
+const MOST_SUGGESTED = 10; // supernodes added at once: more would hide each other
 
 export class App {
   constructor(server) {
@@ -33,7 +34,7 @@ export class App {
     this.places = view.places ?? {};
     this.saved = this.findNodes(view.pinnedIds ?? []);
     if (this.state.graph !== data.name) {
-      this.state = { ...DEFAULTS, graph: data.name };
+      this.state = { ...DEFAULTS, graph: data.name, tab: this.state.tab };
       keepAddress(this.state, location.hash === '');
     }
     document.title = `${data.tokens.join('').slice(0, 60)} – jclt`;
@@ -162,14 +163,12 @@ export class App {
     this.show();
   }
 
-  // Adds the groups that the server suggests, a few at a time; what is in a group already stays there. Returns the new
-  // groups, and how many more there are.
-  async suggestGroups() {
-    const { graph, thresholds } = this;
-    const { groups } = await this.server.suggestGroups(graph.name, thresholds);
-    if (graph !== this.graph) return { added: [], left: 0 };
+  // Adds suggested supernodes, a few at a time; what is in one already stays there. Returns the new ones, and how many more
+  // there are.
+  suggestGroups() {
     const taken = new Set(this.groups.flatMap(({ members }) => members));
-    const free = groups.map(({ name, nodes }) => ({ name, members: this.findNodes(nodes).filter((node) => !taken.has(node)) }))
+    const free = suggestSupernodes(this.graph, this.kept, this.scores.visits)
+      .map(({ name, members }) => ({ name, members: members.filter((node) => !taken.has(node)) }))
       .filter(({ members }) => members.length > 1);
     const added = free.slice(0, MOST_SUGGESTED);
     for (const { name, members } of added) this.groups = addGroup(this.groups, members, name);

@@ -1,7 +1,10 @@
 // What the clicked feature is: where it is active, and which tokens it raises and lowers.
 
 import { make } from './dom.js';
+import { featureKey } from './graph.js';
 import { clean, formatNumber, formatShare, quote } from './text.js';
+
+const EXAMPLES = 'There are no examples of this feature here. `jclt features CODER --model MODEL --data TEXT --out DIR` finds them, and `jclt serve --features DIR` shows them.';
 
 export class FeaturePart {
   constructor(app) {
@@ -18,21 +21,29 @@ export class FeaturePart {
     if (key === this.key) return;
     this.key = key;
     if (!isFeature) return this.say('Click a feature.');
-    if (!app.server) return this.say('Examples are not part of this file.');
-    this.say('…');
+    const here = this.drawPrompt(clicked);
+    if (!app.server) return this.say('Other examples are not part of this file.', ...here);
+    this.say('…', ...here);
     try {
       const feature = await app.server.readFeature(graph.name, graph.layer[clicked], graph.index[clicked]);
-      if (key === this.key) feature ? this.draw(feature) : this.say('There is no description of this feature.');
+      if (key === this.key) this.draw(feature ?? {}, here);
     } catch (error) {
-      if (key === this.key) this.say(error.message);
+      if (key === this.key) this.say(error.message, ...here);
     }
   }
 
-  say(text) {
-    this.body.replaceChildren(make('p', { class: 'hint' }, text));
+  say(text, ...parts) {
+    this.body.replaceChildren(make('p', { class: 'hint' }, text), ...parts);
   }
 
-  draw(feature) {
+  // The graph's prompt, with the activations of the feature's nodes.
+  drawPrompt(node) {
+    const { graph } = this.app, key = featureKey(graph, node), values = graph.tokens.map(() => 0);
+    for (let other = 0; other < graph.size; other++) if (featureKey(graph, other) === key) values[graph.position[other]] = graph.activation[other];
+    return [make('h3', {}, 'In this prompt'), this.drawExample({ tokens: graph.tokens, tokens_acts_list: values })];
+  }
+
+  draw(feature, here) {
     const parts = [];
     if (feature.checked === false) parts.push(make('p', { class: 'hint' }, 'Whether these examples are of the graph’s coder is not known.'));
     if (Number.isFinite(feature.activation_frequency)) parts.push(make('p', { class: 'facts' }, `active on ${formatShare(feature.activation_frequency)} of the tokens`));
@@ -41,6 +52,8 @@ export class FeaturePart {
     }
     if (feature.histogram?.length) parts.push(this.drawHistogram(feature.histogram), make('p', { class: 'facts' }, `how often it has which activation, from 0 to ${formatNumber(feature.act_max)}`));
     if (feature.jclt?.decoder_norms?.length) parts.push(this.drawNorms(feature.jclt.decoder_norms, feature.jclt.layer));
+    if (!feature.examples_quantiles) parts.push(make('p', { class: 'hint' }, EXAMPLES));
+    parts.push(...here);
     for (const { quantile_name: title, examples } of feature.examples_quantiles ?? []) {
       parts.push(make('h3', {}, clean(title)), ...examples.slice(0, 20).map((example) => this.drawExample(example, feature.act_max)));
     }

@@ -20,7 +20,7 @@ export class GraphView {
     this.said = make('div', { class: 'unseen', 'aria-live': 'polite', id: 'graph-said' });
     this.element = make('div', { class: 'graph' }, this.base, this.top, this.tip, this.said,
       make('p', { class: 'unseen', id: 'graph-keys' }, 'Left and right arrow: neighbours in the layer. Up and down arrow: layers. '
-        + 'I and O: the strongest input and output. Enter: click. P: pin. G: group. Plus, minus, 0: zoom. Escape: leave.'));
+        + 'I and O: the strongest input and output. Enter: click. P: pin. G: supernode. Plus, minus, 0: zoom. Escape: leave.'));
     new ResizeObserver(() => this.draw()).observe(this.element);
     this.listen();
   }
@@ -55,7 +55,7 @@ export class GraphView {
     return { leftOut, labels };
   }
 
-  // The names of groups, by the strongest of their shown members.
+  // The names of supernodes, by the strongest of their shown members.
   nameGroups() {
     const { graph, shown, groups } = this.app;
     const strongest = (nodes) => nodes.reduce((a, b) => (graph.influence[b] > graph.influence[a] ? b : a));
@@ -111,7 +111,7 @@ export class GraphView {
     if (this.tip.hidden) return;
     const inputs = listInputs(graph, hovered, shown.edges).length, outputs = listOutputs(graph, hovered, shown.edges).length;
     const inGroup = this.app.groups[this.app.groupOf(hovered)];
-    this.tip.textContent = `${fullName(graph, hovered)}${inGroup ? ` · in the group ${clean(inGroup.name)}` : ''} · influence ${formatShare(graph.influence[hovered])} · ${countOf(inputs, 'input')}, ${countOf(outputs, 'output')}`;
+    this.tip.textContent = `${fullName(graph, hovered)}${inGroup ? ` · in the supernode ${clean(inGroup.name, 200)}` : ''} · influence ${formatShare(graph.influence[hovered])} · ${countOf(inputs, 'input')}, ${countOf(outputs, 'output')}`;
     const left = this.places.x[hovered], top = this.places.y[hovered];
     this.tip.style.left = `${Math.max(8, Math.min(left + 12, this.element.clientWidth - this.tip.offsetWidth - 8))}px`;
     this.tip.style.top = `${top > this.element.clientHeight / 2 ? top - this.tip.offsetHeight - 14 : top + 14}px`;

@@ -25,7 +25,7 @@ export class IntervenePart {
     const isPossible = members.length > 0 && members.every((node) => ['feature', 'error'].includes(graph.kind[node]));
     this.form.hidden = !app.model || !isPossible;
     if (!app.model) this.what.textContent = app.server?.hint ?? 'There is no model in this file.';
-    else if (!isPossible) this.what.textContent = 'Click a feature or an error, or the name of a group, to change it in the model.';
+    else if (!isPossible) this.what.textContent = 'Click a feature or an error, or the name of a supernode, to change it in the model.';
     else this.what.textContent = `Change ${group >= 0 ? `${clean(groups[group].name)} (${members.length} nodes)` : fullName(graph, members[0])} in the model`;
     if (!this.other.value && app.graph) this.other.value = graph.tokens.filter((token) => !/^<[^<>]*>$/.test(token)).join('');
     if (this.graph !== graph) this.result.replaceChildren();

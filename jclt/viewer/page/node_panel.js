@@ -42,7 +42,7 @@ export class NodePanel {
     this.hint.hidden = isOn;
     this.members.replaceChildren();
     this.body.hidden = this.facts.hidden = !isOn;
-    this.title.textContent = isOn ? fullName(graph, clicked) : 'No node is clicked';
+    this.title.textContent = this.title.title = isOn ? fullName(graph, clicked) : 'No node is clicked';
     if (this.app.group >= 0) return this.showGroup(this.app.groups[this.app.group]);
     if (!isOn) return;
     this.facts.textContent = this.describe(clicked);
@@ -57,6 +57,7 @@ export class NodePanel {
   showGroup({ name, members }) {
     const { graph } = this.app;
     this.title.textContent = `Supernode ${clean(name)}`;
+    this.title.title = clean(name, 400);
     this.hint.hidden = this.body.hidden = true;
     this.facts.hidden = false;
     this.facts.textContent = `${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence. Double-click or F2 renames it.`;

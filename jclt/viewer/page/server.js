@@ -32,8 +32,6 @@ export class Server {
 
   saveView(name, changes) { return this.post(`api/graphs/${encodeURIComponent(name)}/view`, changes); }
 
-  suggestGroups(name, thresholds) { return this.post(`api/graphs/${encodeURIComponent(name)}/groups`, thresholds); }
-
   intervene(name, request) { return this.post(`api/graphs/${encodeURIComponent(name)}/intervene`, request); }
 
   attribute(prompt) { return this.post('api/attribute', { prompt }); }

@@ -2,7 +2,7 @@
 
 export const DEFAULTS = {
   graph: '', clicked: '', group: '', pinned: null, nodes: null, edges: null, hidden: ['loose'], sign: 'both',
-  layers: '', tokens: '', text: '', density: '', faint: true, other: '',
+  layers: '', tokens: '', text: '', density: '', faint: true, other: '', tab: 'Intervene',
 };
 
 const KINDS = { hidden: 'list', pinned: 'list', nodes: 'number', edges: 'number', faint: 'flag' };

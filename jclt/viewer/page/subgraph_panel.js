@@ -4,14 +4,14 @@ import { make, makeSvg } from './dom.js';
 import { listGroupEdges, listItems, placeItems } from './groups.js';
 import { clean, countOf, formatShare, fullName, shortName } from './text.js';
 
-const HEIGHT = 26, LETTER = 6.6;
+const HEIGHT = 26, LETTER = 6.6, MAKE = 'Make supernode';
 
 export class SubgraphPanel {
   constructor(app) {
     this.app = app;
     this.svg = makeSvg('svg', { role: 'group', 'aria-label': 'Subgraph of pinned nodes', class: 'subgraph' });
-    this.grouping = make('button', { type: 'button', 'aria-pressed': 'false', onclick: () => app.setGrouping(!app.grouping) }, 'Group');
-    this.suggest = make('button', { type: 'button', hidden: !app.server, onclick: () => this.addSuggested(), title: 'Group features that are fed alike and do alike' }, 'Suggest groups');
+    this.grouping = make('button', { type: 'button', 'aria-pressed': 'false', onclick: () => app.setGrouping(!app.grouping) }, MAKE);
+    this.suggest = make('button', { type: 'button', onclick: () => this.addSuggested(), title: 'Put features that are fed alike and do alike into supernodes' }, 'Suggest supernodes');
     this.hint = make('p', { class: 'hint', role: 'status' });
     this.clear = make('button', { type: 'button', onclick: () => app.unpinAll() }, 'Unpin all');
     this.tidy = make('button', { type: 'button', onclick: () => app.setPlaces({}) }, 'Tidy up');
@@ -25,11 +25,11 @@ export class SubgraphPanel {
     const { app } = this, { graph, shown, pinned, groups, scores } = app;
     if (!graph) return;
     this.grouping.setAttribute('aria-pressed', String(Boolean(app.grouping)));
-    this.grouping.textContent = app.grouping ? `Group ${app.grouping.length} chosen` : 'Group';
+    this.grouping.textContent = app.grouping ? `${MAKE} of ${app.grouping.length}` : MAKE;
     this.clear.hidden = this.tidy.hidden = !pinned.size;
     if (this.graph !== graph || app.grouping) this.suggested = '';
     this.graph = graph;
-    this.hint.textContent = app.grouping ? 'Click the nodes of the group, here or above; then press the button again, or let go of G.'
+    this.hint.textContent = app.grouping ? 'Click the nodes of the supernode, here or above; then press the button again, or let go of G.'
       : this.suggested ? this.suggested : pinned.size ? '' : 'No node is pinned. Ctrl-click a node, or press P. Hold G and click several to make a supernode.';
     this.hint.hidden = !this.hint.textContent;
     this.element.classList.toggle('empty', !pinned.size);
@@ -53,20 +53,17 @@ export class SubgraphPanel {
     if (focused !== null) [...this.svg.querySelectorAll('.item')].find((element) => element.dataset.id === focused)?.focus();
   }
 
-  async addSuggested() {
+  addSuggested() {
     const { app } = this;
-    this.suggest.disabled = true;
     try {
       app.report(null);
-      const { added, left } = await app.suggestGroups(), share = app.shareOfInfluence(added.flatMap(({ members }) => members));
-      this.suggested = added.length ? `${countOf(added.length, 'group')} suggested, with ${formatShare(share)} of the influence.`
+      const { added, left } = app.suggestGroups(), share = app.shareOfInfluence(added.flatMap(({ members }) => members));
+      this.suggested = added.length ? `${countOf(added.length, 'supernode')} suggested, with ${formatShare(share)} of the influence.`
         + (left ? ` There are ${left} more: press the button again.` : '')
-        : 'No features outside groups are fed alike and do alike.';
+        : 'No features outside supernodes are fed alike and do alike.';
       this.show();
     } catch (error) {
       app.report(error);
-    } finally {
-      this.suggest.disabled = false;
     }
   }
 
@@ -84,7 +81,7 @@ export class SubgraphPanel {
 
   nameItem({ group, name, members }) {
     return group < 0 ? fullName(this.app.graph, members[0])
-      : `${clean(name)}, ${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence`;
+      : `${clean(name, 400)}, ${countOf(members.length, 'node')}, ${formatShare(this.app.shareOfInfluence(members))} of the influence`;
   }
 
   makeItem(item) {

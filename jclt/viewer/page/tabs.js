@@ -10,7 +10,6 @@ export class Tabs {
   constructor(app) {
     this.app = app;
     this.parts = [new FeaturePart(app), new IntervenePart(app), new ComparePart(app), new AboutPart(app)];
-    this.open = 1;
     this.buttons = this.parts.map((part, number) => make('button', {
       type: 'button', role: 'tab', id: `tab-${number}`, 'aria-controls': `part-${number}`, onclick: () => this.choose(number), onkeydown: (event) => this.walk(event, number),
     }, part.name));
@@ -24,10 +23,17 @@ export class Tabs {
     this.mark();
   }
 
+  // The number of the open one; the address has its name.
+  get open() {
+    const number = this.parts.findIndex((part) => part.name === this.app.state.tab);
+    return number < 0 ? 1 : number;
+  }
+
   choose(number) {
-    this.open = number;
+    const tab = this.parts[number].name;
+    if (this.app.graph) return this.app.change({ tab }, true);
+    this.app.state = { ...this.app.state, tab };
     this.mark();
-    if (this.app.graph) this.show();
   }
 
   chooseByName(name) {
@@ -53,6 +59,7 @@ export class Tabs {
   }
 
   show() {
+    this.mark();
     this.parts[this.open].show();
   }
 }

@@ -9,8 +9,8 @@ const PROMPT = 'Question: in the state of Mount Haven, what is the capital? Answ
 const STEPS = [
   ['How does the model know that the answer is Denver? The graph shows it: tokens below, layers upward, the answer on top. Dots are features: numbers inside the model that mean something.', '.main-graph .graph'],
   ['Point at a dot: its name, and what leads to it and away from it. Blue raises, orange lowers. Click it: all of this stands on the right, sorted by weight.', '.main-graph .graph'],
-  ['These are groups of features. “state = Colorado” is the step in between: South Creek lies in Colorado, whose capital is Denver. Click this group, here or by its name in the graph.', '.pinned-nodes'],
-  ['Mount Haven lies in Georgia. “Try it” writes a question about it; “Set to what this prompt has” gives the group the features of that question. The answer becomes Atlanta.', '.tabs', 'Intervene'],
+  ['These are supernodes, features that work together. “state = Colorado” is the step in between: South Creek lies in Colorado, whose capital is Denver. Click this supernode, here or by its name in the graph.', '.pinned-nodes'],
+  ['Mount Haven lies in Georgia. “Try it” writes a question about it; “Set to what this prompt has” gives it the features of that question. The answer becomes Atlanta.', '.tabs', 'Intervene'],
   ['Click a feature, and “Feature” shows the texts in which it is active, and the tokens that it makes likelier.', '.tabs', 'Feature'],
   ['Sliders keep more or less of the graph. The line below counts what is hidden, and says how much of the answer is still explained.', '.controls'],
   ['Other graphs are in the first field above, a prompt of your own goes into the second. “Files” has pictures, and this first look again.', 'header .tools'],
@@ -49,7 +49,7 @@ export class Tour {
     this.tryIt.hidden = tab !== 'Intervene';
   }
 
-  // Chooses the state's group and writes the question about another.
+  // Chooses the state's supernode and writes the question about another.
   fill() {
     const { app } = this, group = app.groups.findIndex(({ name }) => name.startsWith('state = '));
     if (group >= 0) app.chooseGroup(group);
