@@ -164,6 +164,12 @@ def check_model_settings(names: Names) -> None:
     assert names["config"].model == names["model"] and names["config"].steps == 20_000
 
 
+def check_notebook(names: Names) -> None:
+    view, saved = names["view"], jclt.load_graph("sum.npz")
+    assert saved.supernodes == {"two features": (3, 5)} and view.pinned == [3, 5] and len(names["edits"]) > 0
+    assert saved.prune(*view.thresholds).nodes.kind.shape < saved.nodes.kind.shape
+
+
 CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("README.md", 0): check_road,
     ("jclt/models/README.md", 0): check_models,
@@ -176,6 +182,7 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/features/README.md", 1): check_labels,
     ("jclt/graphs/README.md", 0): check_graphs,
     ("jclt/interventions/README.md", 1): check_patching,
+    ("jclt/viewer/README.md", 0): check_notebook,
     ("jclt/world/README.md", 0): check_world,
     ("jclt/training/README.md", 0): check_coder_settings,
     ("jclt/training/README.md", 1): check_model_settings,

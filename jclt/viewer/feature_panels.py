@@ -59,7 +59,7 @@ def read_description(folder: Path | None, layer: int, feature: int, coder: str |
         described = features.settings["coder"].get("fingerprint")
         if are_others(described, coder):
             raise UserError(f"The examples in {folder} are of another coder ({described}) than this graph ({coder}).")
-        if layer not in features.layers:
+        if layer not in features.layers or feature >= features.settings["features"]:
             return None
         return make_viewer_feature(features[layer, feature]) | {"checked": coder is not None}
     path = folder / f"{cantor(layer, feature)}.json"
@@ -71,13 +71,13 @@ def describe_by_weights(model: "Model", coder: "Coder", layer: int, feature: int
     from jclt.attribution.targets import decode_token
     from jclt.features.weights import describe_effects
 
-    index = coder.config.index(layer)
+    index = coder.config.index(layer)  # of the covered layers
     if index is None or not 0 <= feature < coder.config.features:
         return None
     columns, _ = describe_effects(model, coder, index, np.array([feature], np.int32), EFFECTS)
     tokens = {name: [decode_token(model, token) for token in columns[name][0].tolist()] for name in EFFECT_IDS}
     norms = {"layer": layer, "decoder_norms": columns["decoder_norms"][0].tolist()}
-    return {"top_logits": tokens["raised_ids"], "bottom_logits": tokens["lowered_ids"], "jclt": norms, "checked": True}
+    return {"top_logits": tokens["raised_ids"], "bottom_logits": tokens["lowered_ids"], "jclt": norms}
 
 
 def read_densities(folder: Path | None, graph: Graph) -> Float[np.ndarray, "N"] | None:

@@ -143,7 +143,8 @@ class Page:
         with self.running:
             model, coder = self.model_and_coder
             is_others = are_others(read_fingerprint(coder), made_by)
-            return None if is_others else describe_by_weights(model, coder, layer, feature)
+            found = None if is_others else describe_by_weights(model, coder, layer, feature)
+        return found and found | {"checked": made_by is not None}
 
     def build_file(self, name: str) -> str:
         """The page with this graph as one file."""

@@ -181,6 +181,10 @@ def test_the_page_in_one_file_works_without_a_server(tab, tmp_path):
     check_harmless(tab)
     tab.mouse.click(*find_node(tab, "0_17_0"))
     assert read(tab, "app.state.clicked") == "0_17_0"
+    tab.get_by_role("tab", name="Feature").click()
+    tab.get_by_text("Other examples are not part of this file.").wait_for()
+    words = tab.locator(".example span").evaluate_all("list => list.map((word) => word.style.backgroundColor !== '')")
+    assert words == [True] + [False] * (len(HOSTILE) - 1)  # the feature is active at the first token of the prompt
     with tab.expect_download() as got:
         tab.get_by_text("Files").click()
         tab.get_by_role("button", name="Picture as SVG").click()

@@ -15,14 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from features_of_random_coders import SIZES, make_coder, make_model
 from graph_lists import hand_graph
 from page_server import TOKEN, running
 
 import jclt
+from jclt.attribution.targets import decode_token
 from jclt.cli.main import main
+from jclt.coders import read_fingerprint
 from jclt.errors import UserError
 from jclt.features import Label, save_labels
+from jclt.features.weights import describe_weights
 from jclt.files import read_json, write_json
 from jclt.graphs import export_json, import_json
 from jclt.graphs.export_nodes import cantor, make_node_ids
@@ -236,6 +241,25 @@ def test_what_is_pinned_grouped_and_labelled_is_kept_beside_the_graph_and_writte
     with running(Page(Library([tmp_path / "hand.npz"]))) as port:
         data = ask(port, f"/{TOKEN}/api/graphs/hand")[2]["view"]
     assert data == view | {"labels": {"0/17": "one", "2/40": "two"}}
+
+
+def test_without_examples_the_weights_say_what_a_feature_does():
+    model = make_model()
+    coder = make_coder(model)
+    page = Page(Library([]), load_model=lambda: (model, coder))
+    graph = hand_graph()
+    for made_by in (None, read_fingerprint(coder), "another"):
+        name = page.library.add("hand", replace(graph, provenance={"coder_fingerprint": made_by}))
+        got = page.describe(name, 1, 2)
+        if made_by == "another":
+            assert got is None
+            continue
+        columns = describe_weights(model, coder, 1, SIZES)
+        assert got is not None and got["checked"] == (made_by is not None)
+        ids = columns["raised_ids"][2][:10].tolist()
+        assert got["top_logits"][: len(ids)] == [decode_token(model, token) for token in ids]
+        np.testing.assert_allclose(got["jclt"]["decoder_norms"], columns["decoder_norms"][2], rtol=1e-6)
+        assert page.describe(name, 1, 10**6) is None and page.describe(name, 99, 2) is None
 
 
 def test_labels_and_densities_of_another_coder_are_left_out(tmp_path):

@@ -4,7 +4,7 @@ import { DifferenceWindow, mergeGraphs } from './difference.js';
 import { LongList, make } from './dom.js';
 import { nodeKey, readGraph } from './graph.js';
 import { keepAll, prune } from './pruning.js';
-import { clean, formatShare, fullName } from './text.js';
+import { clean, countOf, formatShare, fullName } from './text.js';
 
 export class ComparePart {
   constructor(app) {
@@ -64,7 +64,7 @@ export class ComparePart {
         ...[...there.keys()].filter((key) => !here.has(key)).map((key) => ({ sign: 'only there', graph: other, node: there.get(key) })).sort(byInfluence),
         ...both.sort((a, b) => change(b) - change(a)).map((key) => ({ sign: 'both', graph, node: here.get(key), there: there.get(key) })),
       ];
-      this.summary.textContent = `${both.length} nodes in both, ${here.size - both.length} only here, ${there.size - both.length} only there (without errors; same layer, position and number).`;
+      this.summary.textContent = `${countOf(both.length, 'node')} in both, ${here.size - both.length} only here, ${there.size - both.length} only there (without errors; same layer, position and number).`;
     }
     this.list.show(this.rows.length);
   }

@@ -5,7 +5,7 @@ import { nodeKey } from './graph.js';
 import { layOut, MARGIN } from './layout.js';
 import { FONT, SEGMENTS, paintFrame, paintLabels, readColours } from './paint.js';
 import { SvgContext } from './svg_context.js';
-import { clean } from './text.js';
+import { clean, countOf } from './text.js';
 
 const SIDES = ['both', 'here', 'there'];
 
@@ -132,7 +132,7 @@ export class DifferenceWindow {
     context.scale(dots, dots);
     this.paint(context);
     const [both, here, there] = countSides(merged.side);
-    this.canvas.setAttribute('aria-label', `${both} nodes in both graphs, ${here} only in ${clean(names[0])}, ${there} only in ${clean(names[1])}`);
+    this.canvas.setAttribute('aria-label', `${countOf(both, 'node')} in both graphs, ${here} only in ${clean(names[0])}, ${there} only in ${clean(names[1])}`);
     this.close.focus();
   }
 

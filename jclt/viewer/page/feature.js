@@ -45,7 +45,7 @@ export class FeaturePart {
 
   draw(feature, here) {
     const parts = [];
-    if (feature.checked === false) parts.push(make('p', { class: 'hint' }, 'Whether these examples are of the graph’s coder is not known.'));
+    if (feature.checked === false) parts.push(make('p', { class: 'hint' }, 'Whether this is said of the graph’s coder is not known.'));
     if (Number.isFinite(feature.activation_frequency)) parts.push(make('p', { class: 'facts' }, `active on ${formatShare(feature.activation_frequency)} of the tokens`));
     if (feature.top_logits?.length || feature.bottom_logits?.length) {
       parts.push(make('p', { class: 'facts' }, 'raises ', ...this.listTokens(feature.top_logits)), make('p', { class: 'facts' }, 'lowers ', ...this.listTokens(feature.bottom_logits)));

@@ -3,7 +3,7 @@
 import { make } from './dom.js';
 import { listInputs, listOutputs } from './graph.js';
 import { findNearest, layOut } from './layout.js';
-import { nodeColour, nodeSize, paintAllEdges, paintEdges, paintFrame, paintLabels, paintNode, paintNodes, readColours } from './paint.js';
+import { nodeColour, nodeSize, paintAllEdges, paintEdges, paintFrame, paintLabels, paintNode, paintNodes, readColours, repaintLabels } from './paint.js';
 import { clean, countOf, formatShare, fullName } from './text.js';
 
 const REACH = 30; // pixels within which a node is hovered
@@ -97,6 +97,7 @@ export class GraphView {
     for (const node of app.grouping ?? []) paint(node, 3, colours.chosen, 3);
     for (const node of chosen) paint(node, 2, colours.chosen, 2.6);
     if (!chosen.includes(hovered)) paint(hovered, 2, colours.text, 2);
+    if (edges.size || between.length) repaintLabels(context, graph, this.labels, colours, this.nameGroups());
     if (hovered >= 0 || chosen.length) {
       const named = [...ends].sort((a, b) => graph.influence[b] - graph.influence[a]).slice(0, 12);
       const wanted = new Set([...chosen, hovered]);

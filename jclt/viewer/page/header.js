@@ -48,7 +48,7 @@ export class Header {
   }
 
   showName() {
-    this.picker.value = this.app.graph?.name ?? '';
+    this.picker.value = this.picker.title = this.app.graph?.name ?? '';
     this.picker.placeholder = this.picker.value || 'find a graph';
   }
 

@@ -13,10 +13,10 @@ export class IntervenePart {
     this.slider = make('input', { type: 'range', min: -2, max: 3, step: 0.25, value: 0, 'aria-label': 'Factor', oninput: () => { this.factor.value = this.slider.value; } });
     this.factor.addEventListener('input', () => { this.slider.value = this.factor.value; });
     this.scale = make('button', { type: 'button', onclick: () => this.run({ factor: Number(this.factor.value) }) }, 'Scale');
-    this.other = make('input', { type: 'text', 'aria-label': 'Another prompt', placeholder: 'another prompt', autocomplete: 'off' });
+    this.other = make('textarea', { rows: 2, 'aria-label': 'Another prompt', placeholder: 'another prompt', autocomplete: 'off' });
     this.swap = make('button', { type: 'button', onclick: () => this.run({ prompt: this.other.value }), title: 'Its features become those that the other prompt has at the same layers and places' }, 'Set to what this prompt has');
     this.result = make('div', { class: 'result', 'aria-live': 'polite' });
-    this.form = make('div', {}, make('div', { class: 'line' }, make('span', {}, '×'), this.slider, this.factor, this.scale), make('div', { class: 'line' }, this.other, this.swap));
+    this.form = make('div', {}, make('div', { class: 'line' }, make('span', {}, '×'), this.slider, this.factor, this.scale), this.other, make('div', { class: 'line' }, this.swap));
     this.element = make('div', { class: 'part', tabIndex: 0 }, this.what, this.form, this.result);
   }
 

@@ -150,24 +150,39 @@ export function paintLabels(context, graph, layout, shown, wanted, colours, { ea
   let count = 0;
   for (const node of named) {
     if (count >= MOST_LABELS) break;
-    const text = groups.has(node) ? clean(groups.get(node), 28) : shortName(graph, node, 22);
-    context.font = groups.has(node) ? BOLD : FONT;
+    const text = chooseLabel(context, graph, node, groups);
     const wide = context.measureText(text).width;
     const [x, y] = [layout.x[node], layout.y[node]];
-    const places = [[x + 9, y], [x - 9 - wide, y], [x - wide / 2, y - 13], [x - wide / 2, y + 13]];
+    const places = [[x + 11, y], [x - 11 - wide, y], [x - wide / 2, y - 13], [x - wide / 2, y + 13]];
     const place = places.find(([left, middle]) => left > MARGIN.left - 5 && left + wide < layout.width - 2
       && !blocks([left - 1, middle - 6, left + wide + 1, middle + 6]));
     if (!place) continue;
     const [left, middle] = place;
     taken.push([left, middle - 6, left + wide, middle + 6]);
     labels.set(node, taken.at(-1));
-    context.lineWidth = 3;
-    context.strokeStyle = colours.ground;
-    context.lineJoin = 'round';
-    context.strokeText(text, left, middle);
-    context.fillStyle = colours.text;
-    context.fillText(text, left, middle);
+    writeLabel(context, text, left, middle, colours);
     count++;
   }
   return labels;
+}
+
+// The same labels again, over edges that were drawn since.
+export function repaintLabels(context, graph, labels, colours, groups) {
+  context.textBaseline = 'middle';
+  context.textAlign = 'left';
+  for (const [node, [left, top, , bottom]] of labels) writeLabel(context, chooseLabel(context, graph, node, groups), left, (top + bottom) / 2, colours);
+}
+
+function chooseLabel(context, graph, node, groups) {
+  context.font = groups.has(node) ? BOLD : FONT;
+  return groups.has(node) ? clean(groups.get(node), 28) : shortName(graph, node, 22);
+}
+
+function writeLabel(context, text, left, middle, colours) {
+  context.lineWidth = 3;
+  context.strokeStyle = colours.ground;
+  context.lineJoin = 'round';
+  context.strokeText(text, left, middle);
+  context.fillStyle = colours.text;
+  context.fillText(text, left, middle);
 }
