@@ -21,6 +21,7 @@ from page_browser import (
 from page_server import running
 
 from jclt.graphs import Graph, import_json
+from jclt.viewer import notebook
 from jclt.viewer.library import Library
 from jclt.viewer.page_files import export_html
 from jclt.viewer.page_service import Page
@@ -113,6 +114,20 @@ def test_a_group_is_made_named_dragged_and_found_again(tab, port):
     assert read(tab, "app.groups") == [] and tab.locator("g.item").count() == 3
 
 
+def test_many_supernodes_stand_side_by_side_and_say_their_whole_names(tab, port):
+    open_graph(tab, port)
+    for _ in range(3):
+        tab.get_by_role("button", name="Suggest supernodes").click()
+    boxes = tab.locator("g.item rect").evaluate_all(
+        "list => list.map((r) => r.getBoundingClientRect()).map((b) => [b.left, b.top, b.right, b.bottom])"
+    )
+    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert len(boxes) == 30 and not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in pairs)
+    names = read(tab, "app.groups.map(({ name }) => name)")
+    titles = tab.locator("g.item > title").evaluate_all("list => list.map((title) => title.textContent)")
+    assert max(map(len, names)) > 22 and all(title.startswith(name) for title, name in zip(titles, names, strict=True))
+
+
 def test_labels_of_two_tabs_are_both_kept(tab, port):
     open_graph(tab, port)
     first, second = list_nodes(tab, 2)
@@ -192,7 +207,8 @@ def test_the_page_in_one_file_works_without_a_server(tab, tmp_path):
     assert text.startswith("<svg") and "<img" not in text
 
 
-def test_a_notebook_shows_the_page_in_a_frame(tab, tmp_path):
+def test_a_notebook_without_anywidget_shows_the_page_in_a_frame(tab, tmp_path, monkeypatch):
+    monkeypatch.setattr(notebook, "find_spec", lambda name: None)
     (tmp_path / "cell.html").write_text(f"<!doctype html><title>cell</title>{hand_graph().show()._repr_html_()}")
     tab.goto(f"file://{tmp_path}/cell.html")
     frame = tab.frame_locator("iframe")

@@ -74,8 +74,9 @@ export function placeItems(graph, items, width, height) {
   for (let row = 0; row < rows; row++) {
     const inRow = items.filter((item) => rowOf(item) === row).sort((a, b) => mean(a, 'position') - mean(b, 'position'));
     inRow.forEach((item, number) => places.set(item.id, {
-      x: width * (number + 1) / (inRow.length + 1),
+      x: width * (number + 0.5) / inRow.length,
       y: height - height * (row + 0.5) / rows,
+      most: width / inRow.length - 4, // pixels that it may be wide
     }));
   }
   return places;

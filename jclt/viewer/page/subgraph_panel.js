@@ -38,11 +38,10 @@ export class SubgraphPanel {
     const items = listItems(graph, groups, pinned), first = placeItems(graph, items, width, height);
     for (const item of items) {
       const saved = app.places[item.id];
-      const wide = this.measure(item);
       const place = saved ? { x: saved[0] * width, y: saved[1] * height } : first.get(item.id);
+      const { wide } = Object.assign(item, this.measure(item, place.most));
       item.x = Math.min(Math.max(place.x, wide / 2 + 3), Math.max(width - wide / 2 - 3, wide / 2 + 3));
       item.y = Math.min(Math.max(place.y, HEIGHT), Math.max(height - HEIGHT, HEIGHT));
-      item.wide = wide;
     }
     const focused = this.svg.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     const edges = listGroupEdges(graph, items, shown.edges, scores.visits);
@@ -67,9 +66,12 @@ export class SubgraphPanel {
     }
   }
 
-  measure({ group, name, members }) {
-    const text = group < 0 ? shortName(this.app.graph, members[0], 22) : clean(name, 22);
-    return Math.max(44, text.length * LETTER + (group < 0 ? 20 : 42), group < 0 ? 0 : Math.min(members.length, 16) * 10 + 34);
+  // What an item shows of its name and members, and how wide it is: where many stand in a row, less.
+  measure({ group, name, members }, most = 200) {
+    const around = group < 0 ? 20 : 42, longest = Math.max(4, Math.min(22, Math.floor((most - around) / LETTER)));
+    const text = group < 0 ? shortName(this.app.graph, members[0], longest) : clean(name, longest);
+    const dots = group < 0 ? 0 : Math.max(2, Math.min(members.length, 16, Math.floor((most - 34) / 10)));
+    return { text, dots, wide: Math.max(44, text.length * LETTER + around, dots * 10 + (dots && 34)) };
   }
 
   makeEdge(items, { source, target, weight }) {
@@ -85,10 +87,9 @@ export class SubgraphPanel {
   }
 
   makeItem(item) {
-    const { app } = this, { graph } = app, { group, members, wide } = item;
+    const { app } = this, { graph } = app, { group, members, wide, text } = item;
     const node = members[0], isChosen = members.some((member) => app.grouping?.includes(member)) || (group < 0 ? app.clicked === node : app.group === group);
     const high = group < 0 ? HEIGHT : HEIGHT + 10;
-    const text = group < 0 ? shortName(graph, node, 22) : clean(item.name, 22);
     const element = makeSvg('g', {
       class: `item${group < 0 ? '' : ' group'}${isChosen ? ' chosen' : ''}`, tabindex: 0, role: 'button',
       'aria-label': this.nameItem(item), transform: `translate(${item.x} ${item.y})`,
@@ -104,9 +105,9 @@ export class SubgraphPanel {
     return element;
   }
 
-  addMembers(element, { members, wide }, high) {
+  addMembers(element, { members, wide, dots }, high) {
     const { app } = this, { graph } = app;
-    members.slice(0, 16).forEach((node, number, list) => element.append(makeSvg('circle', {
+    members.slice(0, dots).forEach((node, number, list) => element.append(makeSvg('circle', {
       cx: (number - (list.length - 1) / 2) * 10, cy: high / 2 - 7, r: node === app.clicked ? 4.4 : 3.4, class: `member ${graph.kind[node]}`,
       onpointerenter: (event) => { event.stopPropagation(); app.hover(node); },
     }, makeSvg('title', {}, document.createTextNode(fullName(graph, node))))));
