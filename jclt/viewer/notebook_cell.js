@@ -1,6 +1,6 @@
 // A graph's page in a notebook's cell: a frame that can reach nothing outside itself, and a port between it and Python.
 
-const CHOICES = ['graph_name', 'pinned', 'supernodes', 'labels', 'places', 'thresholds', 'selected'];
+const CHOICES = ['_graph_name', 'pinned', 'supernodes', 'labels', 'places', 'thresholds', 'selected'];
 
 function render({ model, el }) {
   const view = Math.random(); // the same graph may be shown in several cells

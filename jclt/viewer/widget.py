@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLDS, ALL = [0.8, 0.98], [1.0, 1.0]
 """At which the page begins, for whole graphs and for pruned ones."""
-VIEW = ("graph_name", "pinned", "supernodes", "labels", "places")
+VIEW = ("_graph_name", "pinned", "supernodes", "labels", "places")
 """What is kept for each graph, when the page shows another."""
 
 
@@ -36,7 +36,7 @@ class GraphWidget(anywidget.AnyWidget):
     _esm = (Path(__file__).parent / "notebook_cell.js").read_text()
     _page = traitlets.Unicode().tag(sync=True)
     _height = traitlets.Int().tag(sync=True)
-    graph_name = traitlets.Unicode(help="of the graph that the page shows").tag(sync=True)
+    _graph_name = traitlets.Unicode().tag(sync=True)
     pinned = traitlets.List(traitlets.CInt()).tag(sync=True)
     supernodes = traitlets.Dict(value_trait=traitlets.List(traitlets.CInt())).tag(sync=True)
     labels = traitlets.Dict(value_trait=traitlets.Unicode(), help="edited ones, by `layer/number`").tag(sync=True)
@@ -54,7 +54,7 @@ class GraphWidget(anywidget.AnyWidget):
         super().__init__(
             _page=build_single_page(graph, name, labels=self.service.read_labels(graph), has_kernel=True),
             _height=height,
-            graph_name=name,
+            _graph_name=name,
             pinned=[numbers[node_id] for node_id in read_first_view(graph, list(numbers))["pinnedIds"]],
             supernodes={title: list(members) for title, members in graph.supernodes.items()},
             thresholds=ALL if is_pruned(graph) else THRESHOLDS,
@@ -65,9 +65,14 @@ class GraphWidget(anywidget.AnyWidget):
         return "<page of a graph; notebooks show it>"
 
     @property
+    def graph_name(self) -> str:
+        """Of the graph that the page shows: another one after a prompt was traced on it."""
+        return self._graph_name
+
+    @property
     def graph(self) -> Graph:
         """The shown graph, with what was pinned, grouped and labelled."""
-        whole = self.service.library.read(self.graph_name)
+        whole = self.service.library.read(self._graph_name)
         return add_view(whole, self._make_view(whole), self.service.read_labels(whole))
 
     def _make_view(self, graph: Graph) -> Json:
@@ -82,9 +87,9 @@ class GraphWidget(anywidget.AnyWidget):
     @traitlets.observe(*VIEW)
     def _keep_view(self, change: Mapping[str, Any]) -> None:
         library = self.service.library
-        view = self._make_view(library.read(self.graph_name))
-        given_up = dict.fromkeys(library.read_view(self.graph_name).get("labels", {}), "")
-        library.change_view(self.graph_name, view | {"labels": given_up | view["labels"]})
+        view = self._make_view(library.read(self._graph_name))
+        given_up = dict.fromkeys(library.read_view(self._graph_name).get("labels", {}), "")
+        library.change_view(self._graph_name, view | {"labels": given_up | view["labels"]})
 
     @traitlets.observe("supernodes")
     def _pin_members(self, change: Mapping[str, Any]) -> None:
@@ -94,14 +99,14 @@ class GraphWidget(anywidget.AnyWidget):
 
     @traitlets.validate("pinned", "selected")
     def _check_nodes(self, proposal: Mapping[str, Any]) -> list[int]:
-        graph = self.service.library.read(self.graph_name)
+        graph = self.service.library.read(self._graph_name)
         for node in proposal["value"]:
             check_node(graph, node, f"{proposal['trait'].name}: ")
         return list(dict.fromkeys(proposal["value"]))
 
     @traitlets.validate("supernodes")
     def _check_supernodes(self, proposal: Mapping[str, Any]) -> dict[str, list[int]]:
-        graph = with_supernodes(self.service.library.read(self.graph_name), proposal["value"])
+        graph = with_supernodes(self.service.library.read(self._graph_name), proposal["value"])
         return {name: list(nodes) for name, nodes in graph.supernodes.items() if nodes}
 
     @traitlets.validate("labels", "places")

@@ -98,10 +98,10 @@ def test_questions_of_the_page_are_answered_as_the_server_answers_them(cell):
 def test_another_graph_keeps_what_was_done_on_the_first(cell):
     view = cell.widget
     first, second = view.graph_name, view.service.library.add("second", hand_graph())
-    cell.change(graph_name=second, pinned=[1], supernodes={}, labels={}, places={}, selected=[])
+    cell.change(_graph_name=second, pinned=[1], supernodes={}, labels={}, places={}, selected=[])
     assert view.graph.supernodes == {} and view.graph.labels == ()
     assert cell.ask("graph", first)["answer"]["view"]["supernodes"] == [["both", "0_17_0", "2_40_1"]]
-    cell.change(graph_name=first, pinned=[0, 1], supernodes={"both": [0, 1]})
+    cell.change(_graph_name=first, pinned=[0, 1], supernodes={"both": [0, 1]})
     assert view.graph.supernodes == GROUPED.supernodes
 
 

@@ -3,13 +3,13 @@
 export function readChoices(app) {
   const { graph, groups, pinned, edited, places, thresholds, chosen } = app;
   return {
-    graph_name: graph.name, pinned: [...pinned], supernodes: Object.fromEntries(groups.map(({ name, members }) => [name, members])),
+    _graph_name: graph.name, pinned: [...pinned], supernodes: Object.fromEntries(groups.map(({ name, members }) => [name, members])),
     labels: edited, places, thresholds: [thresholds.nodes, thresholds.edges], selected: chosen,
   };
 }
 
 // Shows what Python chose; another graph is not opened for it.
-export function applyChoices(app, { graph_name: name, pinned, supernodes, labels, places, thresholds: [nodes, edges], selected }) {
+export function applyChoices(app, { _graph_name: name, pinned, supernodes, labels, places, thresholds: [nodes, edges], selected }) {
   const { graph } = app, ids = (list) => list.map((node) => graph.ids[node]);
   if (name !== graph.name) return;
   app.groups = Object.entries(supernodes).map(([title, members]) => ({ name: title, members }));
