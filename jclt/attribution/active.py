@@ -31,9 +31,13 @@ class LayerList(NamedTuple):
     features: list[Int[np.ndarray, "_"]]
     activations: list[Float[np.ndarray, "_"]]
 
-    def pad(self, length: int) -> list[np.ndarray]:
-        """The three lists as arrays `[B, length]`, with zeros at their ends."""
-        return [np.stack([np.pad(x, (0, length - len(x))) for x in lists]) for lists in self]
+
+def pad_lists(lists: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Lists as one array `[B, length]`, with zeros at their ends."""
+    padded = np.zeros((len(lists), length), lists[0].dtype)
+    for row, numbers in zip(padded, lists, strict=True):
+        row[: len(numbers)] = numbers
+    return padded
 
 
 class ActiveFeatures(NamedTuple):
@@ -77,7 +81,7 @@ def find_active(
                     prompts.extend(more)
             # Lists never become shorter from layer to layer, so that few programs are compiled.
             longest = max(longest, round_up(max(map(len, layer_list.features)), 16))
-            _, features, _ = layer_list.pad(longest)
+            features = pad_lists(layer_list.features, longest)
             rows = take_encoder_rows(encoder, jnp.asarray(features.ravel(), jnp.int32))
             of_prompts = [x.reshape(*features.shape, *x.shape[1:]) for x in rows]
         lists.append(layer_list)
@@ -159,7 +163,7 @@ def take_encoder_rows(encoder: Coder, features: Int[Array, "n"]) -> tuple[Float[
 
 def gather_features(active: ActiveFeatures, dtype: DTypeLike, by_prompt: NamedSharding) -> FeatureNodes:
     """The nodes of a batch of prompts."""
-    padded = [layer.pad(active.length) for layer in active.lists]
+    padded = [[pad_lists(lists, active.length) for lists in layer] for layer in active.lists]
     positions, features, activations = (np.stack(x, axis=1) for x in zip(*padded, strict=True))
     counts = np.array([[len(x) for x in layer.features] for layer in active.lists]).T
     valid = np.arange(active.length) < counts[..., None]

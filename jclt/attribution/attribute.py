@@ -39,7 +39,13 @@ from jclt.attribution.placement import place_on_devices
 from jclt.attribution.prompts import encode_prompt
 from jclt.attribution.ranking import PromptRows
 from jclt.attribution.schedule import trace_prompts
-from jclt.attribution.sizes import BATCH_BYTES, estimate_pass_bytes, estimate_score_bytes, round_up_length
+from jclt.attribution.sizes import (
+    BATCH_BYTES,
+    PROMPTS_AT_ONCE,
+    estimate_pass_bytes,
+    estimate_score_bytes,
+    round_up_length,
+)
 from jclt.attribution.targets import Target, decode_token, parse_targets, resolve_targets
 from jclt.coders import Coder, read_fingerprint
 from jclt.errors import UserError
@@ -182,8 +188,8 @@ def attribute_each(
 
 def split_batches(setup: Setup, lengths: Sequence[int], batch: int) -> list[list[int]]:
     """The numbers of the prompts that are traced together: at most `batch` of similar length, in their order, and fewer
-    where they take much memory. It depends neither on free memory nor on what is done."""
-    sizes, devices = (setup.model.config, setup.coder.config), setup.shards
+    where they take much memory, or more at once gain nothing. It depends neither on free memory nor on what is done."""
+    sizes, devices, backend = (setup.model.config, setup.coder.config), setup.shards, jax.default_backend()
     padded_lengths = np.array([round_up_length(length) for length in lengths])
     batches = []
     for length in np.unique(padded_lengths):
@@ -191,7 +197,8 @@ def split_batches(setup: Setup, lengths: Sequence[int], batch: int) -> list[list
         prompt_bytes = estimate_pass_bytes(*sizes, int(length), 4)
         if setup.options.has_scores(setup.coder.config):
             prompt_bytes += devices * estimate_score_bytes(*sizes, int(length), 4)
-        size = min(batch, max(BATCH_BYTES[jax.default_backend()] // prompt_bytes, 1) * devices)
+        on_device = min(PROMPTS_AT_ONCE[backend], max(BATCH_BYTES[backend] // prompt_bytes, 1))
+        size = min(batch, on_device * devices)
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return batches
 

@@ -30,6 +30,9 @@ BATCH_BYTES = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 32}
 """The most bytes of a device for prompts that are traced together; beyond it, fewer are traced together. It does not
 depend on what is free, since that must not decide which prompts share a batch."""
 
+PROMPTS_AT_ONCE = {"cpu": 8, "gpu": 1 << 10, "tpu": 1 << 10}
+"""The most prompts of a batch that a device traces together. On a CPU more gain nothing, and are padded more."""
+
 OUTPUTS_AT_ONCE = 8
 """Outputs whose gradients with respect to a layer's features are in memory together."""
 

@@ -35,6 +35,8 @@ def choose_cut(model: ModelConfig, work: Work, most_numbers: int) -> int:
     length = work.features.shape[1]
     whole = count_operations(model, work, 0)
     best, least = 0, min(whole * (1 - LEAST_SAVED), whole - LEAST_OPERATIONS)
+    if least <= 0:  # all edges take too few operations to save so many
+        return 0
     step = -(-model.layers // CUTS)
     for cut in range(step, model.layers, step):
         columns = work.features[:cut].sum() + cut * length
