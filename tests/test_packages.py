@@ -20,6 +20,7 @@ ORDER = [
         "coders",
         "attribution",
         "interventions",
+        "circuits",
         "features",
         "evaluation",
         "training",

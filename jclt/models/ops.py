@@ -29,6 +29,12 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
+def compute_neurons(config: ModelConfig, up: Array, gate: Array | None) -> Array:
+    """The neurons of an MLP, of what its projections return."""
+    activation = ACTIVATIONS[config.activation]
+    return activation(up) if gate is None else activation(gate) * up
+
+
 def center(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     return x - x.mean(axis=-1, keepdims=True)
 

@@ -28,6 +28,9 @@ Mlp = Callable[[Layer, Mapping[str, Array], Callable[[], Array]], Array]
 """`mlp(layer, reads, true)` returns what is added to the residual stream. `reads` holds the values at the sites that an
 MLP can read (`resid_mid`, `mlp_normalized`, `mlp_in`); `true()` is the output of the model's MLP."""
 
+Activate = Callable[[ModelConfig, Array, Array | None], Array]
+"""`activate(config, up, gate)` returns an MLP's neurons, of what its projections return; without a gate it is None."""
+
 
 class Cache(NamedTuple):
     """Rotated keys and values of the positions seen so far, `[L, B, S, G, K]`."""
@@ -44,6 +47,7 @@ class Context(NamedTuple):
     rotations: tuple[tuple[Array, Array], tuple[Array, Array]]  # of global layers, of local layers
     masks: tuple[Array, Array]  # of global layers, of local layers
     mlp: Mlp
+    activate: Activate = ops.compute_neurons  # the neurons of the true MLP
 
 
 def make_context(
@@ -122,11 +126,11 @@ def attention(
     return project(weights, "attn_out", "bthk,hkd->btd", heads), cache
 
 
-def true_mlp(config: ModelConfig, weights: Params, site: Sites, x: Stream) -> Stream:
+def true_mlp(context: Context, weights: Params, site: Sites, x: Stream) -> Stream:
     """The output of the model's MLP."""
-    activation = ops.ACTIVATIONS[config.activation]
     up = project(weights, "up", "btd,dm->btm", x)
-    neurons = activation(project(weights, "gate", "btd,dm->btm", x)) * up if config.gated else activation(up)
+    gate = project(weights, "gate", "btd,dm->btm", x) if context.config.gated else None
+    neurons = context.activate(context.config, up, gate)
     return project(weights, "down", "btm,md->btd", site("mlp_neurons", neurons))
 
 
@@ -154,7 +158,7 @@ def block(
         mlp_in = site("mlp_in", apply_gain(c, weights, "mlp_norm", normalized, mid.dtype))
 
         def true() -> Stream:
-            out = site("mlp_raw_out", true_mlp(c, weights, site, mlp_in))
+            out = site("mlp_raw_out", true_mlp(context, weights, site, mlp_in))
             return ops.prevent_fma(apply_norm(c, weights, "mlp_post_norm", site, out)) if c.post_norms else out
 
         reads = {"resid_mid": mid, "mlp_normalized": normalized, "mlp_in": mlp_in}
