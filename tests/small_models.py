@@ -24,7 +24,8 @@ def make_model(seed=0, **options) -> Model:
     for number, (name, weight) in enumerate(declare(config).items()):
         own = jax.random.fold_in(key, number)
         shape = weight.init(own, jnp.float32).shape
-        params[name] = (1.0 if name.endswith("gain") else 0.0) + 0.5 * jax.random.normal(own, shape, jnp.float64)
+        drawn = jax.random.normal(own, shape, jnp.float64)
+        params[name] = drawn if "embedding" in name else 0.3 * drawn + (1.0 if name.endswith("gain") else 0.0)
     if options == LINEAR:
         params["up_bias"] = params["up_bias"] + 100
     return Model(config, params, None, "random")

@@ -36,7 +36,9 @@ def patch_nodes(
         for first in range(0, len(layer), size):  # np.nonzero sorts by layer: a batch needs no layer below its first
             part = slice(first, first + size)
             rows = np.stack([layer[part], position[part], unit[part]], axis=1).astype(np.int32)
-            found = run_rows(setting, mesh, params, kept, units.astype(units.dtype), np.resize(rows, (size, 3)), answers)
+            found = run_rows(
+                setting, mesh, params, kept, units, np.resize(rows, (size, 3)), answers
+            )
             effects[layer[part], position[part], unit[part]] = np.asarray(found)[: len(rows)]
         results.append(effects)
     return np.stack(results)
@@ -75,8 +77,9 @@ def run_rows(
         if place.site != site:
             return value
         change = units[layers, positions, numbers]  # [R w]
-        of_unit = jnp.arange(units.shape[2])[None] == numbers[:, None]
-        at = (jnp.arange(value.shape[1])[None] == positions[:, None]) & (place.layer == layers)[:, None]
+        of_unit = jnp.arange(units.shape[2], dtype=jnp.int32)[None] == numbers[:, None]
+        of_position = jnp.arange(value.shape[1], dtype=jnp.int32)[None] == positions[:, None]
+        at = of_position & (jnp.asarray(place.layer, jnp.int32) == layers)[:, None]
         spread = of_unit[:, None, :, None] & at[:, :, None, None]
         added = jnp.where(spread, change[:, None, None], 0)
         return value + added.reshape(value.shape).astype(value.dtype)

@@ -1,7 +1,9 @@
 """Gradients of the metric at a site: at one run, or averaged between two runs (integrated gradients).
 
-    ig inputs        averaged while the token embeddings move from the clean run (0) to the reference (1); all else follows
-    ig activations   averaged while the site's values of one layer move so, with the rest of the clean run around them
+Averages are over a way from the clean run (0) to the reference (1):
+
+    ig inputs        the token embeddings move, and all else follows
+    ig activations   the site's values of one layer move, with the rest of the clean run around them
 """
 
 from collections.abc import Mapping
@@ -73,9 +75,9 @@ def differentiate(
     params: Params,
     prompts: Prompts,
     tokens: Tokens,
-    like: Float[Array, "L P T ..."],
+    like: Float[Array, "L P ..."],
     embeddings: Float[Array, "P T D"] | None = None,
-) -> Float[Array, "L P T ..."]:
+) -> Float[Array, "L P ..."]:
     """The gradient of each pair's metric at the site, in a run over these tokens. `embeddings` go to the place of
     theirs; `like` has the shape of the site's values."""
     config, layered = setting.model, setting.site in LAYER_SITES

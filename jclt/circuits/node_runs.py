@@ -41,7 +41,7 @@ from jclt.models import LAYER_SITES, Model, Place, forward
 from jclt.shapes import Array, Bool, Float, Int, Params
 
 Ablation = Literal["zero", "mean", "resample", "counterfactual"]
-NodeValues = tuple[Float[Array, "L P T ..."], ...]
+NodeValues = tuple[Float[Array, "L _ T ..."], ...]
 """Of a site, its values; of a coder, its features and its errors. The axis of pairs may have one entry for all."""
 
 
@@ -197,7 +197,7 @@ def average_nodes(runs: CircuitRuns, pairs: PromptPairs, length: int) -> NodeVal
 
 
 @jax.jit
-def sum_positions(values: NodeValues, has_token: Bool[Array, "P T"]) -> tuple[NodeValues, Int[Array, "T"]]:
+def sum_positions(values: NodeValues, has_token: Bool[Array, "P T"]) -> tuple[tuple[Array, ...], Int[Array, "T"]]:
     def add(value: Array) -> Array:
         there = has_token.reshape(1, *has_token.shape, *(1,) * (value.ndim - 3))
         return jnp.where(there, value, 0).sum(axis=1, keepdims=True)

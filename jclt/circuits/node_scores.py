@@ -94,7 +94,8 @@ class NodeScores:
         return np.argsort(-np.abs(flat) if by == "size" else flat, kind="stable")
 
     def __repr__(self) -> str:
-        return f"<NodeScores: {self.method} of {self.values.size:,} nodes ({self.basis.name}) over {len(self.pairs)} pairs>"
+        count, pairs = self.values.size, len(self.pairs)
+        return f"<NodeScores: {self.method} of {count:,} nodes ({self.basis.name}) over {pairs} pairs>"
 
     def summarize(self, shown: int = 10) -> str:
         """The nodes with the largest scores, as text."""

@@ -55,7 +55,7 @@ def split_prompts(config: ModelConfig, pairs: PromptPairs) -> list[Int[np.ndarra
 
 
 def check_gradient_metric(metric: str, pairs: PromptPairs) -> None:
-    """An error for a metric without a useful gradient: a rank has none, that of the divergence is 0 at the clean run."""
+    """An error for a metric without a useful gradient: ranks have none, and the divergence's is 0 at the clean run."""
     check_metric(metric, pairs)
     if metric not in GRADIENT_METRICS:
         raise UserError(f"metric '{metric}': expected one with a gradient: {', '.join(GRADIENT_METRICS)}")

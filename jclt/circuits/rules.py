@@ -8,8 +8,9 @@
     product      of a product within attention, query x key and pattern x value, each factor gets half of the gradient
     temperature  the softmax of attention has the gradient that it would have at temperature 2: p_2 (g - p_2 . g)
 
-With norm, attention, identity, and half or gate, the model is linear in its inputs and biases together: value x gradient,
-summed over the inputs and all biases, is the metric. `RULE_SETS` names the sets of published implementations.
+With norm, attention, identity, and half or gate, the model is linear in its inputs and biases together: value x
+gradient, summed over the inputs and all biases, is the metric. `RULE_SETS` names the sets of published
+implementations.
 """
 
 from collections.abc import Iterable

@@ -65,8 +65,8 @@ def score_exact_softmax(setting: Setting, params: Params, prompts: Prompts, zero
 def score_keys(
     pattern: Float[Array, "P H T S"], rise: Float[Array, "P H T S"], slopes: Float[Array, "P H T S"], mask: Mask
 ) -> Float[Array, "P H S"]:
-    """The change of the pattern, times slopes, if the scores of one key alone rise. With p the share of that key and A
-    the sum of pattern x slopes, the new share is q = sigmoid(logit(p) + rise), the others shrink by (1 - q) / (1 - p)."""
+    """The change of the pattern, times slopes, if the scores of one key alone rise. With p that key's share of the
+    pattern, its new share is q = sigmoid(logit(p) + rise), and the others shrink by (1 - q) / (1 - p)."""
     tiny = jnp.finfo(pattern.dtype).tiny
     p = jnp.clip(pattern, tiny, 1 - jnp.finfo(pattern.dtype).epsneg)
     q = jax.nn.sigmoid(jnp.log(p) - jnp.log1p(-p) + rise)

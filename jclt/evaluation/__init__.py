@@ -6,6 +6,13 @@ Reading order, of graphs: `intervals.py` (figures), `faithfulness.py`, `graph_fi
 `operand_grids.py` (weights, and addition).
 """
 
+from jclt.evaluation.circuit_grades import (
+    CircuitGrades,
+    area_under_roc,
+    compute_faithfulness,
+    grade_nodes,
+    measure_minimality,
+)
 from jclt.evaluation.circuits import measure_circuits
 from jclt.evaluation.distances import measure_distances
 from jclt.evaluation.exchange import StateExchange, exchange_states
@@ -26,11 +33,16 @@ from jclt.evaluation.verdict import Verdict, verify
 from jclt.evaluation.world import TaskAgreement, WorldAgreement, measure_world_agreement
 
 __all__ = [
+    "CircuitGrades",
     "Figure",
     "GlobalWeights",
     "OperandGrids",
     "Verdict",
+    "area_under_roc",
+    "compute_faithfulness",
+    "grade_nodes",
     "measure_circuits",
+    "measure_minimality",
     "measure_distances",
     "measure_faithfulness",
     "measure_global_weights",

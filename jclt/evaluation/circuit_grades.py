@@ -82,7 +82,7 @@ class CircuitGrades:
         return enough[0] if enough else None
 
     def __repr__(self) -> str:
-        return f"<CircuitGrades: {self.name}, {len(self.sizes)} sizes of {self.total:,} {self.unit}, {self.ablation} ablation>"
+        return f"<CircuitGrades: {self.name}, {len(self.sizes)} sizes of {self.total:,} {self.unit}>"
 
     def __str__(self) -> str:
         whole, empty = average_prompts(self.whole), average_prompts(self.empty)
@@ -108,8 +108,8 @@ def check_range(whole: Float[np.ndarray, "P"], empty: Float[np.ndarray, "P"]) ->
     difference = average_prompts(np.asarray(whole, np.float64) - np.asarray(empty, np.float64))
     if not abs(difference.value) >= LEAST_RANGE or difference.low <= 0 <= difference.high:
         raise UserError(
-            f"metric: {np.mean(whole):.4g} with all nodes and {np.mean(empty):.4g} with none (difference {difference}), "
-            "expected two values that can be told apart; is it saturated?"
+            f"metric: {np.mean(whole):.4g} with all nodes and {np.mean(empty):.4g} with none, difference {difference}, "
+            "expected two values that can be told apart (is it saturated?)"
         )
 
 

@@ -91,7 +91,8 @@ def test_exact_scores_are_those_of_patching(name, basis):
     site, heads = {"heads": ("head_out", True), "mlps": ("mlp_out", False)}[basis]
     options = {"heads": heads, "mode": "noising", "metric": "logit_difference", "progress": False}
     result = jclt.patch(model, pairs, site, **options)
-    want = result.per_pair[:, 0] - result.clean_measures.logit_difference.reshape(-1, *(1,) * (result.per_pair.ndim - 2))
+    clean = result.clean_measures.logit_difference
+    want = result.per_pair[:, 0] - clean.reshape(-1, *(1,) * (result.per_pair.ndim - 2))
     np.testing.assert_allclose(scores if heads else scores[..., 0], want, atol=2e-5)
 
 

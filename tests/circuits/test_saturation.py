@@ -1,0 +1,59 @@
+"""Queries and keys with exact softmaxes: what follows the patterns is linear, so a model with one layer tells."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from golden_cases import FOLDER
+from patching_prompts import get_pairs
+from small_models import make_model, make_small_pairs
+
+import jclt
+from jclt.circuits import score_nodes
+from jclt.circuits.saturation import score_keys
+from jclt.models import Model
+
+PLAIN = {"norm": "none", "activation": "relu", "gated": False, "mlp_bias": True}
+
+
+def make_sharp_model() -> Model:
+    """One layer, whose neurons are all active, and in which each query attends to one key."""
+    model = make_model(**PLAIN)
+    params = {n: x[:1] if x.shape[0] == 2 and n != "unembedding" else x for n, x in model.params.items()}
+    params |= {"query": 30 * params["query"], "up_bias": params["up_bias"] + 100}
+    return Model(replace(model.config, layers=1), params, None, "sharp")
+
+
+def test_they_are_the_exact_effects_where_all_but_the_softmax_is_linear_and_plain_gradients_are_not():
+    with jax.enable_x64():
+        model = make_sharp_model()
+        pairs = make_small_pairs(model)
+        for basis in ("queries", "keys"):
+            exact = score_nodes(model, pairs, basis, "exact").per_pair
+            fixed = score_nodes(model, pairs, basis, "saturation fix").per_pair
+            plain = score_nodes(model, pairs, basis, "atp").per_pair
+            np.testing.assert_allclose(fixed, exact, atol=1e-10)
+            assert np.abs(exact).max() > 0.1 and np.abs(plain - exact).max() > 0.5 * np.abs(exact).max()
+
+
+def test_one_new_key_is_a_softmax_with_one_new_score():
+    with jax.enable_x64():
+        scores, rise, slopes = np.random.default_rng(0).standard_normal((3, 1, 2, 4, 4))
+        scores, rise = 20 * scores, 20 * rise
+        mask = np.tril(np.ones((1, 4, 4), bool))
+        pattern = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
+        found = score_keys(pattern, jnp.asarray(rise), jnp.asarray(slopes), jnp.asarray(mask))
+        for key in range(4):
+            changed = scores + rise * (np.arange(4) == key)
+            new = jax.nn.softmax(jnp.where(mask[:, None], changed, -1e30), axis=-1)
+            np.testing.assert_allclose(found[..., key], jnp.sum((new - pattern) * slopes, axis=(2, 3)), atol=1e-9)
+
+
+def test_the_patterns_are_those_of_the_model():
+    """Rotations, soft caps, grouped heads and windows: a small change of a query is the gradient's."""
+    model, pairs = jclt.load_model(FOLDER / "gemma3"), get_pairs("gemma3")
+    for basis in ("queries", "keys"):
+        fixed = score_nodes(model, pairs, basis, "saturation fix").per_pair
+        plain = score_nodes(model, pairs, basis, "atp").per_pair
+        assert np.corrcoef(fixed.ravel(), plain.ravel())[0, 1] > 0.8
