@@ -3,8 +3,10 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jclt.attribution import Direction, attribute, attribute_batch
+    from jclt.circuits import NodeScores, run_circuits, score_nodes
     from jclt.coders import load_coder, save_coder
     from jclt.errors import UserError
+    from jclt.evaluation import CircuitGrades, grade_nodes
     from jclt.features import FeatureRecord, Features, describe_features, export_features, load_features
     from jclt.graphs import Graph, export_json, import_json, load_graph, read_circuit_tracer
     from jclt.interventions import (
@@ -56,6 +58,7 @@ __all__ = [
     "SITES",
     "Ablations",
     "Add",
+    "CircuitGrades",
     "Component",
     "Compose",
     "Direction",
@@ -66,6 +69,7 @@ __all__ = [
     "Intervention",
     "Model",
     "ModelConfig",
+    "NodeScores",
     "Noise",
     "PairRow",
     "PatchingResult",
@@ -84,6 +88,7 @@ __all__ = [
     "export_json",
     "find_maxima",
     "generate",
+    "grade_nodes",
     "import_json",
     "intervene",
     "knock_out",
@@ -100,9 +105,11 @@ __all__ = [
     "patch_paths",
     "read_circuit_tracer",
     "run",
+    "run_circuits",
     "save_coder",
     "save_model",
     "scale_nodes",
+    "score_nodes",
     "steer",
     "swap_nodes",
     "sweep",
@@ -112,8 +119,10 @@ __all__ = [
 
 _PACKAGES = {
     "attribution": ("Direction", "attribute", "attribute_batch"),
+    "circuits": ("NodeScores", "run_circuits", "score_nodes"),
     "coders": ("load_coder", "save_coder"),
     "errors": ("UserError",),
+    "evaluation": ("CircuitGrades", "grade_nodes"),
     "features": ("FeatureRecord", "Features", "describe_features", "export_features", "load_features"),
     "graphs": ("Graph", "export_json", "import_json", "load_graph", "read_circuit_tracer"),
     "interventions": (
@@ -164,7 +173,6 @@ _PACKAGES = {
 _OTHER_PACKAGES = (
     "config",
     "data",
-    "evaluation",
     "files",
     "fingerprints",
     "kernels",

@@ -136,6 +136,12 @@ def check_patching(names: Names) -> None:
     assert len(names["paths"].values) == 20 and np.abs(names["paths"].effects).max() > 0.01
 
 
+def check_circuits(names: Names) -> None:
+    assert names["scores"].per_pair.shape == (24, 4, 7, 512)
+    few, many = (figure.value for figure in names["grades"].faithfulness)
+    assert 0.6 < few < many < 1.2 and names["random"].faithfulness[1].value < 0.1
+
+
 def check_labels(names: Names) -> None:
     assert names["label"].text == "ones is one of 5, 4" and names["label"].source == "concepts"
     assert jclt.features.load_labels("labels.json")[3, 258].source == "yours"
@@ -178,6 +184,7 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/evaluation/README.md", 0): check_evaluation,
     ("jclt/interventions/README.md", 0): check_interventions,
     ("jclt/attribution/README.md", 0): check_attribution,
+    ("jclt/circuits/README.md", 0): check_circuits,
     ("jclt/features/README.md", 0): check_features,
     ("jclt/features/README.md", 1): check_labels,
     ("jclt/graphs/README.md", 0): check_graphs,

@@ -10,8 +10,8 @@ chosen on some pairs and graded on others (of a file NAME_train.json on those of
 later rows). All nodes outside a circuit have their mean over the corrupted prompts of the first pairs, at their
 position. Faithfulness is 1 for the whole model and 0 for none of the nodes; completeness is that of the rest.
 
-Expected: the tables of jclt/circuits/README.md. Cost on 2 CPU cores: the shipped model one minute; SmolLM2 two minutes for each
-structure and basis.
+Expected: the tables of jclt/circuits/README.md. Cost on 2 CPU cores: the shipped model one minute; SmolLM2 some minutes
+for each structure and basis.
 """
 
 import argparse
@@ -19,8 +19,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 import jclt
 from jclt.circuits import score_nodes
@@ -68,7 +67,8 @@ def generate_rows(structure: str, count: int, seed: int = 0) -> list[tuple[str, 
         plural, others, verb = draw.random() < 0.5, draw.random() < 0.5, draw.choice(VERBS)
         words = draw.randrange(2**32)
         clean, corrupted = (
-            write_prompt(structure, subject, number, other, others, random.Random(words)) for number in (plural, not plural)
+            write_prompt(structure, subject, number, other, others, random.Random(words))
+            for number in (plural, not plural)
         )
         row = (clean, corrupted, verb[plural], verb[not plural])
         rows += [row] if row not in rows or structure == "simple" else []
@@ -100,14 +100,11 @@ def load_structures(model: Model, options: argparse.Namespace) -> dict[str, tupl
         rows = generate_rows(structure, 2 * (CHOOSE + GRADE))
         found[f"{structure} (generated)"] = split_pairs(jclt.make_pairs(model, rows), CHOOSE, GRADE)
     if not found:
-        splits = ((CHOOSE, "train"), (GRADE, "report"))
-        chosen, graded = (jclt.make_world_pairs(model, "agreement", 2 * n, split) for n, split in splits)
+        chosen = jclt.make_world_pairs(model, "agreement", 2 * CHOOSE, "train")
+        graded = jclt.make_world_pairs(model, "agreement", 2 * GRADE, "report")
         chosen, graded = (keep_one_length(pairs) for pairs in (chosen, graded))
         found["small world"] = chosen.take(range(min(CHOOSE, len(chosen)))), graded.take(range(min(GRADE, len(graded))))
     return found
-
-
-
 
 
 def grade_basis(
@@ -115,14 +112,13 @@ def grade_basis(
 ) -> list[CircuitGrades]:
     """Of all methods and of random circuits; prints how long each took."""
 
-    def run(name: str, function: Callable) -> object:
+    def run(name: str, function: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         result = function()
         print(f"  {name}: {time.perf_counter() - start:.1f} s", flush=True)
         return result
 
-    reference = "zero" if unpaired else "corrupted"
-    options = {"steps": STEPS, "reference": reference}
+    options: Any = {"steps": STEPS, "reference": "zero" if unpaired else "corrupted"}
     scores = [run(m, lambda m=m: score_nodes(model, chosen, basis, m, **options)) for m in METHODS]
     return run("grades", lambda: grade_nodes(model, graded, scores, sizes, mean_of=chosen))
 
@@ -144,7 +140,9 @@ def draw_curves(figures: dict[str, list[CircuitGrades]], file: Path) -> None:
             color = f"C{number}"
             faith = curve.faithfulness
             axis.plot(curve.sizes, [f.value for f in faith], color=color, label=curve.name)
-            axis.fill_between(curve.sizes, [f.low for f in faith], [f.high for f in faith], color=color, alpha=0.15, lw=0)
+            axis.fill_between(
+                curve.sizes, [f.low for f in faith], [f.high for f in faith], color=color, alpha=0.15, lw=0
+            )
             axis.plot(curve.sizes, [f.value for f in curve.completeness], color=color, ls="--")
         axis.set(title=title, xscale="log", xlabel="nodes kept", ylim=(-0.2, 1.4))
         axis.axhline(1, color="0.8", lw=1)

@@ -36,9 +36,7 @@ def patch_nodes(
         for first in range(0, len(layer), size):  # np.nonzero sorts by layer: a batch needs no layer below its first
             part = slice(first, first + size)
             rows = np.stack([layer[part], position[part], unit[part]], axis=1).astype(np.int32)
-            found = run_rows(
-                setting, mesh, params, kept, units, np.resize(rows, (size, 3)), answers
-            )
+            found = run_rows(setting, mesh, params, kept, units, np.resize(rows, (size, 3)), answers)
             effects[layer[part], position[part], unit[part]] = np.asarray(found)[: len(rows)]
         results.append(effects)
     return np.stack(results)

@@ -184,7 +184,7 @@ def average_nodes(runs: CircuitRuns, pairs: PromptPairs, length: int) -> NodeVal
         part = take_prompts(prompts, numbers)
         real = np.arange(len(numbers)) < len(np.unique(numbers))
         has_token = real[:, None] & (np.arange(prompts.clean.shape[1])[None] <= np.asarray(part.last)[:, None])
-        found = read_nodes(runs, jax.tree.map(jnp.asarray, part), side)
+        found = read_nodes(runs, part, side)
         sums.append(sum_positions(found, jnp.asarray(has_token)))
     totals, counts = jax.tree.map(lambda *rows: sum(rows[1:], rows[0]), *sums)
 

@@ -208,7 +208,7 @@ Values = dict[str, Float[Array, "L P T ..."]]
 
 
 def read_and_differentiate(
-    plan: Plan, params: Params, prompts: Prompts, curve: Curve
+    plan: Plan, params: Params, prompts: Prompts, curve: Curve, coder: Any = None
 ) -> tuple[Values, Values | None, Float[Array, "L P T ..."]]:
     """The values of the clean run and of the reference (None is zero), and the gradient at the site."""
     setting, inputs = plan.setting, "token_embedding"
@@ -223,11 +223,23 @@ def read_and_differentiate(
         ends = (start, jnp.zeros_like(start) if other is None else other[inputs][0])
         return clean, other, average_over_inputs(setting, params, prompts, like, ends, *curve)
     if plan.method == "ig activations":
-        ends = (like, jnp.zeros_like(like) if other is None else other[setting.site])
+        ends = (like, write_nothing(like, clean, coder) if other is None else other[setting.site])
         streams = clean["resid_pre"]
         return clean, other, average_over_activations(setting, params, prompts, streams, ends, *curve)
     tokens = prompts.clean if plan.at == "clean" else prompts.corrupted
     return clean, other, differentiate(setting, params, prompts, tokens, like)
+
+
+def write_nothing(like: Float[Array, "L P T ..."], clean: Values, coder: Any) -> Float[Array, "L P T ..."]:
+    """The values of a site where all nodes are 0: of a coder, what is left are its biases and its skip."""
+    nothing = jnp.zeros_like(like)
+    if coder is None:
+        return nothing
+    for index, layer in enumerate(coder.config.covered):
+        read = clean[coder.config.reads][layer]
+        silent = [jnp.zeros((*read.shape[:-1], coder.config.features), read.dtype)] * (index + 1)
+        nothing = nothing.at[layer].set(coder.write(index, silent, read))
+    return nothing
 
 
 @partial(jax.jit, static_argnames=("plan",))
@@ -243,7 +255,7 @@ def score_part(plan: Plan, params: Params, prompts: Prompts, curve: Curve) -> Fl
 def score_part_of_coder(
     plan: Plan, params: Params, coder: Any, prompts: Prompts, curve: Curve
 ) -> Float[Array, "P L T U"]:
-    clean, other, gradient = read_and_differentiate(plan, params, prompts, curve)
+    clean, other, gradient = read_and_differentiate(plan, params, prompts, curve, coder)
     changes: list[Array] = []
     for values in (clean, other):
         if values is None:

@@ -25,9 +25,9 @@ GRADIENT_METRICS = ("logit_difference", "probability", "difference")
 class Prompts(NamedTuple):
     """Pairs, padded to one length. Without corrupted prompts the clean ones stand there."""
 
-    clean: Int[Array | np.ndarray, "P T"]
-    corrupted: Int[Array | np.ndarray, "P T"]
-    last: Int[Array | np.ndarray, "P"]  # position of the last token
+    clean: Int[Array, "P T"]
+    corrupted: Int[Array, "P T"]
+    last: Int[Array, "P"]  # position of the last token
     answers: AnswerSets
 
 
@@ -38,11 +38,11 @@ def pad_prompts(pairs: PromptPairs) -> Prompts:
         for side, ids in zip(sides, (clean, clean if corrupted is None else corrupted), strict=True):
             side[row, : len(ids)] = ids
     last = np.array([len(ids) - 1 for ids in pairs.clean], np.int32)
-    return Prompts(sides[0], sides[1], last, pad_answers(pairs))
+    return Prompts(jnp.asarray(sides[0]), jnp.asarray(sides[1]), jnp.asarray(last), pad_answers(pairs))
 
 
 def take_prompts(prompts: Prompts, numbers: Int[np.ndarray, "n"]) -> Prompts:
-    return jax.tree.map(lambda column: np.asarray(column)[numbers], prompts)
+    return jax.tree.map(lambda column: jnp.asarray(np.asarray(column)[numbers]), prompts)
 
 
 def split_prompts(config: ModelConfig, pairs: PromptPairs) -> list[Int[np.ndarray, "n"]]:
@@ -110,6 +110,8 @@ def run_pass(
             return run_block(x), site.seen
         return jax.lax.cond(layer >= begin[1], run_block, lambda x: x, x), {}
 
+    if begin is not None:  # else the gradient of a condition keeps a copy of all weights
+        step = jax.checkpoint(step, prevent_cse=False)
     x = embed(config, params, tokens, positions, outside) if begin is None else begin[0]
     x, seen = jax.lax.scan(step, x, (jnp.arange(config.layers), weights, layer_edit))
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)

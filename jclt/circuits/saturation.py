@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jclt.circuits.gradients import Setting, differentiate, read_values
 from jclt.circuits.passes import Prompts
 from jclt.models import ops
-from jclt.models.transformer import make_context, select_for_layer
+from jclt.models.transformer import Context, make_context, select_for_layer
 from jclt.numerics import at_least_float32
 from jclt.shapes import Array, Float, Mask, Params
 
@@ -37,22 +37,12 @@ def score_exact_softmax(setting: Setting, params: Params, prompts: Prompts, zero
 
     def score_layer(of_layer: tuple[Array, ...]) -> Float[Array, "P T U"]:
         layer, queries, keys, changed, pattern, slopes = of_layer
-        rotation = select_for_layer(config, layer, context.rotations)
+        recompute = partial(recompute_scores, context, layer)
         mask = select_for_layer(config, layer, context.masks)
-
-        def turn(x: Array) -> Array:
-            return x if config.learned_positions else ops.rotate(x, rotation)
-
-        def compute_scores(queries: Array, keys: Array) -> Float[Array, "P H T S"]:
-            scale = jnp.asarray(config.score_scale, at_least_float32(queries.dtype))
-            if config.attn_scale_by_layer:
-                scale = scale / (layer.astype(scale.dtype) + 1)
-            return ops.soft_cap(ops.attention_scores(turn(queries), turn(keys), scale), config.attn_softcap)
-
         if setting.site == "queries":  # each row of a pattern has a query of its own
-            new = ops.softmax(compute_scores(changed, keys), mask)
+            new = ops.softmax(recompute(changed, keys), mask)
             return jnp.moveaxis(jnp.sum((new - pattern) * slopes, axis=-1), 1, 2)
-        rise = compute_scores(queries, changed) - compute_scores(queries, keys)
+        rise = recompute(queries, changed) - recompute(queries, keys)
         of_heads = score_keys(pattern, rise, slopes, mask)
         (b, h, s), groups = of_heads.shape, config.key_heads
         return jnp.moveaxis(of_heads.reshape(b, groups, h // groups, s).sum(axis=2), 1, 2)
@@ -60,6 +50,20 @@ def score_exact_softmax(setting: Setting, params: Params, prompts: Prompts, zero
     layers = jnp.arange(config.layers)
     columns = (layers, clean["queries"], clean["keys"], other, clean["pattern"], gradient)
     return jnp.moveaxis(jax.lax.map(score_layer, columns), 1, 0)
+
+
+def recompute_scores(
+    context: Context, layer: int | Array, queries: Float[Array, "P T H K"], keys: Float[Array, "P S G K"]
+) -> Float[Array, "P H T S"]:
+    """The scores of one layer's attention, as `transformer.py` computes them, of queries and keys before rotation."""
+    config = context.config
+    if not config.learned_positions:
+        rotation = select_for_layer(config, layer, context.rotations)
+        queries, keys = ops.rotate(queries, rotation), ops.rotate(keys, rotation)
+    scale = jnp.asarray(config.score_scale, at_least_float32(queries.dtype))
+    if config.attn_scale_by_layer:
+        scale = scale / (jnp.asarray(layer, scale.dtype) + 1)
+    return ops.soft_cap(ops.attention_scores(queries, keys, scale), config.attn_softcap)
 
 
 def score_keys(

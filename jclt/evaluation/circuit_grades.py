@@ -114,7 +114,7 @@ def check_range(whole: Float[np.ndarray, "P"], empty: Float[np.ndarray, "P"]) ->
 
 
 def compute_area(
-    sizes: Sequence[int], total: int, curve: Float[np.ndarray, "S ..."], axis: Axis, distance: bool
+    sizes: Sequence[int], total: int, curve: Float[np.ndarray, "S ..."], axis: str, distance: bool
 ) -> Float[np.ndarray, "..."]:
     """The area under the curve, or between it and 1, from the smallest size to all nodes, over an axis of length 1
     ("log share"; of "share", of that length without what lies before the smallest size)."""
@@ -123,10 +123,10 @@ def compute_area(
     shares = np.array([size for size in (*sizes, total)], np.float64) / total
     places = shares if axis == "share" else np.log(shares) / -np.log(shares[0]) + 1
     curve = np.concatenate([curve, np.ones_like(curve[:1])])
-    return np.trapezoid(np.abs(1 - curve) if distance else curve, places, axis=0)
+    return np.asarray(np.trapezoid(np.abs(1 - curve) if distance else curve, places, axis=0))
 
 
-def area_under_roc(scores: Float[np.ndarray, "n"], planted: Bool[np.ndarray, "n"]) -> float:
+def area_under_roc(scores: Float[np.ndarray, "*nodes"], planted: Bool[np.ndarray, "*nodes"]) -> float:
     """The probability that a planted node or edge has a larger score than another one; ties count half."""
     scores, planted = np.ravel(scores), np.ravel(planted).astype(bool)
     hits = int(planted.sum())

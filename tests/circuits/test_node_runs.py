@@ -44,6 +44,7 @@ def test_a_kept_neuron_reacts_and_the_others_have_their_mean_over_corrupted_prom
 
             for number in range(2):
                 row = jclt.run(model, ids, edit=lambda p, v, n=number: edit(p, v, n), unroll=True)[0][-1]
+                row = np.asarray(row)
                 right, wrong = list(pairs.answers[pair]), list(pairs.wrong_answers[pair])
                 np.testing.assert_allclose(found[number, pair], row[right].mean() - row[wrong].mean(), atol=1e-12)
 

@@ -5,14 +5,17 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from golden_cases import FOLDER
+from more_cases import mark_others
 from patching_prompts import get_pairs
 from small_models import make_model, make_small_pairs
 
 import jclt
 from jclt.circuits import score_nodes
-from jclt.circuits.saturation import score_keys
+from jclt.circuits.saturation import recompute_scores, score_keys
 from jclt.models import Model
+from jclt.models.transformer import make_context
 
 PLAIN = {"norm": "none", "activation": "relu", "gated": False, "mlp_bias": True}
 
@@ -21,7 +24,7 @@ def make_sharp_model() -> Model:
     """One layer, whose neurons are all active, and in which each query attends to one key."""
     model = make_model(**PLAIN)
     params = {n: x[:1] if x.shape[0] == 2 and n != "unembedding" else x for n, x in model.params.items()}
-    params |= {"query": 30 * params["query"], "up_bias": params["up_bias"] + 100}
+    params |= {"query": 4 * params["query"], "up_bias": params["up_bias"] + 100}
     return Model(replace(model.config, layers=1), params, None, "sharp")
 
 
@@ -34,7 +37,7 @@ def test_they_are_the_exact_effects_where_all_but_the_softmax_is_linear_and_plai
             fixed = score_nodes(model, pairs, basis, "saturation fix").per_pair
             plain = score_nodes(model, pairs, basis, "atp").per_pair
             np.testing.assert_allclose(fixed, exact, atol=1e-10)
-            assert np.abs(exact).max() > 0.1 and np.abs(plain - exact).max() > 0.5 * np.abs(exact).max()
+            assert np.abs(exact).max() > 0.1 and np.abs(plain - exact).max() > 0.3 * np.abs(exact).max()
 
 
 def test_one_new_key_is_a_softmax_with_one_new_score():
@@ -50,10 +53,13 @@ def test_one_new_key_is_a_softmax_with_one_new_score():
             np.testing.assert_allclose(found[..., key], jnp.sum((new - pattern) * slopes, axis=(2, 3)), atol=1e-9)
 
 
-def test_the_patterns_are_those_of_the_model():
-    """Rotations, soft caps, grouped heads and windows: a small change of a query is the gradient's."""
-    model, pairs = jclt.load_model(FOLDER / "gemma3"), get_pairs("gemma3")
-    for basis in ("queries", "keys"):
-        fixed = score_nodes(model, pairs, basis, "saturation fix").per_pair
-        plain = score_nodes(model, pairs, basis, "atp").per_pair
-        assert np.corrcoef(fixed.ravel(), plain.ravel())[0, 1] > 0.8
+@pytest.mark.parametrize("name", mark_others(["gemma3", "gpt2_scaled", "gemma2", "neox"], ["gemma3"]))
+def test_scores_are_recomputed_as_the_model_computes_them(name):
+    """Rotations, soft caps, grouped heads, windows, scales by layer."""
+    model, tokens = jclt.load_model(FOLDER / name), jnp.asarray(get_pairs(name).clean)
+    _, seen = jclt.run(model, tokens, capture=("queries", "keys", "attn_scores"))
+    positions = jnp.broadcast_to(jnp.arange(8, dtype=tokens.dtype), tokens.shape)
+    context = make_context(model.config, positions, 8, jnp.float32)
+    for layer in range(model.config.layers):
+        found = recompute_scores(context, layer, seen["queries"][layer], seen["keys"][layer])
+        np.testing.assert_allclose(found, seen["attn_scores"][layer], atol=1e-5)
