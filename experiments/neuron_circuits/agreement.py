@@ -108,7 +108,7 @@ def load_structures(model: Model, options: argparse.Namespace) -> dict[str, tupl
 
 
 def grade_basis(
-    model: Model, chosen: jclt.PromptPairs, graded: jclt.PromptPairs, basis: str, sizes: tuple[int, ...], unpaired: bool
+    model: Model, chosen: jclt.PromptPairs, graded: jclt.PromptPairs, basis: str, options: argparse.Namespace
 ) -> list[CircuitGrades]:
     """Of all methods and of random circuits; prints how long each took."""
 
@@ -118,14 +118,10 @@ def grade_basis(
         print(f"  {name}: {time.perf_counter() - start:.1f} s", flush=True)
         return result
 
-    options: Any = {"steps": STEPS, "reference": "zero" if unpaired else "corrupted"}
-    scores = [run(m, lambda m=m: score_nodes(model, chosen, basis, m, **options)) for m in METHODS]
-    return run("grades", lambda: grade_nodes(model, graded, scores, sizes, mean_of=chosen))
-
-
-def fit_sizes(sizes: tuple[int, ...], total: int) -> tuple[int, ...]:
-    """For a smaller model: fewer."""
-    return tuple(size for size in sizes if size <= total // 2)
+    settings: Any = {"steps": STEPS, "reference": "zero" if options.unpaired else "corrupted"}
+    scores = [run(m, lambda m=m: score_nodes(model, chosen, basis, m, **settings)) for m in options.methods]
+    sizes = tuple(size for size in SIZES[basis] if size <= scores[0].values.size // 2)
+    return run("grades", lambda: grade_nodes(model, graded, scores, sizes, by=options.by, mean_of=chosen))
 
 
 def draw_curves(figures: dict[str, list[CircuitGrades]], file: Path) -> None:
@@ -159,6 +155,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="files of pairs")
     parser.add_argument("--generate", nargs="+", default=[], choices=("simple", "nounpp", "within_rc", "rc"))
     parser.add_argument("--bases", nargs="+", default=["neurons"], choices=SIZES)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--by", default="size", choices=("size", "support"), help="which scores count as high")
     parser.add_argument("--unpaired", action="store_true", help="scores with zero in place of the corrupted prompt")
     parser.add_argument("--out", type=Path, help="a picture")
     options = parser.parse_args()
@@ -166,9 +164,7 @@ def main() -> None:
     for structure, (chosen, graded) in load_structures(model, options).items():
         print(f"{structure}: {chosen} choose, {graded} grade", flush=True)
         for basis in options.bases:
-            total = {"neurons": model.config.mlp_width}.get(basis, model.config.width)
-            total *= model.config.layers * len(graded.clean[0])
-            grades = grade_basis(model, chosen, graded, basis, fit_sizes(SIZES[basis], total), options.unpaired)
+            grades = grade_basis(model, chosen, graded, basis, options)
             figures[f"{structure}, {basis}"] = grades
             print(*grades, sep="\n", flush=True)
             print({grade.name: grade.find_size(0.9) for grade in grades}, "nodes for 0.9\n", flush=True)

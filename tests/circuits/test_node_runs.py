@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from golden_cases import FOLDER
+from more_cases import mark_others
 from patching_prompts import get_pairs
 from random_coders import random_coder
 from small_models import make_model, make_small_pairs
@@ -49,7 +50,7 @@ def test_a_kept_neuron_reacts_and_the_others_have_their_mean_over_corrupted_prom
                 np.testing.assert_allclose(found[number, pair], row[right].mean() - row[wrong].mean(), atol=1e-12)
 
 
-@pytest.mark.parametrize("basis", ["neurons", "heads", "embeddings"])
+@pytest.mark.parametrize("basis", mark_others(["neurons", "heads", "embeddings"], ["heads"]))
 def test_with_all_nodes_it_is_the_model_and_with_none_what_the_ablation_says(basis):
     with jax.enable_x64():
         model = make_model(**SMOOTH)
@@ -79,7 +80,7 @@ def test_resampling_takes_the_values_of_another_pair():
         np.testing.assert_allclose(found[pair], measure(model, pairs, pair, edit), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["clt", "sae"])
+@pytest.mark.parametrize("kind", mark_others(["clt", "sae"], ["clt"]))
 def test_features_and_errors_are_kept_and_ablated_by_themselves(kind):
     """By hand: the site has what the kept features and the ablated ones write, and an error."""
     model, pairs = jclt.load_model(FOLDER / "gpt2"), get_pairs("gpt2")

@@ -17,6 +17,7 @@ from jclt.coders import CoderConfig
 
 SMOOTH = {"activation": "gelu", "gated": False, "norm": "layer", "norm_epsilon": 1.0, "mlp_bias": True}
 """Norms that hardly bend, so that few points integrate to float64."""
+STEPS = 24
 
 
 def swap(rows):
@@ -51,41 +52,53 @@ def test_integrated_gradients_of_the_embeddings_sum_to_the_difference_of_the_run
         pairs = make_small_pairs(model)
         clean, corrupted = measure(model, pairs)
 
-        def find_error(quadrature, steps):
-            scores = score_nodes(model, pairs, "embeddings", "ig inputs", quadrature=quadrature, steps=steps)
+        def find_error(quadrature):
+            scores = score_nodes(model, pairs, "embeddings", "ig inputs", quadrature=quadrature, steps=STEPS)
             return np.abs(scores.per_pair.sum(axis=(1, 2, 3)) - (corrupted - clean)).max()
 
-        assert find_error("gauss", 24) < 1e-9 < find_error("gauss", 4)
-        left, middle = find_error("left", 24), find_error("midpoint", 24)
+        assert find_error("gauss") < 1e-9
+        left, middle = find_error("left"), find_error("midpoint")
         assert middle < left / 10 and 1e-4 < left < 0.1 * np.abs(corrupted - clean).max()
-        one = {"quadrature": "left", "steps": 1}  # one point at the clean run is attribution patching
-        once = score_nodes(model, pairs, "embeddings", "ig inputs", **one).per_pair
-        np.testing.assert_allclose(once, score_nodes(model, pairs, "embeddings", "atp").per_pair, atol=1e-14)
 
 
-def test_swapped_runs_give_the_opposite_scores_and_activations_move_alone():
+def test_swapped_runs_give_the_opposite_scores():
+    with jax.enable_x64():
+        model = make_model(**SMOOTH)
+        runs = make_small_pairs(model), make_small_pairs(model, swap(ROWS))
+        forth, back = (score_nodes(model, pairs, "embeddings", "ig inputs", steps=STEPS).per_pair for pairs in runs)
+        np.testing.assert_allclose(forth, -back, atol=1e-14)
+
+
+@pytest.mark.exhaustive  # the names of single points and runs; the default of each is tested above and below
+def test_one_point_is_the_gradient_at_a_run():
     with jax.enable_x64():
         model = make_model(**SMOOTH)
         forth, back = make_small_pairs(model), make_small_pairs(model, swap(ROWS))
-        for basis in ("embeddings", "neurons"):
-            scores = [score_nodes(model, pairs, basis, "ig inputs").per_pair for pairs in (forth, back)]
-            np.testing.assert_allclose(scores[0], -scores[1], atol=1e-14)
-        at_corrupted = score_nodes(model, forth, "neurons", "atp", at="corrupted").per_pair
-        np.testing.assert_allclose(at_corrupted, -score_nodes(model, back, "neurons", "atp").per_pair, atol=1e-14)
-        # All neurons of the last layer at the last position, moved together: their scores sum to what that does.
-        scores = score_nodes(model, forth, "neurons", "ig activations", steps=16).per_pair[:, 1].sum(axis=2)
-        for pair, (clean, corrupted) in enumerate(zip(forth.clean, forth.corrupted, strict=True)):
-            last = len(clean) - 1
-            there = jclt.run(model, corrupted, capture=("mlp_neurons",))[1]
-            edit = jclt.Replace(there, layer=1, position=last)
-            rows = [np.asarray(jclt.run(model, clean, edit=e)[0][-1]) for e in (None, edit)]
-            right, wrong = list(forth.answers[pair]), list(forth.wrong_answers[pair])
-            moved = [row[right].mean() - row[wrong].mean() for row in rows]
-            np.testing.assert_allclose(scores[pair, last], moved[1] - moved[0], atol=1e-9)
+        clean = score_nodes(model, forth, "neurons", "atp").per_pair
+        corrupted = score_nodes(model, forth, "neurons", "atp", at="corrupted").per_pair
+        np.testing.assert_allclose(corrupted, -score_nodes(model, back, "neurons", "atp").per_pair, atol=1e-14)
+        for quadrature, want in (("left", clean), ("right", corrupted)):
+            found = score_nodes(model, forth, "neurons", "ig inputs", quadrature=quadrature, steps=1).per_pair
+            np.testing.assert_allclose(found, want, atol=1e-14)
+
+
+def test_activations_of_a_layer_move_while_the_rest_of_the_run_stays():
+    """All neurons of the last layer at the last position: their scores sum to what they do together."""
+    with jax.enable_x64():
+        model = make_model(**SMOOTH)
+        pairs = make_small_pairs(model)
+        scores = score_nodes(model, pairs, "neurons", "ig activations", steps=STEPS).per_pair[:, 1].sum(axis=2)
+        clean, corrupted = pairs.clean[0], np.array(ROWS[0][1])
+        there = jclt.run(model, corrupted, capture=("mlp_neurons",))[1]
+        edit = jclt.Replace(there, layer=1, position=4)
+        (right,), (wrong,) = pairs.answers[0], pairs.wrong_answers[0]
+        rows = [np.asarray(jclt.run(model, clean, edit=e)[0][-1]) for e in (None, edit)]
+        moved = [row[right] - row[wrong] for row in rows]
+        np.testing.assert_allclose(scores[0, 4], moved[1] - moved[0], atol=1e-9)
 
 
 @pytest.mark.parametrize("name", mark_others(["gemma2", "neox", "gpt2", "qwen3"], ["gemma2"]))
-@pytest.mark.parametrize("basis", ["heads", "mlps"])
+@pytest.mark.parametrize("basis", mark_others(["heads", "mlps"], ["heads"]))
 def test_exact_scores_are_those_of_patching(name, basis):
     model, pairs = jclt.load_model(FOLDER / name), get_pairs(name)
     scores = score_nodes(model, pairs, basis, "exact").per_pair
@@ -114,27 +127,31 @@ def test_a_neuron_s_score_is_one_edited_pass_and_that_of_zero_needs_no_corrupted
             score_nodes(model, alone, "neurons")
 
 
-def test_neurons_as_a_coder_have_the_scores_of_neurons_and_no_error():
+@pytest.mark.parametrize(
+    ("method", "reference"),
+    [("relp", "corrupted"), pytest.param("ig activations", "zero", marks=pytest.mark.exhaustive)],
+)
+def test_neurons_as_a_coder_have_the_scores_of_neurons_and_no_error(method, reference):
     with jax.enable_x64():
         model = make_model(**SMOOTH)
         pairs, coder = make_small_pairs(model), jclt.load_coder("neurons", model=model)
-        for settings in ({"method": "relp"}, {"method": "ig activations", "reference": "zero", "steps": 2}):
-            of_coder = score_nodes(model, pairs, coder, **settings).per_pair
-            of_neurons = score_nodes(model, pairs, "neurons", **settings).per_pair
-            np.testing.assert_allclose(of_coder[..., :-1], of_neurons, atol=1e-13)
-            np.testing.assert_allclose(of_coder[..., -1], 0, atol=1e-13)
+        of_coder, of_neurons = (
+            score_nodes(model, pairs, basis, method, reference=reference, steps=2).per_pair
+            for basis in (coder, "neurons")
+        )
+        np.testing.assert_allclose(of_coder[..., :-1], of_neurons, atol=1e-13)
+        np.testing.assert_allclose(of_coder[..., -1], 0, atol=1e-13)
 
 
 def test_features_and_errors_share_what_the_whole_site_has():
     """Of a coder that reconstructs badly: changes of features and errors sum to the change of the site."""
     model, pairs = jclt.load_model(FOLDER / "gpt2"), get_pairs("gpt2")
-    for kind in ("clt", "transcoder"):
-        coder = random_coder(CoderConfig(kind, 6, "relu").fit_to_model(model.config, "gpt2"))
-        shares = score_nodes(model, pairs, coder, "atp").per_pair
-        whole = score_nodes(model, pairs, Basis("whole", coder.config.writes, whole=True), "atp").per_pair
-        assert shares.shape[1:] == (model.config.layers, 8, coder.config.features + 1)
-        np.testing.assert_allclose(shares.sum(axis=(1, 3)), whole.sum(axis=(1, 3)), atol=1e-5)
-        assert np.abs(shares[..., :-1]).max() > 1e-3 and np.abs(shares[..., -1]).max() > 1e-3
+    coder = random_coder(CoderConfig("clt", 6, "relu").fit_to_model(model.config, "gpt2"))
+    shares = score_nodes(model, pairs, coder, "atp").per_pair
+    whole = score_nodes(model, pairs, Basis("whole", coder.config.writes, whole=True), "atp").per_pair
+    assert shares.shape[1:] == (model.config.layers, 8, coder.config.features + 1)
+    np.testing.assert_allclose(shares.sum(axis=(1, 3)), whole.sum(axis=(1, 3)), atol=1e-5)
+    assert np.abs(shares[..., :-1]).max() > 1e-3 and np.abs(shares[..., -1]).max() > 1e-3
 
 
 def test_summaries_orders_and_positions():
