@@ -192,8 +192,8 @@ def make_plan(
         raise UserError("rules with method 'exact': expected none, it has no backward pass")
     if method == "saturation fix" and basis.name not in ("queries", "keys"):
         raise UserError(f"method 'saturation fix' of basis '{basis.name}': expected 'queries' or 'keys'")
-    if method in ("ig activations", "exact") and not basis.layered:
-        method = {"ig activations": "ig inputs"}.get(method, method)  # the same where the inputs are the nodes
+    if method == "ig activations" and not basis.layered:
+        method = "ig inputs"  # the same where the inputs are the nodes
     if method == "exact" and basis.coder is not None:
         raise UserError("method 'exact' of a coder: expected a basis of sites; `jclt.ablate` measures features")
     own = RULE_SETS[method] if method in ("relp", "gim") else ()

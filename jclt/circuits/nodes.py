@@ -30,8 +30,10 @@ class Basis:
 
     def __post_init__(self) -> None:
         axes = SITE_AXES.get(self.site, ())
-        if axes[:2] != ("B", "T") or "S" in axes or self.site == "logits":
-            raise UserError(f"basis '{self.name}': site '{self.site}', expected one with axes B T ... and no keys")
+        inside = self.site in LAYER_SITES or self.site.endswith("embedding")
+        if not inside or axes[:2] != ("B", "T"):
+            wanted = "expected embeddings or a layer's, with axes B T ..."
+            raise UserError(f"basis '{self.name}': site '{self.site}', {wanted}")
 
     @property
     def layered(self) -> bool:

@@ -3,7 +3,7 @@ graphs: whether they say what interventions find.
 
 Reading order, of graphs: `intervals.py` (figures), `faithfulness.py`, `graph_figures.py`, `circuits.py`,
 `perturbations.py` with `distances.py` and `verdict.py`; `questions.py` (the command line's), `global_weights.py` and
-`operand_grids.py` (weights, and addition).
+`operand_grids.py` (weights, and addition). Of circuits of nodes: `circuit_grades.py`.
 """
 
 from jclt.evaluation.circuit_grades import (

@@ -76,10 +76,9 @@ class CircuitGrades:
         return Figure(value, float(low), float(high), len(self.whole))
 
     def find_size(self, least: float = 0.9) -> int | None:
-        """The smallest of the sizes from which on the faithfulness stays at this or above; None if there is none."""
-        values = [figure.value for figure in self.faithfulness]
-        enough = [size for i, size in enumerate(self.sizes) if min(values[i:]) >= least]
-        return enough[0] if enough else None
+        """The smallest of the sizes whose faithfulness is at least this; None if there is none."""
+        enough = [size for size, figure in zip(self.sizes, self.faithfulness, strict=True) if figure.value >= least]
+        return min(enough, default=None)
 
     def __repr__(self) -> str:
         return f"<CircuitGrades: {self.name}, {len(self.sizes)} sizes of {self.total:,} {self.unit}>"

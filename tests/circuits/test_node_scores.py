@@ -188,8 +188,9 @@ def test_wrong_settings_are_refused_in_one_line(settings, message):
 
 
 def test_a_site_with_keys_is_no_basis_and_points_have_weights_that_sum_to_one():
-    with pytest.raises(UserError, match="expected one with axes B T"):
-        Basis("patterns", "pattern")
+    for site in ("pattern", "logits", "neurons"):
+        with pytest.raises(UserError, match="expected embeddings or a layer's, with axes B T"):
+            Basis("other", site)
     for quadrature in ("gauss", "midpoint", "left", "right"):
         points, weights = find_points(quadrature, 7)
         assert abs(weights.sum() - 1) < 1e-12 and points.min() >= 0 and points.max() <= 1
