@@ -59,7 +59,7 @@ class CircuitGrades:
         return self._measure_area(axis, distance=False)
 
     def cmd(self, axis: Axis = "share") -> Figure:
-        """The area between the faithfulness and 1."""
+        """The area between the faithfulness and 1. Draws of the bootstrap lie above it where it is near 0."""
         return self._measure_area(axis, distance=True)
 
     def _measure_area(self, axis: Axis, distance: bool) -> Figure:
