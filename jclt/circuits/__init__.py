@@ -2,9 +2,14 @@
 
 Reading order, of nodes: `nodes.py` (what a node is), `rules.py` (rules of the backward pass), `passes.py` and
 `gradients.py`, `node_scores.py` (what users call) with `saturation.py` and `exact.py`, `node_runs.py` (the model with
-all nodes outside a circuit ablated). `jclt.evaluation` grades circuits.
+all nodes outside a circuit ablated). Of edges: `edges.py` (what an edge is), `edge_runs.py` (a pass along some edges),
+`edge_gradients.py` and `edge_methods.py`, `edge_scores.py` (what users call), `edge_circuits.py` (runs of circuits) and
+`acdc.py`. `jclt.evaluation` grades circuits.
 """
 
+from jclt.circuits.acdc import EdgeCircuit, find_circuit
+from jclt.circuits.edge_circuits import run_edge_circuits
+from jclt.circuits.edge_scores import EDGE_METHODS, EdgeScores, score_edges
 from jclt.circuits.node_runs import run_circuits
 from jclt.circuits.node_scores import NodeScores, score_nodes
 from jclt.circuits.nodes import BASES, Basis, find_basis
@@ -12,11 +17,17 @@ from jclt.circuits.rules import RULE_SETS, RULES
 
 __all__ = [
     "BASES",
+    "EDGE_METHODS",
     "RULES",
     "RULE_SETS",
     "Basis",
+    "EdgeCircuit",
+    "EdgeScores",
     "NodeScores",
     "find_basis",
+    "find_circuit",
     "run_circuits",
+    "run_edge_circuits",
+    "score_edges",
     "score_nodes",
 ]

@@ -1,0 +1,124 @@
+"""`run_edge_circuits`: the metric with every edge outside a circuit replaced, for many circuits.
+
+Along a replaced edge goes, by the name of the ablation,
+
+    counterfactual  what the sender writes in the pair's corrupted prompt
+    resample        what it writes in another pair's clean prompt of the same length
+    mean            the mean of what it writes at that position over the corrupted prompts (over the clean ones without)
+    zero            nothing
+"""
+
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jclt.attribution.true_pass import widen
+from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric, measure_edges, split_pairs_for_edges
+from jclt.circuits.edge_runs import Writes, collect_writes, list_write_sites, run_edges
+from jclt.circuits.edges import list_edges
+from jclt.circuits.node_runs import Ablation
+from jclt.circuits.passes import Prompts, pad_prompts, run_pass, take_prompts
+from jclt.errors import UserError
+from jclt.interventions.patching.pairs import PromptPairs
+from jclt.interventions.patching.patch import check_source, choose_donors
+from jclt.interventions.patching.runs import check_corrupted
+from jclt.interventions.resume import make_rows_mesh
+from jclt.models import Model
+from jclt.shapes import Array, Bool, Float, Int, Params, Tokens
+
+
+def run_edge_circuits(
+    model: Model,
+    pairs: PromptPairs,
+    circuits: Bool[np.ndarray, "c s r"],
+    *,
+    ablation: Ablation = "counterfactual",
+    mean_of: PromptPairs | None = None,
+    metric: EdgeMetric = "logit_difference",
+    seed: int = 0,
+) -> Float[np.ndarray, "c P"]:
+    """The metric of each pair's clean prompt along the edges of each circuit. The means are of `pairs` themselves, or
+    of other pairs."""
+    edges = list_edges(model.config)
+    if circuits.shape[1:] != edges.shape or circuits.dtype != bool:
+        found = f"{circuits.dtype} of shape {circuits.shape}"
+        raise UserError(f"circuits: {found}, expected booleans [circuits, {edges.shape[0]} senders, {edges.shape[1]}]")
+    if ablation not in get_args(Ablation):
+        raise UserError(f"ablation '{ablation}': expected one of: {', '.join(get_args(Ablation))}")
+    check_edge_metric(metric, pairs)
+    if ablation == "counterfactual":
+        check_corrupted(pairs)
+    if ablation == "resample":
+        check_source(pairs, (), "resample", "noising")
+    mesh, plan, prompts = make_rows_mesh(), EdgePlan(model.config, metric), pad_prompts(pairs)
+    by_row, params = NamedSharding(mesh, P("rows")), jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
+    donors = choose_donors(pairs, seed) if ablation == "resample" else np.arange(len(pairs))
+    mean = average_writes(plan, params, mean_of or pairs, prompts.clean.shape[1]) if ablation == "mean" else None
+    parts: list[np.ndarray] = []
+    for numbers in split_pairs_for_edges(model.config, pairs, mesh.size):
+        part = jax.device_put(take_prompts(prompts, numbers), by_row)
+        tokens = prompts.clean[donors[numbers]] if ablation == "resample" else np.asarray(part.corrupted)
+        other = run_writes(plan, params, jax.device_put(tokens, by_row), part.last) if mean is None else mean
+        other = jax.tree.map(jnp.zeros_like, other) if ablation == "zero" else other
+        clean, _ = run_clean(plan, params, part)
+        values = [np.asarray(run_edge_circuit(plan, params, part, clean, other, kept)) for kept in circuits]
+        parts.append(np.stack(values) if values else np.zeros((0, len(numbers)), np.float32))
+    return np.concatenate(parts, axis=1)[:, : len(pairs)]
+
+
+@partial(jax.jit, static_argnames=("plan",))
+def run_writes(plan: EdgePlan, params: Params, tokens: Tokens, last: Int[Array, "P"]) -> Writes:
+    """What senders write in the plain pass."""
+    _, seen = run_pass(plan.model, params, tokens, last, capture=list_write_sites(plan.model))
+    return collect_writes(plan.model, params, seen)
+
+
+@partial(jax.jit, static_argnames=("plan",))
+def run_clean(plan: EdgePlan, params: Params, prompts: Prompts) -> tuple[Float[Array, "P V"], Float[Array, "P"]]:
+    """The logits and the metric of the plain pass."""
+    logits, _ = run_pass(plan.model, params, prompts.clean, prompts.last)
+    return logits, measure_edges(plan.metric, logits, logits, prompts.answers)
+
+
+@partial(jax.jit, static_argnames=("plan",))
+@jax.named_scope("run_edges")
+def run_edge_circuit(
+    plan: EdgePlan,
+    params: Params,
+    prompts: Prompts,
+    clean: Float[Array, "P V"],
+    other: Writes,
+    kept: Bool[Array, "s r"],
+) -> Float[Array, "P"]:
+    logits = run_edges(plan.model, params, prompts.clean, prompts.last, kept.astype(clean.dtype), other)
+    return measure_edges(plan.metric, logits, clean, prompts.answers)
+
+
+def average_writes(plan: EdgePlan, params: Params, pairs: PromptPairs, length: int) -> Writes:
+    """The mean at each position over the corrupted prompts that reach it, 0 where none does; one for all pairs."""
+    prompts = pad_prompts(pairs)
+    if prompts.clean.shape[1] > length:
+        raise UserError(f"pairs for the means: {prompts.clean.shape[1]} tokens, expected at most {length}")
+    total, counts = None, np.zeros(length)
+    for number in range(len(pairs)):
+        one = take_prompts(prompts, np.array([number]))
+        reached = np.arange(prompts.clean.shape[1]) <= one.last[0]
+        writes = run_writes(plan, params, jnp.asarray(one.corrupted), jnp.asarray(one.last))
+        writes = jax.tree.map(partial(multiply_positions, factors=reached), writes)
+        total = writes if total is None else jax.tree.map(jnp.add, total, writes)
+        counts[: len(reached)] += reached
+
+    def divide(x: Array) -> Array:
+        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, length - x.shape[-2]), (0, 0)])
+        return multiply_positions(x, 1 / np.maximum(counts, 1))
+
+    return jax.tree.map(divide, total)
+
+
+def multiply_positions(x: Float[Array, "... T D"], factors: np.ndarray) -> Float[Array, "... T D"]:
+    return x * jnp.asarray(factors, x.dtype).reshape(*(1,) * (x.ndim - 2), -1, 1)

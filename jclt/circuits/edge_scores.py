@@ -1,0 +1,158 @@
+"""`score_edges`: how much every edge of a model matters on pairs of prompts, by a method's name.
+
+A score is negative where the edge supports the answer: it estimates the metric with this edge replaced, minus the
+metric of the clean run. By gradients of what receivers read (`edge_gradients.py`)
+
+    eap                  on the clean run
+    relp                 the same under the rules of relevance patching
+    clean corrupted      half of it on the clean run, and half on the corrupted run
+    eap ig inputs        averaged over runs whose embeddings go from the clean to the corrupted prompt's
+    eap ig activations   for each sender averaged over clean runs in which what it writes goes from clean to corrupted;
+                         heads of a layer go together
+    eap ig activations, all    the gradients of all these runs are averaged and serve all senders: EAP-IG's code
+
+and without
+
+    information flow     max(0, |x| - |x - s|), divided by its sum over senders; x is what the receiver reads, s what
+                         the sender writes on the clean prompt, | | a sum of absolute values; averaged over positions
+    exact                one pass for each edge
+
+Averages are sums over points between clean and corrupted, by the quadrature's name (`gradients.py`). `left` with m
+steps has those of EAP-IG's paper, so that one step is `eap`; `right` has those of EAP-IG's code, of which one step is
+the corrupted run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from jclt.attribution.true_pass import widen
+from jclt.circuits.edge_methods import (
+    EdgeMetric,
+    EdgePlan,
+    check_edge_metric,
+    score_by_flow,
+    score_by_gradients,
+    score_exactly,
+    split_pairs_for_edges,
+)
+from jclt.circuits.edges import list_edges, list_receivers, list_senders
+from jclt.circuits.gradients import find_points
+from jclt.circuits.passes import pad_prompts, take_prompts
+from jclt.circuits.rules import RULE_SETS, read_rules
+from jclt.errors import UserError
+from jclt.interventions.patching.pairs import PromptPairs
+from jclt.interventions.patching.runs import check_corrupted
+from jclt.interventions.resume import make_rows_mesh
+from jclt.models import Model, ModelConfig
+from jclt.shapes import Float
+
+EDGE_METHODS = (
+    "eap",
+    "relp",
+    "clean corrupted",
+    "eap ig inputs",
+    "eap ig activations",
+    "eap ig activations, all",
+    "information flow",
+    "exact",
+)
+ENDS = {"eap": (0.0,), "relp": (0.0,), "clean corrupted": (0.0, 1.0)}
+"""The points of the methods that have no quadrature."""
+MOVED = {"eap ig activations": "each", "eap ig activations, all": "each, averaged"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores:
+    """The scores of all edges, for each pair."""
+
+    per_pair: Float[np.ndarray, "P s r"]  # 0 where there is no edge
+    senders: tuple[str, ...]
+    receivers: tuple[str, ...]
+    method: str
+    rules: tuple[str, ...]
+    metric: EdgeMetric
+    clean: Float[np.ndarray, "P"]  # the metric of the clean runs
+    corrupted: Float[np.ndarray, "P"]
+    pairs: PromptPairs
+    config: ModelConfig
+
+    @property
+    def values(self) -> Float[np.ndarray, "s r"]:
+        """The mean over pairs."""
+        return self.per_pair.mean(axis=0)
+
+    def __repr__(self) -> str:
+        count = int(list_edges(self.config).sum())
+        return f"<EdgeScores: {self.method} of {count:,} edges over {len(self.pairs)} pairs>"
+
+    def summarize(self, shown: int = 10) -> str:
+        """The edges with the largest scores, as text."""
+        values, lines = self.values, [repr(self)]
+        for flat in np.argsort(-np.abs(values), axis=None, kind="stable")[:shown].tolist():
+            sender, receiver = divmod(flat, values.shape[1])
+            lines.append(f"  {values.flat[flat]:+9.4f}  {self.senders[sender]}->{self.receivers[receiver]}")
+        return "\n".join(lines)
+
+
+def score_edges(
+    model: Model,
+    pairs: PromptPairs,
+    method: str = "eap ig inputs",
+    *,
+    metric: EdgeMetric = "logit_difference",
+    rules: str | Iterable[str] | None = None,
+    quadrature: str = "midpoint",
+    steps: int = 5,
+    progress: bool = True,
+) -> EdgeScores:
+    """Scores of all edges, by a method of `EDGE_METHODS`.
+
+    rules       of the backward pass (`rules.py`): a set by name, or rules; by default the method's own
+    quadrature  of integrated gradients, with `steps` points: gauss, midpoint, left or right (`gradients.py`)
+    """
+    plan = make_edge_plan(model, pairs, method, metric, rules)
+    config, mesh = model.config, make_rows_mesh()
+    params = jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
+    dtype = params["token_embedding"].dtype
+    points, weights = find_points(quadrature, steps)
+    if method in ENDS:
+        points, weights = np.array(ENDS[method]), np.full(len(ENDS[method]), 1 / len(ENDS[method]))
+    curve = (jnp.asarray(points, dtype), jnp.asarray(weights, dtype))
+    prompts = pad_prompts(pairs)
+    score = {"information flow": score_by_flow, "exact": score_exactly}.get(method, score_by_gradients)
+    parts: list[list[np.ndarray]] = []
+    with tqdm(total=len(pairs), unit="pair", disable=None if progress else True) as bar:
+        for numbers in split_pairs_for_edges(config, pairs, mesh.size):
+            part = jax.device_put(take_prompts(prompts, numbers), NamedSharding(mesh, P("rows")))
+            found = score(plan, params, part, curve)
+            parts.append([np.asarray(x) for x in found])
+            bar.update(min(len(numbers), len(pairs) - bar.n))
+    scores, clean, corrupted = (np.concatenate(column)[: len(pairs)] for column in zip(*parts, strict=True))
+    names = list_senders(config), list_receivers(config)
+    scores = np.where(list_edges(config), scores, 0)
+    return EdgeScores(scores, *names, method, plan.rules, metric, clean, corrupted, pairs, config)
+
+
+def make_edge_plan(
+    model: Model, pairs: PromptPairs, method: str, metric: EdgeMetric, rules: str | Iterable[str] | None
+) -> EdgePlan:
+    """What all parts share, after all checks."""
+    if method not in EDGE_METHODS:
+        raise UserError(f"method '{method}': does not exist, expected one of: {', '.join(EDGE_METHODS)}")
+    check_edge_metric(metric, pairs)
+    check_corrupted(pairs)
+    if metric == "kl" and method in ("eap", "relp"):
+        raise UserError(
+            f"metric 'kl' with method '{method}': its gradient on the clean run is 0, expected 'eap ig inputs'"
+        )
+    if method in ("information flow", "exact") and rules is not None:
+        raise UserError(f"rules with method '{method}': expected none, it has no backward pass")
+    names = read_rules(rules) if rules is not None else RULE_SETS["relp"] if method == "relp" else ()
+    return EdgePlan(model.config, metric, names, MOVED.get(method, "inputs"))
