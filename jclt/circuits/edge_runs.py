@@ -158,7 +158,7 @@ class MixedReads(Sites):
         weights: Params,
         layer: Array,
         changes: Float[Array, "s P T D"],
-        other: Float[Array, "w P T D"],
+        other: Float[Array, "w _ T D"],  # one row for all prompts, or one each
         replaced: Mapping[str, Float[Array, "s h"]],
     ):
         super().__init__(layer)

@@ -27,7 +27,7 @@ def trace_both(kind):
     model = make_model(**KINDS[kind])
     coder = jclt.load_coder("neurons", model=model)
     graph = jclt.attribute(model, coder, np.array(TOKENS), targets=[(RIGHT, WRONG)])
-    return graph, trace_neurons(model, np.array(TOKENS), graph.features, [RIGHT], [WRONG], rules=rules)
+    return graph, trace_neurons(model, np.array(TOKENS), graph.features, [RIGHT], [WRONG], rules="neuron graphs")
 
 
 @pytest.mark.parametrize("kind", mark_others(KINDS, ["relu", "gated"]))
