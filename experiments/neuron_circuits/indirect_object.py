@@ -19,7 +19,7 @@ import jclt
 from jclt.circuits import find_circuit, run_edge_circuits, score_edges
 from jclt.circuits.edges import find_readers, list_edges, list_senders, prune_edges, take_best
 from jclt.evaluation.circuit_grades import compute_faithfulness
-from jclt.evaluation.edge_grades import grade_edges
+from jclt.evaluation.edge_grades import SHARES, grade_edges, list_sizes
 
 NAMES = "Mary John Tom James Paul Kate Anna Jack Sam Sarah Emma Peter David Mark Laura Alice".split()
 TEMPLATES = (
@@ -60,6 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", help="pairs from a file, such as EAP-IG's ioi CSV")
     parser.add_argument("--pairs", type=int, default=16, help="that choose, and as many that grade")
+    parser.add_argument("--methods", nargs="+", default=["eap ig inputs", "eap", "relp"], help="the first serves ACDC")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the edges: the sizes of circuits")
     parser.add_argument("--visited", type=int, default=600, help="edges that ACDC visits")
     parser.add_argument("--threshold", type=float, nargs="+", default=[0.003, 0.01])
     options = parser.parse_args()
@@ -74,12 +76,12 @@ def main() -> None:
     print(f"{len(chosen)} pairs choose, {len(graded)} grade; {edges.sum():,} edges")
 
     start = time.perf_counter()
-    scores = [score_edges(model, chosen, method) for method in ("eap ig inputs", "eap", "relp")]
+    scores = [score_edges(model, chosen, method) for method in options.methods]
     print(f"scores: {time.perf_counter() - start:.0f} s; logit difference {scores[0].clean.mean():.2f}, corrupted "
           f"{scores[0].corrupted.mean():.2f}; right on {(scores[0].clean > 0).mean():.0%}")  # fmt: skip
     start = time.perf_counter()
-    for grades in grade_edges(model, graded, scores):
-        print(grades)
+    for grades in grade_edges(model, graded, scores, list_sizes(config, options.shares)):
+        print(grades, flush=True)
     print(f"grades: {time.perf_counter() - start:.0f} s", flush=True)
 
     best, few = scores[0].values, chosen.take(range(min(4, len(chosen))))

@@ -37,7 +37,7 @@ from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int, Params, Stream
 
 EdgeMetric = Literal["logit_difference", "probability", "difference", "kl"]
-Curve = tuple[Float[Array, "n"], Float[Array, "n"]]
+Points = tuple[Float[Array, "n"], Float[Array, "n"]]
 """Points between the clean (0) and the corrupted run (1), and their weights."""
 Found = tuple[Float[Array | np.ndarray, "P s r"], Float[Array, "P"], Float[Array, "P"]]
 BATCH_BYTES = {"cpu": 2**29}
@@ -104,7 +104,7 @@ def split_pairs_for_edges(config: ModelConfig, pairs: PromptPairs, devices: int)
 
 @partial(jax.jit, static_argnames=("plan",))
 @jax.named_scope("score_edges")
-def score_by_gradients(plan: EdgePlan, params: Params, prompts: Prompts, curve: Curve) -> Found:
+def score_by_gradients(plan: EdgePlan, params: Params, prompts: Prompts, curve: Points) -> Found:
     config = plan.model
     sides = run_sides(plan, params, prompts)
     changes = sides.subtract(config, params)
@@ -174,7 +174,7 @@ def measure_sides(plan: EdgePlan, prompts: Prompts, sides: Sides) -> tuple[Float
 
 @partial(jax.jit, static_argnames=("plan",))
 @jax.named_scope("score_edges")
-def score_by_flow(plan: EdgePlan, params: Params, prompts: Prompts, curve: Curve) -> Found:
+def score_by_flow(plan: EdgePlan, params: Params, prompts: Prompts, curve: Points) -> Found:
     config = plan.model
     sides = run_sides(plan, params, prompts)
     sites = ("resid_pre", "resid_mid", "resid_post")
@@ -203,7 +203,7 @@ def score_by_flow(plan: EdgePlan, params: Params, prompts: Prompts, curve: Curve
     return shares[which].transpose(2, 1, 0), *measure_sides(plan, prompts, sides)
 
 
-def score_exactly(plan: EdgePlan, params: Params, prompts: Prompts, curve: Curve) -> Found:
+def score_exactly(plan: EdgePlan, params: Params, prompts: Prompts, curve: Points) -> Found:
     edges = list_edges(plan.model)
     receivers, senders = np.nonzero(edges.T)  # sorted by the receiver: a pass needs no layer below the first of some
     places = np.stack([senders, receivers], axis=1).astype(np.int32)
