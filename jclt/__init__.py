@@ -3,10 +3,20 @@
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jclt.attribution import Direction, attribute, attribute_batch
-    from jclt.circuits import NodeScores, run_circuits, score_nodes
+    from jclt.circuits import (
+        EdgeScores,
+        NodeScores,
+        find_circuit,
+        make_edge_graph,
+        run_circuits,
+        run_edge_circuits,
+        score_edges,
+        score_nodes,
+        trace_neurons,
+    )
     from jclt.coders import load_coder, save_coder
     from jclt.errors import UserError
-    from jclt.evaluation import CircuitGrades, grade_nodes
+    from jclt.evaluation import CircuitGrades, grade_edges, grade_nodes
     from jclt.features import FeatureRecord, Features, describe_features, export_features, load_features
     from jclt.graphs import Graph, export_json, import_json, load_graph, read_circuit_tracer
     from jclt.interventions import (
@@ -62,6 +72,7 @@ __all__ = [
     "Component",
     "Compose",
     "Direction",
+    "EdgeScores",
     "FeatureRecord",
     "Features",
     "Freeze",
@@ -86,8 +97,10 @@ __all__ = [
     "export_features",
     "export_html",
     "export_json",
+    "find_circuit",
     "find_maxima",
     "generate",
+    "grade_edges",
     "grade_nodes",
     "import_json",
     "intervene",
@@ -97,6 +110,7 @@ __all__ = [
     "load_graph",
     "load_model",
     "load_pairs",
+    "make_edge_graph",
     "make_mesh",
     "make_pairs",
     "make_world_pairs",
@@ -106,23 +120,36 @@ __all__ = [
     "read_circuit_tracer",
     "run",
     "run_circuits",
+    "run_edge_circuits",
     "save_coder",
     "save_model",
     "scale_nodes",
+    "score_edges",
     "score_nodes",
     "steer",
     "swap_nodes",
     "sweep",
     "sweep_steering",
     "trace_causes",
+    "trace_neurons",
 ]
 
 _PACKAGES = {
     "attribution": ("Direction", "attribute", "attribute_batch"),
-    "circuits": ("NodeScores", "run_circuits", "score_nodes"),
+    "circuits": (
+        "EdgeScores",
+        "NodeScores",
+        "find_circuit",
+        "make_edge_graph",
+        "run_circuits",
+        "run_edge_circuits",
+        "score_edges",
+        "score_nodes",
+        "trace_neurons",
+    ),
     "coders": ("load_coder", "save_coder"),
     "errors": ("UserError",),
-    "evaluation": ("CircuitGrades", "grade_nodes"),
+    "evaluation": ("CircuitGrades", "grade_edges", "grade_nodes"),
     "features": ("FeatureRecord", "Features", "describe_features", "export_features", "load_features"),
     "graphs": ("Graph", "export_json", "import_json", "load_graph", "read_circuit_tracer"),
     "interventions": (

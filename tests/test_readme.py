@@ -136,6 +136,13 @@ def check_patching(names: Names) -> None:
     assert len(names["paths"].values) == 20 and np.abs(names["paths"].effects).max() > 0.01
 
 
+def check_edges(names: Names) -> None:
+    circuit, scores = names["circuit"], names["scores"]
+    assert 0 < circuit.kept.sum() < 96 and "->logits" in circuit.names[-1] and "->" in scores.summarize()
+    faithful, at_random = (x.faithfulness[1].value for x in (names["grades"], names["random"]))
+    assert faithful > 0.5 > at_random and jclt.load_graph("circuit.npz").counts["head"] == 16
+
+
 def check_circuits(names: Names) -> None:
     assert names["scores"].per_pair.shape == (24, 4, 7, 512)
     few, many = (figure.value for figure in names["grades"].faithfulness)
@@ -185,6 +192,7 @@ CHECKS: dict[tuple[str, int], Callable[[Names], None]] = {
     ("jclt/interventions/README.md", 0): check_interventions,
     ("jclt/attribution/README.md", 0): check_attribution,
     ("jclt/circuits/README.md", 0): check_circuits,
+    ("jclt/circuits/README.md", 1): check_edges,
     ("jclt/features/README.md", 0): check_features,
     ("jclt/features/README.md", 1): check_labels,
     ("jclt/graphs/README.md", 0): check_graphs,

@@ -42,7 +42,7 @@ from jclt.circuits.edge_methods import (
     score_exactly,
     split_pairs_for_edges,
 )
-from jclt.circuits.edges import list_edges, list_receivers, list_senders
+from jclt.circuits.edges import list_edges, list_receivers, list_senders, take_best
 from jclt.circuits.gradients import find_points
 from jclt.circuits.passes import pad_prompts, take_prompts
 from jclt.circuits.rules import RULE_SETS, read_rules
@@ -51,7 +51,7 @@ from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.patching.runs import check_corrupted
 from jclt.interventions.resume import make_rows_mesh
 from jclt.models import Model, ModelConfig
-from jclt.shapes import Float
+from jclt.shapes import Bool, Float
 
 EDGE_METHODS = (
     "eap",
@@ -87,6 +87,10 @@ class EdgeScores:
     def values(self) -> Float[np.ndarray, "s r"]:
         """The mean over pairs."""
         return self.per_pair.mean(axis=0)
+
+    def take_best(self, count: int) -> Bool[np.ndarray, "s r"]:
+        """The edges with the largest scores in size."""
+        return take_best(self.config, self.values, count)
 
     def __repr__(self) -> str:
         count = int(list_edges(self.config).sum())

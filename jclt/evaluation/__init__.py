@@ -15,6 +15,7 @@ from jclt.evaluation.circuit_grades import (
 )
 from jclt.evaluation.circuits import measure_circuits
 from jclt.evaluation.distances import measure_distances
+from jclt.evaluation.edge_grades import grade_edges, list_sizes
 from jclt.evaluation.exchange import StateExchange, exchange_states
 from jclt.evaluation.faithfulness import measure_faithfulness
 from jclt.evaluation.global_weights import GlobalWeights, measure_global_weights
@@ -40,7 +41,9 @@ __all__ = [
     "Verdict",
     "area_under_roc",
     "compute_faithfulness",
+    "grade_edges",
     "grade_nodes",
+    "list_sizes",
     "measure_circuits",
     "measure_minimality",
     "measure_distances",
