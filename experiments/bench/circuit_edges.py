@@ -59,7 +59,7 @@ def score_by_hooks(peer: Any, pairs: PromptPairs, steps: int = STEPS) -> np.ndar
     import torch
 
     c = peer.cfg
-    clean, corrupted = (torch.tensor(np.stack(side)) for side in (pairs.clean, pairs.corrupted))
+    clean, corrupted = (torch.tensor(np.array(side)) for side in (pairs.clean, pairs.corrupted))
     right, wrong = (torch.tensor([a[0] for a in side]) for side in (pairs.answers, pairs.wrong_answers))
     count, rows = 1 + c.n_layers * (c.n_heads + 1), torch.arange(len(pairs))
     changes = torch.zeros(*clean.shape, count, c.d_model)

@@ -107,7 +107,7 @@ def average_writes(plan: EdgePlan, params: Params, pairs: PromptPairs, length: i
     total, counts = None, np.zeros(length)
     for number in range(len(pairs)):
         one = take_prompts(prompts, np.array([number]))
-        reached = np.arange(prompts.clean.shape[1]) <= one.last[0]
+        reached = np.arange(prompts.clean.shape[1]) <= np.asarray(one.last)[0]
         writes = run_writes(plan, params, jnp.asarray(one.corrupted), jnp.asarray(one.last))
         writes = jax.tree.map(partial(multiply_positions, factors=reached), writes)
         total = writes if total is None else jax.tree.map(jnp.add, total, writes)

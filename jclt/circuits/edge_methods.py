@@ -37,6 +37,8 @@ from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int, Params, Stream
 
 EdgeMetric = Literal["logit_difference", "probability", "difference", "kl"]
+Moved = Literal["inputs", "each", "each, averaged"]
+"""What goes from the clean to the corrupted run: the embeddings, or one group of senders at a time."""
 Points = tuple[Float[Array, "n"], Float[Array, "n"]]
 """Points between the clean (0) and the corrupted run (1), and their weights."""
 Found = tuple[Float[Array | np.ndarray, "P s r"], Float[Array, "P"], Float[Array, "P"]]
@@ -52,7 +54,7 @@ class EdgePlan(NamedTuple):
     model: ModelConfig
     metric: EdgeMetric
     rules: tuple[str, ...] = ()
-    moved: Literal["inputs", "each", "each, averaged"] = "inputs"
+    moved: Moved = "inputs"
 
 
 class Sides(NamedTuple):

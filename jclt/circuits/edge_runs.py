@@ -166,7 +166,8 @@ class MixedReads(Sites):
         self.changes, self.other, self.replaced = changes, other, replaced
         self.first = 1 + layer * (config.heads + 1)  # the number of the layer's first sender
         self.streams: dict[str, Array] = {}
-        self.heads = self.denominator = None
+        self.heads: Array | None = None
+        self.denominator: Array | None = None
 
     def __call__(self, name: str, value: Array) -> Array:
         match name:
@@ -180,6 +181,7 @@ class MixedReads(Sites):
             case "attn_post_denominator":
                 self.denominator = value
             case "resid_mid":
+                assert self.heads is not None
                 heads = spread_heads(self.config, self.weights, self.heads, self.denominator)
                 if self.config.parallel:
                     self.streams["mlp_in"] = self.mix("mlp_in", value)

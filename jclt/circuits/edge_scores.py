@@ -36,6 +36,7 @@ from jclt.attribution.true_pass import widen
 from jclt.circuits.edge_methods import (
     EdgeMetric,
     EdgePlan,
+    Moved,
     check_edge_metric,
     score_by_flow,
     score_by_gradients,
@@ -65,7 +66,7 @@ EDGE_METHODS = (
 )
 ENDS = {"eap": (0.0,), "relp": (0.0,), "clean corrupted": (0.0, 1.0)}
 """The points of the methods that have no quadrature."""
-MOVED = {"eap ig activations": "each", "eap ig activations, all": "each, averaged"}
+MOVED: dict[str, Moved] = {"eap ig activations": "each", "eap ig activations, all": "each, averaged"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -96,10 +96,9 @@ def prune_edges(config: ModelConfig, kept: Bool[np.ndarray, "s r"]) -> Bool[np.n
     again. The input needs no inputs, and the logits no outputs."""
     reads, kept = find_readers(config), kept & list_edges(config)
     while True:
-        connected = kept.any(axis=1) & (reads & kept.any(axis=0)).any(axis=1)
-        connected[0] = kept[0].any()
-        receivers = (reads & connected[:, None]).any(axis=0)
-        receivers[-1] = True
+        has_inputs = (reads & kept.any(axis=0)).any(axis=1) | (np.arange(len(kept)) == 0)
+        connected = kept.any(axis=1) & has_inputs
+        receivers = (reads & connected[:, None]).any(axis=0) | (np.arange(kept.shape[1]) == kept.shape[1] - 1)
         left = kept & connected[:, None] & receivers
         if (left == kept).all():
             return kept
