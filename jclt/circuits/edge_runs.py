@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jclt.circuits.edges import READS, find_sender_layers, list_senders, split_receivers
 from jclt.models import ModelConfig, Sites, ops
@@ -172,8 +173,7 @@ class MixedReads(Sites):
     def __call__(self, name: str, value: Array) -> Array:
         match name:
             case "resid_pre":
-                for read in READS[:-1]:
-                    self.streams[read] = self.mix(read, value)
+                self.mix(READS[:-1], value)
             case "queries" | "keys" | "values":
                 return read_streams(self.config, self.weights, name, Sites(self.layer), self.streams[name])
             case "head_out":
@@ -184,19 +184,23 @@ class MixedReads(Sites):
                 assert self.heads is not None
                 heads = spread_heads(self.config, self.weights, self.heads, self.denominator)
                 if self.config.parallel:
-                    self.streams["mlp_in"] = self.mix("mlp_in", value)
+                    self.mix(READS[-1:], value)
                 self.add_changes(self.other[:-1] - heads, 0)
                 if not self.config.parallel:
-                    self.streams["mlp_in"] = self.mix("mlp_in", value)
+                    self.mix(READS[-1:], value)
             case "mlp_in":
                 return read_streams(self.config, self.weights, name, Sites(self.layer), self.streams[name])[:, :, 0]
             case "mlp_out":
                 self.add_changes(self.other[-1:] - value[None], self.config.heads)
         return value
 
-    def mix(self, read: str, stream: Stream) -> Float[Array, "P T h D"]:
-        """What each receiver reads: the stream of this pass, and the changes along edges that are not kept."""
-        return stream[:, :, None] + einsum("sbtd,sh->bthd", self.changes, self.replaced[read])
+    def mix(self, reads: tuple[str, ...], stream: Stream) -> None:
+        """What each receiver reads: the stream of this pass, and the changes along edges that are not kept. The changes
+        are many numbers, so all receivers of one stream are computed at once."""
+        columns = jnp.concatenate([self.replaced[read] for read in reads], axis=1)
+        mixed = stream[:, :, None] + einsum("sptd,sh->pthd", self.changes, columns)
+        ends = np.cumsum([self.replaced[read].shape[1] for read in reads])[:-1]
+        self.streams |= dict(zip(reads, jnp.split(mixed, ends.tolist(), axis=2), strict=True))
 
     def add_changes(self, changes: Float[Array, "w P T D"], offset: int) -> None:
         start = (self.first + offset, *(jnp.zeros_like(self.first),) * 3)
