@@ -9,6 +9,7 @@ change with each receiver's gradient, which is summed over the steps before, and
 receivers' own weights.
 """
 
+import os
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,7 @@ def main() -> None:
         import torch
 
         peer = make_hooks_peer(model)
-        torch.set_num_threads(2)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         found, ours = score_by_hooks(peer, pairs), run()
         print(f"largest difference {np.abs(found - ours).max():.1e} of {np.abs(ours).max():.1e}")
         against, ratio = "TransformerLens hooks", best(lambda: score_by_hooks(peer, pairs), 2) / seconds

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--data", help="pairs from a file, such as EAP-IG's ioi CSV")
     parser.add_argument("--pairs", type=int, default=16, help="that choose, and as many that grade")
     parser.add_argument("--methods", nargs="+", default=["eap ig inputs", "eap", "relp"], help="the first serves ACDC")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the edges: the sizes of circuits")
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="of the edges: the sizes of circuits")
     parser.add_argument("--visited", type=int, default=600, help="edges that ACDC visits")
     parser.add_argument("--threshold", type=float, nargs="+", default=[0.003, 0.01])
     options = parser.parse_args()
@@ -80,25 +80,11 @@ def main() -> None:
     print(f"scores: {time.perf_counter() - start:.0f} s; logit difference {scores[0].clean.mean():.2f}, corrupted "
           f"{scores[0].corrupted.mean():.2f}; right on {(scores[0].clean > 0).mean():.0%}")  # fmt: skip
     start = time.perf_counter()
-    for grades in grade_edges(model, graded, scores, list_sizes(config, options.shares)):
+    for grades in grade_edges(model, graded, scores, list_sizes(config, options.shares)) if options.shares else ():
         print(grades, flush=True)
     print(f"grades: {time.perf_counter() - start:.0f} s", flush=True)
 
-    best, few = scores[0].values, chosen.take(range(min(4, len(chosen))))
-    for threshold in options.threshold:
-        start = time.perf_counter()
-        begin = take_best(config, best, options.visited)
-        circuit = find_circuit(model, few, threshold, start=begin)
-        size = int(circuit.kept.sum())
-        random = np.random.default_rng(0)
-        others = [prune_edges(config, take_best(config, random.random(edges.shape), size)) for _ in range(3)]
-        alike = prune_edges(config, take_best(config, best, size))
-        masks = np.stack([circuit.kept, begin, alike, *others, edges, np.zeros_like(edges)])
-        values = run_edge_circuits(model, graded, masks)
-        shares = [str(compute_faithfulness(row, values[-2], values[-1])) for row in values[:4]]
-        print(f"ACDC at {threshold}: {size} edges, {circuit.passes} passes, {time.perf_counter() - start:.0f} s")
-        print(f"  faithfulness {shares[0]}; of the {options.visited} edges it began with {shares[1]}")
-        print(f"  of {size} edges by EAP-IG {shares[2]}; random {shares[3]}", flush=True)
+    best = scores[0].values
     kept = prune_edges(config, take_best(config, best, round(0.005 * edges.sum())))
     heads, figures = list_heads(config, kept), measure_heads(model, chosen)
     counts: dict[str, int] = {}
@@ -118,6 +104,21 @@ def main() -> None:
     for layer, head, joined in heads[:20]:
         row = ", ".join(f"{name} {values[layer, head]:.2f}" for name, values in figures.items())
         print(f"  {layer}.{head}: {joined} edges, {name_kind(figures, layer, head)}; {row}")
+    few = chosen.take(range(min(4, len(chosen))))
+    for threshold in options.threshold:
+        start = time.perf_counter()
+        begin = take_best(config, best, options.visited)
+        circuit = find_circuit(model, few, threshold, start=begin)
+        size = int(circuit.kept.sum())
+        random = np.random.default_rng(0)
+        others = [prune_edges(config, take_best(config, random.random(edges.shape), size)) for _ in range(3)]
+        alike = prune_edges(config, take_best(config, best, size))
+        masks = np.stack([circuit.kept, begin, alike, *others, edges, np.zeros_like(edges)])
+        values = run_edge_circuits(model, graded, masks)
+        shares = [str(compute_faithfulness(row, values[-2], values[-1])) for row in values[:4]]
+        print(f"ACDC at {threshold}: {size} edges, {circuit.passes} passes, {time.perf_counter() - start:.0f} s")
+        print(f"  faithfulness {shares[0]}; of the {options.visited} edges it began with {shares[1]}")
+        print(f"  of {size} edges by EAP-IG {shares[2]}; random {shares[3]}", flush=True)
 
 
 if __name__ == "__main__":
