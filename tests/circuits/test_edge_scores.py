@@ -26,7 +26,7 @@ def score(model, pairs, method="eap", **settings):
     return score_edges(model, pairs, method, progress=False, **settings)
 
 
-@pytest.mark.parametrize("name", mark_others(FAMILIES, ["gpt2", "gemma3"]))
+@pytest.mark.parametrize("name", mark_others(FAMILIES, ["gemma3"]))
 def test_eap_is_the_derivative_by_how_much_of_an_edge_is_kept(name):
     """An independent path: the run that mixes senders, differentiated by the mix at all edges."""
     with jax.enable_x64():
