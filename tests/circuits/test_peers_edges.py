@@ -1,5 +1,5 @@
 """Scores of edges beside TransformerLens's own gradients, and beside auto-circuit where it is installed
-(`pip install --no-deps auto-circuit ordered-set`)."""
+(`pip install --no-deps auto-circuit ordered-set blobfile pycryptodomex lxml plotly`)."""
 
 import sys
 from pathlib import Path
