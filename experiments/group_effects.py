@@ -27,7 +27,7 @@ from jclt.graphs import Graph, Supernode, suggest_supernodes
 from jclt.graphs.supernodes import find_members
 from jclt.interventions import measure_supernodes
 from jclt.models import Model
-from jclt.viewer.page_interventions import answer_intervention
+from jclt.viewer.page_interventions import change_nodes
 from jclt.world import TASKS, Example
 from jclt.world.facts import CITY_SPLIT, STATE_OF, value_of
 
@@ -77,8 +77,8 @@ def ask_about_other_cities(model: Model, coder: Coder, graph: Graph, example: Ex
     others = [x for x, split in CITY_SPLIT.items() if split != "train" and STATE_OF[x] != STATE[1]]
     for other in others:
         prompt = example.prompt.replace(city, other)
-        outputs = answer_intervention(model, coder, graph, members, {"prompt": prompt})["outputs"]
-        answer = max(outputs, key=lambda output: output["probability_after"])["text"]
+        outputs = change_nodes(model, coder, graph, members, {"prompt": prompt}).outputs
+        answer = outputs.names[outputs.probability_after.argmax()]
         changed.append(answer.strip() == value_of(STATE_OF[other], "capital"))
     states = len({STATE_OF[other] for other in others})
     cities = f"{sum(changed)} of {len(others)} cities"

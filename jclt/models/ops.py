@@ -13,7 +13,9 @@ from jclt.shapes import Array, Bool, DTypeLike, Float, Int, Mask
 
 def find_finite_rows(x: Float[Array, "..."]) -> Bool[Array | np.ndarray, "_"]:
     """Whether all numbers of each row are finite."""
-    return np.isfinite(np.asarray(x)).all(axis=tuple(range(1, x.ndim))) if is_small(x) else _find_finite_rows(x)
+    if is_small(x):
+        return np.asarray(np.isfinite(np.asarray(x)).all(axis=tuple(range(1, x.ndim))))
+    return _find_finite_rows(x)
 
 
 @jax.jit
