@@ -124,7 +124,15 @@ def top_k(h: Float[Array, "*N F"], k: int) -> Float[Array, "*N F"]:
     return jnp.where(values.astype(jnp.float32) >= threshold, values, jnp.zeros_like(values))
 
 
-def batch_threshold(scores: tuple[Float[Array, "*N F"], ...], k: int) -> Float[Array, ""]:
-    """The score that k features per token reach on average, over all tokens and all layers of the batch together."""
-    tokens = scores[0].size // scores[0].shape[-1]
-    return kth_largest(scores, k * tokens, tuple(range(scores[0].ndim))).reshape(())
+def batch_thresholds(scores: tuple[Float[Array, "*N"], ...], k: int, tokens: int) -> Float[Array, "L"]:
+    """BatchTopK: for each layer the score from which on its features are active, k a token on average in all layers.
+
+    Half of them are the highest scores of every layer, as many in each, and the others the highest of those that are
+    left. If all were the highest of all layers, layers whose features write little would starve, such as the last ones
+    of a cross-layer transcoder: what is seldom active learns little.
+    """
+    axes, each = tuple(range(scores[0].ndim)), max(1, k * tokens // (2 * len(scores)))
+    own = [kth_largest((x,), each, axes) for x in scores]
+    lifted = tuple(jnp.where((x >= bound) & (x > 0), jnp.inf, x) for x, bound in zip(scores, own, strict=True))
+    shared = kth_largest(lifted, k * tokens, axes)
+    return jnp.concatenate([jnp.minimum(bound, shared).reshape(1) for bound in own])

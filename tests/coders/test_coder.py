@@ -14,7 +14,7 @@ from random_coders import random_coder
 
 import jclt
 from jclt.coders import AXES, CoderConfig, CoderReplacement, SparseCoder, neurons
-from jclt.coders.activations import batch_threshold, gate, jump_relu, kth_largest, top_k
+from jclt.coders.activations import batch_thresholds, gate, jump_relu, kth_largest, top_k
 from jclt.coders.decoder_sums import DecoderSums, choose_capacity
 from jclt.errors import UserError
 from jclt.kernels.matmuls import _decode_target, apply_weight, decode
@@ -171,25 +171,32 @@ def test_kth_largest_on_a_mesh_is_the_same(shape):
         np.testing.assert_array_equal(largest((spread[0],), 5, (0,))[0], [nth(row, 5) for row in SCORES.T])
 
 
-def test_batch_top_k_keeps_exactly_k_a_token_over_all_layers_by_what_they_write():
+@pytest.mark.parametrize("apart", [0.5, 1.0, 2.0])  # in the last case the first layer has less than its share
+def test_batch_top_k_keeps_exactly_k_a_token_by_what_features_write_and_half_of_them_in_equal_shares(apart):
     coder = random_coder(replace(CLT, activation="batchtopk", k=4))
-    h = tuple(normal(50, 10, seed=layer) + np.float32(layer - 1) for layer in range(3))
+    h = tuple(normal(50, 10, seed=layer) + np.float32(apart * (layer - 1)) for layer in range(3))
 
     @jax.jit
     def compute(coder, h):
         return activate_dense(coder, h, tuple(layer.norms for layer in coder.layers))
 
-    activations, least = compute(coder, h)
+    activations, bounds = compute(coder, h)
     lengths = [np.sqrt(np.square(np.asarray(layer.decoder)).sum((1, 2))) for layer in coder.layers]
     scores = np.stack([np.maximum(np.asarray(values), 0) * length for values, length in zip(h, lengths, strict=True)])
     assert len(np.unique(scores[scores > 0])) == (scores > 0).sum() > 4 * 50
-    assert float(least) == pytest.approx(nth(scores, 4 * 50), rel=1e-6)
-    assert sum((np.asarray(values) > 0).sum() for values in activations) == 4 * 50
-    for values, a, score in zip(activations, h, scores, strict=True):
-        sure = np.abs(score / nth(scores, 200) - 1) > 1e-6
-        want = np.where(score >= nth(scores, 200), np.asarray(a), 0)
-        np.testing.assert_array_equal(np.asarray(values)[sure], want[sure])
-    assert (scores >= np.asarray(jax.jit(batch_threshold, static_argnums=1)(tuple(scores), 4))).sum() == 4 * 50
+    own = np.array([nth(layer_scores, 33) for layer_scores in scores])  # half of 4 * 50, in three layers
+    is_own = (scores >= own[:, None, None]) & (scores > 0)
+    want = np.minimum(own, nth(scores[~is_own], 4 * 50 - is_own.sum()))
+    np.testing.assert_allclose(bounds, want, rtol=1e-6)
+    kept = [int((values > 0).sum()) for values in activations]
+    assert sum(kept) == 4 * 50 and np.all(np.array(kept) >= is_own.sum((1, 2)))
+    assert (kept[0] == is_own[0].sum() == 33) == (apart == 1.0) and (own[0] == 0) == (apart == 2.0)
+    for values, a, score, bound in zip(activations, h, scores, want, strict=True):
+        sure = np.abs(score - bound) > 1e-6 * bound
+        chosen = (score >= bound) & (score > 0)
+        np.testing.assert_array_equal(np.asarray(values)[sure], np.where(chosen, np.asarray(a), 0)[sure])
+    bounds = np.asarray(jax.jit(batch_thresholds, static_argnums=(1, 2))(tuple(scores), 4, 50))
+    assert (scores[scores > 0] >= np.broadcast_to(bounds[:, None, None], scores.shape)[scores > 0]).sum() == 4 * 50
 
 
 # Products.

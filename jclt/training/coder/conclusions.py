@@ -14,11 +14,8 @@ STARVED = 0.02
 """A layer with a smaller share of the mean number of active features is reported."""
 
 
-def list_conclusions(coder: CoderConfig, trained_by: str, last: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Conclusions at the end of a run, one per line, from its last metrics and its finished coder.
-
-    `trained_by` is the activation in training; BatchTopK becomes JumpReLU in the finished coder.
-    """
+def list_conclusions(coder: CoderConfig, last: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Conclusions at the end of a run, one per line, from its last metrics and its finished coder."""
     lines = []
     if evaluation := last.get("evaluation"):
         lines.append(describe_evaluation(evaluation))
@@ -26,15 +23,12 @@ def list_conclusions(coder: CoderConfig, trained_by: str, last: Mapping[str, dic
     dead, layers_l0 = step.get("dead"), step.get("layers_l0")
     if is_finite(dead) and dead > MANY_DEAD:
         lines.append(f"{dead:.0%} of the features are dead: fewer of them, or more steps, would do")
-    if trained_by == "batchtopk" and layers_l0 and all(map(is_finite, layers_l0)):
+    if layers_l0 and all(map(is_finite, layers_l0)):
         starved = [
             layer for layer, l0 in zip(coder.covered, layers_l0, strict=True) if l0 < STARVED * np.mean(layers_l0)
         ]
         if starved:
-            lines.append(
-                f"hardly a feature is active in layer {', '.join(map(str, starved))}: under batchtopk all layers share "
-                "coder.k, which activation topk gives to each of them"
-            )
+            lines.append(f"hardly a feature is active in layer {', '.join(map(str, starved))}")
     if misread := misread_by_circuit_tracer(coder):
         lines.append(f"circuit-tracer would read another coder out of these files: {misread}")
     return lines

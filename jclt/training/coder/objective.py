@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
     penalty: Float[Array, ""]
     dead: tuple[Float[Array, "N F"], ...]  # activations of dead features for the auxiliary loss; empty without it
     fired: tuple[Float[Array, "F"], ...]  # share of tokens
-    batch_threshold: Float[Array, ""]  # BatchTopK's threshold on this micro-batch; else 0
+    batch_threshold: Float[Array, "L"]  # BatchTopK's thresholds on this micro-batch; else 0
 
 
 class LayerValues(NamedTuple):

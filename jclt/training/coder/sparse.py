@@ -17,8 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from jclt.coders import CoderConfig, CoderLayer, SparseCoder
-from jclt.coders.activations import find_largest_reached, jump_relu, kth_largest
-from jclt.kernels.active import ActivePairs, all_fit, count_by_token, gather_by_token, gather_values, list_active
+from jclt.coders.activations import batch_thresholds, find_largest_reached, jump_relu, kth_largest
+from jclt.kernels.active import (
+    ActivePairs,
+    all_fit,
+    count_by_token,
+    gather_by_feature,
+    gather_by_token,
+    gather_values,
+    list_active,
+)
 from jclt.kernels.matmuls import sharded_einsum
 from jclt.kernels.sparse_matmuls import PairEncoding
 from jclt.mesh import PER_DEVICE_SPEC, TOKENS_FEATURES_SPEC, map_over_devices
@@ -26,8 +34,8 @@ from jclt.shapes import Array, Bool, Float
 from jclt.training.config import TrainConfig
 
 MARGIN = 0.8
-"""Under BatchTopK the pairs are listed whose score is above this share of the running threshold. If the threshold of
-the micro-batch is below it, the micro-batch is computed densely."""
+"""Under BatchTopK the pairs are listed whose score is above this share of the running threshold of their layer. If a
+threshold of the micro-batch is below it, the micro-batch is computed densely."""
 BLOCK = 8
 """Features per block. TopK finds a lower bound of the k-th largest value among the maxima of blocks."""
 
@@ -83,7 +91,7 @@ def choose_active(
     encodings = []
     for index, (layer, norm, x_) in enumerate(zip(coder.layers, norms, x, strict=True)):
         h = coder.compute_preactivation(index, x_)
-        pairs = list_active(may_matter(config.coder, h, layer.threshold, norm, running), capacity)
+        pairs = list_active(may_matter(config.coder, h, layer.threshold, norm, running[index]), capacity)
         threshold = get_penalty_threshold(config, layer)
         shortfall, below = jnp.zeros_like(norm), None
         if config.preactivation != "none":
@@ -94,8 +102,12 @@ def choose_active(
     fits = all_fit(tuple(encoding.pairs for encoding in encodings))
     if config.coder.activation == "batchtopk":
         assert config.coder.k is not None
-        listed = jnp.stack([jnp.sum(encoding.pairs.total) for encoding in encodings]).sum()
-        fits &= listed >= config.coder.k * x[0].shape[0]
+        scores = tuple(
+            jax.nn.relu(encoding.h) * gather_by_feature(encoding.pairs, norm)
+            for encoding, norm in zip(encodings, norms, strict=True)
+        )
+        thresholds = batch_thresholds(scores, config.coder.k, x[0].shape[0])
+        fits &= jnp.all(thresholds >= MARGIN * running)
     return tuple(encodings), fits
 
 
@@ -126,7 +138,9 @@ def count_needed(
 
     maxima = []
     for index, (layer, norm, x_) in enumerate(zip(coder.layers, norms, x, strict=True)):
-        matters = may_matter(config.coder, coder.compute_preactivation(index, x_), layer.threshold, norm, running)
+        matters = may_matter(
+            config.coder, coder.compute_preactivation(index, x_), layer.threshold, norm, running[index]
+        )
         maxima.append(jnp.max(map_over_devices(count_on_device, PER_DEVICE_SPEC)(matters)))
     return jnp.stack(maxima).max()
 
@@ -138,25 +152,28 @@ def activate_sparse(
     norms: list[Float[Array, "E"]],
     thresholds: list[Float[Array, "E"]],
     tokens: int,
-) -> tuple[tuple[Float[Array, "E"], ...], Float[Array, ""]]:
+) -> tuple[tuple[Float[Array, "E"], ...], Float[Array, "L"]]:
     """`forms.activate_dense` at the listed pairs. Norms and thresholds are those of each pair's feature."""
     if config.activation == "jumprelu":
         of_layers = zip(h, thresholds, strict=True)
-        return tuple(jump_relu(h_, t, config.bandwidth, config.through) for h_, t in of_layers), jnp.zeros(())
+        return tuple(jump_relu(h_, t, config.bandwidth, config.through) for h_, t in of_layers), jnp.zeros(len(h))
     a = tuple(jax.nn.relu(h_) for h_ in h)
     if config.activation == "relu":
-        return a, jnp.zeros(())
+        return a, jnp.zeros(len(h))
     assert config.k is not None
     if config.activation == "topk":
         constants = jax.lax.stop_gradient(a)
         bounds = [
             gather_by_token(p, find_kth_of_tokens(p, a_, config.k)) for p, a_ in zip(pairs, constants, strict=True)
         ]
-        return tuple(jnp.where(a_ >= bound, a_, 0.0) for a_, bound in zip(a, bounds, strict=True)), jnp.zeros(())
+        return tuple(jnp.where(a_ >= bound, a_, 0.0) for a_, bound in zip(a, bounds, strict=True)), jnp.zeros(len(h))
     scores = tuple(jax.lax.stop_gradient(a_ * norm) for a_, norm in zip(a, norms, strict=True))
-    threshold = kth_largest(scores, config.k * tokens, (0,)).reshape(())
-    masked = (jnp.where((score >= threshold) & (score > 0), a_, 0.0) for a_, score in zip(a, scores, strict=True))
-    return tuple(masked), threshold
+    thresholds = batch_thresholds(scores, config.k, tokens)
+    masked = (
+        jnp.where((score >= threshold) & (score > 0), a_, 0.0)
+        for a_, score, threshold in zip(a, scores, thresholds, strict=True)
+    )
+    return tuple(masked), thresholds
 
 
 def find_kth_of_tokens(pairs: ActivePairs, values: Float[Array, "E"], k: int) -> Float[Array, "N"]:

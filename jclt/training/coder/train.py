@@ -90,7 +90,7 @@ def _train(config: TrainConfig, place: Place, mesh: Mesh, profile: int) -> Spars
             if config.evaluate_every >= 0 and not broadcast_from_first_host(metrics.has_evaluation(config.steps)):
                 if (values := try_evaluate(evaluate, config.steps, state)) is not None:
                     metrics.write({"step": config.steps, **values})
-            conclude(config, coder.config, place.folder, metrics)
+            conclude(coder.config, place.folder, metrics)
     place.publish()
     return coder
 
@@ -136,10 +136,10 @@ def evaluate_state(config: TrainConfig, model: Model, held_out: np.ndarray, stat
     return {"agreement": replaced.agreement, "kl_replaced": replaced.kl, "recovered": replaced.recovered}
 
 
-def conclude(config: TrainConfig, finished: CoderConfig, folder: Path, metrics: Log) -> None:
+def conclude(finished: CoderConfig, folder: Path, metrics: Log) -> None:
     """Logs conclusions about the run and draws its curves, on the first host."""
     if jax.process_index() == 0:
-        for line in list_conclusions(finished, config.coder.activation, metrics.last):
+        for line in list_conclusions(finished, metrics.last):
             log.info("%s", line)
         draw_curves(read_metrics(folder / "metrics.jsonl"), ("loss", "nmse", "l0", "dead"), folder / "curves.png")
 
