@@ -13,6 +13,9 @@ from jclt.mesh import shard_by_axes
 from jclt.models import ModelConfig, forward
 from jclt.shapes import Array, DTypeLike, Float, Params, Tokens
 
+ROUNDING = 1e-6
+"""A variance that is a smaller share of the mean square is no more than rounding."""
+
 
 class Harvest(eqx.Module):
     """Activations at the two sites that a coder reads and writes, split over all chips as the model's tokens are.
@@ -64,6 +67,7 @@ def scale_tokens(x: Float[Array, "L B T D"], mean: Array, scale: Array, dtype: D
 def measure_scaling(harvest: Callable[[int], Harvest], batches: int, normalize: str, shape: tuple[int, int]) -> Scaling:
     """The scaling that follows from the first batches.
 
+    - "centre" takes the mean away and brings the variance of each layer to one.
     - "scale" brings the mean square of each layer to one (Gemma Scope 2).
     - "standardize" brings each dimension to mean zero and variance one (crosslayer-transcoder).
 
@@ -86,6 +90,10 @@ def measure_scaling(harvest: Callable[[int], Harvest], batches: int, normalize: 
             deviation = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0))  # rounding may make it negative
             # The scale has a lower bound, so that a dimension which hardly varies stays small.
             parts += [mean, _replace_zeros(jnp.maximum(deviation, 1e-3 * deviation.max(axis=1, keepdims=True)))]
+        elif normalize == "centre":
+            variance, size = (x.mean(axis=1, keepdims=True) for x in (square - jnp.square(mean), square))
+            variance = jnp.where(variance > ROUNDING * size, variance, 0.0)
+            parts += [mean, jnp.broadcast_to(_replace_zeros(jnp.sqrt(variance)), shape)]
         else:
             root = jnp.sqrt(square.mean(axis=1, keepdims=True))
             parts += [jnp.zeros(shape), jnp.broadcast_to(_replace_zeros(root), shape)]
@@ -97,8 +105,8 @@ def _replace_zeros(scale: Array) -> Array:
 
 
 def find_silent_layers(scaling: Scaling) -> list[int]:
-    """The indices of covered layers that wrote only zeros while scales were measured, or under `standardize` only one
-    constant vector; none if scales were not measured."""
+    """The indices of covered layers that wrote only zeros while scales were measured, or under `centre` and
+    `standardize` only one constant vector; none if scales were not measured."""
     scales = np.stack([np.asarray(jax.device_get(x)) for x in (scaling.read_scale, scaling.write_scale)])
     if np.all(scales == 1):  # they were not measured
         return []
