@@ -16,6 +16,10 @@ from jclt.errors import UserError
 from jclt.models import ModelConfig
 
 
+RATE_AT_ONE = 1.5
+"""A coder's learning rate times the root of the numbers in the encoder of one layer."""
+
+
 @dataclass(frozen=True)
 class LmConfig:
     """A language model's training."""
@@ -73,17 +77,18 @@ class TrainConfig:
 
     # The initial state.
     threshold: float = 0.03  # JumpReLU's initial threshold (Circuit Tracing 2025)
-    normalize: Literal["scale", "standardize", "none"] = "scale"  # unit mean square by layer (Gemma Scope 2)
-    initial: Literal["clt", "transposed"] = "clt"  # Circuit Tracing 2025; Gemma Scope 2
+    # centre: mean 0, then unit variance by layer; scale: unit mean square by layer (Gemma Scope 2).
+    normalize: Literal["centre", "scale", "standardize", "none"] = "centre"
+    initial: Literal["transposed", "clt"] = "transposed"  # Gemma Scope 2; Circuit Tracing 2025
     initial_density: float = 0.05  # a feature first fires on 10,000 / features of the tokens, at most on this share
 
     # The optimizer.
     optimizer: Literal["adam", "adamw", "adafactor"] = "adam"
-    learning_rate: float = 4e-4  # CLT-Forge on GPT-2
+    learning_rate: float | None = None  # none: 1.5 / sqrt(width * features) at most 1e-2 (`rate`)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: int = 100  # steps, at most a fifth of the run
     decay: float = 0.2  # the last share of the run, over which the rate falls to 0 (January 2025)
-    beta1: float = 0.0  # January 2025, Gemma Scope 2
+    beta1: float = 0.9  # Adam's; January 2025 and Gemma Scope 2 take 0, which needs less memory
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0  # under adamw
@@ -113,6 +118,16 @@ class TrainConfig:
             return self.sparsity
         return "none" if self.coder.activation in ("topk", "batchtopk") else "tanh"
 
+    @property
+    def rate(self) -> float:
+        """The learning rate: the one that is set, or one that falls with the size of the encoders.
+
+        It is 8e-3 at width 64 and 512 features, where it was measured (experiments/coders), and with 24,576 features of
+        GPT-2 3.5e-4, where CLT-Forge takes 4e-4. Gao et al. 2024 let it fall with the root of the number of features,
+        Circuit Tracing (2025) with that of the operations.
+        """
+        return self.learning_rate or min(1e-2, RATE_AT_ONE / math.sqrt(self.coder.size * self.coder.features))
+
 
 NOT_COMPILED = {
     *("model", "data", "tokenizer", "data_shards", "save_every", "log_every", "evaluate_every", "skips"),
@@ -123,7 +138,7 @@ NOT_COMPILED = {
 
 REMOVED = {
     **{"adam_share": 0.6, "final_rate": 0.0},
-    **{"density_decay": 0.99, "running_decay": 0.99, "initial_rate": 10_000.0},
+    **{"density_decay": 0.99, "running_decay": 0.9, "initial_rate": 10_000.0},
 }
 """Settings of earlier versions, with the constant that each has become. The config.json of a run may hold them."""
 
@@ -176,9 +191,11 @@ def check_ranges(config: LmConfig | TrainConfig) -> None:
     """Refuses numbers that no run can work with, and settings that would have no effect."""
     for field in fields(config):
         value = getattr(config, field.name)
+        if value is None and field.type == float | None:
+            continue
         if field.type is int and type(value) is not int:
             raise UserError(f"setting '{field.name}': {value!r}, expected a whole number")
-        if field.type is float and (type(value) not in (int, float) or not math.isfinite(value)):
+        if field.type in (float, float | None) and (type(value) not in (int, float) or not math.isfinite(value)):
             raise UserError(f"setting '{field.name}': {value!r}, expected a number")
         expected, accepts = RANGES.get(field.name, ("", lambda x: True))
         if not accepts(value):

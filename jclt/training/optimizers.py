@@ -69,7 +69,7 @@ def _find_matrix_axes(weight: Weight) -> optax.contrib.MuonDimensionNumbers | No
 
 def make_rate_schedule(config: TrainConfig) -> optax.Schedule:
     """Warm-up, then constant, then the decay over the last share of the run."""
-    rate, end, warmup = config.learning_rate, config.steps, count_warmup_steps(config)
+    rate, end, warmup = config.rate, config.steps, count_warmup_steps(config)
     rise = optax.schedules.linear_schedule(0.0, rate, warmup)
     if config.schedule == "constant":
         return optax.schedules.join_schedules([rise, optax.schedules.constant_schedule(rate)], [warmup])

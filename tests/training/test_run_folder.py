@@ -301,12 +301,12 @@ def test_what_a_run_shows_and_says_at_its_end():
         "evaluation": {"step": 9, "agreement": 0.5, "kl_replaced": 1.25, "recovered": None},
     }
     coder = replace(RUN.coder, activation="jumprelu")
-    evaluated, dead, starved, *_ = list_conclusions(coder, "batchtopk", last)
+    evaluated, dead, starved, *_ = list_conclusions(coder, last)
     assert evaluated.endswith("agrees with the model on 50.0% of the tokens, KL 1.250, recovered - of the loss")
     assert dead.startswith("62% of the features are dead")
-    assert starved.startswith("hardly a feature is active in layer 3: under batchtopk")
+    assert starved == "hardly a feature is active in layer 3"
     fine = {"step": {"step": 9, "loss": 1.0, "dead": None, "layers_l0": [20.6, 10.7, 6.1, 4.0]}}
-    assert not any("dead" in line or "hardly" in line for line in list_conclusions(coder, "batchtopk", fine))
+    assert not any("dead" in line or "hardly" in line for line in list_conclusions(coder, fine))
 
 
 def test_weights_and_biases_knows_a_run_by_its_place(tmp_path, monkeypatch):
@@ -371,7 +371,7 @@ def test_a_run_of_other_settings_is_named_by_the_one_that_differs(tmp_path):
 
 
 def test_a_run_begun_with_a_setting_that_was_removed_goes_on_if_it_had_its_present_value(tmp_path):
-    older = asdict(RUN) | {"density_decay": 0.99, "running_decay": 0.99, "initial_rate": 10_000.0}
+    older = asdict(RUN) | {"density_decay": 0.99, "running_decay": 0.9, "initial_rate": 10_000.0}
     write_json(tmp_path / "config.json", older)
     assert is_begun(tmp_path, RUN)
     assert "density_decay = 0.99" in inspect_run(tmp_path)
@@ -382,7 +382,7 @@ def test_a_run_begun_with_a_setting_that_was_removed_goes_on_if_it_had_its_prese
     assert str(error.value) == f"{tmp_path}: {message}"
     assert "density_decay = 0.9" in inspect_run(tmp_path)
     write_json(tmp_path / "config.json", older | {"initial": "january", "optimizer": "lion"})
-    with pytest.raises(UserError, match="holds a run with initial=january, expected initial=clt$"):
+    with pytest.raises(UserError, match="holds a run with initial=january, expected initial=transposed$"):
         is_begun(tmp_path, RUN)
 
 

@@ -194,7 +194,7 @@ def state_of(config: TrainConfig, coder: SparseCoder, step: int = 0, silent=None
         scaling=identity(c),
         density=tuple(np.zeros(c.features, np.float32) for _ in c.covered),
         silent=silent or tuple(np.zeros(c.features, np.int32) for _ in c.covered),
-        running=np.float32(0),
+        running=np.zeros(len(c.covered), np.float32),
         skipped=np.int32(0),
         skipped_in_row=np.int32(0),
         capacity=np.float32(0),
@@ -364,7 +364,7 @@ def test_a_feature_is_dead_when_it_was_silent_for_so_many_tokens_and_unknown_bef
 def test_a_layer_that_writes_nothing_counts_in_no_mean_and_is_named():
     harvest = harvest_of(STEP.coder)
     harvest = Harvest(harvest.reads, jnp.asarray(np.asarray(harvest.writes) * np.float32([[[[1]]], [[[0]]]])))
-    for normalize in ("scale", "standardize"):
+    for normalize in ("centre", "scale", "standardize"):
         scaling = measure_scaling(lambda _: harvest, 2, normalize, (2, 6))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(scaling)) and np.all(
             np.asarray(scaling.write_scale) > 0
@@ -569,6 +569,17 @@ def test_scales_bring_each_layers_mean_square_to_one():
         assert np.all(np.asarray(mean) == 0)
 
 
+def test_centring_brings_each_dimension_to_mean_zero_and_each_layer_to_variance_one():
+    scaling, reads, writes = measure_batch("centre")
+    for scale, mean, x in (
+        (scaling.read_scale, scaling.read_mean, reads),
+        (scaling.write_scale, scaling.write_mean, writes),
+    ):
+        np.testing.assert_allclose(mean, x.mean(1), rtol=1e-4, atol=1e-6)
+        want = np.sqrt(x.var(1).mean(1))[:, None] * np.ones((2, 6))
+        np.testing.assert_allclose(scale, want, rtol=1e-4)
+
+
 def test_standardising_brings_each_dimension_to_mean_zero_and_variance_one():
     scaling, reads, writes = measure_batch("standardize")
     np.testing.assert_allclose(scaling.read_mean, reads.mean(1), rtol=1e-4, atol=1e-6)
@@ -688,8 +699,8 @@ def test_batch_top_k_is_a_jump_relu_at_inference():
     assert after.config == replace(config, activation="jumprelu", k=None)
     np.testing.assert_array_equal(below, activations)
     assert sum(int((a > 0).sum()) for a in activations) == 3 * 40
-    # At the threshold itself nothing but that one value can differ: the gate is strict.
-    assert np.sum(np.stack(at_threshold) != np.stack(activations)) <= 1
+    # At the thresholds themselves nothing but that one value of each layer can differ: the gate is strict.
+    assert np.all(np.sum(np.stack(at_threshold) != np.stack(activations), axis=(1, 2)) <= 1)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,9 @@ def test_a_micro_batch_over_capacity_is_computed_densely_and_counted():
 RUN = replace(
     CONFIG,
     coder=replace(CONFIG.coder, layers=(2,), bandwidth=0.1),
+    initial="clt",
+    normalize="scale",
+    beta1=0.0,
     initial_density=0.01,
     steps=30,
     save_every=15,
