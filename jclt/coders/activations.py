@@ -91,13 +91,14 @@ def _sum_like(gradient: Array, parameter: Array) -> Array:
 def kth_largest(scores: tuple[Array, ...], k: int, axes: tuple[int, ...]) -> Array:
     """The k-th largest of non-negative scores over the given axes of all arrays together; those axes keep length 1."""
     zero = jnp.zeros_like(scores[0].sum(axes, keepdims=True), jnp.int32)  # sharded as the counts are
+    return find_largest_reached(lambda value: sum(count_reached(x, value, axes) for x in scores) >= k, zero)
 
-    def count_reached(value: Array, x: Array) -> Array:
-        # Counted along one axis in float32: exact, and much faster than in integers.
-        along_axis = jnp.sum((x.astype(jnp.float32) >= value).astype(jnp.float32), axis=axes[-1], keepdims=True)
-        return jnp.sum(along_axis.astype(jnp.int32), axis=axes[:-1], keepdims=True)
 
-    return find_largest_reached(lambda value: sum(count_reached(value, x) for x in scores) >= k, zero)
+def count_reached(x: Float[Array, "..."], value: Array, axes: tuple[int, ...]) -> Int[Array, "..."]:
+    """How many numbers are at least this value, over the given axes, which keep length 1."""
+    # Counted along one axis in float32: exact, and much faster than in integers.
+    along_axis = jnp.sum((x.astype(jnp.float32) >= value).astype(jnp.float32), axis=axes[-1], keepdims=True)
+    return jnp.sum(along_axis.astype(jnp.int32), axis=axes[:-1], keepdims=True)
 
 
 def find_largest_reached(is_reached: Callable[[Array], Any], zero: Int[Array, "*N"]) -> Float[Array, "*N"]:
@@ -132,7 +133,11 @@ def batch_thresholds(scores: tuple[Float[Array, "*N"], ...], k: int, tokens: int
     of a cross-layer transcoder: what is seldom active learns little.
     """
     axes, each = tuple(range(scores[0].ndim)), max(1, k * tokens // (2 * len(scores)))
-    own = [kth_largest((x,), each, axes) for x in scores]
+
+    def reach_share(values: Float[Array, "L"]) -> Bool[Array, "L"]:
+        counts = [count_reached(x, value, axes).reshape(()) for x, value in zip(scores, values, strict=True)]
+        return jnp.stack(counts) >= each
+
+    own = find_largest_reached(reach_share, jnp.zeros(len(scores), jnp.int32))  # one search for all layers
     lifted = tuple(jnp.where((x >= bound) & (x > 0), jnp.inf, x) for x, bound in zip(scores, own, strict=True))
-    shared = kth_largest(lifted, k * tokens, axes)
-    return jnp.concatenate([jnp.minimum(bound, shared).reshape(1) for bound in own])
+    return jnp.minimum(own, kth_largest(lifted, k * tokens, axes).reshape(()))

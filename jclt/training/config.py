@@ -16,10 +16,6 @@ from jclt.errors import UserError
 from jclt.models import ModelConfig
 
 
-RATE_AT_ONE = 1.5
-"""A coder's learning rate times the root of the numbers in the encoder of one layer."""
-
-
 @dataclass(frozen=True)
 class LmConfig:
     """A language model's training."""
@@ -45,6 +41,10 @@ class LmConfig:
     remat: bool = False
     save_every: int = 500
     log_every: int = 10
+
+
+RATE_AT_ONE = 1.5
+"""A coder's learning rate times the root of the numbers in the encoder of one layer."""
 
 
 @dataclass(frozen=True)

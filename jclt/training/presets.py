@@ -44,9 +44,8 @@ def small_world_coder() -> TrainConfig:
         batch=16,
         sparsity="none",
         preactivation_weight=3e-4,
-        initial="transposed",  # learns faster than "clt", and a third as many features end up dead
+        normalize="scale",
         learning_rate=4e-3,
-        beta1=0.9,
         beta2=0.99,
         decay=0.5,
         warmup=50,
@@ -88,10 +87,8 @@ def _smollm2(coder: CoderConfig) -> TrainConfig:
         batch=128,
         length=256,  # with `batch`, 32,768 tokens a step (January 2025)
         preactivation_weight=3e-4,
-        initial="transposed",
         learning_rate=4e-4,
         warmup=1_000,
-        beta1=0.9,
         compute="bfloat16",
         micro_batches=16,
     )

@@ -14,8 +14,8 @@ from jclt.training.optimizers import make_coder_optimizer
 DENSITY_DECAY = 0.99
 """The decay per step of a feature's average density ("The Circuits Research Landscape", August 2025)."""
 THRESHOLD_DECAY = 0.9
-"""The decay per step of BatchTopK's running thresholds. With 0.99, as of densities, they lag so far behind in short runs
-that nearly twice as many features are active at inference (69.7 instead of 40 after 300 steps)."""
+"""The decay per step of BatchTopK's running thresholds. With 0.99 they lag so far behind in short runs that nearly
+twice as many features are active at inference (69.7 instead of 40 after 300 steps)."""
 
 
 class CoderState(NamedTuple):
