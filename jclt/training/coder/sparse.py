@@ -168,12 +168,11 @@ def activate_sparse(
         ]
         return tuple(jnp.where(a_ >= bound, a_, 0.0) for a_, bound in zip(a, bounds, strict=True)), jnp.zeros(len(h))
     scores = tuple(jax.lax.stop_gradient(a_ * norm) for a_, norm in zip(a, norms, strict=True))
-    thresholds = batch_thresholds(scores, config.k, tokens)
+    least = batch_thresholds(scores, config.k, tokens)
     masked = (
-        jnp.where((score >= threshold) & (score > 0), a_, 0.0)
-        for a_, score, threshold in zip(a, scores, thresholds, strict=True)
+        jnp.where((score >= bound) & (score > 0), a_, 0.0) for a_, score, bound in zip(a, scores, least, strict=True)
     )
-    return tuple(masked), thresholds
+    return tuple(masked), least
 
 
 def find_kth_of_tokens(pairs: ActivePairs, values: Float[Array, "E"], k: int) -> Float[Array, "N"]:
