@@ -9,7 +9,7 @@ and the code of CLT-Forge (arXiv 2603.21014) and of crosslayer-transcoder.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from jclt.coders import CoderConfig
 from jclt.errors import UserError
@@ -190,8 +190,8 @@ RANGES: dict[str, Range] = {
 def check_ranges(config: LmConfig | TrainConfig) -> None:
     """Refuses numbers that no run can work with, and settings that would have no effect."""
     for field in fields(config):
-        value: Any = getattr(config, field.name)
-        if value is None and field.type == float | None:
+        value = getattr(config, field.name)
+        if (value, field.type) == (None, float | None):
             continue
         if field.type is int and type(value) is not int:
             raise UserError(f"setting '{field.name}': {value!r}, expected a whole number")
