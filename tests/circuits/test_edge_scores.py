@@ -75,11 +75,10 @@ def test_senders_sum_to_what_the_receiver_reads():
             return normed * model.params["attn_norm_gain"][layer][None] + model.params["attn_norm_bias"][layer][None]
 
         nothing = jnp.zeros_like(old["resid_pre"][0])
-        at_end = jnp.sum(jax.grad(measure)(nothing, "resid_post") * (new["resid_post"] - old["resid_post"])[layer])
+        differentiate = jax.jit(jax.grad(measure), static_argnums=1)
+        at_end = jnp.sum(differentiate(nothing, "resid_post") * (new["resid_post"] - old["resid_post"])[layer])
         _, back = jax.vjp(through_norm, old["resid_pre"][layer])
-        at_heads = jnp.sum(
-            back(jax.grad(measure)(nothing, "attn_in"))[0] * (new["resid_pre"] - old["resid_pre"])[layer]
-        )
+        at_heads = jnp.sum(back(differentiate(nothing, "attn_in"))[0] * (new["resid_pre"] - old["resid_pre"])[layer])
     receivers = list_receivers(model.config)
     of_heads = [i for i, name in enumerate(receivers) if name.startswith(f"a{layer}.")]
     np.testing.assert_allclose(got[:, -1].sum(), at_end, rtol=1e-9)
@@ -114,21 +113,25 @@ def test_the_way_back_has_the_opposite_scores():
             assert (np.abs(one + other).max() < 1e-12 * np.abs(one).max()) == (quadrature == "midpoint")
 
 
-def test_a_sender_that_moves_explains_what_its_move_changes():
-    """Integrated gradients are complete: the scores of a group's edges add up to the effect of replacing its output."""
+METHODS = ("eap ig activations", "eap ig activations, all")
+
+
+@pytest.mark.parametrize("method", mark_others(METHODS, METHODS[:1]))
+def test_a_sender_that_moves_explains_what_its_move_changes(method):
+    """Integrated gradients are complete: the scores of a group's edges add up to the effect of replacing its output.
+    Those of published code, which average over all groups, are not."""
     with jax.enable_x64():
         model = make_model(**GELU)
         pairs = make_small_pairs(model)
-        got = score(model, pairs, "eap ig activations", quadrature="gauss", steps=8)
-        averaged = score(model, pairs, "eap ig activations, all", quadrature="gauss", steps=8)
+        got = score(model, pairs, method, quadrature="gauss", steps=8)
         senders, (right, wrong) = list_senders(model.config), (pairs.answers[0], pairs.wrong_answers[0])
         _, seen = jclt.run(model, pairs.corrupted[0], capture=("head_out", "mlp_out"))
         for site, group in (("head_out", ("a0.h0", "a0.h1")), ("mlp_out", ("m0",))):
             logits = np.asarray(jclt.run(model, pairs.clean[0], edit=Replace({site: seen[site]}, layer=0))[0][-1])
             want = logits[list(right)].mean() - logits[list(wrong)].mean() - got.clean[0]
             rows = [senders.index(name) for name in group]
-            np.testing.assert_allclose(got.per_pair[0, rows].sum(), want, rtol=1e-5)
-            assert abs(averaged.per_pair[0, rows].sum() - want) > 1e-3 * abs(want)
+            miss = abs(got.per_pair[0, rows].sum() - want) / abs(want)
+            assert miss < 1e-5 if method == METHODS[0] else miss > 1e-3
 
 
 def test_flow_is_how_near_a_sender_comes_to_what_is_read():

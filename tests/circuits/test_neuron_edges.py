@@ -30,7 +30,7 @@ def trace_both(kind):
     return graph, trace_neurons(model, np.array(TOKENS), graph.features, [RIGHT], [WRONG], rules="neuron graphs")
 
 
-@pytest.mark.parametrize("kind", mark_others(KINDS, ["relu", "gated"]))
+@pytest.mark.parametrize("kind", mark_others(KINDS, ["relu"]))
 def test_edges_are_those_of_the_identity_transcoder(kind):
     """The graph's targets are what the gate multiplies, of gated neurons; ours are what they write."""
     with jax.enable_x64():
