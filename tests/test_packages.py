@@ -3,6 +3,7 @@ can be read at one go, and a name means one thing within its package."""
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import jclt
@@ -76,7 +77,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-IMPORTS = {module: imports(path) - {module} for module, path in FILES.items()}
+@cache
+def read_all_imports() -> dict[str, set[str]]:
+    return {module: imports(path) - {module} for module, path in FILES.items()}
 
 
 def test_every_package_is_listed():
@@ -85,7 +88,7 @@ def test_every_package_is_listed():
 
 
 def test_packages_import_only_from_packages_above():
-    for module, found in IMPORTS.items():
+    for module, found in read_all_imports().items():
         if module == "jclt":  # re-exports what users call; nothing imports from it
             continue
         allowed = ORDER[: ORDER.index(package_of(module)) + 1]
@@ -93,19 +96,19 @@ def test_packages_import_only_from_packages_above():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    state: dict[str, str] = {}
+    state, all_imports = dict[str, str](), read_all_imports()
 
     def visit(module: str, way: tuple[str, ...]) -> None:
         assert state.get(module) != "open", " -> ".join((*way[way.index(module) :], module))
         if module in state:
             return
         state[module] = "open"
-        for other in sorted(IMPORTS.get(module, ())):
+        for other in sorted(all_imports.get(module, ())):
             if other.count(".") > 1 or (other in FILES and FILES[other].name != "__init__.py"):
                 visit(other, (*way, module))
         state[module] = "done"
 
-    for module in IMPORTS:
+    for module in all_imports:
         visit(module, ())
 
 
