@@ -5,7 +5,7 @@
 GPT-2 small (12 layers x 768) with random weights and 8,192 features a layer, about 100 of all 98,304 active at a token;
 float32, uniform random tokens. Timed are the forward pass with its logits, the forward pass and all encoders, and the
 whole pass: all that is counted of every feature (`jclt.features.describe.count_blocks`). The last
-line compares the processor time of all threads, which other programs on the machine change less. Cost: five minutes
+line compares the processor time of all threads, which other programs on the machine change less. Cost: twelve minutes
 and 5 GB.
 """
 
