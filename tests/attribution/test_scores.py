@@ -133,6 +133,7 @@ def test_a_share_takes_the_fewest_features_that_have_it(kept):
     assert part.provenance["settings"]["nodes"] == 0.7
 
 
+@pytest.mark.exhaustive  # a plain run names the number of nodes
 def test_a_dense_basis_chooses_and_a_sparse_one_does_not(monkeypatch):
     monkeypatch.setattr("jclt.attribution.options.NODES_OF_DENSE_BASIS", 10)
     model, coder, tokens = make_case("llama3", "neurons", "float32")

@@ -102,6 +102,7 @@ def test_points_have_the_names_that_published_code_gives_them():
         np.testing.assert_allclose(opposite, -eap, atol=1e-13)  # linear in the metric
 
 
+@pytest.mark.exhaustive  # a plain run tests it of nodes
 def test_the_way_back_has_the_opposite_scores():
     """Of points that are symmetric; those of the left sum are not."""
     with jax.enable_x64():
@@ -116,7 +117,8 @@ def test_the_way_back_has_the_opposite_scores():
 METHODS = ("eap ig activations", "eap ig activations, all")
 
 
-@pytest.mark.parametrize("method", mark_others(METHODS, METHODS[:1]))
+@pytest.mark.exhaustive  # slow; a plain run has the sums over senders, and of nodes these integrals
+@pytest.mark.parametrize("method", METHODS)
 def test_a_sender_that_moves_explains_what_its_move_changes(method):
     """Integrated gradients are complete: the scores of a group's edges add up to the effect of replacing its output.
     Those of published code, which average over all groups, are not."""

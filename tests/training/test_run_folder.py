@@ -95,7 +95,8 @@ def test_sums_are_the_same_on_any_mesh_and_what_was_saved_without_them_is_said(t
     with jax.set_mesh(four), Checkpoints(str(tmp_path / "run")) as checkpoints:
         restored = checkpoints.restore(weights(0, four))
     assert restored is not None and are_equal(restored, weights(3)) and len(restored["w"].sharding.device_set) == 4
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    ours = [record for record in caplog.records if record.name.startswith("jclt")]  # loads of others may end meanwhile
+    assert not [record for record in ours if record.levelno >= logging.WARNING]
     with ocp.training.Checkpointer(str(tmp_path / "old")) as checkpointer:
         checkpointer.save(4, {"state": weights(4)}, force=True)
     with Checkpoints(str(tmp_path / "old")) as checkpoints:
