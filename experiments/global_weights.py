@@ -23,8 +23,9 @@ import numpy as np
 
 from jclt import load_coder, load_model
 from jclt.evaluation import OperandGrids, measure_global_weights, measure_operand_grids
+from jclt.evaluation.circuit_grades import area_under_roc
 from jclt.evaluation.global_weights import choose_often_active, compute_virtual_weights
-from jclt.evaluation.intervals import average_prompts, rank
+from jclt.evaluation.intervals import average_prompts
 from jclt.features.rows import find_rows
 from jclt.viewer import draw_global_weights, draw_operand_grids
 
@@ -67,11 +68,8 @@ def main() -> None:
 
 def measure_order(grids: OperandGrids, weights: np.ndarray, target: int) -> float:
     """How often the prediction is larger for a pair on which the target is active than for one on which it is not."""
-    predicted, active = np.tensordot(weights, grids.grids, 1).ravel(), grids.grids[target].ravel() > 0
-    if active.all():
-        return float("nan")
-    count = active.sum()
-    return float((rank(predicted)[active].sum() - count * (count - 1) / 2) / (count * (~active).sum()))
+    predicted, active = np.tensordot(weights, grids.grids, 1), grids.grids[target] > 0
+    return float("nan") if active.all() else area_under_roc(predicted, active)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from jclt.attribution.true_pass import widen
-from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric, measure_edges, run_sides
+from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric, run_sides
 from jclt.circuits.edge_runs import EdgeState, Writes, begin_edges, collect_writes, read_logits, run_layers
 from jclt.circuits.edges import find_readers, find_receiver_layers, list_edges, name_edges, prune_edges
-from jclt.circuits.passes import Prompts, pad_prompts
+from jclt.circuits.passes import Prompts, measure_metric, pad_prompts
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.patching.runs import check_corrupted
@@ -107,7 +107,7 @@ def measure_loss(
     plan: EdgePlan, params: Params, prompts: Prompts, clean: Array, state: EdgeState, kept: Float[Array, "s r"]
 ) -> Float[Array, ""]:
     logits = read_logits(plan.model, params, state, kept, prompts.last)
-    value = measure_edges(plan.metric, logits, clean, prompts.answers).mean()
+    value = measure_metric(plan.metric, logits, prompts.answers, clean).mean()
     return value if plan.metric == "kl" else -value
 
 

@@ -17,17 +17,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.true_pass import widen
-from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric, measure_edges, split_pairs_for_edges
+from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric, split_pairs_for_edges
 from jclt.circuits.edge_runs import Writes, collect_writes, list_write_sites, run_edges
 from jclt.circuits.edges import list_edges
 from jclt.circuits.node_runs import Ablation
-from jclt.circuits.passes import Prompts, pad_prompts, run_pass, take_prompts
+from jclt.circuits.passes import Prompts, average_positions, measure_metric, pad_prompts, run_pass, take_prompts
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.patching.patch import check_source, choose_donors
 from jclt.interventions.patching.runs import check_corrupted
-from jclt.interventions.resume import make_rows_mesh
+from jclt.interventions.resume import make_rows_mesh, place_weights
 from jclt.models import Model
 from jclt.shapes import Array, Bool, Float, Int, Params, Tokens
 
@@ -56,9 +55,13 @@ def run_edge_circuits(
     if ablation == "resample":
         check_source(pairs, (), "resample", "noising")
     mesh, plan, prompts = make_rows_mesh(), EdgePlan(model.config, metric), pad_prompts(pairs)
-    by_row, params = NamedSharding(mesh, P("rows")), jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
+    by_row, params = NamedSharding(mesh, P("rows")), place_weights(model, mesh)
     donors = choose_donors(pairs, seed) if ablation == "resample" else np.arange(len(pairs))
-    mean = average_writes(plan, params, mean_of or pairs, prompts.clean.shape[1]) if ablation == "mean" else None
+    mean = None
+    if ablation == "mean":
+        averaged = mean_of or pairs
+        averaged_parts = split_pairs_for_edges(model.config, averaged, 1)
+        mean = average_writes(plan, params, averaged, averaged_parts, prompts.clean.shape[1])
     parts: list[np.ndarray] = []
     for numbers in split_pairs_for_edges(model.config, pairs, mesh.size):
         part = jax.device_put(take_prompts(prompts, numbers), by_row)
@@ -82,7 +85,7 @@ def run_writes(plan: EdgePlan, params: Params, tokens: Tokens, last: Int[Array, 
 def run_clean(plan: EdgePlan, params: Params, prompts: Prompts) -> tuple[Float[Array, "P V"], Float[Array, "P"]]:
     """The logits and the metric of the plain pass."""
     logits, _ = run_pass(plan.model, params, prompts.clean, prompts.last)
-    return logits, measure_edges(plan.metric, logits, logits, prompts.answers)
+    return logits, measure_metric(plan.metric, logits, prompts.answers)
 
 
 @partial(jax.jit, static_argnames=("plan",))
@@ -96,29 +99,15 @@ def run_edge_circuit(
     kept: Bool[Array, "s r"],
 ) -> Float[Array, "P"]:
     logits = run_edges(plan.model, params, prompts.clean, prompts.last, kept.astype(clean.dtype), other)
-    return measure_edges(plan.metric, logits, clean, prompts.answers)
+    return measure_metric(plan.metric, logits, prompts.answers, clean)
 
 
-def average_writes(plan: EdgePlan, params: Params, pairs: PromptPairs, length: int) -> Writes:
+def average_writes(plan: EdgePlan, params: Params, pairs: PromptPairs, parts: list[np.ndarray], length: int) -> Writes:
     """The mean at each position over the corrupted prompts that reach it, 0 where none does; one for all pairs."""
-    prompts = pad_prompts(pairs)
-    if prompts.clean.shape[1] > length:
-        raise UserError(f"pairs for the means: {prompts.clean.shape[1]} tokens, expected at most {length}")
-    total, counts = None, np.zeros(length)
-    for number in range(len(pairs)):
-        one = take_prompts(prompts, np.array([number]))
-        reached = np.arange(prompts.clean.shape[1]) <= np.asarray(one.last)[0]
-        writes = run_writes(plan, params, jnp.asarray(one.corrupted), jnp.asarray(one.last))
-        writes = jax.tree.map(partial(multiply_positions, factors=reached), writes)
-        total = writes if total is None else jax.tree.map(jnp.add, total, writes)
-        counts[: len(reached)] += reached
 
-    def divide(x: Array) -> Array:
-        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, length - x.shape[-2]), (0, 0)])
-        return multiply_positions(x, 1 / np.maximum(counts, 1))
+    def read(prompts: Prompts) -> tuple[Array, Array]:
+        writes = run_writes(plan, params, prompts.corrupted, prompts.last)
+        return writes.input[None], writes.layers.reshape(-1, *writes.input.shape)
 
-    return jax.tree.map(divide, total)
-
-
-def multiply_positions(x: Float[Array, "... T D"], factors: np.ndarray) -> Float[Array, "... T D"]:
-    return x * jnp.asarray(factors, x.dtype).reshape(*(1,) * (x.ndim - 2), -1, 1)
+    embeddings, layers = average_positions(read, pairs, parts, length)
+    return Writes(embeddings[0], layers.reshape(plan.model.layers, -1, *layers.shape[1:]))

@@ -1,6 +1,5 @@
 """The methods of `score_edges`, each for some pairs: scores `[P, s, r]`, and the metric of both runs."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -28,9 +27,10 @@ from jclt.circuits.edges import (
     list_receivers,
     list_senders,
 )
-from jclt.circuits.passes import Prompts, run_pass
+from jclt.circuits.gradients import sum_weighted
+from jclt.circuits.passes import Prompts, measure_metric, run_pass, split_evenly
 from jclt.errors import UserError
-from jclt.interventions.patching.metrics import AnswerSets, check_metric, measure_rows
+from jclt.interventions.patching.metrics import check_metric
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.models import ModelConfig
 from jclt.numerics import einsum
@@ -71,14 +71,6 @@ class Sides(NamedTuple):
         return corrupted.stack() - clean.stack()
 
 
-def measure_edges(
-    metric: EdgeMetric, logits: Float[Array, "P V"], clean: Float[Array, "P V"], answers: AnswerSets
-) -> Float[Array, "P"]:
-    """The metric of each pair; `kl` compares with the clean logits."""
-    measures = jax.vmap(lambda row, clean, own: measure_rows(row[None], clean, own))(logits, clean, answers)
-    return getattr(measures, metric)[:, 0]
-
-
 def run_sides(plan: EdgePlan, params: Params, prompts: Prompts) -> Sides:
     sites = list_write_sites(plan.model)
     (clean_logits, clean), (corrupted_logits, corrupted) = (
@@ -95,13 +87,11 @@ def check_edge_metric(metric: str, pairs: PromptPairs) -> None:
 
 
 def split_pairs_for_edges(config: ModelConfig, pairs: PromptPairs, devices: int) -> list[Int[np.ndarray, "n"]]:
-    """The numbers of the pairs that run at once: parts of one size, of which the last repeats pairs to be full."""
+    """The numbers of the pairs that run at once."""
     vectors = len(list_senders(config)) + 2 * len(list_receivers(config))
     bytes_of_pair = 4 * config.width * vectors * max(map(len, pairs.clean))
     most = max(BATCH_BYTES.get(jax.default_backend(), 2**33) // bytes_of_pair, 1)
-    parts = -(-len(pairs) // (most * devices))
-    size = -(-len(pairs) // (parts * devices)) * devices
-    return [np.resize(np.arange(first, min(first + size, len(pairs))), size) for first in range(0, len(pairs), size)]
+    return split_evenly(len(pairs), most, devices)
 
 
 @partial(jax.jit, static_argnames=("plan",))
@@ -111,7 +101,7 @@ def score_by_gradients(plan: EdgePlan, params: Params, prompts: Prompts, curve: 
     sides = run_sides(plan, params, prompts)
     changes = sides.subtract(config, params)
     clean, corrupted = measure_sides(plan, prompts, sides)
-    measure = partial(measure_edges, plan.metric, clean=sides.clean_logits, answers=prompts.answers)
+    measure = partial(measure_metric, plan.metric, clean=sides.clean_logits, answers=prompts.answers)
 
     def average(group: Array | None) -> ByReceiver:
         """Over the points; only a group of senders moves, or the inputs and all that follows from them."""
@@ -138,19 +128,6 @@ def score_by_gradients(plan: EdgePlan, params: Params, prompts: Prompts, curve: 
     return jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), groups)[0], clean, corrupted
 
 
-def sum_weighted(compute: Callable[[Array], ByReceiver], points: Array, weights: Float[Array, "n"]) -> ByReceiver:
-    """The sum of weight x compute(point), one after the other."""
-
-    def add(total: ByReceiver, point_and_weight: tuple[Array, Array]) -> tuple[ByReceiver, None]:
-        point, weight = point_and_weight
-        return jax.tree.map(lambda total, x: total + weight * x, total, compute(point)), None
-
-    if len(points) == 1:
-        return compute(points[0])
-    like = jax.eval_shape(compute, points[0])
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), (points, weights))[0]
-
-
 def make_moves(sides: Sides, group: Array | None, point: Array) -> Moves:
     """What moves a group of senders from the clean to the corrupted run: the inputs (0 and None), the heads of layer l
     (2 l + 1) or its MLP (2 l + 2)."""
@@ -169,8 +146,8 @@ def measure_sides(plan: EdgePlan, prompts: Prompts, sides: Sides) -> tuple[Float
     """The metric of the clean and of the corrupted run."""
     clean = sides.clean_logits
     return (
-        measure_edges(plan.metric, clean, clean, prompts.answers),
-        measure_edges(plan.metric, sides.corrupted_logits, clean, prompts.answers),
+        measure_metric(plan.metric, clean, prompts.answers),
+        measure_metric(plan.metric, sides.corrupted_logits, prompts.answers, clean),
     )
 
 
@@ -255,7 +232,7 @@ def replace_each(
             without = kept.at[place[0], place[1]].set(0)
             after = run_layers(config, params, state, without, other, first)
             logits = read_logits(config, params, after, without, prompts.last)
-            return measure_edges(plan.metric, logits, clean_logits, prompts.answers)
+            return measure_metric(plan.metric, logits, prompts.answers, clean_logits)
 
         return jax.vmap(measure)(places)
 

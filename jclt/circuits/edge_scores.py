@@ -32,7 +32,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from jclt.attribution.true_pass import widen
 from jclt.circuits.edge_methods import (
     EdgeMetric,
     EdgePlan,
@@ -50,7 +49,7 @@ from jclt.circuits.rules import RULE_SETS, read_rules
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.patching.runs import check_corrupted
-from jclt.interventions.resume import make_rows_mesh
+from jclt.interventions.resume import make_rows_mesh, place_weights
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Bool, Float
 
@@ -124,7 +123,7 @@ def score_edges(
     """
     plan = make_edge_plan(model, pairs, method, metric, rules)
     config, mesh = model.config, make_rows_mesh()
-    params = jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
+    params = place_weights(model, mesh)
     dtype = params["token_embedding"].dtype
     points, weights = find_points(quadrature, steps)
     if method in ENDS:

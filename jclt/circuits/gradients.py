@@ -6,8 +6,8 @@ Averages are over a way from the clean run (0) to the reference (1):
     ig activations   the site's values of one layer move, with the rest of the clean run around them
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -21,6 +21,7 @@ from jclt.interventions.patching.metrics import Metric
 from jclt.models import LAYER_SITES, Compose, Edit, ModelConfig, Place
 from jclt.shapes import Array, Float, Int, Params, Tokens
 
+T = TypeVar("T")  # a tree of arrays
 QUADRATURES = ("gauss", "midpoint", "left", "right")
 
 
@@ -96,6 +97,19 @@ def differentiate(
     return jax.grad(total)(jnp.zeros_like(like))
 
 
+def sum_weighted(compute: Callable[[Array], T], points: Array, weights: Float[Array, "n"]) -> T:
+    """The sum of weight x compute(point), one after the other."""
+
+    def add(total: T, point_and_weight: tuple[Array, Array]) -> tuple[T, None]:
+        point, weight = point_and_weight
+        return jax.tree.map(lambda total, x: total + weight * x, total, compute(point)), None
+
+    if len(points) == 1:
+        return jax.tree.map(lambda x: weights[0] * x, compute(points[0]))
+    like = jax.eval_shape(compute, points[0])
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), (points, weights))[0]
+
+
 def average_over_inputs(
     setting: Setting,
     params: Params,
@@ -108,12 +122,10 @@ def average_over_inputs(
     """The average while the embeddings move from the first to the second of `ends`."""
     start, stop = ends
 
-    def add(total: Array, point_and_weight: tuple[Array, Array]) -> tuple[Array, None]:
-        point, weight = point_and_weight
-        between = start + point * (stop - start)
-        return total + weight * differentiate(setting, params, prompts, prompts.clean, like, between), None
+    def differentiate_at(point: Array) -> Array:
+        return differentiate(setting, params, prompts, prompts.clean, like, start + point * (stop - start))
 
-    return jax.lax.scan(add, jnp.zeros_like(like), (points, weights))[0]
+    return sum_weighted(differentiate_at, points, weights)
 
 
 def average_over_activations(
@@ -141,11 +153,7 @@ def average_over_activations(
             logits, _ = run_pass(config, params, prompts.clean, prompts.last, **options)
             return measure_metric(setting.metric, logits, prompts.answers).sum()
 
-        def add(sum_so_far: Array, point_and_weight: tuple[Array, Array]) -> tuple[Array, None]:
-            point, weight = point_and_weight
-            return sum_so_far + weight * jax.grad(total)(start + point * (stop - start)), None
-
-        return jax.lax.scan(add, jnp.zeros_like(start), (points, weights))[0]
+        return sum_weighted(lambda point: jax.grad(total)(start + point * (stop - start)), points, weights)
 
     return jax.lax.map(average_layer, (jnp.arange(config.layers), streams, ends))
 

@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.true_pass import widen
 from jclt.circuits.gradients import Setting, read_values
 from jclt.circuits.nodes import Basis, encode_reads, find_basis, find_errors
 from jclt.circuits.passes import (
     Prompts,
+    average_positions,
     check_gradient_metric,
     measure_metric,
     pad_prompts,
@@ -36,7 +36,7 @@ from jclt.interventions.patching.metrics import Metric
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.patching.patch import check_source, choose_donors
 from jclt.interventions.patching.runs import check_corrupted
-from jclt.interventions.resume import make_rows_mesh
+from jclt.interventions.resume import make_rows_mesh, place_weights
 from jclt.models import LAYER_SITES, Model, Place, forward
 from jclt.shapes import Array, Bool, Float, Int, Params
 
@@ -122,23 +122,22 @@ def run_circuits(
         )
     reads = () if found.coder is None else (found.coder.config.reads,)
     mesh = make_rows_mesh()
-    params = jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
+    params = place_weights(model, mesh)
     runs = CircuitRuns(Setting(model.config, found.site, metric, (), reads), found.coder, params, mesh)
     mean = average_nodes(runs, mean_of or pairs, shape[1]) if ablation == "mean" else None
     donors = choose_donors(pairs, seed) if ablation == "resample" else np.arange(len(pairs))
     parts: list[np.ndarray] = []
-    for numbers in split_prompts(model.config, pairs):
-        padded = np.resize(numbers, -(-len(numbers) // mesh.size) * mesh.size)
-        part = place_prompts(runs, take_prompts(prompts, padded))
+    for numbers in split_prompts(model.config, pairs, mesh.size):
+        part = place_prompts(runs, take_prompts(prompts, numbers))
         if mean is not None:
             other = mean
         elif ablation == "resample":
-            other = read_nodes(runs, place_prompts(runs, take_prompts(prompts, donors[padded])), "clean")
+            other = read_nodes(runs, place_prompts(runs, take_prompts(prompts, donors[numbers])), "clean")
         else:
             other = read_nodes(runs, part, "corrupted" if ablation == "counterfactual" else "clean")
             other = jax.tree.map(jnp.zeros_like, other) if ablation == "zero" else other
         values = [run_circuit(runs.setting, params, runs.coder, part, keep, other) for keep in circuits]
-        parts.append(np.stack([np.asarray(row) for row in values])[:, : len(numbers)])
+        parts.append(np.stack([np.asarray(row) for row in values]))
     return np.concatenate(parts, axis=1)[:, : len(pairs)]
 
 
@@ -176,33 +175,8 @@ def _read_nodes(
 def average_nodes(runs: CircuitRuns, pairs: PromptPairs, length: int) -> NodeValues:
     """The mean at each position over the corrupted prompts that reach it; 0 where none does."""
     side = "clean" if any(ids is None for ids in pairs.corrupted) else "corrupted"
-    prompts = pad_prompts(pairs)
-    if prompts.clean.shape[1] > length:
-        raise UserError(f"pairs for the means: {prompts.clean.shape[1]} tokens, expected at most {length}")
-    sums: list[Any] = []
-    for numbers in split_prompts(runs.setting.model, pairs):
-        part = take_prompts(prompts, numbers)
-        real = np.arange(len(numbers)) < len(np.unique(numbers))
-        has_token = real[:, None] & (np.arange(prompts.clean.shape[1])[None] <= np.asarray(part.last)[:, None])
-        found = read_nodes(runs, part, side)
-        sums.append(sum_positions(found, jnp.asarray(has_token)))
-    totals, counts = jax.tree.map(lambda *rows: sum(rows[1:], rows[0]), *sums)
-
-    def divide(total: Array) -> Array:
-        at = (None, None, slice(None), *(None,) * (total.ndim - 3))
-        mean = total / jnp.maximum(counts, 1)[at].astype(total.dtype)
-        return jnp.pad(mean, [(0, 0), (0, 0), (0, length - mean.shape[2]), *[(0, 0)] * (mean.ndim - 3)])
-
-    return jax.tree.map(divide, totals)
-
-
-@jax.jit
-def sum_positions(values: NodeValues, has_token: Bool[Array, "P T"]) -> tuple[tuple[Array, ...], Int[Array, "T"]]:
-    def add(value: Array) -> Array:
-        there = has_token.reshape(1, *has_token.shape, *(1,) * (value.ndim - 3))
-        return jnp.where(there, value, 0).sum(axis=1, keepdims=True)
-
-    return jax.tree.map(add, values), has_token.sum(axis=0)
+    parts = split_prompts(runs.setting.model, pairs, 1)
+    return average_positions(lambda prompts: read_nodes(runs, prompts, side), pairs, parts, length)
 
 
 @partial(jax.jit, static_argnames=("setting",))

@@ -28,7 +28,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.true_pass import widen
 from jclt.circuits.exact import patch_nodes
 from jclt.circuits.gradients import (
     Setting,
@@ -54,7 +53,7 @@ from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.interventions.patching.metrics import Metric
 from jclt.interventions.patching.pairs import PromptPairs
-from jclt.interventions.resume import make_rows_mesh
+from jclt.interventions.resume import make_rows_mesh, place_weights
 from jclt.models import Model
 from jclt.shapes import Array, Float, Int, Params
 
@@ -143,12 +142,11 @@ def score_nodes(
     prompts = pad_prompts(pairs)
     parts: list[np.ndarray] = []
     mesh = make_rows_mesh()
-    params = jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
+    params = place_weights(model, mesh)
     dtype = params["token_embedding"].dtype
     curve = (jnp.asarray(points, dtype), jnp.asarray(weights, dtype))
-    for numbers in split_prompts(model.config, pairs):
-        padded = np.resize(numbers, -(-len(numbers) // mesh.size) * mesh.size)
-        part = jax.device_put(take_prompts(prompts, padded), NamedSharding(mesh, P("rows")))
+    for numbers in split_prompts(model.config, pairs, mesh.size):
+        part = jax.device_put(take_prompts(prompts, numbers), NamedSharding(mesh, P("rows")))
         if method == "exact":
             scores = patch_nodes(plan.setting, params, part, found.whole, reference == "zero")
         elif method == "saturation fix":
@@ -157,7 +155,7 @@ def score_nodes(
             scores = score_part_of_coder(plan, params, found.coder, part, curve)
         else:
             scores = score_part(plan, params, part, curve)
-        parts.append(np.asarray(scores)[: len(numbers)])
+        parts.append(np.asarray(scores))
     per_pair = np.concatenate(parts)[: len(pairs)]
     per_pair = np.where(mark_tokens(pairs, per_pair.shape[2])[:, None, :, None], per_pair, 0)
     return NodeScores(per_pair, found, layers, method, plan.setting.rules, metric, reference, pairs)

@@ -3,7 +3,8 @@
 Prompts are padded on the right to one length, and the answer is read at each prompt's own last token.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jclt.interventions.patching.runs import check_corrupted
 from jclt.models import MODEL_SITES, Compose, Edit, ModelConfig, Sites, ops
 from jclt.models.transformer import Activate, block, embed, make_context, unembed
 from jclt.models.weights import declare_layer_weights
-from jclt.shapes import Array, Captured, Float, Int, Params, Stream, Tokens
+from jclt.shapes import Array, Bool, Captured, Float, Int, Params, Stream, Tokens
 
 GRADIENT_METRICS = ("logit_difference", "probability", "difference")
 
@@ -45,13 +46,53 @@ def take_prompts(prompts: Prompts, numbers: Int[np.ndarray, "n"]) -> Prompts:
     return jax.tree.map(lambda column: jnp.asarray(np.asarray(column)[numbers]), prompts)
 
 
-def split_prompts(config: ModelConfig, pairs: PromptPairs) -> list[Int[np.ndarray, "n"]]:
-    """The numbers of the pairs that run at once: parts of one size, so that one program serves all. The last repeats
-    pairs to be full."""
-    most = limit_rows(config, max(len(ids) for ids in pairs.clean))
-    parts = -(-len(pairs) // most)
-    size = -(-len(pairs) // parts)
-    return [np.resize(np.arange(first, min(first + size, len(pairs))), size) for first in range(0, len(pairs), size)]
+def split_prompts(config: ModelConfig, pairs: PromptPairs, devices: int) -> list[Int[np.ndarray, "n"]]:
+    """The numbers of the pairs that run at once."""
+    return split_evenly(len(pairs), limit_rows(config, max(len(ids) for ids in pairs.clean)), devices)
+
+
+def split_evenly(count: int, most: int, devices: int) -> list[Int[np.ndarray, "n"]]:
+    """The numbers below `count` in parts of at most `most` for each device. Parts have one size, so that one program
+    serves all; the last repeats numbers to be full."""
+    parts = -(-count // (most * devices))
+    size = -(-count // (parts * devices)) * devices
+    return [np.resize(np.arange(first, min(first + size, count)), size) for first in range(0, count, size)]
+
+
+def average_positions(
+    read: Callable[[Prompts], Any], pairs: PromptPairs, parts: Iterable[Int[np.ndarray, "n"]], length: int
+) -> Any:
+    """The mean at each position over the prompts that reach it, 0 where none does: of arrays `[n, P, T, ...]`, which
+    `read` gives for some of the pairs. `parts` are those of `split_evenly`."""
+    prompts = pad_prompts(pairs)
+    found = prompts.clean.shape[1]
+    if found > length:
+        raise UserError(f"pairs for the means: {found} tokens, expected at most {length}")
+    sums: list[Any] = []
+    for numbers in parts:
+        part = take_prompts(prompts, numbers)
+        is_first = np.arange(len(numbers)) < len(np.unique(numbers))
+        has_token = is_first[:, None] & (np.arange(found)[None] <= np.asarray(part.last)[:, None])
+        sums.append(sum_positions(read(part), jnp.asarray(has_token)))
+    totals, counts = jax.tree.map(lambda *rows: sum(rows[1:], rows[0]), *sums)
+
+    def divide(total: Array) -> Array:
+        at = (None, None, slice(None), *(None,) * (total.ndim - 3))
+        mean = total / jnp.maximum(counts, 1)[at].astype(total.dtype)
+        return jnp.pad(mean, [(0, 0), (0, 0), (0, length - found), *[(0, 0)] * (mean.ndim - 3)])
+
+    return jax.tree.map(divide, totals)
+
+
+@jax.jit
+def sum_positions(values: Any, has_token: Bool[Array, "P T"]) -> tuple[Any, Int[Array, "T"]]:
+    """The sums over prompts, and how many prompts have each position."""
+
+    def add(value: Array) -> Array:
+        there = has_token.reshape(1, *has_token.shape, *(1,) * (value.ndim - 3))
+        return jnp.where(there, value, 0).sum(axis=1, keepdims=True)
+
+    return jax.tree.map(add, values), has_token.sum(axis=0)
 
 
 def check_gradient_metric(metric: str, pairs: PromptPairs) -> None:
@@ -68,9 +109,12 @@ def check_reference(reference: str, pairs: PromptPairs) -> None:
         check_corrupted(pairs)
 
 
-def measure_metric(metric: Metric, logits: Float[Array, "P V"], answers: AnswerSets) -> Float[Array, "P"]:
-    """One of `GRADIENT_METRICS` for each pair."""
-    measures = jax.vmap(lambda row, own: measure_rows(row[None], row, own))(logits, answers)
+def measure_metric(
+    metric: Metric, logits: Float[Array, "P V"], answers: AnswerSets, clean: Float[Array, "P V"] | None = None
+) -> Float[Array, "P"]:
+    """The metric of each pair. `clean` are the clean logits, which `kl` compares with."""
+    clean = logits if clean is None else clean
+    measures = jax.vmap(lambda row, clean, own: measure_rows(row[None], clean, own))(logits, clean, answers)
     return getattr(measures, metric)[:, 0]
 
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jclt.models import MODEL_SITES, Cache, Edit, ModelConfig, Sites, forward
+from jclt.attribution.true_pass import widen
+from jclt.models import MODEL_SITES, Cache, Edit, Model, ModelConfig, Sites, forward
 from jclt.models.transformer import block, make_context, unembed
 from jclt.models.weights import declare_layer_weights
 from jclt.shapes import Array, Captured, Float, Int, Logits, Params, Tokens
@@ -20,6 +22,11 @@ def make_rows_mesh() -> Mesh:
     """The devices of this host, between which rows are split."""
     devices = jax.local_devices()
     return jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def place_weights(model: Model, mesh: Mesh) -> Params:
+    """The model's weights on every device of the mesh, in float32 at least."""
+    return jax.device_put(widen(dict(model.params)), NamedSharding(mesh, P()))
 
 
 class KeptPass(NamedTuple):

@@ -12,11 +12,10 @@ from small_models import ROWS, make_model, make_small_pairs
 
 import jclt
 from jclt import UserError
-from jclt.circuits.edge_methods import measure_edges
 from jclt.circuits.edge_runs import collect_writes, list_write_sites, run_edges
 from jclt.circuits.edge_scores import score_edges
 from jclt.circuits.edges import list_edges, list_receivers, list_senders
-from jclt.circuits.passes import pad_prompts, run_pass
+from jclt.circuits.passes import measure_metric, pad_prompts, run_pass
 from jclt.models import Replace
 
 GELU = {"norm": "layer", "activation": "gelu", "gated": False, "mlp_bias": True, "qkv_bias": True, "kv_heads": 1}
@@ -41,7 +40,7 @@ def test_eap_is_the_derivative_by_how_much_of_an_edge_is_kept(name):
 
             def measure(kept):
                 logits = run_edges(config, params, prompts.clean, prompts.last, kept, other)
-                return measure_edges("difference", logits, clean, prompts.answers)
+                return measure_metric("difference", logits, prompts.answers, clean)
 
             return jax.jacfwd(measure)(jnp.ones(list_edges(config).shape))
 
