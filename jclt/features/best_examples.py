@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from jclt.features.events import Events
+from jclt.features.events import Events, sort_stably
+from jclt.features.frequent_tokens import find_starts
 from jclt.features.rows import Block
 from jclt.shapes import Float, Int
 
@@ -26,8 +27,8 @@ def add_examples(examples: Arrays, events: Events, score: Float[np.ndarray, "E"]
     """Keeps the best of the examples and of the block's events, in place, in no order. Of equal scores the earlier
     place in the data is better. Blocks come in the order of the data."""
     length, count = block.tokens.shape[1], examples["score"].shape[1]
-    chosen = _choose_of_each_row(events, score, length)
-    chosen = chosen[score[chosen] > examples["score"].min(axis=1)[events.feature[chosen]]]
+    better = np.flatnonzero(score > examples["score"].min(axis=1)[events.feature])
+    chosen = better[_choose_of_each_row(events.feature[better], events.place[better] // length, score[better])]
     if not len(chosen):
         return
     changed = np.unique(events.feature[chosen])
@@ -56,29 +57,29 @@ def find_places(examples: Arrays, length: int) -> Int[np.ndarray, "F K"]:
     return examples["row"].astype(np.int64) * length + examples["position"]
 
 
-def _choose_of_each_row(events: Events, score: Float[np.ndarray, "E"], length: int) -> Int[np.ndarray, "_"]:
+def _choose_of_each_row(
+    feature: Int[np.ndarray, "E"], row: Int[np.ndarray, "E"], score: Float[np.ndarray, "E"]
+) -> Int[np.ndarray, "_"]:
     """The event of each feature and row with the highest score, the first one of equals."""
-    row = events.place // length
     if not len(row):
         return np.zeros(0, np.int64)
-    is_start = np.concatenate([[True], (np.diff(events.feature) != 0) | (np.diff(row) != 0)])
-    starts, group = np.flatnonzero(is_start), np.cumsum(is_start) - 1
+    starts = find_starts(feature.astype(np.int64) * (row.max() + 1) + row)
+    group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(row)))
     best = np.flatnonzero(score == np.maximum.reduceat(score, starts)[group])
-    return best[np.concatenate([[True], np.diff(group[best]) != 0])]
+    return best[find_starts(group[best])]
 
 
 def _sort_in_groups(group: Int[np.ndarray, "n"], scores: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
     """Group by group, the highest score first, of equal ones the one that comes first in the list. Faster than
-    `np.lexsort`: integers of 16 bits are not compared to be sorted."""
+    `np.lexsort`."""
     order = np.argsort(-scores, kind="stable")
-    fewest_bits = np.uint16 if group.max(initial=0) < 1 << 16 else group.dtype
-    return order[np.argsort(group[order].astype(fewest_bits), kind="stable")]
+    return order[sort_stably(group[order])]
 
 
 def _rank_in_group(group: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
     """For a sorted list, the place of each item among those that are equal to it."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1])
-    return np.arange(len(group)) - np.repeat(starts, np.diff(np.concatenate([starts, [len(group)]])))
+    starts = find_starts(group)
+    return np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
 
 
 def _cut_examples(events: Events, chosen: Int[np.ndarray, "n"], block: Block, context: int) -> Arrays:

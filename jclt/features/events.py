@@ -118,11 +118,16 @@ def fetch_events(listing: Listing) -> tuple[Events, int]:
 
 
 def join_events(batches: Sequence[Events], batch_tokens: int) -> Events:
-    """The events of a block from those of its batches, sorted."""
+    """The events of a block from those of its batches, sorted. The places of each feature ascend already."""
     feature = np.concatenate([events.feature for events in batches])
     place = np.concatenate([events.place + n * batch_tokens for n, events in enumerate(batches)])
-    order = np.argsort(feature.astype(np.int64) * (len(batches) * batch_tokens) + place)
+    order = sort_stably(feature)
     return Events(feature[order], place[order], np.concatenate([events.value for events in batches])[order])
+
+
+def sort_stably(numbers: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """The order of whole numbers from 0 on. Those of 16 bits are sorted without comparing them, which is faster."""
+    return np.argsort(numbers.astype(np.uint16) if numbers.max(initial=0) < 1 << 16 else numbers, kind="stable")
 
 
 @eqx.filter_jit

@@ -39,7 +39,9 @@ def add_counts(counts: Counts, feature: Int[np.ndarray, "E"], token: Int[np.ndar
     keys = keys[order]
     starts = find_starts(keys)
     key, total = keys[starts], np.add.reduceat(numbers[order], starts) if len(keys) else numbers
-    owner = np.searchsorted(changed, key // vocabulary)
+    number = np.zeros(len(counts["ids"]), np.int64)
+    number[changed] = np.arange(len(changed))
+    owner = number[key // vocabulary]
     total -= _find_excess(owner, total, len(changed), places, counts["missed"], changed)[owner]
     key, owner, total = key[total > 0], owner[total > 0], total[total > 0]
     starts = np.searchsorted(owner, np.arange(len(changed)))
@@ -52,7 +54,8 @@ def add_counts(counts: Counts, feature: Int[np.ndarray, "E"], token: Int[np.ndar
 
 def find_starts(items: Int[np.ndarray, "n"]) -> Int[np.ndarray, "_"]:
     """Where in a sorted list each run of equal items begins."""
-    return np.flatnonzero(np.diff(items, prepend=items[:1] - 1))
+    changes = np.flatnonzero(items[1:] != items[:-1]) + 1
+    return np.concatenate([np.zeros(min(1, len(items)), changes.dtype), changes])
 
 
 def _find_excess(

@@ -39,7 +39,8 @@ def add_events(tally: Tally, events: Events, block: Block, vocabulary: int) -> N
     """Counts what one block's events say, in place."""
     feature, place, value = events
     length, features = block.tokens.shape[1], len(tally["count"])
-    row, position = np.divmod(place, length)
+    tokens, row = block.tokens.reshape(-1), place // length
+    position = place - row * length
     tally["count"] += np.bincount(feature, minlength=features)
     tally["sum"] += np.bincount(feature, value, minlength=features)
     np.maximum.at(tally["maximum"], feature, value)
@@ -50,15 +51,15 @@ def add_events(tally: Tally, events: Events, block: Block, vocabulary: int) -> N
     random = draw_numbers(block.rows[row] * length + position)
     add_examples(_take_prefix(tally, "sample"), events, random, block)
 
-    add_counts(_take_prefix(tally, "token"), feature, block.tokens[row, position], vocabulary)
+    add_counts(_take_prefix(tally, "token"), feature, tokens[place], vocabulary)
     has_next = position + 1 < length
-    following = block.tokens[row[has_next], position[has_next] + 1]
-    add_counts(_take_prefix(tally, "next"), feature[has_next], following, vocabulary)
+    add_counts(_take_prefix(tally, "next"), feature[has_next], tokens[place[has_next] + 1], vocabulary)
 
-    looked_at = block.cofiring[row] >= 0
-    fired = block.cofiring[row[looked_at]].astype(np.int64) * length + position[looked_at]
-    tally["fired_feature"] = np.concatenate([tally["fired_feature"], feature[looked_at].astype(np.int32)])
-    tally["fired_place"] = np.concatenate([tally["fired_place"], fired])
+    if (block.cofiring >= 0).any():
+        looked_at = block.cofiring[row] >= 0
+        fired = block.cofiring[row[looked_at]].astype(np.int64) * length + position[looked_at]
+        tally["fired_feature"] = np.concatenate([tally["fired_feature"], feature[looked_at].astype(np.int32)])
+        tally["fired_place"] = np.concatenate([tally["fired_place"], fired])
 
 
 def draw_numbers(place: Int[np.ndarray, "E"]) -> Float[np.ndarray, "E"]:
