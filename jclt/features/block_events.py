@@ -87,6 +87,8 @@ class BlockLister:
                 encoder = self.load(layer)
                 for x, (_, valid) in zip(reads, some, strict=True):
                     listing = start_listing(encoder, x[layer], valid, self.thresholds[layer], self.slots[layer])
+                    if jax.default_backend() == "cpu":  # programs that run at once take the cache from each other
+                        jax.block_until_ready(listing.result)
                     started.append((layer, listing))
                 if not self.encoders:  # its weights are not kept longer than needed
                     self._fetch(started, found)
