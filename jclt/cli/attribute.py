@@ -175,6 +175,8 @@ def check_shown(arguments: argparse.Namespace) -> None:
         for name in ("labels", "features", "supernodes"):
             if getattr(arguments, name):
                 raise UserError(f"attribute: --{name} with --prompts is for viewers' files, expected --json too")
+    if arguments.json and arguments.prompts is None:
+        raise UserError("attribute: --json goes with --prompts; of one prompt --out DIR writes the viewers' file, too")
     if arguments.features is not None and arguments.out is None:
         raise UserError("attribute: --features is for viewers' files, expected --out DIR too")
     if arguments.supernodes and arguments.prompts is None:

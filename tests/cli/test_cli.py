@@ -150,6 +150,7 @@ def test_what_is_typed_reaches_the_terminal_as_escapes(capsys):
         (["attribute", "x", "--out", "{}/file"], "{}/file: cannot be written"),
         (["attribute", "--prompts", "{}/none", "--out", "{}/o"], "{}/none: not found"),
         (["attribute", "x", "--features", "f"], "attribute: --features is for viewers' files, expected --out DIR too"),
+        (["attribute", "x", "--json"], "attribute: --json goes with --prompts; of one prompt --out DIR writes"),
         (
             ["attribute", "--prompts", "p", "--out", "o", "--supernodes"],
             "attribute: --supernodes with --prompts is for viewers' files, expected --json too",
