@@ -138,7 +138,7 @@ def select_kept_features(coder: Coder, graph: Graph) -> KeptFeatures:
 def measure_walks(graph: Graph, nodes: np.ndarray) -> float:
     """The share of the walks from the outputs, in the whole graph, that reach at least one of the nodes. A walk ends at
     the first such node, so that it is counted once."""
-    adjacency = graph.adjacency.copy()
+    adjacency = np.array(graph.adjacency)
     adjacency[nodes] = 0
     first = replace(graph, adjacency=adjacency).influence[nodes].sum()
     return float(first / graph.output_weights.sum())

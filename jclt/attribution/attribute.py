@@ -42,8 +42,7 @@ from jclt.attribution.schedule import trace_prompts
 from jclt.attribution.sizes import (
     BATCH_BYTES,
     PROMPTS_AT_ONCE,
-    estimate_pass_bytes,
-    estimate_score_bytes,
+    estimate_prompt_bytes,
     round_up_length,
 )
 from jclt.attribution.targets import Target, decode_token, parse_targets, resolve_targets
@@ -194,9 +193,7 @@ def split_batches(setup: Setup, lengths: Sequence[int], batch: int) -> list[list
     batches = []
     for length in np.unique(padded_lengths):
         numbers = np.flatnonzero(padded_lengths == length).tolist()
-        prompt_bytes = estimate_pass_bytes(*sizes, int(length), 4)
-        if setup.options.has_scores(setup.coder.config):
-            prompt_bytes += devices * estimate_score_bytes(*sizes, int(length), 4)
+        prompt_bytes = estimate_prompt_bytes(*sizes, setup.options, devices, int(length), 4)
         on_device = min(PROMPTS_AT_ONCE[backend], max(BATCH_BYTES[backend] // prompt_bytes, 1))
         size = min(batch, on_device * devices)
         batches += [numbers[start : start + size] for start in range(0, len(numbers), size)]

@@ -18,7 +18,14 @@ from jax.sharding import PartitionSpec as P
 from jclt.attribution.local import LocalModel, Weights
 from jclt.attribution.options import Options
 from jclt.attribution.ranking import PromptRows
-from jclt.attribution.sizes import CALLS_IN_FLIGHT, choose_block_size, choose_blocks_per_call, count_edges, round_up
+from jclt.attribution.sizes import (
+    CALLS_IN_FLIGHT,
+    choose_block_size,
+    choose_blocks_per_call,
+    count_edges,
+    count_vector_edges,
+    round_up,
+)
 from jclt.attribution.sweep.blocks import Block, split_targets
 from jclt.attribution.sweep.columns import Columns, LowTargets, SourceBlocks, push_sources
 from jclt.attribution.sweep.cuts import COLUMN_BYTES, Work, choose_cut
@@ -98,11 +105,10 @@ class Batch(NamedTuple):
     def target_bytes(self) -> int:
         """Of the edges into one target."""
         met = 0 if self.columns is None else self.columns.streams.shape[1] * self.columns.streams.shape[3]
-        vectors, length = self.nodes.vectors, self.stops[-1]
+        config, length, vectors = self.setup.model.config, self.stops[-1], self.nodes.vectors
         if vectors is not None:
-            of_streams = 0 if vectors.streams is None else length
-            met += self.setup.model.config.layers * (vectors.head_lists.shape[2] + of_streams)
-        return (count_edges(self.setup.model.config, length, self.layout) + met) * self.setup.itemsize
+            met += count_vector_edges(config, length, vectors.head_lists.shape[2], vectors.streams is not None)
+        return (count_edges(config, length, self.layout) + met) * self.setup.itemsize
 
 
 def push_columns(batch: Batch) -> Batch:

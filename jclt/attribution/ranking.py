@@ -16,7 +16,8 @@ Tracing stops when m falls below the tolerance, or when enough features are trac
 Only embeddings lead into features of the first layer, so their rows are there before anything is traced, and no walk
 goes from them to another feature. So with a tolerance, rounds are counted in features of higher layers; those of the
 first layer are taken with them as far as they rank as high. Once walks end at untraced features of higher layers with a
-probability below the tolerance, only features of the first layer are taken, until m is below it, too.
+probability below the tolerance, only features of the first layer are taken, until m is below it, too. Where heads are
+nodes they lead into features of the first layer, and those count as the others do.
 
 Rows are kept without the sources that cannot reach their targets: those in the target's own layer (but heads and
 residual streams), in higher layers and at positions after its block's last one. Each row is dropped as soon as it has
@@ -31,9 +32,9 @@ from jclt.attribution.embeddings import EmbeddingEdges
 from jclt.attribution.sweep.edges import Edges
 from jclt.attribution.targets import Outputs
 from jclt.attribution.vectors import NO_VECTORS, VectorList
-from jclt.attribution.walk import Rows, walk
+from jclt.attribution.walk import Rows, move_to_graph, walk
 from jclt.graphs.graph import Graph
-from jclt.graphs.nodes import build_node_table
+from jclt.graphs.nodes import build_node_table, compute_order, find_layer
 from jclt.shapes import Float, Int
 
 ROUND_SIZE = 512
@@ -81,7 +82,8 @@ class PromptRows:
         self.vectors = vectors
         self.target_layers = np.concatenate([features[:, 0], outputs.layers, vectors.layers])
         self.target_positions = np.concatenate([features[:, 1], outputs.positions, vectors.positions])
-        self.target_orders = np.concatenate([3 * features[:, 0] + 2, 3 * outputs.layers + 2, vectors.order])
+        orders = [compute_order(layers, "feature") for layers in (features[:, 0], outputs.layers)]
+        self.target_orders = np.concatenate([*orders, vectors.order])
         self.values, self.bias = embedding_edges.values[padded_numbers], embedding_edges.bias[padded_numbers]
         self.embeddings = [x for x in (embedding_edges.tokens, embedding_edges.positions) if x is not None]
         self.padded_numbers = padded_numbers
@@ -110,7 +112,7 @@ class PromptRows:
     def list_columns(self, order: int, stop: int) -> Int[np.ndarray, "c"]:
         """The sources below a target's place in the order, and before a position."""
         if (order, stop) not in self.columns:
-            layer = order // 3
+            layer = find_layer(order)
             features = np.flatnonzero((self.features[:, 0] < layer) & (self.features[:, 1] < stop))
             # After the features come blocks of one column per position: each layer's errors, then the embeddings.
             blocks = (*range(layer), *range(self.layers, self.layers + len(self.embeddings)))
@@ -161,7 +163,7 @@ class PromptRows:
             return untraced[:0]
         order, size = np.argsort(-influence, kind="stable"), self.round_size
         if self.tolerance:
-            higher = np.flatnonzero(self.features[untraced[order], 0] > 0)
+            higher = np.flatnonzero(self.features[untraced[order], 0] >= min(self.lowest, 1))
             if influence[order[higher]].sum() < allowed:
                 order = np.delete(order, higher)
             else:
@@ -182,7 +184,7 @@ class PromptRows:
         tiles = block.features.reshape(-1, *block.features.shape[2:])
         stop, count = min(len(self.tokens), start + length), len(self.features)
         for order in np.unique(self.target_orders[targets]):
-            place, layer = np.flatnonzero(self.target_orders[targets] == order), order // 3
+            place, layer = np.flatnonzero(self.target_orders[targets] == order), find_layer(int(order))
             columns = self.list_columns(int(order), stop)
             features = columns[: np.searchsorted(columns, count)]
             tile, slot = self.slots[:, features]
@@ -205,7 +207,7 @@ class PromptRows:
         """Keeps the rows of targets below the cut, whose edges are there already."""
         for order in np.unique(self.target_orders[targets]):
             assert self.low_edges is not None
-            of_layer, layer = targets[self.target_orders[targets] == order], order // 3
+            of_layer, layer = targets[self.target_orders[targets] == order], find_layer(int(order))
             stop = int(self.target_positions[of_layer].max()) + 1
             columns = self.list_columns(int(order), stop)
             end = len(columns) - len(self.embeddings) * stop
@@ -258,20 +260,9 @@ class PromptRows:
             by_node[target_nodes[targets]] = x
             return by_node
 
-        adjacency = np.zeros((size, size), dtype)
-        rest, rest_mass = np.zeros(size, dtype), np.zeros(size, dtype)
-        while self.rows:
-            rows = self.rows.pop()
-            nodes, columns, edges = target_nodes[rows.targets], source_nodes[rows.columns], rows.edges
-            del rows  # so that the edges below are dropped when they have been copied
-            if not self.is_traced.all():
-                untraced = edges[:, columns < 0]
-                rest[nodes], rest_mass[nodes] = untraced.sum(axis=1), np.abs(untraced).sum(axis=1)
-                edges, columns = edges[:, columns >= 0], columns[columns >= 0]
-            for node, row in zip(nodes, edges, strict=True):
-                adjacency[node, columns] = row
+        edges = move_to_graph(self.rows, source_nodes, target_nodes, size, dtype)
         return Graph(
-            adjacency=adjacency,
+            adjacency=edges.adjacency,
             nodes=build_node_table(
                 layers=self.layers,
                 features=self.features[kept],
@@ -285,8 +276,8 @@ class PromptRows:
                 values=spread_over_nodes(self.values[targets]),
             ),
             bias=spread_over_nodes(self.bias[targets]),
-            rest=rest,
-            rest_mass=rest_mass,
+            rest=edges.rest,
+            rest_mass=edges.rest_mass,
             activations=self.activations[kept],
             token_texts=token_texts,
             logit_names=self.outputs.names,

@@ -18,12 +18,12 @@ from jclt.attribution.ranking import Limits, PromptRows
 from jclt.attribution.scores import Chosen, choose_features, score_features
 from jclt.attribution.sizes import (
     BATCH_BYTES,
+    SHORTER,
     DeviceBytes,
     check_rows,
     choose_embeddings_at_once,
     choose_layout,
-    estimate_pass_bytes,
-    estimate_score_bytes,
+    estimate_prompt_bytes,
     estimate_source_bytes,
     estimate_target_bytes,
     list_stops,
@@ -51,11 +51,8 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
     tokens, lengths = pad_prompts(prompts, model.config.context, setup.shards)
     (count, length), itemsize = tokens.shape, setup.itemsize
     per_device = count // setup.shards
-    pass_bytes = estimate_pass_bytes(model.config, config, length, itemsize)
-    if setup.options.has_scores(config):
-        pass_bytes += setup.shards * estimate_score_bytes(model.config, config, length, itemsize)
-    what = f"prompt: the pass over its {max(map(len, prompts))} tokens"
-    check_memory(pass_bytes * per_device, what, "a shorter prompt would fit")
+    pass_bytes = estimate_prompt_bytes(model.config, config, setup.options, setup.shards, length, itemsize)
+    check_memory(pass_bytes * per_device, f"prompt: the pass over its {max(map(len, prompts))} tokens", SHORTER)
     arrays = jax.device_put((tokens, lengths), setup.by_prompt)
     silent = max(count_silent_positions(model, setup.options), config.first_position)
     has_vectors = setup.options.has_vectors
@@ -77,12 +74,13 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
 
     layout = choose_layout(config, counts, active.length, backend)
     at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device, itemsize)
-    source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize)
+    vector_nodes = None if vectors is None else vectors.nodes
+    source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize, vector_nodes)
     if per_device > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:
         del true_pass, active
         halves = slice(0, len(prompts) // 2), slice(len(prompts) // 2, None)
         return [rows for half in halves for rows in trace_prompts(setup, prompts[half], targets[half])]
-    target_bytes = estimate_target_bytes(model.config, length, layout, itemsize)
+    target_bytes = estimate_target_bytes(model.config, length, layout, itemsize, vector_nodes)
     on_device = DeviceBytes(sources=per_device * source_bytes, target=per_device * target_bytes)
     most_vectors = 0 if vectors is None else max(len(of_prompt.layers) for of_prompt in vectors.lists)
     check_rows(model, config, counts[: len(prompts)], outputs, setup.options, itemsize, on_device, most_vectors)

@@ -9,8 +9,10 @@ from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.sweep.cuts import COLUMN_BYTES
 from jclt.attribution.sweep.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
+from jclt.attribution.sweep.vectors import VectorNodes
 from jclt.attribution.targets import Outputs
 from jclt.coders import CoderConfig
+from jclt.graphs.adjacency import is_large
 from jclt.memory import SPARE_SHARE, check_memory, measure_free_host_memory
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Int
@@ -35,6 +37,8 @@ PROMPTS_AT_ONCE = {"cpu": 8, "gpu": 1 << 10, "tpu": 1 << 10}
 
 OUTPUTS_AT_ONCE = 8
 """Outputs whose gradients with respect to a layer's features are in memory together."""
+
+SHORTER = "a shorter prompt would fit"
 
 CALLS_IN_FLIGHT = 2
 """Calls that the device works on while the host stores the results of the one before."""
@@ -79,7 +83,13 @@ def estimate_pass_bytes(model: ModelConfig, coder: CoderConfig, length: int, ite
 
 
 def estimate_source_bytes(
-    model: ModelConfig, coder: CoderConfig, length: int, layout: Layout, at_once: int, itemsize: int
+    model: ModelConfig,
+    coder: CoderConfig,
+    length: int,
+    layout: Layout,
+    at_once: int,
+    itemsize: int,
+    vectors: VectorNodes | None = None,
 ) -> int:
     """About what one prompt's sources and targets take on a device, beside the true pass: the tiles, encoder rows (as
     they are read, and in one array), and the largest of what is computed beside them: decoder rows of one layer, what
@@ -91,7 +101,8 @@ def estimate_source_bytes(
     listed = covered * layout.list_length
     of_one_layer = 3 * layout.list_length * reach * width
     beside = max(of_one_layer, listed * width * max(2 * at_once, 3))
-    return (in_tiles + 2 * listed * width + beside + 2 * listed * length) * itemsize
+    of_vectors = 0 if vectors is None else estimate_vector_bytes(model, length, vectors, itemsize)
+    return (in_tiles + 2 * listed * width + beside + 2 * listed * length) * itemsize + of_vectors
 
 
 def count_edges(model: ModelConfig, length: int, layout: Layout) -> int:
@@ -99,9 +110,36 @@ def count_edges(model: ModelConfig, length: int, layout: Layout) -> int:
     return layout.groups * layout.tiles * layout.tile_size + model.layers * length
 
 
-def estimate_target_bytes(model: ModelConfig, length: int, layout: Layout, itemsize: int) -> int:
+def count_vector_edges(model: ModelConfig, length: int, heads_in_layer: int, has_streams: bool) -> int:
+    """The same of those from heads and residual streams."""
+    return model.layers * (heads_in_layer + (length if has_streams else 0))
+
+
+def estimate_target_bytes(
+    model: ModelConfig, length: int, layout: Layout, itemsize: int, vectors: VectorNodes | None = None
+) -> int:
     """What the gradients and edges of one target take on a device."""
-    return (2 * length * model.width + count_edges(model, length, layout)) * itemsize
+    edges = count_edges(model, length, layout)
+    if vectors is not None:
+        edges += count_vector_edges(model, length, vectors.head_lists.shape[2], vectors.streams.shape[1] > 0)
+    return (2 * length * model.width + edges) * itemsize
+
+
+def estimate_vector_pass_bytes(model: ModelConfig, length: int, itemsize: int) -> int:
+    """What the values of all heads, the streams between layers, and the outputs' gradients by them take of one prompt
+    where heads or streams may be nodes. The gradients of single layers are put in one array, so they count twice."""
+    of_position = model.heads * model.head_size + model.width
+    return 3 * model.layers * length * of_position * itemsize
+
+
+def estimate_vector_bytes(model: ModelConfig, length: int, vectors: VectorNodes, itemsize: int) -> int:
+    """What one prompt's heads and streams take beside its sources: where nothing passes, the values of all heads and
+    all streams, and of each node its gradient, coefficients and vector."""
+    heads, streams = vectors.heads.shape[1], vectors.streams.shape[1]
+    masks = model.layers * length * (model.heads + 1)
+    values = model.layers * length * ((model.heads * model.head_size if heads else 0) + (model.width if streams else 0))
+    gradients = heads * model.head_size + streams * model.width
+    return (masks + values + gradients + (heads + streams) * (length + model.width)) * itemsize
 
 
 def estimate_score_bytes(model: ModelConfig, coder: CoderConfig, length: int, itemsize: int) -> int:
@@ -111,6 +149,16 @@ def estimate_score_bytes(model: ModelConfig, coder: CoderConfig, length: int, it
     gradients = OUTPUTS_AT_ONCE * coder.features * itemsize
     streams = 2 * OUTPUTS_AT_ONCE * (2 + coder.reach(0)) * model.width * itemsize
     return length * (kept + gradients + streams)
+
+
+def estimate_prompt_bytes(
+    model: ModelConfig, coder: CoderConfig, options: Options, shards: int, length: int, itemsize: int
+) -> int:
+    """About what one prompt takes on a device until its nodes are chosen. The device with the coder scores the features
+    of the prompts of all shards."""
+    scores = shards * estimate_score_bytes(model, coder, length, itemsize) if options.has_scores(coder) else 0
+    vectors = estimate_vector_pass_bytes(model, length, itemsize) if options.has_vectors else 0
+    return estimate_pass_bytes(model, coder, length, itemsize) + scores + vectors
 
 
 def choose_block_size(backend: str, targets: int, length: int, width: int) -> int:
@@ -138,17 +186,42 @@ def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts:
     return 1 << (most.bit_length() - 1)
 
 
+class GraphSize(NamedTuple):
+    """About how many numbers the rows of a prompt hold; and the nodes of its graph, and the edges among them."""
+
+    rows: float
+    nodes: int
+    edges: float
+
+    def count_bytes(self, itemsize: int) -> float:
+        """Of the graph's edges."""
+        return self.edges * (itemsize + 4) if is_large(self.nodes, itemsize) else self.nodes**2 * itemsize
+
+
 def estimate_sizes(
-    counts: Int[np.ndarray, "C T"], covered: tuple[int, ...], layers: int, embeddings: int, limit: int, others: int
-) -> tuple[float, float]:
-    """About how many numbers the rows of a prompt hold, and its graph; `embeddings` is 1, or 2 with position nodes, and
-    `others` counts outputs, heads and residual streams."""
+    counts: Int[np.ndarray, "C T"],
+    covered: tuple[int, ...],
+    layers: int,
+    embeddings: int,
+    limit: int,
+    outputs: int,
+    vectors: int = 0,
+) -> GraphSize:
+    """The size of a prompt's graph; `embeddings` is 1, or 2 with position nodes, and `vectors` counts heads and
+    residual streams, of which about half lie below a target."""
     length, total = counts.shape[1], int(counts.sum())
     limit = min(limit, total)
-    below = np.cumsum(np.cumsum(counts, axis=0) - counts, axis=1) + np.outer(covered, np.arange(1, length + 1))
-    mean = float((counts * (below + embeddings * np.arange(1, length + 1))).sum()) / max(total, 1)
-    always = (layers + embeddings) * length
-    return limit * mean + others * (total + always), float(limit + always + others) ** 2
+    below = np.cumsum(np.cumsum(counts, axis=0) - counts, axis=1)
+    features = float((counts * below).sum()) / max(total, 1)
+    others = np.outer(covered, np.arange(1, length + 1)) + embeddings * np.arange(1, length + 1)
+    mean = float((counts * others).sum()) / max(total, 1) + vectors / 2
+    always = (layers + embeddings) * length + vectors
+    targets = limit + vectors
+    return GraphSize(
+        rows=targets * (features + mean) + outputs * (total + always),
+        nodes=limit + always + outputs,
+        edges=targets * (features * limit / max(total, 1) + mean) + outputs * (limit + always),
+    )
 
 
 class DeviceBytes(NamedTuple):
@@ -174,11 +247,11 @@ def check_rows(
     on_cpu = backend == "cpu"
     embeddings = 1 + (model.config.learned_positions and options.conventions == "jclt")
     most_active = int(counts.sum(axis=(1, 2)).max())
-    most_outputs = max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + vectors
+    most_others = max(len(prompt_outputs.tokens) for prompt_outputs in outputs) + vectors
     columns = most_active * counts.shape[2] * model.config.width * itemsize
 
     def estimate_device(limit: int) -> int:
-        calls = min((CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend], (limit + most_outputs) * on_device.target)
+        calls = min((CALLS_IN_FLIGHT + 1) * CALL_BYTES[backend], (limit + most_others) * on_device.target)
         return on_device.sources + calls + min(COLUMN_BYTES[backend], columns)
 
     def estimate_host(limit: int) -> float:
@@ -189,21 +262,22 @@ def check_rows(
                 model.config.layers,
                 embeddings,
                 limit,
-                len(prompt_outputs.tokens) + vectors,
+                len(prompt_outputs.tokens),
+                vectors,
             )
             for prompt_counts, prompt_outputs in zip(counts, outputs, strict=True)
         ]
-        rows, graphs = (np.array(x) for x in zip(*sizes, strict=True))
-        return float(rows.sum() + graphs.max()) * itemsize + (estimate_device(limit) if on_cpu else 0)
+        rows, graph = sum(size.rows for size in sizes) * itemsize, max(size.count_bytes(itemsize) for size in sizes)
+        return rows + graph + (estimate_device(limit) if on_cpu else 0)
 
     limit, free = min(options.max_features, most_active), measure_free_host_memory()
     if not on_cpu:
-        check_memory(estimate_device(limit), f"prompt: its {most_active} active features", "a shorter prompt would fit")
+        check_memory(estimate_device(limit), f"prompt: its {most_active} active features", SHORTER)
     if free is not None and estimate_host(limit) > free * (1 - SPARE_SHARE):
         low, high = 0, limit
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if estimate_host(middle) <= free * (1 - SPARE_SHARE) else (low, middle)
-        remedy = f"max_features={low} would fit" if low else "a shorter prompt would fit"
+        remedy = f"max_features={low} would fit" if low else SHORTER if not vectors else f"fewer heads, or {SHORTER}"
         what = f"prompt: a graph of {limit} of its {most_active} active features"
         check_memory(estimate_host(limit), what, remedy, host=True)

@@ -13,6 +13,7 @@ from jclt.attribution.sizes import round_up
 from jclt.attribution.sweep.vector_edges import VectorEdges
 from jclt.attribution.sweep.vectors import VectorNodes
 from jclt.attribution.true_pass import TruePass
+from jclt.graphs.nodes import compute_order
 from jclt.numerics import einsum
 from jclt.shapes import Array, Bool, Float, Int
 
@@ -34,7 +35,7 @@ class VectorList(NamedTuple):
     @property
     def order(self) -> Int[np.ndarray, "_"]:
         """As in a graph's `NodeTable`."""
-        return np.concatenate([3 * self.heads[:, 0] + 1, 3 * self.streams[:, 0]])
+        return np.concatenate([compute_order(self.heads[:, 0], "head"), compute_order(self.streams[:, 0], "stream")])
 
     @property
     def slots(self) -> Int[np.ndarray, "h"]:

@@ -56,7 +56,7 @@ def predict_ablations(graph: Graph, most: int = MOST_SOURCES) -> Prediction:
     among = shares[:n, :n].astype(np.float64)
     unit = np.eye(n)[:, sources]
     values = graph.values[:n].astype(np.float64)
-    edges = graph.adjacency[:n, :n] / np.where(values != 0, values, np.inf)[:, None]
+    edges = graph.adjacency[:n][:, :n] / np.where(values != 0, values, np.inf)[:, None]
     relative = -np.linalg.solve(np.eye(n) - edges, unit)
     weights = graph.output_weights[outputs]
     return Prediction(

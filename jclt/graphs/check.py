@@ -3,8 +3,8 @@
 import numpy as np
 
 from jclt.errors import UserError
+from jclt.graphs.adjacency import split_all_rows
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import split_rows
 from jclt.graphs.names import name_of
 
 MAX_LAYERS = 10_000
@@ -76,7 +76,7 @@ def _check_annotations(graph: Graph, where: object) -> None:
 def _check_edges(graph: Graph, where: object) -> None:
     """Checks a few rows at a time, because the edges may fill half of the memory."""
     layers, order = graph.nodes.layer, graph.nodes.order
-    for rows in split_rows(len(graph), graph.adjacency.itemsize, np.arange(len(graph))):
+    for rows in split_all_rows(graph.adjacency):
         block = graph.adjacency[rows]
         for invalid, reason in (
             (~np.isfinite(block), "is not finite, expected a number"),

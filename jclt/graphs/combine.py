@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from jclt.errors import UserError
+from jclt.graphs.adjacency import split_all_rows
 from jclt.graphs.graph import Graph
 from jclt.graphs.nodes import KINDS, NodeTable
+from jclt.memory import check_memory
 from jclt.shapes import Float, Int
 
 Key = tuple[int, int, int, int]
@@ -46,11 +48,14 @@ def _add_graphs(graphs: Sequence[Graph], factors: Float[np.ndarray, "g"]) -> Gra
     place = {key: number for number, key in enumerate(union)}
     where = [np.array([place[key] for key in of_graph]) for of_graph in keys]
     dtype = first.adjacency.dtype
+    need = len(union) ** 2 * dtype.itemsize
+    check_memory(need, f"graphs: those of {len(union)} nodes together", "prune them first", host=True)
     adjacency = np.zeros((len(union), len(union)), dtype)
     columns = {name: np.zeros(len(union), dtype) for name in ("bias", "rest", "rest_mass", "value", "active", "weight")}
     labels, names = [""] * len(union), dict[Key, str]()
     for graph, to, factor in zip(graphs, where, factors.tolist(), strict=True):
-        adjacency[np.ix_(to, to)] += dtype.type(factor) * graph.adjacency
+        for rows in split_all_rows(graph.adjacency):
+            adjacency[np.ix_(to[rows], to)] += dtype.type(factor) * graph.adjacency[rows]
         features, outputs = to[graph.nodes.find("feature")], to[graph.nodes.find("output")]
         columns["bias"][to] += factor * graph.bias
         columns["rest"][to] += factor * graph.rest

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from jclt.graphs.adjacency import count_edges
 from jclt.graphs.graph import Graph
 from jclt.graphs.influence import Scores
 from jclt.graphs.pruning import Rule
@@ -27,6 +26,6 @@ def curve(
     points = []
     for threshold in node_thresholds:
         pruned = graph.prune(threshold, edge_threshold, rule)
-        edges = int(np.count_nonzero(pruned.adjacency))
+        edges = count_edges(pruned.adjacency)
         points.append(CurvePoint(float(threshold), len(pruned), edges, pruned.scores))
     return points

@@ -10,6 +10,7 @@ import numpy as np
 
 from jclt.errors import UserError
 from jclt.files import write_bytes
+from jclt.graphs.adjacency import Adjacency, compress
 from jclt.graphs.export_nodes import make_node_ids, make_nodes
 from jclt.graphs.graph import Graph
 from jclt.graphs.npz import to_plain
@@ -22,7 +23,6 @@ from jclt.graphs.viewer_json import (
     name_groups,
     to_shortest_decimals,
 )
-from jclt.shapes import Float
 
 SLUG_LETTERS = 40
 """About how many letters a slug has at most."""
@@ -180,14 +180,13 @@ def _make_view(graph: Graph, ids: Sequence[str]) -> Json:
     )
 
 
-def _make_links(adjacency: Float[np.ndarray, "N N"], ids: Sequence[str]) -> list[Json]:
-    targets, sources = np.nonzero(adjacency)
-    weights = adjacency[targets, sources]
-    if not np.isfinite(weights).all():
+def _make_links(adjacency: Adjacency, ids: Sequence[str]) -> list[Json]:
+    edges = compress(adjacency)
+    if not np.isfinite(edges.weights).all():
         raise UserError("graph: an edge is not finite, expected numbers only")
     return [
         {"source": ids[source], "target": ids[target], "weight": weight}
         for source, target, weight in zip(
-            sources.tolist(), targets.tolist(), to_shortest_decimals(weights), strict=True
+            edges.sources.tolist(), edges.targets.tolist(), to_shortest_decimals(edges.weights), strict=True
         )
     ]

@@ -18,6 +18,7 @@ import numpy as np
 
 from jclt.errors import UserError, escape_unprintable
 from jclt.graphs import npz
+from jclt.graphs.adjacency import Adjacency, count_edges, is_large, split_rows, stack_blocks, sum_rows
 from jclt.graphs.influence import (
     Edges,
     Scores,
@@ -25,10 +26,9 @@ from jclt.graphs.influence import (
     compute_influence,
     compute_missing_share,
     measure_scores,
-    split_rows,
 )
 from jclt.graphs.nodes import KINDS, Kind, NodeTable
-from jclt.graphs.pruning import Masks, Rule, choose_nodes_and_edges
+from jclt.graphs.pruning import EdgeMask, Masks, Rule, choose_nodes_and_edges
 from jclt.shapes import Bool, Float, Int
 
 
@@ -36,7 +36,7 @@ from jclt.shapes import Bool, Float, Int
 class Graph:
     """N nodes: n features, errors, T tokens, position embeddings, heads, residual streams, k outputs."""
 
-    adjacency: Float[np.ndarray, "N N"]  # the edges; row = target, column = source
+    adjacency: Adjacency  # the edges, of a large graph without zeros; row = target, column = source
     nodes: NodeTable
     bias: Float[np.ndarray, "N"]  # contribution of all bias terms to each target
     rest: Float[np.ndarray, "N"]  # contribution of all features, errors and edges outside the graph to each target
@@ -73,7 +73,7 @@ class Graph:
         text = escape_unprintable("".join(self.token_texts))
         shown = text if len(text) <= 60 else text[:59] + "…"
         parts = [f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in self.counts.items() if count]
-        return f"<Graph of '{shown}': {', '.join(parts)}, {np.count_nonzero(self.adjacency)} edges>"
+        return f"<Graph of '{shown}': {', '.join(parts)}, {count_edges(self.adjacency)} edges>"
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -133,7 +133,7 @@ class Graph:
     @property
     def residual(self) -> Float[np.ndarray, "N"]:
         """(incoming edges + bias + rest) - value at nodes with inputs, which is 0 up to rounding; 0 elsewhere."""
-        total = self.adjacency.sum(axis=1, dtype=np.float64) + self.bias + self.rest
+        total = sum_rows(self.adjacency) + self.bias + self.rest
         return np.where(self.nodes.is_kind("feature", "head", "stream", "output"), total - self.nodes.value, 0.0)
 
     @property
@@ -219,21 +219,27 @@ class Graph:
         file is complete."""
         npz.write_file(path, {name: getattr(self, name) for name in npz.STORED_FIELDS}, self.adjacency)
 
-    def keep(self, nodes: Bool[np.ndarray, "N"], edges: Bool[np.ndarray, "N N"] | None = None) -> "Graph":
+    def keep(self, nodes: Bool[np.ndarray, "N"], edges: EdgeMask | None = None) -> "Graph":
         """The graph of some nodes and edges. The contributions of the others are added to `rest`. Embeddings and
         outputs are always kept."""
         nodes = np.asarray(nodes) | self.nodes.is_kind("token", "position", "output")
         kept = np.flatnonzero(nodes)
         renumbered = np.cumsum(nodes) - 1
-        adjacency = np.zeros((len(kept), len(kept)), self.adjacency.dtype)
-        removed, removed_mass = np.zeros(len(self), adjacency.dtype), np.zeros(len(self), adjacency.dtype)
-        for rows in split_rows(len(self), self.adjacency.itemsize, kept):
+        removed, removed_mass = np.zeros((2, len(self)), self.adjacency.dtype)
+
+        def take_rows(rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r _"]:
+            """The edges that are kept; the others are added up."""
             block = self.adjacency[rows]
             is_kept = np.broadcast_to(nodes, block.shape) if edges is None else edges[rows] & nodes
-            adjacency[renumbered[rows]] = np.where(is_kept, block, 0)[:, kept]
+            kept_edges = np.where(is_kept, block, 0)[:, kept]
             block[is_kept] = 0
             removed[rows] = block.sum(axis=1)
             removed_mass[rows] = np.abs(block, out=block).sum(axis=1)
+            return kept_edges
+
+        dtype = self.adjacency.dtype
+        blocks = map(take_rows, split_rows(len(self), dtype.itemsize, kept))
+        adjacency = stack_blocks(blocks, len(kept), dtype, is_large(len(kept), dtype.itemsize))
         annotations = self.annotations
         if "nodes" in annotations:
             annotations = annotations | {"nodes": [annotations["nodes"][node] for node in kept.tolist()]}

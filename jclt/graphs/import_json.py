@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jclt.errors import UserError
+from jclt.graphs.adjacency import LARGEST_ARRAY, Adjacency, place_edges, sum_rows
 from jclt.graphs.check import check_graph
 from jclt.graphs.graph import Graph
 from jclt.graphs.import_nodes import FileNode, Links, read_links, to_float
@@ -58,7 +59,7 @@ def import_json(path: str | Path) -> Graph:
             streams=_to_rows([(node.layer, node.position) for node in by_kind.streams], 2),
             logit_tokens=np.array([node.feature for node in outputs], np.int64),
             logit_positions=np.array([node.position for node in outputs], np.int64),
-            values=adjacency.sum(axis=1, dtype=np.float64).astype(adjacency.dtype),
+            values=sum_rows(adjacency).astype(adjacency.dtype),
         ),
         bias=zeros,
         rest=zeros,
@@ -140,18 +141,17 @@ def _count_layers(nodes: _NodesByKind) -> int:
 
 def _build_adjacency(
     path: Path, nodes: Sequence[FileNode], links: Links, numbers: Mapping[str, int], size: int
-) -> Float[np.ndarray, "N N"]:
+) -> Adjacency:
     """`numbers` are the graph's node numbers by id, `size` is the number of nodes."""
     without_node = size - len(nodes)
     if without_node > MAX_TOKENS_WITHOUT_NODE + len(nodes):
         tokens = without_node + sum(node.kind == "token" for node in nodes)
         raise UserError(f"{path}: {without_node} of {tokens} prompt_tokens have no node, expected one for each")
     dtype = _choose_dtype(links.weights)
-    check_memory(size**2 * np.dtype(dtype).itemsize, f"{path}: {size} nodes", "read it where there is more", host=True)
-    adjacency = np.zeros((size, size), dtype)
+    need = min(size**2 * np.dtype(dtype).itemsize, LARGEST_ARRAY)
+    check_memory(need, f"{path}: {size} nodes", "read it where there is more", host=True)
     order = np.array([numbers[node.id] for node in nodes], np.int64)
-    adjacency[order[links.targets], order[links.sources]] = links.weights
-    return adjacency
+    return place_edges(order[links.targets], order[links.sources], links.weights.astype(dtype), size)
 
 
 def _choose_dtype(weights: Float[np.ndarray, "n"]) -> type[np.floating]:

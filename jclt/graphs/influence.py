@@ -26,34 +26,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jclt.graphs.adjacency import Adjacency, split_all_rows, split_rows
 from jclt.graphs.nodes import NodeTable
+from jclt.memory import check_memory
 from jclt.shapes import Float, Int
 
 FLOOR = 1e-10
 """The least mass to divide by."""
 
-BLOCK = 1 << 26
-"""Bytes of edges to process at once. Scores and pruning need no second matrix of all edges."""
-
 
 class Edges(NamedTuple):
     """The parts of a graph that determine influence and scores."""
 
-    adjacency: Float[np.ndarray, "N N"]  # row = target, column = source
+    adjacency: Adjacency  # row = target, column = source
     rest_mass: Float[np.ndarray, "N"]  # sum of the absolute contributions to a target from outside the graph
     nodes: NodeTable
     output_weights: Float[np.ndarray, "N"]  # 0 for nodes that are not outputs
-
-
-def count_rows_per_block(width: int, itemsize: int) -> int:
-    """How many rows of this width fit into `BLOCK` bytes; at least one."""
-    return max(BLOCK // max(width * itemsize, 1), 1)
-
-
-def split_rows(width: int, itemsize: int, rows: Int[np.ndarray, "r"]) -> Iterator[Int[np.ndarray, "_"]]:
-    """Splits row numbers into blocks of at most `BLOCK` bytes."""
-    size = count_rows_per_block(width, itemsize)
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 class EdgeShares:
@@ -96,7 +84,12 @@ class EdgeShares:
 
     def _compute_sizes(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r n"]:
         """|adjacency| of some rows."""
-        edges = self.adjacency[rows] if self.nodes is None else self.adjacency[np.ix_(self.nodes[rows], self.nodes)]
+        if self.nodes is None:
+            edges = self.adjacency[rows]
+        elif isinstance(self.adjacency, np.ndarray):
+            edges = self.adjacency[np.ix_(self.nodes[rows], self.nodes)]
+        else:
+            edges = self.adjacency[self.nodes[rows]][:, self.nodes]
         return np.abs(edges, out=edges)
 
 
@@ -126,7 +119,16 @@ class EdgeInfluence:
 
 
 def compute_edge_shares(edges: Edges) -> Float[np.ndarray, "N N"]:
+    check_memory_for_array(edges)
     return EdgeShares(edges).compute_rows(np.arange(len(edges.nodes)))
+
+
+def compute_signed_shares(edges: Edges) -> Float[np.ndarray, "N N"]:
+    """The shares with the signs of the edges."""
+    shares = compute_edge_shares(edges)
+    for rows in split_all_rows(edges.adjacency):
+        shares[rows] = np.copysign(shares[rows], edges.adjacency[rows])
+    return shares
 
 
 def compute_influence(edges: Edges) -> Float[np.ndarray, "N"]:
@@ -134,10 +136,17 @@ def compute_influence(edges: Edges) -> Float[np.ndarray, "N"]:
 
 
 def compute_edge_influence(edges: Edges) -> Float[np.ndarray, "N N"]:
-    influence = np.empty_like(edges.adjacency)
+    check_memory_for_array(edges)
+    influence = np.empty(edges.adjacency.shape, edges.adjacency.dtype)
     for rows, values in EdgeInfluence(edges).compute_blocks():
         influence[rows] = values
     return influence
+
+
+def check_memory_for_array(edges: Edges) -> None:
+    """An error of one line if an array as large as that of all edges does not fit in memory."""
+    need = len(edges.nodes) ** 2 * edges.adjacency.itemsize
+    check_memory(need, f"graph: the shares of edges between its {len(edges.nodes)} nodes", "prune it first", host=True)
 
 
 def compute_cumulative_shares(influence: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:

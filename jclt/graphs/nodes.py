@@ -21,6 +21,17 @@ output    a logit, or another linear function of the final residual stream
 """
 
 
+def compute_order(layer: Int[np.ndarray, "N"], kind: np.ndarray | Kind) -> Int[np.ndarray, "N"]:
+    """A node's place in the order of edges. In a layer, heads read the stream that enters it, and features read what
+    heads write."""
+    return 3 * layer + np.where(kind == "stream", 0, np.where(kind == "head", 1, 2))
+
+
+def find_layer(order: int) -> int:
+    """The layer of the nodes at this place in the order."""
+    return order // 3
+
+
 @dataclass(frozen=True, eq=False)
 class NodeTable:
     """One column per property, one entry per node. The nodes are sorted by kind, in the order of `KINDS`."""
@@ -42,10 +53,8 @@ class NodeTable:
 
     @property
     def order(self) -> Int[np.ndarray, "N"]:
-        """An edge leads from a lower number to a higher one. In a layer, heads read the stream that enters it, and
-        features read what heads write."""
-        place = np.where(self.kind == "stream", 0, np.where(self.kind == "head", 1, 2))
-        return 3 * self.layer + place
+        """An edge leads from a lower number to a higher one."""
+        return compute_order(self.layer, self.kind)
 
     @property
     def steps_per_layer(self) -> int:

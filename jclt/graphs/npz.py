@@ -1,5 +1,6 @@
 """The graph file: one compressed `.npz`, with the array `about` for texts and other JSON."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jclt.array_files import NpzFile
 from jclt.errors import UserError
 from jclt.files import create_file, parse_json, to_json
-from jclt.graphs.influence import count_rows_per_block
+from jclt.graphs.adjacency import Adjacency, count_edges, count_rows_per_block, is_large, stack_blocks
 from jclt.memory import check_memory
 from jclt.shapes import Float
 
@@ -55,13 +56,13 @@ STORED_FIELDS = (*ARRAY_AXES, *OPTIONAL_AXES, *TEXT_AXES, *OPTIONAL_TEXTS, *JSON
 """The fields of a `Graph` in the file, except the edges."""
 
 
-def write_file(path: str | Path, fields: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
+def write_file(path: str | Path, fields: Mapping[str, Any], adjacency: Adjacency) -> None:
     """Writes the `STORED_FIELDS` and the edges to one file. An older file is replaced when the new one is complete."""
     with create_file(Path(path)) as partial:
         _write_archive(partial, fields, adjacency)
 
 
-def _write_archive(path: Path, fields: Mapping[str, Any], adjacency: Float[np.ndarray, "N N"]) -> None:
+def _write_archive(path: Path, fields: Mapping[str, Any], adjacency: Adjacency) -> None:
     texts = {name: fields[name] for name in (*TEXT_AXES, *JSON_FIELDS)}
     texts |= {name: fields[name] for name in OPTIONAL_TEXTS if fields[name]}
     has_optional_nodes = any(len(fields[name]) for name in OPTIONAL_NODES)
@@ -80,7 +81,7 @@ def _write_archive(path: Path, fields: Mapping[str, Any], adjacency: Float[np.nd
         np.savez_compressed(file, **arrays)
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], Float[np.ndarray, "N N"]]:
+def read_file(path: Path) -> tuple[dict[str, Any], Adjacency]:
     """Reads the `STORED_FIELDS` and the edges from a file of `write_file`, and checks that their lengths agree. No code
     in the file is executed."""
     file = NpzFile(path, "a graph that jclt saved")
@@ -172,16 +173,17 @@ def _check_lengths(path: Path, file: NpzFile, about: dict[str, Any], all_axes: d
         raise UserError(f"{path}: edges of another number of nodes, expected those of {nodes}")
     if shapes["edges"][0] > nodes * nodes:
         raise UserError(f"{path}: {shapes['edges'][0]} edges have values, expected at most those among {nodes} nodes")
-    memory += nodes * nodes * file.read_shape("edges")[1].itemsize
+    itemsize = file.read_shape("edges")[1].itemsize
+    memory += 2 * shapes["edges"][0] * (itemsize + 4) if is_large(nodes, itemsize) else nodes * nodes * itemsize
     check_memory(memory, f"{path}: {nodes} nodes", "load it where there is more, or prune it there first", host=True)
     return nodes
 
 
-def _pack(adjacency: Float[np.ndarray, "N N"]) -> dict[str, np.ndarray]:
+def _pack(adjacency: Adjacency) -> dict[str, np.ndarray]:
     """The non-zero edges, and one bit for each possible edge that is 1 if the edge is not zero. Packs a few rows at a
     time."""
     size = len(adjacency)
-    edges = np.empty(np.count_nonzero(adjacency), adjacency.dtype)
+    edges = np.empty(count_edges(adjacency), adjacency.dtype)
     bits, start = [], 0
     for first, last in _split_rows_at_bytes(size):
         block = adjacency[first:last]
@@ -193,22 +195,27 @@ def _pack(adjacency: Float[np.ndarray, "N N"]) -> dict[str, np.ndarray]:
     return {"edges_present": np.concatenate([np.zeros(0, np.uint8), *bits]), "edges": edges}
 
 
-def _unpack(path: Path, file: NpzFile, size: int) -> Float[np.ndarray, "N N"]:
+def _unpack(path: Path, file: NpzFile, size: int) -> Adjacency:
     bits, edges = file.read_tensor("edges_present"), file.read_tensor("edges")
-    adjacency, start = np.zeros((size, size), edges.dtype), 0
-    for first, last in _split_rows_at_bytes(size):
+    starts = [0]
+
+    def unpack_rows(first: int, last: int) -> Float[np.ndarray, "r N"]:
         packed = bits[first * size // 8 : -(-last * size // 8)]
         present = np.unpackbits(packed, count=(last - first) * size).view(bool).reshape(last - first, size)
-        count = int(np.count_nonzero(present))
-        if start + count <= len(edges):
-            adjacency[first:last][present] = edges[start : start + count]
-        start += count
-    if start != len(edges):
-        raise UserError(f"{path}: {len(edges)} edges have values, expected {start}")
+        block, start = np.zeros(present.shape, edges.dtype), starts[-1]
+        starts.append(start + int(np.count_nonzero(present)))
+        if starts[-1] <= len(edges):
+            block[present] = edges[start : starts[-1]]
+        return block
+
+    blocks = itertools.starmap(unpack_rows, _split_rows_at_bytes(size))
+    adjacency = stack_blocks(blocks, size, edges.dtype, is_large(size, edges.itemsize))
+    if starts[-1] != len(edges):
+        raise UserError(f"{path}: {len(edges)} edges have values, expected {starts[-1]}")
     return adjacency
 
 
 def _split_rows_at_bytes(size: int) -> list[tuple[int, int]]:
     """Ranges of rows whose first bits are the first bits of a byte."""
-    count = -(-count_rows_per_block(size, 1) // 8) * 8
+    count = -(-count_rows_per_block(size, 4) // 8) * 8
     return [(first, min(first + count, size)) for first in range(0, size, count)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import FLOOR, compute_edge_shares
+from jclt.graphs.influence import FLOOR, compute_edge_shares, compute_signed_shares
 from jclt.graphs.names import check_node, name_of
 from jclt.graphs.nodes import Kind
 from jclt.shapes import Float
@@ -116,8 +116,7 @@ def between_supernodes(graph: Graph, others: bool = False) -> tuple[list[str], F
     weights = is_member * (graph.influence + graph.output_weights)
     weights = np.where(weights.sum(axis=1, keepdims=True) > 0, weights, is_member)
     weights /= np.maximum(weights.sum(axis=1, keepdims=True), FLOOR)
-    signed_shares = np.copysign(compute_edge_shares(graph.edges), graph.adjacency)
-    return names, weights @ (signed_shares @ is_member.T)
+    return names, weights @ (compute_signed_shares(graph.edges) @ is_member.T)
 
 
 def _find_start(graph: Graph, target: int | None) -> np.ndarray:
@@ -138,5 +137,5 @@ def _trace_path(graph: Graph, best: np.ndarray, previous: np.ndarray, rank: np.n
         place = int(rank[node, place])
         node = target
         nodes.append(node)
-    negative = sum(int(graph.adjacency[b, a] < 0) for a, b in zip(nodes, nodes[1:], strict=False))
+    negative = sum(int(graph.adjacency[b][a] < 0) for a, b in zip(nodes, nodes[1:], strict=False))
     return Path(tuple(nodes), share, -1 if negative % 2 else 1)

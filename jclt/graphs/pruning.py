@@ -6,9 +6,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from jclt.errors import UserError, suggest_name
+from jclt.graphs.adjacency import SparseRows, split_rows, stack_blocks
 from jclt.graphs.influence import EdgeInfluence, Edges, compute_cumulative_shares, compute_influence
 from jclt.graphs.nodes import Kind
-from jclt.shapes import Bool, Float
+from jclt.shapes import Bool, Float, Int
 
 Rule = Literal["paper", "circuit-tracer"]
 NEVER_REMOVED: dict[str, tuple[Kind, ...]] = {
@@ -17,11 +18,14 @@ NEVER_REMOVED: dict[str, tuple[Kind, ...]] = {
 }
 
 
+EdgeMask = Bool[np.ndarray, "N N"] | SparseRows
+
+
 class Masks(NamedTuple):
     """What pruning keeps."""
 
     nodes: Bool[np.ndarray, "N"]
-    edges: Bool[np.ndarray, "N N"]
+    edges: EdgeMask
     cumulative: Float[np.ndarray, "N"]
     """For each node, the share of all influence that this node and all stronger nodes have together."""
 
@@ -48,18 +52,27 @@ def choose_nodes_and_edges(edges: Edges, node_threshold: float, edge_threshold: 
     chosen = np.flatnonzero(node_mask)
     edge_influence = EdgeInfluence(edges, chosen)
     cutoff = _find_cutoff(edge_influence.list_positive(), edge_threshold)
-    is_kept = np.empty((len(chosen), len(chosen)), bool)
-    for rows, values in edge_influence.compute_blocks():
-        is_kept[rows] = values >= cutoff
-    connected = _remove_dead_ends(
-        is_kept, never_removed[chosen], edges.nodes.is_kind("feature", "head", "stream")[chosen]
-    )
-    is_kept &= connected[:, None]
-    is_kept &= connected
+    blocks = (values >= cutoff for _, values in edge_influence.compute_blocks())
+    is_sparse, dtype = isinstance(edges.adjacency, SparseRows), np.dtype(bool)
+    is_kept = stack_blocks(blocks, len(chosen), dtype, is_sparse)
+    needs_inputs = edges.nodes.is_kind("feature", "head", "stream")[chosen]
+    connected = _remove_dead_ends(is_kept, never_removed[chosen], needs_inputs)
     node_mask[chosen] = connected
-    edge_mask = np.zeros(edges.adjacency.shape, bool)
-    edge_mask[np.ix_(chosen, chosen)] = is_kept
+    edge_mask = stack_blocks(_spread(is_kept, connected, chosen, len(node_mask)), len(node_mask), dtype, is_sparse)
     return Masks(nodes=node_mask, edges=edge_mask, cumulative=compute_cumulative_shares(influence))
+
+
+def _spread(
+    edges: EdgeMask, connected: Bool[np.ndarray, "n"], chosen: Int[np.ndarray, "n"], size: int
+) -> Iterator[Bool[np.ndarray, "_ N"]]:
+    """Blocks of rows of a mask of the edges among all nodes, given that among the chosen ones, and which of these are
+    connected."""
+    place = np.full(size, -1)
+    place[chosen[connected]] = np.flatnonzero(connected)
+    for rows in split_rows(size, 1, np.arange(size)):
+        block, inside = np.zeros((len(rows), size), bool), np.flatnonzero(place[rows] >= 0)
+        block[np.ix_(inside, chosen)] = edges[place[rows[inside]]] & connected
+        yield block
 
 
 def _find_cutoff(values: np.ndarray, share: float) -> float:
@@ -96,16 +109,18 @@ def _iterate_running_sums(values: Float[np.ndarray, "n"], size: int = 1 << 22) -
 
 
 def _remove_dead_ends(
-    edges: Bool[np.ndarray, "n n"], never_removed: Bool[np.ndarray, "n"], needs_inputs: Bool[np.ndarray, "n"]
+    edges: EdgeMask, never_removed: Bool[np.ndarray, "n"], needs_inputs: Bool[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """A mask of the nodes that are left when nodes without outgoing edges, and those without needed inputs, are
     removed again and again until there are none."""
     connected = np.ones(len(edges), bool)
-    edges = edges.copy()
     while True:
-        dead = connected & ~never_removed & ~(edges.any(axis=0) & (edges.any(axis=1) | ~needs_inputs))
+        feeds, is_fed = np.zeros((2, len(edges)), bool)
+        for rows in split_rows(len(edges), 1, np.flatnonzero(connected)):
+            block = edges[rows]
+            feeds |= block.any(axis=0)
+            is_fed[rows] = (block & connected).any(axis=1)
+        dead = connected & ~never_removed & ~(feeds & (is_fed | ~needs_inputs))
         if not dead.any():
             return connected
         connected &= ~dead
-        edges[dead] = False
-        edges[:, dead] = False

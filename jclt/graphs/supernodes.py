@@ -21,7 +21,7 @@ import numpy as np
 
 from jclt.errors import UserError
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import FLOOR, compute_edge_shares
+from jclt.graphs.influence import FLOOR, compute_signed_shares
 from jclt.graphs.names import name_apart, name_of
 from jclt.graphs.paths import with_supernodes
 from jclt.memory import check_memory
@@ -74,7 +74,7 @@ def compute_likeness(graph: Graph) -> Float[np.ndarray, "n n"]:
     """Of each pair of features."""
     features, order = graph.nodes.find("feature"), graph.nodes.order
     check_memory(4 * 8 * len(graph) ** 2, f"supernodes of {len(graph)} nodes", "prune the graph first", host=True)
-    steps = np.copysign(compute_edge_shares(graph.edges), graph.adjacency).astype(np.float64)
+    steps = compute_signed_shares(graph.edges).astype(np.float64)
     flow = np.zeros_like(steps)
     for place in np.unique(order):  # upward: all that a node comes from lies below it
         targets = np.flatnonzero(order == place)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from jclt.graphs.adjacency import compress
 from jclt.graphs.export_nodes import make_node_ids
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import split_rows
 from jclt.graphs.names import LabelTexts
 from jclt.graphs.nodes import KINDS
 from jclt.graphs.viewer_json import Json, get_annotations
-from jclt.shapes import Float, Int
+from jclt.shapes import Float
 
 PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pruning_settings", "whole_graph_scores")
 """What the page says about how a graph was made."""
@@ -32,7 +32,7 @@ def build_page_data(
     `labels` are those of the features, and `densities` the shares of tokens on which they are active; `view` is what a
     user pinned, grouped and renamed earlier.
     """
-    starts, sources, weights = list_edges(graph.adjacency)
+    edges = compress(graph.adjacency)
     nodes, ids = graph.nodes, make_node_ids(graph)
     is_single = graph.adjacency.dtype == np.float32
     return {
@@ -60,9 +60,9 @@ def build_page_data(
         "influence": encode(graph.influence, np.float64),
         "restMass": encode(graph.rest_mass, np.float64),
         "outputWeights": encode(graph.output_weights, np.float64),
-        "starts": encode(starts, np.int32),
-        "sources": encode(sources, np.int32),
-        "weights": encode(weights, np.float32 if is_single else np.float64),
+        "starts": encode(edges.starts, np.int32),
+        "sources": encode(edges.sources, np.int32),
+        "weights": encode(edges.weights, np.float32 if is_single else np.float64),
         "density": None if densities is None else encode(densities, np.float64),
         "scores": graph.scores.both,
         "about": {key: graph.provenance[key] for key in PROVENANCE if key in graph.provenance},
@@ -74,22 +74,6 @@ def is_pruned(graph: Graph) -> bool:
     """Whether the page shows all of the graph at first: it has been pruned, or is of published viewers."""
     settings = graph.provenance.get("pruning_settings")
     return isinstance(settings, dict) or graph.whole_shares is not None or "nodes" in graph.annotations
-
-
-def list_edges(
-    adjacency: Float[np.ndarray, "N N"],
-) -> tuple[Int[np.ndarray, "_"], Int[np.ndarray, "e"], Float[np.ndarray, "e"]]:
-    """Where the edges of each target begin, and the source and weight of each edge."""
-    size = len(adjacency)
-    counts = np.zeros(size + 1, np.int64)
-    sources, weights = [np.zeros(0, np.int64)], [np.zeros(0, adjacency.dtype)]
-    for rows in split_rows(size, adjacency.itemsize, np.arange(size)):
-        block = adjacency[rows]
-        targets, columns = np.nonzero(block)
-        counts[1:] += np.bincount(rows[targets], minlength=size)
-        sources.append(columns)
-        weights.append(block[targets, columns])
-    return np.cumsum(counts), np.concatenate(sources), np.concatenate(weights)
 
 
 def list_labels(graph: Graph, labels: LabelTexts) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jclt.files import create_file
 from jclt.graphs.graph import Graph
-from jclt.graphs.influence import compute_edge_influence
+from jclt.graphs.influence import EdgeInfluence
 from jclt.graphs.names import shorten_label
 from jclt.graphs.nodes import Kind
 from jclt.shapes import Float, Int
@@ -70,12 +70,17 @@ def _find_top_margin(graph: Graph) -> float:
     return TOP + 0.15 * max(0, min(len(graph.supernodes), len(GROUPS)) - 2)
 
 
-def _find_strongest_edges(graph: Graph) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Targets and sources of the edges with most influence, the weakest first."""
-    influence = compute_edge_influence(graph.edges)
-    targets, sources = np.nonzero(influence)
-    order = np.argsort(influence[targets, sources], kind="stable")[-MAX_EDGES:]
-    return targets[order], sources[order]
+def _find_strongest_edges(graph: Graph) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Targets, sources and weights of the edges with most influence, the weakest first."""
+    strongest, empty = np.zeros(0), np.zeros(0, np.int64)
+    targets, sources, weights = empty, empty, np.zeros(0)
+    for rows, influence in EdgeInfluence(graph.edges).compute_blocks():
+        row, source = np.nonzero(influence)
+        strongest = np.append(strongest, influence[row, source])
+        order = np.argsort(strongest, kind="stable")[-MAX_EDGES:]
+        strongest, weights = strongest[order], np.append(weights, graph.adjacency[rows][row, source])[order]
+        targets, sources = np.append(targets, rows[row])[order], np.append(sources, source)[order]
+    return targets, sources, weights
 
 
 def _draw_edges(axes: "Axes", graph: Graph, layout: Layout) -> None:
@@ -83,10 +88,9 @@ def _draw_edges(axes: "Axes", graph: Graph, layout: Layout) -> None:
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
 
-    targets, sources = _find_strongest_edges(graph)
+    targets, sources, weights = _find_strongest_edges(graph)
     if not len(targets):
         return
-    weights = graph.adjacency[targets, sources].astype(np.float64)
     # A few edges are many times stronger than all others. With the square root the others stay visible.
     strength = np.sqrt(np.minimum(np.abs(weights) / np.quantile(np.abs(weights), 0.98), 1))
     rise = np.linspace(0, 1, 24)

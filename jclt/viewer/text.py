@@ -4,12 +4,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from jclt.errors import UserError, escape_unprintable
 from jclt.features import Features
 from jclt.files import create_file, write_bytes
 from jclt.graphs import Graph, Supernode, add_supernodes, describe, load_graph, strongest_paths, suggest_supernodes
+from jclt.graphs.adjacency import count_edges
 from jclt.graphs.export_json import export_json, slug_of
 from jclt.graphs.names import shorten_label
 from jclt.graphs.viewer_index import write_index
@@ -28,7 +27,7 @@ SUFFIXES = (".npz", ".json", ".png")
 def summarize_graph(graph: Graph, pruned: Graph, paths: int = PATHS, supernodes: Sequence[Supernode] = ()) -> str:
     """The outputs that the graph explains, its scores before and after pruning, the strongest paths of the pruned
     graph, and supernodes."""
-    scores, pruned_scores, edges = graph.scores, pruned.scores, int(np.count_nonzero(pruned.adjacency))
+    scores, pruned_scores, edges = graph.scores, pruned.scores, count_edges(pruned.adjacency)
     chosen, heads = graph.provenance.get("chosen"), graph.provenance.get("chosen_heads")
     lines = [
         f"explains {describe_outputs(graph)}",

@@ -31,6 +31,7 @@ from jclt.coders import Coder, CoderConfig
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
 from jclt.graphs import Graph
+from jclt.graphs.adjacency import SparseRows
 from jclt.models import Tokenizer as ModelTokenizer
 from jclt.models import declare
 from jclt.models.chat import ChatTemplate
@@ -188,7 +189,19 @@ def test_rows_hold_what_can_reach_their_targets_and_are_dropped_for_the_graph(ma
             outputs = len(graph.logit_tokens)
             estimate = estimate_sizes(counts, covered, graph.layers, embeddings, len(graph.features), outputs)
             numbers = sum(rows * columns for _, rows, columns in shapes)
-            assert 0.5 * numbers < estimate[0] < 1.1 * numbers and estimate[1] == graph.adjacency.size
+            assert 0.5 * numbers < estimate.rows < 1.1 * numbers and estimate.nodes == len(graph)
+            assert np.count_nonzero(graph.adjacency) <= estimate.edges
+            assert estimate.count_bytes(4) == 4 * graph.adjacency.size
+
+
+def test_a_large_graph_is_the_same_without_zeros(many_rounds, monkeypatch):
+    monkeypatch.setattr("jclt.graphs.adjacency.LARGEST_ARRAY", 0)
+    for options, want in (({}, trace_whole_graph(*CASE)), ({"max_features": 45}, None)):
+        got = attribute(*make_case(*CASE), **options)
+        assert isinstance(got.adjacency, SparseRows) and got.adjacency.weights.all()
+        assert measure_residual(got) < 1e-5 and measure_residual(got.prune()) < 1e-5
+        if want is not None:
+            assert_same(got, want)
 
 
 @pytest.mark.optimized
@@ -259,7 +272,7 @@ def test_a_graph_that_does_not_fit_is_refused_before_it_is_traced(monkeypatch):
     monkeypatch.setattr(tracing, "gather_sources", lambda *_: pytest.fail("computed"))
     monkeypatch.setattr("jclt.attribution.sizes.measure_free_host_memory", lambda: 50_000)
     monkeypatch.setattr("jclt.memory.measure_free_host_memory", lambda: 50_000)
-    monkeypatch.setattr(tracing, "estimate_pass_bytes", lambda *_: 0)
+    monkeypatch.setattr(tracing, "estimate_prompt_bytes", lambda *_: 0)
     with pytest.raises(UserError, match=r"^prompt: a graph of \d+ of its \d+ active features: needs .* would fit$"):
         attribute(model, coder, tokens)
     monkeypatch.undo()

@@ -14,9 +14,11 @@ from more_cases import mark_others
 from traced_graphs import DOUBLE, Case, assert_close, assert_same, make_case, measure_residual, trace_whole_graph
 
 import jclt
-from jclt.attribution import attribute, attribute_batch
+from jclt.attribution import attribute, attribute_batch, schedule
 from jclt.attribution.local import LocalModel, list_frozen_sites, read_final, run_layer
 from jclt.attribution.options import parse_cuts
+from jclt.attribution.ranking import PromptRows
+from jclt.attribution.sizes import estimate_vector_bytes, estimate_vector_pass_bytes
 from jclt.cli.main import main
 from jclt.errors import UserError
 from jclt.graphs import Graph, describe, export_json, import_json, load_graph, strongest_paths
@@ -241,7 +243,7 @@ def test_some_heads_are_those_with_the_highest_values():
 
 
 @pytest.mark.parametrize("conventions", mark_others(["jclt", "circuit-tracer"], ["circuit-tracer"]))
-def test_parts_of_graphs_and_batches_keep_the_law(conventions):
+def test_parts_of_graphs_and_batches_keep_the_law(conventions, monkeypatch):
     model, coder, tokens = make_case("gemma2", "raw skips", "float32")
     options: Any = {"heads": 9, "cuts": (1,), "conventions": conventions, "max_features": 30}
     graphs = attribute_batch(model, coder, [tokens, tokens[:3]], **options)
@@ -250,6 +252,38 @@ def test_parts_of_graphs_and_batches_keep_the_law(conventions):
         assert measure_residual(graph) < 1e-5 and measure_residual(graph.prune()) < 1e-5
         silent = int(conventions != "jclt")
         assert graph.heads[:, 1].min() >= silent and graph.streams[:, 1].min() == silent
+
+    # With a tolerance, rows of the first layer have no edges for nothing: heads lead into features there.
+    rounds, choose_next = [], PromptRows.choose_next
+    monkeypatch.setattr("jclt.attribution.ranking.ROUND_SIZE", 8)
+    monkeypatch.setattr(PromptRows, "choose_next", lambda rows: rounds.append(choose_next(rows)) or rounds[-1])
+    part = attribute_batch(model, coder, [tokens, tokens[:3]], **options | {"tolerance": 0.05, "max_features": 90})[0]
+    assert 0 in part.features[:, 0] and part.missing < 0.05
+    assert max(map(len, rounds)) <= (8 if conventions == "jclt" else 1024)
+
+
+def test_estimates_of_memory_count_them(monkeypatch):
+    """Within a factor of the bytes of the arrays."""
+    model, coder, tokens = make_case("gemma2", "raw skips", "float32")
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def watch(name: str):
+        run = getattr(schedule, name)
+        monkeypatch.setattr(schedule, name, lambda *some: calls.setdefault(name, (run(*some), *some))[0])
+
+    def count_bytes(*trees: Any) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(trees))
+
+    watch("choose_vectors")
+    watch("fold_nodes")
+    options: Any = {"heads": 9, "cuts": (1,), "conventions": "circuit-tracer", "max_features": 30}
+    attribute_batch(model, coder, [tokens, tokens[:3]], **options)
+    chosen, gradients, true_pass, has_nodes, *_ = calls["choose_vectors"]
+    prompts, length = has_nodes.shape
+    of_pass = count_bytes(gradients, true_pass.heads, true_pass.streams)
+    assert 1 <= prompts * estimate_vector_pass_bytes(model.config, length, 4) / of_pass < 2
+    of_nodes = count_bytes(chosen.nodes, calls["fold_nodes"][0].vectors)
+    assert 0.7 < prompts * estimate_vector_bytes(model.config, length, chosen.nodes, 4) / of_nodes < 1.5
 
 
 def test_files_and_texts_know_them(tmp_path, capsys):
@@ -284,9 +318,3 @@ def test_wrong_choices_are_errors_of_one_line(options, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="^cuts='1': expected numbers of layers, such as"):
         parse_cuts("1")
-
-
-def test_a_split_model_has_no_such_nodes():
-    model = jclt.load_model(FOLDER / "llama3", mesh=jclt.make_mesh())
-    with pytest.raises(UserError, match="split over devices"):
-        attribute(model, make_case("llama3", "clt", "float32").coder, np.arange(3), heads=2)

@@ -14,7 +14,7 @@ from golden_graphs import GRAPHS, golden_graph
 from graph_lists import assert_same_graph, hand_graph, random_graph, replace_lists
 
 from jclt.errors import UserError
-from jclt.graphs import influence as influence_module
+from jclt.graphs import adjacency as adjacency_module
 from jclt.graphs.circuit_tracer_pt import read_circuit_tracer
 from jclt.graphs.curve import curve
 from jclt.graphs.graph import Graph
@@ -206,7 +206,7 @@ def test_blocks_of_rows_change_nothing(rest, monkeypatch):
     graph = random_graph(3, features=60, layers=4, rest=rest)
     want, masked, pruned = graph.scores, graph.masks(), graph.prune()
     for size in (1, 8 * len(graph) * 7):
-        monkeypatch.setattr(influence_module, "BLOCK", size)
+        monkeypatch.setattr(adjacency_module, "BLOCK", size)
         for name in ("replacement", "completeness", "replacement_interval", "completeness_interval"):
             assert getattr(graph.scores, name) == pytest.approx(getattr(want, name), rel=1e-12)
         masks = graph.masks()
@@ -217,7 +217,7 @@ def test_blocks_of_rows_change_nothing(rest, monkeypatch):
 def test_scores_and_pruning_need_no_second_matrix(monkeypatch, tmp_path):
     graph = random_graph(0, features=900, layers=6, tokens=10, density=1.0)
     graph = replace(graph, adjacency=graph.adjacency.astype(np.float32))
-    monkeypatch.setattr(influence_module, "BLOCK", 1 << 16)
+    monkeypatch.setattr(adjacency_module, "BLOCK", 1 << 16)
     size = graph.adjacency.nbytes
     assert peak_of(lambda: graph.scores) < 0.15 * size
     assert peak_of(graph.prune) < 0.85 * size

@@ -40,6 +40,6 @@ def test_a_picture_has_the_edges_that_pruning_would_keep_longest(monkeypatch):
         return np.argsort((visits[:, None] * shares).ravel(), kind="stable")[-30:]
 
     monkeypatch.setattr(picture, "MAX_EDGES", 30)
-    targets, sources = _find_strongest_edges(graph)
+    targets, sources, _ = _find_strongest_edges(graph)
     np.testing.assert_array_equal(targets * len(graph) + sources, rank(graph.rest_mass))
     assert set(rank(graph.rest_mass)) != set(rank(0.0))
