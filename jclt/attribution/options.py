@@ -116,10 +116,6 @@ def check_vectors(model: Model, options: Options) -> None:
     last = model.config.layers - 1
     if wrong := [layer for layer in options.cuts if not 1 <= layer <= last]:
         raise UserError(f"cuts: layer {wrong[0]}, expected one from 1 to {last}, whose inputs can be nodes")
-    if options.has_vectors and model.mesh is not None:
-        raise UserError(
-            f"model {model.name}: split over devices, expected a model on each, for heads or residual streams as nodes"
-        )
 
 
 def count_silent_positions(model: Model, options: Options) -> int:

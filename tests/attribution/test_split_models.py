@@ -28,15 +28,19 @@ from jclt.pods.collectives import find_collectives
 attributing = sys.modules["jclt.attribution.attribute"]  # the package has a function of this name
 
 CASES = [
-    ("gpt2", "clt", "float64", (1, 4)),
-    ("gemma2", "neurons", "float64", (2, 2)),
-    ("mistral", "some skips", "float64", (1, 4)),
-    ("gpt2", "clt", "float32", (2, 2)),
-    ("gpt2", "clt", "float32", (1, 1)),
-    ("gemma2", "neurons", "float32", (1, 4)),
-    ("llama3", "clt", "bfloat16", (1, 4)),
+    ("gpt2", "clt", "float64", (1, 4), False),
+    ("gemma2", "neurons", "float64", (2, 2), False),
+    ("mistral", "some skips", "float64", (1, 4), False),
+    ("gpt2", "clt", "float32", (2, 2), False),
+    ("gpt2", "clt", "float32", (1, 1), False),
+    ("gemma2", "neurons", "float32", (1, 4), False),
+    ("llama3", "clt", "bfloat16", (1, 4), False),
+    ("gpt2", "clt", "float64", (1, 4), True),
+    ("gemma2", "neurons", "float32", (2, 2), True),
+    ("neox", "some skips", "float32", (1, 4), True),
 ]
-FEW = [("gpt2", "clt", "float64", (1, 4))]
+FEW = [("gpt2", "clt", "float64", (1, 4), True)]
+"""Heads and residual streams as nodes take all that other graphs take, too."""
 
 
 def split_coder(coder: Coder, mesh: jax.sharding.Mesh) -> Coder:
@@ -46,22 +50,25 @@ def split_coder(coder: Coder, mesh: jax.sharding.Mesh) -> Coder:
 
 def assert_equal_to(share: float, got: Graph, want: Graph):
     assert_same(got, want)
+    np.testing.assert_array_equal(got.heads, want.heads)
+    np.testing.assert_array_equal(got.streams, want.streams)
     for name in ("adjacency", "bias", "values", "activations"):
         assert_close(getattr(got, name), getattr(want, name), share)
     assert measure_residual(got) < 10 * share
 
 
-@pytest.mark.parametrize(("family", "kind", "dtype", "shape"), mark_others(CASES, FEW))
-def test_a_split_model_has_the_same_graphs(family, kind, dtype, shape):
+@pytest.mark.parametrize(("family", "kind", "dtype", "shape", "vectors"), mark_others(CASES, FEW))
+def test_a_split_model_has_the_same_graphs(family, kind, dtype, shape, vectors):
     """The coder is split over the same mesh, or on one device; neurons are the split model's own."""
-    mesh, nodes = jclt.make_mesh(*shape), 10 if kind == "neurons" else None
+    mesh, options = jclt.make_mesh(*shape), {"nodes": 10} if kind == "neurons" else {}
+    options: Any = options | ({"heads": 9, "cuts": (1,)} if vectors else {})
     with jax.enable_x64(dtype == "float64"):
         model, coder, tokens = make_case(family, kind, dtype)
         split = jclt.load_model(FOLDER / family, dtype=dtype, mesh=mesh)
         prompts = [tokens, tokens[:3]] if kind == "neurons" else [tokens]
         there = neurons(split) if kind == "neurons" else coder if dtype == "float32" else split_coder(coder, mesh)
-        for prompt, got in zip(prompts, attribute_batch(split, there, prompts, nodes=nodes), strict=True):
-            want = attribute(model, coder, prompt, nodes=nodes)
+        for prompt, got in zip(prompts, attribute_batch(split, there, prompts, **options), strict=True):
+            want = attribute(model, coder, prompt, **options)
             assert_equal_to(1e-12 if dtype == "float64" else 1e-5, got, want)
             about = [x.provenance | {"conservation_error": None} for x in (got, want)]
             assert about[0] == about[1]
@@ -118,13 +125,13 @@ def test_no_device_ever_has_the_weights_of_more_than_one_layer(monkeypatch):
     names = {
         placement: ["fold_weights"],
         schedule: ["run_true_pass", "trace_embeddings", "fold_nodes"],
-        scores: ["begin_at_outputs", "pull_to_write", "pull_to_input"],
+        scores: ["begin_at_outputs", "pull_to_write", "pull_to_vectors", "pull_to_input"],
         calls: ["trace_blocks"],
     }
     programs = [(module, name) for module, in_module in names.items() for name in in_module]
     texts = watch_programs(monkeypatch, programs)
     length = 16
-    attribute(model, random_coder(config), np.arange(length), nodes=40)
+    attribute(model, random_coder(config), np.arange(length), nodes=40, heads=9, cuts=(2,))
     assert len(texts) == len(programs)
 
     for x in jax.tree.leaves((setups[0].weights, setups[0].folded)):
@@ -138,4 +145,5 @@ def test_no_device_ever_has_the_weights_of_more_than_one_layer(monkeypatch):
             if op.kind == "all-gather" and not op.has_axis(length):  # or it is what skips write
                 assert op.largest <= max(of_layer) and not op.has_axis(c.layers), f"{name}: {op}"
                 gathering.add(name)
-    assert gathering == {"run_true_pass", "trace_embeddings", "pull_to_write", "pull_to_input", "trace_blocks"}
+    pulls = {"pull_to_write", "pull_to_vectors", "pull_to_input"}
+    assert gathering == {"run_true_pass", "trace_embeddings", "trace_blocks"} | pulls

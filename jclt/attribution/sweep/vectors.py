@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from jclt.attribution.local import Frozen, LocalModel, Masks, Reads
 from jclt.attribution.sweep.folding import FoldedWeights
+from jclt.mesh import replicate
 from jclt.numerics import einsum
 from jclt.shapes import Array, Bool, Float, Int
 
@@ -89,4 +90,4 @@ def fold_vectors(
         kept=nodes.masks.streams,
         streams=true_reads.streams if of_streams else None,
     )
-    return folded, jnp.concatenate([vectors, nodes.stream_gradients])
+    return folded, jnp.concatenate([replicate(vectors), nodes.stream_gradients])
