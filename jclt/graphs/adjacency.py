@@ -1,7 +1,7 @@
 """The edges of a graph: an array, or for a large graph its rows without zeros.
 
 Edges lead only into higher layers and into the same or later positions, and none leads into errors and embeddings. So
-in a graph of many positions about five of six entries of the array are zero. `adjacency[rows]` is an array of these
+in a graph of many positions about four of five entries of the array are zero. `adjacency[rows]` is an array of these
 rows in either form, so that what reads a few rows at a time is the same for both.
 """
 
