@@ -78,7 +78,7 @@ def main() -> None:
     start = time.perf_counter()
     scores = [score_edges(model, chosen, method) for method in options.methods]
     print(f"scores: {time.perf_counter() - start:.0f} s; logit difference {scores[0].clean.mean():.2f}, corrupted "
-          f"{scores[0].corrupted.mean():.2f}; right on {(scores[0].clean > 0).mean():.0%}")  # fmt: skip
+          f"{scores[0].ablated.mean():.2f}; right on {(scores[0].clean > 0).mean():.0%}")  # fmt: skip
     start = time.perf_counter()
     for grades in grade_edges(model, graded, scores, list_sizes(config, options.shares)) if options.shares else ():
         print(grades, flush=True)

@@ -17,13 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from jclt.attribution.true_pass import widen
-from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric, run_sides
-from jclt.circuits.edge_runs import EdgeState, Writes, begin_edges, collect_writes, read_logits, run_layers
+from jclt.circuits.edge_ablations import check_edge_ablation, prepare_ablation
+from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric
+from jclt.circuits.edge_runs import EdgeState, Writes, begin_edges, read_logits, run_layers
 from jclt.circuits.edges import find_readers, find_receiver_layers, list_edges, name_edges, prune_edges
-from jclt.circuits.passes import Prompts, measure_metric, pad_prompts
+from jclt.circuits.node_runs import Ablation
+from jclt.circuits.passes import Prompts, measure_metric, pad_prompts, run_pass
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
-from jclt.interventions.patching.runs import check_corrupted
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Array, Bool, Float, Int, Params
 
@@ -64,12 +65,13 @@ def find_circuit(
     threshold: float,
     *,
     metric: EdgeMetric = "kl",
+    ablation: Ablation = "counterfactual",
     order: Int[np.ndarray, "n 2"] | None = None,
     start: Bool[np.ndarray, "s r"] | None = None,
     prune: bool = True,
     progress: bool = True,
 ) -> EdgeCircuit:
-    """The circuit that the threshold leaves.
+    """The circuit that the threshold leaves. The ablation says what goes along replaced edges (`edge_ablations.py`).
 
     order   the edges to visit, as rows of a sender and a receiver (`edges.py`); others stay
     start   the circuit to begin with, by default all edges: those outside are replaced all along
@@ -77,7 +79,7 @@ def find_circuit(
     """
     config, edges = model.config, list_edges(model.config)
     check_edge_metric(metric, pairs)
-    check_corrupted(pairs)
+    check_edge_ablation(ablation, pairs)
     if not threshold > 0:
         raise UserError(f"threshold={threshold}: expected more than 0, the rise of the loss that an edge must make")
     begun = edges if start is None else edges & start
@@ -86,7 +88,8 @@ def find_circuit(
         raise UserError("order: expected rows of a sender's and a receiver's number that are an edge")
     places = places[begun[tuple(places.T)]].astype(np.int32)
     plan, params, prompts = EdgePlan(config, metric), widen(dict(model.params)), pad_prompts(pairs)
-    clean, other, search = begin_search(plan, params, prompts, jnp.asarray(begun, params["token_embedding"].dtype))
+    other = prepare_ablation(config, params, pairs, ablation)(np.arange(len(pairs))).writes
+    clean, search = begin_search(plan, params, prompts, other, jnp.asarray(begun, params["token_embedding"].dtype))
     limit = jnp.asarray(threshold, search.loss.dtype)
     for first in tqdm(range(0, len(places), STEPS), unit_scale=STEPS, disable=None if progress else True):
         some = places[first : first + STEPS]
@@ -113,15 +116,14 @@ def measure_loss(
 
 @partial(jax.jit, static_argnames=("plan",))
 def begin_search(
-    plan: EdgePlan, params: Params, prompts: Prompts, kept: Float[Array, "s r"]
-) -> tuple[Float[Array, "P V"], Writes, Search]:
-    """The clean logits, what senders write in the corrupted run, and the search before the first edge."""
-    sides = run_sides(plan, params, prompts)
-    other = collect_writes(plan.model, params, sides.corrupted)
+    plan: EdgePlan, params: Params, prompts: Prompts, other: Writes, kept: Float[Array, "s r"]
+) -> tuple[Float[Array, "P V"], Search]:
+    """The clean logits, and the search before the first edge."""
+    clean, _ = run_pass(plan.model, params, prompts.clean, prompts.last)
     state = begin_edges(plan.model, params, prompts.clean, other)
     state = run_layers(plan.model, params, state, kept, other, 0)
-    loss = measure_loss(plan, params, prompts, sides.clean_logits, state, kept)
-    return sides.clean_logits, other, Search(kept, loss, state, jnp.zeros((), jnp.int32))
+    loss = measure_loss(plan, params, prompts, clean, state, kept)
+    return clean, Search(kept, loss, state, jnp.zeros((), jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("plan",), donate_argnames=("search",))

@@ -51,7 +51,8 @@ def make_edge_graph(scores: EdgeScores, kept: Bool[np.ndarray, "s r"] | None = N
         "method": scores.method,
         "rules": list(scores.rules),
         "metric": scores.metric,
-        "pairs": len(scores.pairs),
+        "ablation": scores.ablation,
+        "source": scores.source,
     }
     return Graph(
         adjacency=adjacency,

@@ -1,5 +1,8 @@
 """Scores of edges: each law of the methods in float64, on small random models."""
 
+from dataclasses import replace
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +11,15 @@ from golden_cases import FOLDER
 from more_cases import mark_others
 from patching_prompts import FAMILIES, get_pairs
 from scipy.stats import spearmanr
-from small_models import ROWS, make_model, make_small_pairs
+from small_models import LINEAR, ROWS, make_model, make_small_pairs
 
 import jclt
 from jclt import UserError
+from jclt.circuits import run_edge_circuits
 from jclt.circuits.edge_runs import collect_writes, list_write_sites, run_edges
 from jclt.circuits.edge_scores import score_edges
 from jclt.circuits.edges import list_edges, list_receivers, list_senders
+from jclt.circuits.node_runs import Ablation
 from jclt.circuits.passes import measure_metric, pad_prompts, run_pass
 from jclt.models import Replace
 
@@ -101,6 +106,45 @@ def test_points_have_the_names_that_published_code_gives_them():
         np.testing.assert_allclose(opposite, -eap, atol=1e-13)  # linear in the metric
 
 
+SAME_LENGTH = [(*row[:2], 7 + i, i) for i, row in enumerate([*ROWS, ((3, 2, 9, 1), (3, 2, 5, 1), 2, 6)])]
+"""Two pairs of each length, so that each can take what the other one writes."""
+
+
+@pytest.mark.parametrize("ablation", mark_others(get_args(Ablation), ["mean"]))
+def test_on_a_linear_model_scores_are_what_replacing_each_edge_does(ablation):
+    with jax.enable_x64():
+        model = make_model(**LINEAR)
+        biases = model.params["up_bias"] + jnp.array([[0.0], [1e4]])  # all neurons stay active without layer 0, too
+        model = replace(model, params={**model.params, "up_bias": biases})
+        pairs, edges = make_small_pairs(model, SAME_LENGTH), list_edges(model.config)
+        places = np.argwhere(edges)
+        without = np.repeat(edges[None], len(places), axis=0)
+        without[np.arange(len(places)), *places.T] = False
+        masks = np.concatenate([without, edges[None], np.zeros_like(edges)[None]])
+        *values, whole, empty = run_edge_circuits(model, pairs, masks, ablation=ablation)
+        want = (np.stack(values) - whole).T
+        methods = ("eap", "eap ig inputs", "eap ig activations", "exact")
+        for method in methods[:1] if ablation == "mean" else methods:
+            got = score(model, pairs, method, ablation=ablation)
+            np.testing.assert_allclose(got.per_pair[:, edges], want, atol=1e-9, err_msg=method)
+            np.testing.assert_allclose([got.clean, got.ablated], [whole, empty], atol=1e-9)
+    assert np.abs(want).max() > 0.01 and np.abs(whole - empty).min() > 0.01
+
+
+@pytest.mark.exhaustive  # a plain run has it on a linear model
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_moved_inputs_reach_what_replaces_them(ablation):
+    """With learned positions, which the input writes, too. The norms are smooth at 0: others jump there, and integrals
+    up to it need far more points."""
+    with jax.enable_x64():
+        model = make_model(**GELU, learned_positions=True, norm_epsilon=1.0)
+        pairs, edges = make_small_pairs(model), list_edges(model.config)
+        masks = np.stack([edges, edges & (np.arange(len(edges)) > 0)[:, None]])
+        whole, empty = run_edge_circuits(model, pairs, masks, ablation=ablation)
+        got = score(model, pairs, "eap ig activations", ablation=ablation, quadrature="gauss", steps=16)
+    np.testing.assert_allclose(got.per_pair[:, 0].sum(axis=1), empty - whole, rtol=1e-3)
+
+
 @pytest.mark.exhaustive  # a plain run tests it of nodes
 def test_the_way_back_has_the_opposite_scores():
     """Of points that are symmetric; those of the left sum are not."""
@@ -173,6 +217,7 @@ def test_wrong_settings_are_named():
         ({"method": "eap", "metric": "kl"}, "its gradient on the clean run is 0, expected 'eap ig inputs'"),
         ({"method": "exact", "rules": "relp"}, "rules with method 'exact': expected none"),
         ({"quadrature": "simpson"}, "quadrature 'simpson': expected one of"),
+        ({"ablation": "noise"}, "ablation 'noise': expected one of: zero"),
     ):
         with pytest.raises(UserError, match=message):
             score(model, pairs, **settings)
