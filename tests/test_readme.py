@@ -141,6 +141,7 @@ def check_edges(names: Names) -> None:
     assert 0 < circuit.kept.sum() < 96 and "->logits" in circuit.names[-1] and "->" in scores.summarize()
     faithful, at_random = (x.faithfulness[1].value for x in (names["grades"], names["random"]))
     assert faithful > 0.5 > at_random and jclt.load_graph("circuit.npz").counts["head"] == 16
+    assert (names["kept"] == circuit.kept).all() and (names["again"].values == scores.values).all()
 
 
 def check_circuits(names: Names) -> None:

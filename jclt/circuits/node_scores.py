@@ -100,8 +100,9 @@ class NodeScores:
         """The nodes with the largest scores, as text."""
         lines = [repr(self)]
         for layer, position, unit in locate_nodes(self.values.shape, self.rank_nodes()[:shown]).tolist():
-            name = f"position {position} unit {unit}" if self.layers[layer] is None else ""
-            name = name or f"layer {self.layers[layer]} position {position} unit {unit}"
+            is_error = self.basis.coder is not None and unit == self.values.shape[2] - 1
+            name = f"position {position} {'error' if is_error else f'unit {unit}'}"
+            name = name if self.layers[layer] is None else f"layer {self.layers[layer]} {name}"
             lines.append(f"  {self.values[layer, position, unit]:+9.4f}  {name}")
         return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from jclt.cli import (
     attribute,
+    circuit,
     convert,
     demo,
     evaluate,
@@ -43,6 +44,7 @@ COMMANDS = (
     serve,
     export_html,
     intervene,
+    circuit,
     features,
     label,
     train_lm,
@@ -120,6 +122,7 @@ def _run_command(arguments: argparse.Namespace) -> int:
 LESS_MEMORY = {
     "attribute": "fewer --max-features, a smaller --batch or a shorter prompt take less",
     "intervene": "a shorter prompt takes less, and --no-predict",
+    "circuit": "shorter prompts take less, and --nodes heads",
     "train-lm": "a smaller batch or model takes less, and --set remat=true",
     "train": "a smaller batch, more micro_batches or fewer coder.features take less, and --set remat=true",
     "features": "a shorter --length takes less, and --keep disk",

@@ -14,14 +14,14 @@ told from 0 is refused. What is ablated, and how, is part of every figure.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jclt.circuits import NodeScores, run_circuits
 from jclt.circuits.node_runs import Ablation
 from jclt.errors import UserError
-from jclt.evaluation.intervals import DRAWS, Figure, average_prompts, divide_sums, rank
+from jclt.evaluation.intervals import DRAWS, Figure, average_prompts, divide_sums, rank, summarize_figures
 from jclt.interventions import PromptPairs
 from jclt.interventions.patching.metrics import LEAST_RANGE, Metric
 from jclt.models import Model
@@ -29,6 +29,8 @@ from jclt.shapes import Bool, Float, Int
 
 Axis = Literal["share", "log share"]
 RANDOM = "random"
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Of all edges: the sizes of circuits in the MIB benchmark."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +81,17 @@ class CircuitGrades:
         """The smallest of the sizes whose faithfulness is at least this; None if there is none."""
         enough = [size for size, figure in zip(self.sizes, self.faithfulness, strict=True) if figure.value >= least]
         return min(enough, default=None)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain numbers, those of curves by size."""
+        settings = {"name": self.name, "unit": self.unit, "total": self.total}
+        settings |= {"ablation": self.ablation, "metric": self.metric}
+        ends = {"all": average_prompts(self.whole), "none": average_prompts(self.empty)}
+        curves = {"faithfulness": self.faithfulness, "completeness": self.completeness}
+        by_size = {
+            name: summarize_figures(dict(zip(map(str, self.sizes), row, strict=True))) for name, row in curves.items()
+        }
+        return settings | by_size | summarize_figures(ends | {"CPR": self.cpr(), "CMD": self.cmd()})
 
     def __repr__(self) -> str:
         return f"<CircuitGrades: {self.name}, {len(self.sizes)} sizes of {self.total:,} {self.unit}>"
@@ -141,6 +154,11 @@ def choose_best(order: Int[np.ndarray, "n"], size: int, shape: tuple[int, ...]) 
     return mask.reshape(shape)
 
 
+def share_sizes(total: int, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
+    """Shares of a total as numbers, each once."""
+    return tuple(sorted({min(max(round(share * total), 1), total - 1) for share in shares}))
+
+
 def check_sizes(sizes: Sequence[int], total: int) -> tuple[int, ...]:
     sizes = tuple(int(size) for size in sizes)
     if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] >= total:
@@ -152,7 +170,7 @@ def grade_nodes(
     model: Model,
     pairs: PromptPairs,
     scores: NodeScores | Sequence[NodeScores],
-    sizes: Sequence[int],
+    sizes: Sequence[int] | None = None,
     *,
     by: Literal["size", "support"] = "size",
     ablation: Ablation = "mean",
@@ -164,6 +182,7 @@ def grade_nodes(
     """Grades circuits of the best nodes by each of the scores, all of one basis, and last random circuits.
 
     pairs       those that grade; better not those that the scores are of
+    sizes       numbers of nodes, by default `SHARES` of all
     by          how nodes are ranked (`NodeScores.rank_nodes`)
     ablation    of the nodes outside: mean, zero, resample or counterfactual; `mean_of` other pairs if given
     draws       of random orders, whose values are averaged; each contains its smaller circuits, as the others do
@@ -173,7 +192,8 @@ def grade_nodes(
     shape = first.values.shape
     if len({(s.basis.name, s.values.shape) for s in all_scores}) > 1:
         raise UserError("scores: of several bases, expected those of one basis and of prompts of one length")
-    sizes, total = check_sizes(sizes, first.values.size), first.values.size
+    total = first.values.size
+    sizes = check_sizes(share_sizes(total) if sizes is None else sizes, total)
     generator = np.random.default_rng(seed)
     orders = [s.rank_nodes(by) for s in all_scores] + [generator.permutation(total) for _ in range(draws)]
     circuits = [choose_best(order, size, shape) for order in orders for size in sizes]

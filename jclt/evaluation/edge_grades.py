@@ -15,19 +15,15 @@ from jclt.circuits.edge_scores import EdgeScores
 from jclt.circuits.edges import list_edges, prune_edges, take_best, take_best_connected
 from jclt.circuits.node_runs import Ablation
 from jclt.errors import UserError
-from jclt.evaluation.circuit_grades import RANDOM, CircuitGrades, check_range, check_sizes
+from jclt.evaluation.circuit_grades import RANDOM, SHARES, CircuitGrades, check_range, check_sizes, share_sizes
 from jclt.interventions import PromptPairs
 from jclt.models import Model, ModelConfig
 from jclt.shapes import Bool, Float
 
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""Of all edges: the sizes of circuits in the MIB benchmark."""
-
 
 def list_sizes(config: ModelConfig, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
     """Numbers of edges, each once."""
-    total = int(list_edges(config).sum())
-    return tuple(sorted({min(max(round(share * total), 1), total - 1) for share in shares}))
+    return share_sizes(int(list_edges(config).sum()), shares)
 
 
 def choose_edges(

@@ -34,6 +34,7 @@ WORK = {
     "jclt.training.coder.train": ("find_run_rows",),
     "jclt.training.lm": ("find_rows",),
     "jclt.evaluation.evaluate": ("find_evaluation_rows",),
+    "jclt.cli.circuit": ("draw_pairs",),
     "jclt.cli.demo": ("explain_examples",),
     "jclt.pods": ("plan_run", "plan_sweep"),
 }
@@ -100,6 +101,7 @@ def list_subcommands() -> dict[str, argparse.ArgumentParser]:
 
 SOUND = {"out": "new", "dest": "new", "json": "new.json", "set": "steps=200", "to": "jclt", "tokenizer": "model"}
 SOUND |= {"prompt": "the capital of", "prompts": "prompts.txt", "inputs": "file.txt", "coder": "demo", "model": "demo"}
+SOUND |= {"task": "ioi", "nodes": "heads"}
 SOUND |= {"config": "tiny", "source": "coder", "run": "run", "end": "5", "field": "text", "data": "world"}
 
 
