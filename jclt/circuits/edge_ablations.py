@@ -72,7 +72,7 @@ def prepare_ablation(
     length = prompts.clean.shape[1]
     if ablation in ("zero", "mean"):
         of_all = (
-            write_nothing(config, params, length)
+            make_zero_replacement(config, params, length)
             if ablation == "zero"
             else average_writes(config, params, pairs if mean_of is None else mean_of, length)
         )
@@ -90,7 +90,7 @@ def run_writes(config: ModelConfig, params: Params, tokens: Tokens, last: Int[Ar
     return Replacement(collect_writes(config, params, seen), seen["head_out"])
 
 
-def write_nothing(config: ModelConfig, params: Params, length: int) -> Replacement:
+def make_zero_replacement(config: ModelConfig, params: Params, length: int) -> Replacement:
     dtype, layers = params["token_embedding"].dtype, config.layers
     writes = jnp.zeros((layers, config.heads + 1, 1, length, config.width), dtype)
     heads = jnp.zeros((layers, 1, length, config.heads, config.head_size), dtype)
