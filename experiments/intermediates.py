@@ -8,7 +8,7 @@ Expected on held-out prompts, with features that were selected on other prompts:
 of at most 16 features show a city's state in 81%, the letters of an acronym in 99%, 85% and 82%, a sum's carry in 84%,
 its ones and tens to within 1 in 94% and 88%; with permuted values none. No graph shows who gives (ioi) or what came
 earlier (induction).
-Cost: 2 minutes on 2 CPU cores that have other work; --small half a minute.
+Cost: 5 minutes on one CPU core; --small half a minute on two.
 """
 
 import argparse
