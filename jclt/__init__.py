@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         run_edge_circuits,
         save_circuit,
         score_edges,
+        score_feature_edges,
         score_nodes,
         trace_neurons,
     )
@@ -129,6 +130,7 @@ __all__ = [
     "save_model",
     "scale_nodes",
     "score_edges",
+    "score_feature_edges",
     "score_nodes",
     "steer",
     "swap_nodes",
@@ -150,6 +152,7 @@ _PACKAGES = {
         "run_edge_circuits",
         "save_circuit",
         "score_edges",
+        "score_feature_edges",
         "score_nodes",
         "trace_neurons",
     ),

@@ -255,6 +255,13 @@ def score_part_of_coder(
     plan: Plan, params: Params, coder: Any, prompts: Prompts, curve: Curve
 ) -> Float[Array, "P L T U"]:
     clean, other, gradient = read_and_differentiate(plan, params, prompts, curve, coder)
+    return score_features(coder, *change_features(coder, clean, other), gradient)
+
+
+def change_features(
+    coder: Any, clean: Values, other: Values | None
+) -> tuple[Float[Array, "C P T F"], Float[Array, "C P T D"]]:
+    """What the reference adds to the features and errors of the clean run."""
     changes: list[Array] = []
     for values in (clean, other):
         if values is None:
@@ -263,7 +270,5 @@ def score_part_of_coder(
         activations = encode_reads(coder, reads)
         changes += [jnp.stack(activations), jnp.stack(find_errors(coder, activations, reads, writes))]
     if other is None:
-        features, errors = -changes[0], -changes[1]
-    else:
-        features, errors = changes[2] - changes[0], changes[3] - changes[1]
-    return score_features(coder, features, errors, gradient)
+        return -changes[0], -changes[1]
+    return changes[2] - changes[0], changes[3] - changes[1]
