@@ -14,8 +14,10 @@ def add_command(commands: Subcommands) -> None:
         "one concept, by one feature, and at random, and compares what the model's later MLPs do with what the coder's "
         "features do in their place. A coder is accepted if after every layer its features follow at least half of the "
         "reaction to the changes of concepts. Exit status 1: rejected. Reconstruction cannot show this: a coder that "
-        "does in one step what the model does in two may have no error.",
-        epilog="example: jclt verify demo; jclt verify runs/gpt2/coder --prompts pairs.jsonl --count 50 --json v.json",
+        "does in one step what the model does in two may have no error. Of a cross-layer transcoder it also says how "
+        "much of the reaction earlier features have written in one hop; --beside compares with per-layer transcoders.",
+        epilog="example: jclt verify demo --beside demo-transcoders; jclt verify runs/gpt2/coder --prompts pairs.jsonl "
+        "--count 50 --json v.json",
     )
     add_coder_arguments(command)
     command.add_argument(
@@ -31,21 +33,36 @@ def add_command(commands: Subcommands) -> None:
     command.add_argument(
         "--seed", type=make_int_parser(0), default=0, help="of the pairs and the random directions (default 0)"
     )
+    command.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="CODER",
+        help="also measure this coder of the same model, on the same pairs; can be repeated",
+    )
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.set_defaults(function=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from jclt.evaluation.verdict import find_pairs, verify
+    from jclt.coders import load_coder
+    from jclt.evaluation.verdict import find_pairs, tabulate_verdicts, verify
     from jclt.files import check_file, write_json
 
     check_new_file(arguments.json)
     if arguments.prompts != "world":
         check_file(Path(arguments.prompts), "world, or a file of pairs of prompts")
     model, coder = load_coder_and_model(arguments)
+    others = {name: load_coder(name, model=model, keep="device") for name in arguments.beside}
     pairs = find_pairs(model, arguments.prompts, arguments.count, arguments.seed)
     verdict = verify(model, coder, pairs, arguments.seed)
     print(f"{len(pairs)} pairs of prompts\n{verdict.table()}\n{verdict}")
+    beside = {name: verify(model, other, pairs, arguments.seed) for name, other in others.items()}
+    for name, other in beside.items():
+        print(f"\n{name}\n{other.table()}\n{other}")
+    if beside:
+        print(f"\n{tabulate_verdicts({arguments.coder: verdict} | beside)}")
     if arguments.json:
-        write_json(arguments.json, verdict.summary())
+        figures = {name: other.summary() for name, other in beside.items()}
+        write_json(arguments.json, verdict.summary() | ({"beside": figures} if figures else {}))
     return int(not verdict.accepted)

@@ -8,6 +8,11 @@ For one prompt and pushes v after layers l, three passes, each with v added to t
 
 Without a push all three are the model. What the MLPs do in answer to the push is true - fixed; what the replacement
 model says of it is replaced - fixed.
+
+A push after layer l that makes the stream that of another prompt leaves the features of the layers up to l as they are,
+and so what they write to later layers, which in the other prompt is something else. `push_with_writes` adds this
+difference to what is written in the pass `replaced`. What the pass gains is what the coder does in one hop: features of
+the layers up to l write what the model computes from the stream after l.
 """
 
 from typing import NamedTuple
@@ -20,7 +25,7 @@ import numpy as np
 from jclt.attribution.attribute import check_coder
 from jclt.coders import Coder
 from jclt.interventions.changes import make_changes
-from jclt.interventions.feature_pass import Original, read_original
+from jclt.interventions.feature_pass import Original, decode_dense, read_original
 from jclt.interventions.groups import LENGTH_MULTIPLE, center_end
 from jclt.interventions.intervene import make_feature_pass, use_one_device
 from jclt.interventions.settings import EditParts, Setting
@@ -41,6 +46,18 @@ class Push(eqx.Module):
         assert place.layer is not None
         here = (self.layers == place.layer)[:, None, None]
         return value + jnp.where(here, self.values, jnp.zeros_like(self.values)).astype(value.dtype)
+
+
+class AddWrites(eqx.Module):
+    """Adds values to what the MLP of each layer writes, for each row of the batch."""
+
+    site: str = eqx.field(static=True)
+    values: Float[Array, "L B T D"]
+
+    def __call__(self, place: Place, value: Array) -> Array:
+        if place.site != self.site or not isinstance(place.layer, int):
+            return value
+        return value + self.values[place.layer].astype(value.dtype)
 
 
 class Streams(NamedTuple):
@@ -87,17 +104,57 @@ def push_prompt(
 ) -> Reactions:
     """The three passes. `local`: patterns and denominators of norms are frozen in those that are not true, as in the
     local replacement model; by default nothing is frozen in any."""
-    model, coder = prepared.model, prepared.coder
     push = Push(jnp.asarray(layers, jnp.int32), jnp.asarray(values, jnp.float32))
-    parts = EditParts(make_changes([], coder.config), (), (push,))
-    features = make_feature_pass(coder, parts, Setting(), prepared.original, records=False)
     frozen = Freeze(prepared.seen if local else {})
-    written = {coder.config.writes: prepared.original.writes}
-    edits: tuple[Edit, ...] = (push, Compose((frozen, features)), Compose((frozen, Freeze(written), push)))
-    tokens, end = jnp.asarray(np.tile(prepared.tokens, (len(layers), 1))), jnp.int32(prepared.length - 1)
+    written = {prepared.coder.config.writes: prepared.original.writes}
+    replaced = Compose((frozen, replace_mlps(prepared, push)))
+    edits: tuple[Edit, ...] = (push, replaced, Compose((frozen, Freeze(written), push)))
+    return Reactions(*(_run_push(prepared, len(layers), edit) for edit in edits))
+
+
+def push_with_writes(
+    prepared: Prepared,
+    layers: Int[np.ndarray, "B"],
+    values: Float[np.ndarray, "B T D"],
+    writes: Float[np.ndarray, "L B T D"],
+) -> Streams:
+    """The pass `replaced`, where `writes` are added to what the coder writes."""
+    push = Push(jnp.asarray(layers, jnp.int32), jnp.asarray(values, jnp.float32))
+    added = AddWrites(prepared.coder.config.writes, jnp.asarray(writes, jnp.float32))
+    return _run_push(prepared, len(layers), replace_mlps(prepared, push, added))
+
+
+def replace_mlps(prepared: Prepared, *edits: Edit) -> Edit:
+    """The coder's features in place of the MLPs, with edits of the sites."""
+    parts = EditParts(make_changes([], prepared.coder.config), (), edits)
+    return make_feature_pass(prepared.coder, parts, Setting(), prepared.original, records=False)
+
+
+def _run_push(prepared: Prepared, rows: int, edit: Edit) -> Streams:
+    model = prepared.model
+    tokens, end = jnp.asarray(np.tile(prepared.tokens, (rows, 1))), jnp.int32(prepared.length - 1)
     with on_mesh(model):
-        passes = [jax.device_get(_push(model.config, model.params, tokens, end, edit)) for edit in edits]
-    return Reactions(*(Streams(*streams) for streams in passes))
+        return Streams(*jax.device_get(_push(model.config, model.params, tokens, end, edit)))
+
+
+def compare_writes(prepared: Prepared, other: Prepared) -> Float[np.ndarray, "L L T D"]:
+    """For each layer l and each later one, what the features of the layers up to l write to it in the other prompt,
+    minus what they write to it in this one."""
+    coder, layers = prepared.coder, prepared.model.config.layers
+    changes = other.original.activations - prepared.original.activations
+    start = coder.config.first_position
+    found = np.zeros((layers, layers, *prepared.streams.layers.shape[2:]), np.float32)
+    for index, written in enumerate(jax.device_get(_decode_changes(coder, changes))):
+        source = coder.config.covered[index]
+        for step in range(1, coder.config.reach(index)):
+            target = coder.config.covered[index + step]
+            found[source:target, target, start : prepared.length] += written[0, start : prepared.length, step]
+    return found
+
+
+@eqx.filter_jit
+def _decode_changes(coder: Coder, changes: Float[Array, "C B T F"]) -> list[Float[Array, "B T _ D"]]:
+    return [decode_dense(coder, index, changes[index]) for index in range(len(coder.config.covered))]
 
 
 @eqx.filter_jit

@@ -16,9 +16,19 @@ With the passes of `perturbations.py`, nothing frozen, and logits at the end of 
 `followed` is 1 for an exact replacement model, and 0 for one whose features do not react. The rule, stated before any
 coder was measured: a coder is accepted if it follows at least half (`ACCEPTED`) of the reaction to `concepts` between
 any two layers where the reaction is at least 5% (`REACTING`) of the change.
+
+Why does a cross-layer transcoder not follow the rest? Its earlier features may have written it. The pass is run again
+with what these write to later layers in the other prompt (`push_with_writes`):
+
+    one hop    = (sum |true - replaced|^2 - sum |true - that pass|^2) / sum |true - fixed|^2
+
+The features of a per-layer transcoder write to their own layer, so it is 0. The coder does in one hop what the model
+does in two after the layers where it is at least 10% (`ONE_HOP`; set before any coder was measured). The rest, 1 -
+followed - one hop, is in no feature.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +38,23 @@ import numpy as np
 from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.evaluation.intervals import Figure, divide_sums, summarize_figures
-from jclt.evaluation.perturbations import Prepared, Reactions, draw_like, list_writes, prepare_prompt, push_prompt
+from jclt.evaluation.perturbations import (
+    Prepared,
+    Reactions,
+    Streams,
+    compare_writes,
+    draw_like,
+    list_writes,
+    prepare_prompt,
+    push_prompt,
+    push_with_writes,
+)
 from jclt.interventions import PromptPairs, load_pairs, make_world_pairs
 from jclt.models import Model
 from jclt.shapes import Float, Int
 from jclt.world import TASKS
 
-ACCEPTED, REACTING = 0.5, 0.05
+ACCEPTED, REACTING, ONE_HOP = 0.5, 0.05, 0.1
 KINDS = ("concepts", "features", "random")
 FEATURES = 4
 """Of each layer, taken away one at a time."""
@@ -47,6 +67,7 @@ class Verdict:
     followed: dict[tuple[int, str], Figure]
     reaction: dict[tuple[int, str], Figure]
     answers: dict[tuple[int, str], Figure]  # of the changed answers of the model, the share that is the replacement's
+    one_hop: dict[tuple[int, str], Figure]  # of `concepts` alone
 
     @property
     def failed(self) -> list[int]:
@@ -58,27 +79,37 @@ class Verdict:
     def accepted(self) -> bool:
         return not self.failed
 
+    @property
+    def hopped(self) -> list[int]:
+        """The layers after which earlier features have written what the model computes there."""
+        return [layer for (layer, _), figure in self.one_hop.items() if figure.value >= ONE_HOP]
+
     def table(self) -> str:
         lines = [f"{'after layer':12}{'change':10}{'reaction':>10}{'followed [95% interval]':>27}{'permuted':>10}"]
-        lines[0] += f"{'answers':>10}{'fixed':>8}"
+        lines[0] += f"{'answers':>10}{'fixed':>8}{'one hop':>10}"
         for (layer, kind), figure in self.followed.items():
             reaction, answers = self.reaction[layer, kind], self.answers[layer, kind]
             line = f"{layer:<12}{kind:10}{reaction.value:10.1%}{figure!s:>27}{_show(figure.control):>10}"
-            lines.append(line + f"{_show(answers.value):>10}{_show(answers.control):>8}")
+            hop = self.one_hop.get((layer, kind))
+            line += f"{_show(answers.value):>10}{_show(answers.control):>8}{_show(hop and hop.value):>10}"
+            lines.append(line)
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
-        tables = {name: getattr(self, name) for name in ("followed", "reaction", "answers")}
+        tables = {name: getattr(self, name) for name in ("followed", "reaction", "answers", "one_hop")}
         named = {n: {f"{layer} {kind}": f for (layer, kind), f in table.items()} for n, table in tables.items()}
         figures = {name: summarize_figures(table) for name, table in named.items()}
-        return {"accepted": self.accepted, "failed": self.failed, **figures}
+        return {"accepted": self.accepted, "failed": self.failed, "hopped": self.hopped, **figures}
 
     def __str__(self) -> str:
         if self.accepted:
-            return f"accepted: after every layer the replacement model follows at least {ACCEPTED:.0%} of the reaction"
-        layers = ", ".join(map(str, self.failed))
-        reason = f"after layer {layers} its features follow less than {ACCEPTED:.0%} of what the model's MLPs do"
-        return f"rejected: {reason}: earlier features have written the rest, or the coder's errors hold it"
+            words = f"accepted: after every layer the replacement model follows at least {ACCEPTED:.0%} of the reaction"
+        else:
+            layers = ", ".join(map(str, self.failed))
+            reason = f"its features follow less than {ACCEPTED:.0%} of what the model's MLPs do"
+            words = f"rejected: after layer {layers} {reason}"
+        hops = [f"{self.one_hop[layer, 'concepts'].value:.0%} after layer {layer}" for layer in self.hopped]
+        return words + (f"\nin one hop: earlier features have written {', '.join(hops)}" if hops else "")
 
 
 def _show(value: float | None) -> str:
@@ -97,14 +128,15 @@ def verify(model: Model, coder: Coder, pairs: PromptPairs, seed: int = 0) -> Ver
         raise UserError("pairs: none has a corrupted prompt, expected at least one")
     for clean, corrupted in usable:
         prepared = prepare_prompt(model, coder, clean)
-        other = prepare_prompt(model, coder, corrupted).streams.layers
-        keys, layers, values = list_pushes(prepared, other, generator)
+        other = prepare_prompt(model, coder, corrupted)
+        keys, layers, values = list_pushes(prepared, other.streams.layers, generator)
         reactions = push_prompt(prepared, layers, values)
+        informed = push_earlier(prepared, other, keys, layers, values) if coder.config.kind == "clt" else None
         for row, key in enumerate(keys):
             said = reactions.replaced.logits[row] - reactions.fixed.logits[row]
-            sums[key].append(compare(prepared, reactions, row, previous.get(key, said)))
+            sums[key].append(compare(prepared, reactions, informed, row, previous.get(key, said)))
             previous[key] = said
-    return Verdict(*(collect(sums, name, seed) for name in ("followed", "reaction", "answers")))
+    return Verdict(*(collect(sums, name, seed) for name in ("followed", "reaction", "answers", "one hop")))
 
 
 def list_pushes(
@@ -127,25 +159,50 @@ def list_pushes(
     return keys, layers, np.stack(padded).astype(np.float32)
 
 
+def push_earlier(
+    prepared: Prepared,
+    other: Prepared,
+    keys: list[tuple[int, str]],
+    layers: Int[np.ndarray, "B"],
+    values: Float[np.ndarray, "B T D"],
+) -> Streams:
+    """The replacement model where the features before each push of `concepts` write what they write in the other
+    prompt."""
+    found = compare_writes(prepared, other)
+    writes = np.zeros((len(found), *values.shape), np.float32)
+    for row, (layer, kind) in enumerate(keys):
+        if kind == "concepts":
+            writes[:, row] = found[layer]
+    return push_with_writes(prepared, layers, values, writes)
+
+
 def compare(
-    prepared: Prepared, reactions: Reactions, row: int, permuted: Float[np.ndarray, "V"]
+    prepared: Prepared, reactions: Reactions, informed: Streams | None, row: int, permuted: Float[np.ndarray, "V"]
 ) -> Float[np.ndarray, "_"]:
-    """Sums of squares: the error, that of another prompt's prediction, the reaction, the change; and whether the
-    model's answer changes, the replacement's is the same, and that with fixed MLPs is."""
+    """Sums of squares: the error, that of another prompt's prediction, the reaction, the change; whether the model's
+    answer changes, the replacement's is the same, and that with fixed MLPs is; and the error of the pass in which
+    earlier features write as in the other prompt, which of a coder whose features write to one layer is the error."""
     original = prepared.streams.logits[0].astype(np.float64)
     true, replaced, fixed = (streams.logits[row].astype(np.float64) for streams in reactions)
     differences = (true - replaced, true - fixed - permuted, true - fixed, true - original)
     squares = [float(x @ x) for x in differences]
     answer = true.argmax()
     moved = answer != original.argmax()
-    return np.array([*squares, moved, moved and replaced.argmax() == answer, moved and fixed.argmax() == answer])
+    answers = moved, moved and replaced.argmax() == answer, moved and fixed.argmax() == answer
+    if informed is None:
+        return np.array([*squares, *answers, squares[0]])
+    left = true - informed.logits[row].astype(np.float64)
+    return np.array([*squares, *answers, float(left @ left)])
 
 
 def collect(sums: dict[tuple[int, str], list[np.ndarray]], name: str, seed: int) -> dict[tuple[int, str], Figure]:
     figures = {}
     for key in sorted(sums, key=lambda key: (key[0], KINDS.index(key[1]))):
-        error, permuted, reaction, change, moved, replaced, fixed = np.stack(sums[key], axis=1)
-        if name == "followed":
+        error, permuted, reaction, change, moved, replaced, fixed, informed = np.stack(sums[key], axis=1)
+        if name == "one hop":
+            if key[1] == "concepts":
+                figures[key] = divide_sums(error - informed, reaction, seed=seed)
+        elif name == "followed":
             control = 1 - permuted.sum() / reaction.sum() if reaction.sum() else None
             figures[key] = divide_sums(reaction - error, reaction, control=control, seed=seed)
         elif name == "reaction":
@@ -154,6 +211,19 @@ def collect(sums: dict[tuple[int, str], list[np.ndarray]], name: str, seed: int)
             control = fixed.sum() / moved.sum() if moved.sum() else None
             figures[key] = divide_sums(replaced, moved, control=control, seed=seed)
     return figures
+
+
+def tabulate_verdicts(verdicts: Mapping[str, Verdict]) -> str:
+    """Several coders on the same pairs: what of the reaction to changes of concepts each follows, has written by
+    earlier features, and has in no feature."""
+    width = max(len(name) for name in ("coder", *verdicts))
+    lines = [f"{'after layer':12}{'coder':{width}}{'followed':>27}{'one hop':>27}{'in no feature':>15}"]
+    for key in next(iter(verdicts.values())).one_hop:
+        for name, verdict in verdicts.items():
+            followed, hop = verdict.followed[key], verdict.one_hop[key]
+            rest = 1 - followed.value - hop.value
+            lines.append(f"{key[0]:<12}{name:{width}}{followed!s:>27}{hop!s:>27}{_show(rest):>15}")
+    return "\n".join(lines)
 
 
 def find_pairs(model: Model, name: str, count: int, seed: int = 0) -> PromptPairs:

@@ -12,8 +12,8 @@ import jclt
 from jclt.cli.main import main
 from jclt.errors import UserError
 from jclt.evaluation import evaluate_reconstruction
-from jclt.evaluation.perturbations import draw_like, prepare_prompt, push_prompt
-from jclt.evaluation.verdict import find_pairs, verify
+from jclt.evaluation.perturbations import compare_writes, draw_like, prepare_prompt, push_prompt, push_with_writes
+from jclt.evaluation.verdict import find_pairs, tabulate_verdicts, verify
 from jclt.interventions import make_pairs
 from jclt.world.handmade import ANSWERS, PROMPTS, STATE_OF_CITY, build_two_hop
 
@@ -43,6 +43,11 @@ def test_the_command_accepts_the_models_neurons_and_rejects_the_unfaithful_coder
         words, figures = capsys.readouterr().out, json.loads((folder / "verdict.json").read_text())
         assert ("accepted:" in words, "rejected: after layer 0" in words) == (status == 0, status == 1)
         assert figures["accepted"] == (status == 0) and figures["failed"] == [0] * status
+        hop = {"neurons": 0.0, "unfaithful": 1.0}[coder]
+        assert figures["one_hop"]["0 concepts"]["value"] == pytest.approx(hop, abs=1e-4)
+        assert figures["hopped"] == [0] * status and (
+            "in one hop: earlier features have written 100%" in words
+        ) == bool(hop)
         found, answers = figures["followed"]["0 concepts"], figures["answers"]["0 concepts"]
         assert found["value"] == pytest.approx(followed, abs=1e-4) and found.get("control", 0) < 0.5
         assert answers["value"] == followed and answers["control"] == 0
@@ -61,6 +66,10 @@ def test_every_variant_gets_its_verdict(name):
     good, bad = verify(model, faithful_coder(model), pairs), verify(model, unfaithful_coder(model), pairs)
     assert good.accepted and not bad.accepted
     assert good.followed[0, "concepts"].value > 0.999 and bad.followed[0, "concepts"].value < 0.001
+    assert abs(good.one_hop[0, "concepts"].value) < 1e-4 and bad.one_hop[0, "concepts"].value > 0.999
+    lines = [line.split() for line in tabulate_verdicts({"good": good, "bad": bad}).splitlines()]
+    assert [line[1] for line in lines[1:]] == ["good", "bad"]
+    assert float(lines[1][-1]) == pytest.approx(0, abs=0.002) == float(lines[2][-1])
 
 
 @pytest.mark.exhaustive  # of a coder with errors; the command above tests the passes on a model whose answer is known
@@ -82,6 +91,25 @@ def test_the_passes_are_those_of_interventions(local):
         options = {"attention": treatment, "norms": treatment, "predict": False, **setting}
         want = jclt.intervene(*case, edit, **options).logits[-1]
         np.testing.assert_allclose(logits[0], want - want.mean(), atol=1e-4)
+
+
+@pytest.mark.exhaustive  # of a coder with errors; the command above has one whose features write two layers
+def test_with_all_that_earlier_features_and_errors_write_in_the_other_prompt_the_pass_is_that_prompts():
+    from traced_graphs import make_case
+
+    model, coder, tokens = make_case("gpt2", "clt", "float32")
+    prepared, other = (prepare_prompt(model, coder, ids) for ids in (tokens, np.roll(tokens, 2)))
+    layers = np.arange(model.config.layers - 1)
+    values = (other.streams.layers - prepared.streams.layers)[layers, 0]
+    values[:, prepared.length :] = 0
+    later = np.arange(model.config.layers)[:, None] > layers  # of each push
+    errors = np.where(later[:, :, None, None], other.original.errors - prepared.original.errors, 0)
+    errors[:, :, prepared.length :] = 0
+    writes = np.swapaxes(compare_writes(prepared, other)[layers], 0, 1)
+    found = push_with_writes(prepared, layers, values, writes + errors)
+    np.testing.assert_allclose(found.logits, np.tile(other.streams.logits, (len(layers), 1)), atol=1e-4)
+    without = push_with_writes(prepared, layers, values, errors + 0 * writes)
+    assert np.abs(without.logits - other.streams.logits).max(axis=1).min() > 1e-2  # earlier features write something
 
 
 def test_what_cannot_be_verified_is_named():
