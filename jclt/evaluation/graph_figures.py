@@ -25,6 +25,7 @@ def measure_graphs(
     points = [curve(graph, THRESHOLDS) for graph in graphs]
     kept = np.array([[count_features(graph, share) for share in THRESHOLDS] for graph in graphs])
     features = np.array([len(graph.features) for graph in graphs])
+    edges = np.array([np.count_nonzero(graph.adjacency) for graph in graphs])
 
     def average(values: Sequence[float] | np.ndarray, paper: str = "") -> Figure:
         return average_prompts(values, paper=paper, seed=seed)
@@ -40,10 +41,12 @@ def measure_graphs(
         figures[f"features kept at {share}"] = average(kept[:, column].astype(np.float64))
         figures[f"edges kept at {share}"] = average([float(point.edges) for point in of_share])
         figures[f"completeness at {share}"] = average([point.scores.completeness for point in of_share])
-    figures["all features / those kept at 0.8"] = divide_sums(
-        features, kept[:, THRESHOLDS.index(0.8)], paper="about 10", seed=seed
-    )
-    return figures
+    at_paper = THRESHOLDS.index(0.8)
+    kept_edges = [of_graph[at_paper].edges for of_graph in points]
+    return figures | {
+        "all features / those kept at 0.8": divide_sums(features, kept[:, at_paper], paper="about 10", seed=seed),
+        "all edges / those kept at 0.8": divide_sums(edges, kept_edges, paper="about 500", seed=seed),
+    }
 
 
 def count_features(graph: Graph, share: float) -> int:
