@@ -143,7 +143,9 @@ def add_fit_arguments(command: argparse.ArgumentParser) -> None:
 def add_coder_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of the commands about a coder."""
     command.add_argument(
-        "coder", metavar="CODER", help="demo, neurons, or a folder in any layout that load_coder reads"
+        "coder",
+        metavar="CODER",
+        help="demo, demo-transcoders, neurons, or a folder in any layout that load_coder reads",
     )
     add_model_argument(command)
     add_fit_arguments(command)

@@ -16,7 +16,9 @@ def add_command(commands: Subcommands) -> None:
         epilog="example: jclt train tiny --out runs/tiny --set steps=300 --set coder.features=256",
     )
     add_run_arguments(
-        command, "tiny, small-world, smollm2-transcoders, smollm2-clt", "steps=500, model=gpt2 or coder.features=4096"
+        command,
+        "tiny, small-world, small-world-transcoders, smollm2-transcoders, smollm2-clt",
+        "steps=500, model=gpt2 or coder.features=4096",
     )
     command.add_argument(
         "--profile",

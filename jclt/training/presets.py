@@ -54,6 +54,12 @@ def small_world_coder() -> TrainConfig:
     )
 
 
+def small_world_transcoders() -> TrainConfig:
+    """The transcoders of single layers that ship with jclt, to be compared with the shipped CLT: by the same recipe."""
+    shipped = small_world_coder()
+    return replace(shipped, coder=replace(shipped.coder, kind="transcoder"))
+
+
 def tiny() -> TrainConfig:
     """A first coder to try: the shipped one with fewer features and steps. It takes a minute on 2 cores."""
     shipped = small_world_coder()
@@ -97,6 +103,7 @@ def _smollm2(coder: CoderConfig) -> TrainConfig:
 CODER_PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "tiny": tiny,
     "small-world": small_world_coder,
+    "small-world-transcoders": small_world_transcoders,
     "smollm2-transcoders": smollm2_transcoders,
     "smollm2-clt": smollm2_clt,
 }

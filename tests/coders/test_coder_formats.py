@@ -633,7 +633,7 @@ def test_what_is_wrong_gets_one_line(layout, spoil, line, tmp_path):
 
 def test_folders_that_hold_no_coder(tmp_path):
     with pytest.raises(
-        UserError, match="nowhere': no such folder, expected 'demo', 'neurons' or the folder that holds the coder"
+        UserError, match="nowhere': no such folder, expected 'demo', 'demo-transcoders', 'neurons' or the folder"
     ):
         jclt.load_coder(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")

@@ -1,5 +1,7 @@
 """The shipped coder keeps its model's knowledge: it meets its bars on prompts withheld from training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from more_cases import mark_others
@@ -27,6 +29,15 @@ def test_it_is_small_and_what_the_preset_makes(coder):
     config = CODER_PRESETS["small-world"]().coder
     assert (coder.config.kind, coder.config.activation) == ("clt", "jumprelu")
     assert (coder.config.features, coder.config.reads) == (config.features, config.reads)
+
+
+def test_the_transcoders_beside_it_are_small_and_of_the_same_recipe(model, coder):
+    assert sum(path.stat().st_size for path in find_coder("demo-transcoders").iterdir()) <= 2_000_000
+    beside = jclt.load_coder("demo-transcoders", model=model)  # checks its error on a short text
+    preset, other = CODER_PRESETS["small-world"](), CODER_PRESETS["small-world-transcoders"]()
+    assert replace(other, coder=replace(other.coder, kind="clt")) == preset
+    assert beside.config.model_fingerprint == coder.config.model_fingerprint == model.fingerprint
+    assert (beside.config.kind, beside.config.features) == ("transcoder", coder.config.features)
 
 
 def test_it_is_sparse_and_faithful_on_text_of_another_seed(model, coder):

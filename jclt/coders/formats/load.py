@@ -72,6 +72,9 @@ LAYOUTS: dict[str, Layout] = {
 """A folder has the first of these layouts whose `is_in` is true."""
 
 
+SHIPPED = {"demo": "coder", "demo-transcoders": "transcoders"}
+"""The coders of the shipped model: a CLT, and a transcoder of each layer; with their folders in jclt/world."""
+
 PLACES = ("device", "host", "disk")
 """Where a coder's weights may be kept: in a device's memory, in the host's, or in its files."""
 
@@ -128,8 +131,8 @@ def load_coder(
     writes: str | None = None,
     check: bool = True,
 ) -> SparseCoder | StreamedCoder | Neurons:
-    """Loads "demo", a folder in any of `LAYOUTS`, or the coder of a training run's folder; "neurons" are those of the
-    `model`, with its own weights.
+    """Loads one of `SHIPPED`, a folder in any of `LAYOUTS`, or the coder of a training run's folder; "neurons" are
+    those of the `model`, with its own weights.
 
     `keep` says where the weights are kept. On a mesh each device has its shard of every weight. Those of a coder that
     is kept on the "host" or on "disk" are on the device while they are used; only graphs can be made with it. By
@@ -194,10 +197,10 @@ def _read_folder(name: str | Path) -> tuple[Path, StoredCoder]:
 
 def find_coder(name: str) -> Path:
     """The folder that holds the coder of this name: in the folder of a training run, its `coder`."""
-    if name == "demo":
-        folder = Path(str(resources.files("jclt"))) / "world" / "coder"
+    if name in SHIPPED:
+        folder = Path(str(resources.files("jclt"))) / "world" / SHIPPED[name]
         if not folder.is_dir():
-            raise UserError("coder 'demo': this installation ships none, expected it in jclt/world/coder")
+            raise UserError(f"coder '{name}': this installation ships none, expected it in jclt/world/{folder.name}")
         return folder
     try:
         folder = Path(name).expanduser()
@@ -207,7 +210,8 @@ def find_coder(name: str) -> Path:
     if not is_folder:
         problem = "is a file" if os.path.lexists(folder) else "no such folder"
         raise UserError(
-            f"coder '{name}': {problem}, expected 'demo', 'neurons' or the folder that holds the coder's files"
+            f"coder '{name}': {problem}, expected 'demo', 'demo-transcoders', 'neurons' or the folder that holds the "
+            "coder's files"
         )
     inner = folder / "coder"
     return inner if circuit_tracer.is_jclt_folder(inner) and not circuit_tracer.is_jclt_folder(folder) else folder
