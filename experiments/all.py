@@ -12,13 +12,14 @@ import argparse
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parent
 STUDIES = (
     *("two_hop", "addition", "acronym", "factual_recall", "agreement", "antonyms", "successor", "brackets"),
-    *("greater_than", "indirect_object", "attention"),
+    *("greater_than", "indirect_object", "attention", "per_layer", "pruning", "depth"),
 )
 OTHERS = ("intermediates.py", "group_names.py", "global_weights.py")
 
@@ -31,18 +32,24 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(HERE / "case_studies"))
     report, start = import_module("report"), time.perf_counter()
-    print(report.write_head("command"), flush=True)
-    for name in STUDIES:
-        study = import_module(name).STUDY
-        rows = report.run_study(study, options.prompts)
-        for row in rows:
-            print(report.write_row(name, row), f"`python experiments/case_studies/{name}.py` |", flush=True)
-        report.write_files(study, rows, options.out / name)
     scripts = [HERE / "case_studies/smollm2.py", *(HERE / name for name in OTHERS if options.others)]
-    for script in scripts:
-        print(f"\npython experiments/{script.relative_to(HERE)}", flush=True)
-        subprocess.run([sys.executable, script], check=True)
+    with ThreadPoolExecutor(1) as second_core:
+        printed = {script: second_core.submit(run_script, script) for script in scripts}
+        print(report.write_head("command"), flush=True)
+        for name in STUDIES:
+            study = import_module(name).STUDY
+            rows = report.run_study(study, options.prompts)
+            for row in rows:
+                print(report.write_row(name, row), f"`python experiments/case_studies/{name}.py` |", flush=True)
+            report.write_files(study, rows, options.out / name)
+        for script, text in printed.items():
+            print(f"\npython experiments/{script.relative_to(HERE)}\n{text.result()}", flush=True)
     print(f"{time.perf_counter() - start:.0f} seconds; figures and graphs are in {options.out}")
+
+
+def run_script(script: Path) -> str:
+    """What the script prints; it runs beside the studies."""
+    return subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

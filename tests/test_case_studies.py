@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "experiments/case_studies"
-STUDIES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"common", "report", "smollm2"})
+STUDIES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"beside", "common", "report", "smollm2"})
 FAIL = {
     "state, other question exchanged; random features",
     "state sign flipped; random features",
@@ -33,7 +33,7 @@ FAIL = {
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(FOLDER)
     yield import_module
-    for name in (*STUDIES, "common", "report"):
+    for name in (*STUDIES, "beside", "common", "report"):
         sys.modules.pop(name, None)
 
 
@@ -80,5 +80,6 @@ def test_verdicts_on_a_few_prompts(name, load, monkeypatch):
         assert study.show().logit_names
     for claim, row in zip(study.claims, rows, strict=True):
         if claim.name not in FAIL:
-            most = claim.most + 0.1 if not claim.ratio else 0.75 * row["ours"]  # of six prompts
+            times = 0.75 if claim.ratio > 2 else 1.1
+            most = times * row["ours"] if claim.ratio else claim.most + 0.1  # of six prompts
             assert row["ours"] >= 0.7 * claim.least and row["control"] <= most, row

@@ -38,6 +38,7 @@ class Study(NamedTuple):
     claims: Sequence[Claim]
     measure: Callable[[int, int], Outcomes]  # of a seed and a number of prompts
     show: Callable[[], Graph]  # the pruned graph of one prompt
+    write_details: Callable[[Path], str] | None = None  # further figures: pictures in a folder, and a table
 
 
 def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
@@ -101,6 +102,8 @@ def write_files(study: Study, rows: Sequence[dict[str, Any]], folder: Path) -> N
     (folder / "paths.txt").write_text("\n".join(paths) + "\n")
     jclt.export_json(graph, folder / "graph.json")
     jclt.export_html(graph, folder / "graph.html")
+    if study.write_details is not None:
+        (folder / "figures.txt").write_text(study.write_details(folder) + "\n")
     draw_graph(graph, folder / "graph.png", title=study.name)
 
 
@@ -150,6 +153,8 @@ def main(study: Study) -> None:
         rows = run_study(study, options.prompts)
         print(write_head(), *(write_row(study.name, row) for row in rows), sep="\n")
         write_files(study, rows, options.out)
+        if study.write_details is not None:
+            print((options.out / "figures.txt").read_text())
     except UserError as reason:
         sys.exit(str(reason))
     print(f"{time.perf_counter() - start:.0f} seconds; figures and the graph are in {options.out}")
