@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 from common import load
-from report import SEEDS
+from report import PROMPTS, SEEDS
 
 import jclt
 from jclt.coders import Coder
@@ -14,9 +14,9 @@ from jclt.evaluation.questions import THRESHOLDED
 from jclt.graphs import Graph
 from jclt.world import TASKS, Example
 
-CLT, PER_LAYER, NEURONS = "demo", "demo-transcoders", "neurons"
-NAMES = {CLT: "CLT", PER_LAYER: "per-layer transcoders", THRESHOLDED: "neurons above a threshold", NEURONS: "neurons"}
-COLORS = {CLT: "#2a6fb0", PER_LAYER: "#c8553d", THRESHOLDED: "#6b8e23", NEURONS: "#8a8a8a"}
+CLT, PER_LAYER = "demo", "demo-transcoders"
+NAMES = {CLT: "CLT", PER_LAYER: "per-layer transcoders", THRESHOLDED: "neurons above a threshold"}
+COLORS = {CLT: "#2a6fb0", PER_LAYER: "#c8553d", THRESHOLDED: "#6b8e23"}
 
 
 @cache
@@ -43,8 +43,21 @@ def encode(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 @cache
-def make_graphs(name: str, seed: int, count: int) -> tuple[Graph, ...]:
-    return tuple(jclt.attribute_batch(load()[0], load_named(name), encode(draw_prompts(seed, count))))
+def make_graphs(name: str, seed: int, count: int) -> list[Graph]:
+    return attribute_seeds(name, SEEDS if seed in SEEDS else (seed,), count)[seed]
+
+
+@cache
+def attribute_seeds(name: str, seeds: tuple[int, ...], count: int) -> dict[int, list[Graph]]:
+    """All at once: prompts of similar length then share one program."""
+    prompts = encode([example for seed in seeds for example in draw_prompts(seed, count)])
+    graphs = jclt.attribute_batch(load()[0], load_named(name), prompts, batch=len(prompts))
+    return {seed: [graphs.pop(0) for _ in draw_prompts(seed, count)] for seed in seeds}
+
+
+def make_first_graphs(name: str) -> list[Graph]:
+    """Of one prompt of each task."""
+    return make_graphs(name, SEEDS[0], PROMPTS)[: len(TASKS)]
 
 
 def show_first(task: str) -> Graph:

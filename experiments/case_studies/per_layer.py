@@ -4,28 +4,40 @@
 
 Prompts of all tasks. Each claim has the CLT's figure, and as its control that of the per-layer transcoders, or of as
 many of the model's neurons as the CLT has active features, the others set to 0. The answer with all MLPs replaced
-counts if it is the model's or a right one. Beside the claims, in figures.txt: the graphs of all four kinds of nodes in
-one table, and what the replacement models do when the residual stream is changed between two layers (`jclt verify`).
+counts if it is the model's or a right one. Beside the claims, in figures.txt: the graphs of all three kinds in one
+table, and what the replacement models do when the residual stream is changed between two layers (`jclt verify`).
 Expected: see README.md. Cost: a minute and a half on one CPU core.
 """
 
 from pathlib import Path
 
 import numpy as np
-from beside import CLT, COLORS, NAMES, PER_LAYER, draw_prompts, encode, load_named, make_graphs, show_first
+from beside import (
+    CLT,
+    COLORS,
+    NAMES,
+    PER_LAYER,
+    draw_prompts,
+    encode,
+    load_named,
+    make_first_graphs,
+    make_graphs,
+    show_first,
+)
 from common import Outcome, Outcomes, decode, load, pad_tokens
-from report import SEEDS, Claim, Study, main
+from report import Claim, Study, main
 
 from jclt import run
 from jclt.coders import CoderReplacement
 from jclt.evaluation import verify
-from jclt.evaluation.graph_figures import measure_path
-from jclt.evaluation.questions import THRESHOLDED, answer_questions
+from jclt.evaluation.graph_figures import measure_path, summarize_graphs
+from jclt.evaluation.intervals import tabulate
+from jclt.evaluation.questions import THRESHOLDED
 from jclt.evaluation.verdict import Verdict, find_pairs, tabulate_verdicts
 from jclt.graphs import Graph
 
-PROMPTS, PAIRS = 11, 4
-"""Of the table, in all; of the changes between layers, of each task."""
+PAIRS = 4
+"""Of prompts of each task, for the changes between layers."""
 
 
 def list_answered(name: str, seed: int, count: int) -> list[float]:
@@ -64,8 +76,7 @@ def measure(seed: int, count: int) -> Outcomes:
 def write_details(folder: Path) -> str:
     """The graphs of all kinds in one table, and the verdicts, with a picture of these."""
     model, _ = load()
-    coders = {name: None if name == THRESHOLDED else load_named(name) for name in NAMES}
-    table, _ = answer_questions(model, coders, ["graphs"], encode(draw_prompts(SEEDS[0], PROMPTS)))
+    table = tabulate("graphs, a prompt of each task", {x: summarize_graphs(make_first_graphs(x)) for x in NAMES})
     pairs = find_pairs(model, "world", PAIRS)
     verdicts = {name: verify(model, load_named(name), pairs) for name in (CLT, PER_LAYER)}
     draw_reactions(verdicts, folder / "reactions.png")

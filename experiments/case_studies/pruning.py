@@ -5,7 +5,7 @@
 Prompts of all tasks, pruned at the thresholds of the paper: nodes with 80% of the influence, edges with 98%. What is
 removed counts as error. Controls keep other nodes or edges of the same graph: as many features, drawn at random; or the
 fewest features by activation, or edges by size, that explain as much as the pruned graph does. Beside the claims, the
-curves of all four kinds of nodes.
+curves of the three kinds of nodes.
 Expected: see README.md. Cost: a minute on one CPU core.
 """
 
@@ -13,17 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from beside import CLT, COLORS, NAMES, make_graphs, show_first
+from beside import CLT, COLORS, NAMES, make_first_graphs, make_graphs, show_first
 from common import Outcome, Outcomes
-from report import SEEDS, Claim, Study, main
+from report import Claim, Study, main
 
 from jclt.graphs import Graph, curve
 
 PAPER = ((0.95, 236, 0.87), (0.9, 137, 0.83), (0.8, 55, 0.70), (0.7, 27, 0.58))
 """Threshold, nodes and completeness of one prompt in the paper, an acronym."""
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5)
-DRAWN = 11
-"""Prompts of the curves."""
 
 
 def keep_features(graph: Graph, features: np.ndarray) -> Graph:
@@ -86,8 +84,7 @@ def write_details(folder: Path) -> str:
     lines = [f"{'threshold':>9}  {'nodes of':26}{'features':>9}{'edges':>9}{'completeness':>13}{'replacement':>12}"]
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for name in NAMES:
-        graphs = make_graphs(name, SEEDS[0], DRAWN)
-        points = np.array([list_points(graph) for graph in graphs]).mean(axis=0)
+        points = np.array([list_points(graph) for graph in make_first_graphs(name)]).mean(axis=0)
         lines += [
             f"{threshold:9.2f}  {NAMES[name]:26}{features:9.1f}{edges:9.0f}{completeness:13.2f}{replacement:12.2f}"
             for threshold, (features, edges, completeness, replacement) in zip((1, *THRESHOLDS), points, strict=True)

@@ -64,7 +64,7 @@ def judge(claim: Claim, seeds: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
 
 def write_bar(claim: Claim) -> str:
     control = f"ours / {claim.ratio:g}" if claim.ratio else f"{claim.most:.0%}"
-    return f">= {claim.least:.0%}, control <= {control}"
+    return f">= {100 * claim.least:g}%, control <= {control}"
 
 
 HEAD = "| study | claim; control | paper | ours (95% interval) | by seed | control | bar | verdict |"

@@ -19,8 +19,11 @@ THRESHOLDS = (0.9, 0.8, 0.7)
 def measure_graphs(
     model: Model, coder: Coder, prompts: Sequence[Int[np.ndarray, "_"]], *, seed: int = 0
 ) -> dict[str, Figure]:
+    return summarize_graphs(attribute_batch(model, coder, prompts), seed=seed)
+
+
+def summarize_graphs(graphs: Sequence[Graph], *, seed: int = 0) -> dict[str, Figure]:
     """The means over prompts. The paper's figures are of other models: of one prompt each, for 10 million features."""
-    graphs = attribute_batch(model, coder, prompts)
     scores = [graph.scores for graph in graphs]
     points = [curve(graph, THRESHOLDS) for graph in graphs]
     kept = np.array([[count_features(graph, share) for share in THRESHOLDS] for graph in graphs])
