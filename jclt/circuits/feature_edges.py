@@ -100,7 +100,7 @@ def score_feature_edges(
     setting = Setting(model.config, basis.site, metric, names, (coder.config.reads,))
     params, listed = widen(dict(model.params)), list_targets(coder, targets, model.config.width)
     edges, gradients = [], []
-    for numbers in split_prompts(model.config, pairs):
+    for numbers in split_prompts(model.config, pairs, 1):
         part = take_prompts(prompts, numbers)
         _, first = np.unique(numbers, return_index=True)  # the last part repeats pairs
         weights = jnp.asarray(np.isin(np.arange(len(numbers)), first) / len(pairs), params["token_embedding"].dtype)
