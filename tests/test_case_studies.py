@@ -27,6 +27,7 @@ FAIL = {
     "list exchanged; at a wrong place",
     "shorter paths from embeddings; longer ones",
     "edges left out; by size",
+    "to the outputs, from layer 0; permuted",
 }
 """Claims that do not hold, as the table of the page says."""
 
