@@ -8,7 +8,7 @@ prompt, of the influence on a later feature and the share by which it changes, b
 over the features of a layer, of the influence on the outputs and the change of their logits. The control is a
 permutation of the effects. Beside the claims: the same of per-layer transcoders, and how far from a push between two
 layers the local replacement model goes the model's way, with the control of MLPs that do not react (`distances.py`).
-Expected: see README.md. Cost: a minute and a half on one CPU core.
+Expected: see README.md. Cost: five minutes on one shared CPU core, mostly to compile; in all.py graphs are made once.
 """
 
 from pathlib import Path
@@ -17,15 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from beside import CLT, COLORS, NAMES, PER_LAYER, draw_prompts, encode, load_named, make_graphs, show_first
 from common import Outcome, Outcomes, load
-from report import SEEDS, Claim, Study, main
+from report import PROMPTS, SEEDS, Claim, Study, main
 
 from jclt.evaluation import measure_distances
 from jclt.evaluation.faithfulness import find_later, find_outputs, measure_ablations, predict_ablations
 from jclt.evaluation.intervals import average_prompts, correlate_ranks
 from jclt.graphs import Graph
 
-DETAILS = 11
-"""Prompts of the table and the picture."""
 OWN, NEXT_TWO = 1, 3
 """Layers in which an ablated feature is written."""
 
@@ -87,12 +85,12 @@ def write_details(folder: Path) -> str:
     """The correlations of both coders, and the pushes; as a table and as a picture."""
     variants = {f"{NAMES[CLT]}, paper's way": (CLT, NEXT_TWO)}
     variants |= {f"{NAMES[name]}, own layer": (name, OWN) for name in (CLT, PER_LAYER)}
-    found = {label: measure_coder(name, SEEDS[0], DETAILS, layers) for label, (name, layers) in variants.items()}
+    found = {label: measure_coder(name, SEEDS[0], PROMPTS, layers) for label, (name, layers) in variants.items()}
     lines = [f"{'rank correlation':38}" + "".join(f"{label:>34}" for label in found)]
     for claim in next(iter(found.values())):
         values = [average_prompts([ours for ours, _ in outcomes[claim]]) for outcomes in found.values()]
         lines.append(f"{claim.split(';')[0]:38}" + "".join(f"{value!s:>34}" for value in values))
-    prompts = encode(draw_prompts(SEEDS[0], DETAILS))
+    prompts = encode(draw_prompts(SEEDS[0], PROMPTS))
     pushes = {name: measure_distances(load()[0], load_named(name), prompts) for name in (CLT, PER_LAYER)}
     lines += ["", f"{'local replacement model':38}" + "".join(f"{NAMES[x]:>34}{'MLPs fixed':>12}" for x in pushes)]
     for key in pushes[CLT]:

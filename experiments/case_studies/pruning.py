@@ -6,7 +6,7 @@ Prompts of all tasks, pruned at the thresholds of the paper: nodes with 80% of t
 removed counts as error. Controls keep other nodes or edges of the same graph: as many features, drawn at random; or the
 fewest features by activation, or edges by size, that explain as much as the pruned graph does. Beside the claims, the
 curves of the three kinds of nodes.
-Expected: see README.md. Cost: a minute on one CPU core.
+Expected: see README.md. Cost: five minutes on one shared CPU core, mostly to compile; in all.py graphs are made once.
 """
 
 from collections.abc import Callable
