@@ -111,7 +111,8 @@ def draw(found: dict[str, Outcomes], pushes: dict[str, dict], path: Path) -> Non
         color = COLORS[PER_LAYER if label.startswith(NAMES[PER_LAYER]) else CLT]
         left.plot(distances, values, "o-" if "own" in label else "s--", color=color, label=label)
     left.axhline(0.72, color="k", ls=":", label="paper")
-    left.set_ylabel("rank correlation, influence and ablation")
+    left.set_title("rank correlation of influence and ablation", fontsize=9)
+    left.set_ylim(0.5, 1)
     left.legend(frameon=False, fontsize=7)
     for axes, what in ((middle, "cosine"), (right, "error")):
         for kind, line in (("encoder", "-"), ("random", "--"), ("upstream", ":")):
@@ -119,7 +120,7 @@ def draw(found: dict[str, Outcomes], pushes: dict[str, dict], path: Path) -> Non
                 keys = [f"{kind}, {d} layer{'s' * (d > 1)} later: {what}" for d in distances]
                 label = f"{NAMES[name]}, {kind}"
                 axes.plot(distances, [figures[key].value for key in keys], f"o{line}", color=COLORS[name], label=label)
-        axes.set_ylabel(f"{what}, local replacement model and model")
+        axes.set_title(f"local replacement model and model: {what}", fontsize=9)
     right.set_yscale("log")
     middle.legend(frameon=False, fontsize=7)
     for axes in (left, middle, right):
