@@ -66,8 +66,15 @@ def read_values(
     setting: Setting, params: Params, tokens: Tokens, last: Int[Array, "P"], extra: tuple[str, ...] = ()
 ) -> dict[str, Float[Array, "L P T ..."]]:
     """The values of a run at the sites; outside the layers with an axis of one layer."""
-    capture = tuple(dict.fromkeys((setting.site, *setting.reads, *extra)))
-    _, seen = run_pass(setting.model, params, tokens, last, capture=capture)
+    _, seen = run_pass(setting.model, params, tokens, last, capture=list_read_sites(setting, extra))
+    return add_layer_axis(seen)
+
+
+def list_read_sites(setting: Setting, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((setting.site, *setting.reads, *extra)))
+
+
+def add_layer_axis(seen: Mapping[str, Array]) -> dict[str, Float[Array, "L P T ..."]]:
     return {name: value if name in LAYER_SITES else value[None] for name, value in seen.items()}
 
 
@@ -81,20 +88,34 @@ def differentiate(
 ) -> Float[Array, "L P ..."]:
     """The gradient of each pair's metric at the site, in a run over these tokens. `embeddings` go to the place of
     theirs; `like` has the shape of the site's values."""
+    return read_and_differentiate(setting, params, prompts, tokens, like, embeddings, ())[1]
+
+
+def read_and_differentiate(
+    setting: Setting,
+    params: Params,
+    prompts: Prompts,
+    tokens: Tokens,
+    like: Float[Array, "L P ..."] | jax.ShapeDtypeStruct,
+    embeddings: Float[Array, "P T D"] | None,
+    capture: tuple[str, ...],
+) -> tuple[dict[str, Float[Array, "L P T ..."]], Float[Array, "L P ..."]]:
+    """The values of the same run at some sites, too."""
     config, layered = setting.model, setting.site in LAYER_SITES
 
     def put(place: Place, value: Array) -> Array:
         return embeddings if embeddings is not None and place.site == "token_embedding" else value
 
-    def total(shift: Array) -> Array:
+    def total(shift: Array) -> tuple[Array, dict[str, Array]]:
         own = Shift(shift if layered else shift[0], setting.site)
         edits: tuple[Edit, ...] = (put, make_rules_edit(config, setting.rules))
         edit = Compose(edits if layered else (put, own, *edits[1:]))
-        options: Any = {"edit": edit, "activate": make_activate(setting.rules)}
-        logits, _ = run_pass(config, params, tokens, prompts.last, layer_edit=own if layered else None, **options)
-        return measure_metric(setting.metric, logits, prompts.answers).sum()
+        options: Any = {"edit": edit, "activate": make_activate(setting.rules), "capture": capture}
+        logits, seen = run_pass(config, params, tokens, prompts.last, layer_edit=own if layered else None, **options)
+        return measure_metric(setting.metric, logits, prompts.answers).sum(), add_layer_axis(seen)
 
-    return jax.grad(total)(jnp.zeros_like(like))
+    gradient, values = jax.grad(total, has_aux=True)(jnp.zeros(like.shape, like.dtype))
+    return values, gradient
 
 
 def sum_weighted(compute: Callable[[Array], T], points: Array, weights: Float[Array, "n"]) -> T:

@@ -34,8 +34,9 @@ from jclt.circuits.gradients import (
     average_over_activations,
     average_over_inputs,
     change_values,
-    differentiate,
     find_points,
+    list_read_sites,
+    read_and_differentiate,
     read_values,
 )
 from jclt.circuits.nodes import Basis, encode_reads, find_basis, find_errors, locate_nodes, score_features, score_units
@@ -55,7 +56,7 @@ from jclt.interventions.patching.metrics import Metric
 from jclt.interventions.patching.pairs import PromptPairs
 from jclt.interventions.resume import make_rows_mesh, place_weights
 from jclt.models import Model
-from jclt.shapes import Array, Float, Int, Params
+from jclt.shapes import Array, Float, Int, Params, Tokens
 
 Reference = Literal["corrupted", "zero"]
 METHODS = ("atp", "relp", "gim", "ig inputs", "ig activations", "saturation fix", "exact")
@@ -206,27 +207,34 @@ Curve = tuple[Float[Array, "n"], Float[Array, "n"]]
 Values = dict[str, Float[Array, "L P T ..."]]
 
 
-def read_and_differentiate(
+def read_both_runs(
     plan: Plan, params: Params, prompts: Prompts, curve: Curve, coder: Any = None
 ) -> tuple[Values, Values | None, Float[Array, "L P T ..."]]:
     """The values of the clean run and of the reference (None is zero), and the gradient at the site."""
     setting, inputs = plan.setting, "token_embedding"
     extra = {"ig inputs": (inputs,), "ig activations": ("resid_pre",)}.get(plan.method, ())
-    clean = read_values(setting, params, prompts.clean, prompts.last, extra)
-    other = None
-    if plan.reference == "corrupted":
-        other = read_values(setting, params, prompts.corrupted, prompts.last, extra)
+
+    def read(tokens: Tokens) -> Values:
+        return read_values(setting, params, tokens, prompts.last, extra)
+
+    if not extra:  # the run that is differentiated has its values, too
+        is_clean = plan.at == "clean"
+        tokens, like = prompts.clean if is_clean else prompts.corrupted, jax.eval_shape(read, prompts.clean)
+        sites = list_read_sites(setting)
+        own, gradient = read_and_differentiate(setting, params, prompts, tokens, like[setting.site], None, sites)
+        clean = own if is_clean else read(prompts.clean)
+        if plan.reference == "zero":
+            return clean, None, gradient
+        return clean, read(prompts.corrupted) if is_clean else own, gradient
+    clean, other = read(prompts.clean), read(prompts.corrupted) if plan.reference == "corrupted" else None
     like = clean[setting.site]
     if plan.method == "ig inputs":
         start = clean[inputs][0]
         ends = (start, jnp.zeros_like(start) if other is None else other[inputs][0])
         return clean, other, average_over_inputs(setting, params, prompts, like, ends, *curve)
-    if plan.method == "ig activations":
-        ends = (like, write_nothing(like, clean, coder) if other is None else other[setting.site])
-        streams = clean["resid_pre"]
-        return clean, other, average_over_activations(setting, params, prompts, streams, ends, *curve)
-    tokens = prompts.clean if plan.at == "clean" else prompts.corrupted
-    return clean, other, differentiate(setting, params, prompts, tokens, like)
+    ends = (like, write_nothing(like, clean, coder) if other is None else other[setting.site])
+    streams = clean["resid_pre"]
+    return clean, other, average_over_activations(setting, params, prompts, streams, ends, *curve)
 
 
 def write_nothing(like: Float[Array, "L P T ..."], clean: Values, coder: Any) -> Float[Array, "L P T ..."]:
@@ -244,7 +252,7 @@ def write_nothing(like: Float[Array, "L P T ..."], clean: Values, coder: Any) ->
 @partial(jax.jit, static_argnames=("plan",))
 @jax.named_scope("score_nodes")
 def score_part(plan: Plan, params: Params, prompts: Prompts, curve: Curve) -> Float[Array, "P L T U"]:
-    clean, other, gradient = read_and_differentiate(plan, params, prompts, curve)
+    clean, other, gradient = read_both_runs(plan, params, prompts, curve)
     site = plan.setting.site
     return score_units(Basis(site, site, plan.whole), change_values(clean, other)[site], gradient)
 
@@ -254,7 +262,7 @@ def score_part(plan: Plan, params: Params, prompts: Prompts, curve: Curve) -> Fl
 def score_part_of_coder(
     plan: Plan, params: Params, coder: Any, prompts: Prompts, curve: Curve
 ) -> Float[Array, "P L T U"]:
-    clean, other, gradient = read_and_differentiate(plan, params, prompts, curve, coder)
+    clean, other, gradient = read_both_runs(plan, params, prompts, curve, coder)
     return score_features(coder, *change_features(coder, clean, other), gradient)
 
 
