@@ -38,7 +38,6 @@ DTYPES: dict[str, Any] = {
 }
 """The numpy type of each dtype name of safetensors files."""
 
-
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
 
@@ -231,6 +230,8 @@ def map_array(path: Path, expected: str) -> np.ndarray:
             if not math.prod(shape):
                 return np.zeros(shape, dtype)
             return np.memmap(path, dtype, "r", length, shape, "F" if fortran else "C")
+    except SystemError:  # in CPython 3.11 threads that parse source at the same time can disturb each other
+        return map_array(path, expected)
     except Exception as error:  # numpy parses headers as Python source, which fails in many ways
         raise UserError(f"{path}: damaged ({first_line(error)}), expected {expected}") from None
 

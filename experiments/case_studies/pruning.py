@@ -18,6 +18,7 @@ from common import Outcome, Outcomes
 from report import Claim, Study, main
 
 from jclt.graphs import Graph, curve
+from jclt.graphs.adjacency import count_edges
 
 PAPER = ((0.95, 236, 0.87), (0.9, 137, 0.83), (0.8, 55, 0.70), (0.7, 27, 0.58))
 """Threshold, nodes and completeness of one prompt in the paper, an acronym."""
@@ -104,7 +105,9 @@ def write_details(folder: Path) -> str:
 def list_points(graph: Graph) -> list[tuple[float, ...]]:
     """Features, edges and scores of the whole graph and at each threshold."""
     whole = graph.scores
-    points = [(len(graph.features), np.count_nonzero(graph.adjacency), whole.completeness, whole.replacement)]
+    points: list[tuple[float, ...]] = [
+        (len(graph.features), count_edges(graph.adjacency), whole.completeness, whole.replacement)
+    ]
     for point in curve(graph, THRESHOLDS):
         others = len(graph) - len(graph.features)
         points.append((point.nodes - others, point.edges, point.scores.completeness, point.scores.replacement))

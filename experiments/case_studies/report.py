@@ -50,7 +50,7 @@ def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]
 
 
 def judge(claim: Claim, seeds: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
-    means = [np.mean(outcomes, axis=0).tolist() for outcomes in seeds]
+    means = [np.mean(np.asarray(outcomes), axis=0).tolist() for outcomes in seeds]
     pooled = [outcome for outcomes in seeds for outcome in outcomes]
     ours, control = ([outcome[side] for outcome in pooled] for side in (0, 1))
     return {
@@ -63,7 +63,9 @@ def judge(claim: Claim, seeds: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
 
 
 def write_bar(claim: Claim) -> str:
-    control = f"ours / {claim.ratio:g}" if claim.ratio else f"{claim.most:.0%}"
+    control = f"{claim.most:.0%}"
+    if claim.ratio:
+        control = "ours" if claim.ratio == 1 else f"ours / {claim.ratio:g}"
     return f">= {100 * claim.least:g}%, control <= {control}"
 
 

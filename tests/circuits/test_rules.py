@@ -76,7 +76,8 @@ def test_rules_leave_the_forward_pass_alone(name):
     run = jax.jit(lambda rules: run_with_rules(model, prompts, rules, {}, {})[0], static_argnums=0)
     plain = run(())
     for rules in ("neuron circuits", "gim"):
-        np.testing.assert_array_equal(run(RULE_SETS[rules]), plain)
+        # The same numbers; a program with rules is fused differently, which moves last bits.
+        np.testing.assert_allclose(run(RULE_SETS[rules]), plain, rtol=1e-6, atol=1e-6)
 
 
 def test_a_softmax_at_temperature_two_and_halved_products_give_these_gradients():
