@@ -60,8 +60,8 @@ def count_by_size(graph: Graph, completeness: float) -> int:
 
 def measure_prompt(graph: Graph, random: np.random.Generator) -> dict[str, Outcome]:
     pruned, whole = graph.prune(), graph.scores.completeness
-    features, edges = len(graph.features), np.count_nonzero(graph.adjacency)
-    kept, kept_edges = len(pruned.features), np.count_nonzero(pruned.adjacency)
+    features, edges = len(graph.features), count_edges(graph.adjacency)
+    kept, kept_edges = len(pruned.features), count_edges(pruned.adjacency)
     drawn = keep_features(graph, random.permutation(features)[:kept]).scores.completeness
     reached = pruned.scores.completeness
     by_activation, by_size = count_by_activation(graph, reached), count_by_size(graph, reached)

@@ -17,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from jclt.attribution.true_pass import widen
-from jclt.circuits.edge_ablations import check_edge_ablation, prepare_ablation
+from jclt.circuits.edge_ablations import prepare_ablation
 from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric
 from jclt.circuits.edge_runs import EdgeState, Writes, begin_edges, read_logits, run_layers
 from jclt.circuits.edges import find_readers, find_receiver_layers, list_edges, name_edges, prune_edges
-from jclt.circuits.node_runs import Ablation
+from jclt.circuits.node_runs import Ablation, check_ablation
 from jclt.circuits.passes import Prompts, measure_metric, pad_prompts, run_pass
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
@@ -79,7 +79,7 @@ def find_circuit(
     """
     config, edges = model.config, list_edges(model.config)
     check_edge_metric(metric, pairs)
-    check_edge_ablation(ablation, pairs)
+    check_ablation(ablation, pairs)
     if not threshold > 0:
         raise UserError(f"threshold={threshold}: expected more than 0, the rise of the loss that an edge must make")
     begun = edges if start is None else edges & start

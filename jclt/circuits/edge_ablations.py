@@ -10,7 +10,7 @@ In scores and in circuits it is the same.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,8 @@ from jclt.circuits.edge_runs import Writes, collect_writes, list_write_sites
 from jclt.circuits.edges import list_receivers, list_senders
 from jclt.circuits.node_runs import Ablation
 from jclt.circuits.passes import Prompts, average_positions, pad_prompts, run_pass, split_evenly
-from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
-from jclt.interventions.patching.patch import check_source, choose_donors
-from jclt.interventions.patching.runs import check_corrupted
+from jclt.interventions.patching.patch import choose_donors
 from jclt.models import ModelConfig
 from jclt.shapes import Array, Float, Int, Params, Tokens
 
@@ -37,15 +35,6 @@ class Replacement(NamedTuple):
 
     writes: Writes
     heads: Float[Array, "L P T H K"]  # of the same, what heads have before the output projection
-
-
-def check_edge_ablation(ablation: str, pairs: PromptPairs) -> None:
-    if ablation not in get_args(Ablation):
-        raise UserError(f"ablation '{ablation}': expected one of: {', '.join(get_args(Ablation))}")
-    if ablation == "counterfactual":
-        check_corrupted(pairs)
-    if ablation == "resample":
-        check_source(pairs, (), "resample", "noising")
 
 
 def split_pairs_for_edges(config: ModelConfig, pairs: PromptPairs, devices: int) -> list[Int[np.ndarray, "n"]]:

@@ -7,11 +7,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jclt.circuits.edge_ablations import check_edge_ablation, prepare_ablation, split_pairs_for_edges
+from jclt.circuits.edge_ablations import prepare_ablation, split_pairs_for_edges
 from jclt.circuits.edge_methods import EdgeMetric, EdgePlan, check_edge_metric
 from jclt.circuits.edge_runs import Writes, run_edges
 from jclt.circuits.edges import list_edges
-from jclt.circuits.node_runs import Ablation
+from jclt.circuits.node_runs import Ablation, check_ablation
 from jclt.circuits.passes import Prompts, measure_metric, pad_prompts, run_pass, take_prompts
 from jclt.errors import UserError
 from jclt.interventions.patching.pairs import PromptPairs
@@ -37,7 +37,7 @@ def run_edge_circuits(
         found = f"{circuits.dtype} of shape {circuits.shape}"
         raise UserError(f"circuits: {found}, expected booleans [circuits, {edges.shape[0]} senders, {edges.shape[1]}]")
     check_edge_metric(metric, pairs)
-    check_edge_ablation(ablation, pairs)
+    check_ablation(ablation, pairs)
     mesh, plan, prompts = make_rows_mesh(), EdgePlan(model.config, metric), pad_prompts(pairs)
     by_row, params = NamedSharding(mesh, P("rows")), place_weights(model, mesh)
     replace = prepare_ablation(model.config, params, pairs, ablation, mean_of=mean_of, seed=seed, placed=by_row)

@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from jclt.circuits.edge_ablations import check_edge_ablation, prepare_ablation, split_pairs_for_edges
+from jclt.circuits.edge_ablations import prepare_ablation, split_pairs_for_edges
 from jclt.circuits.edge_methods import (
     EdgeMetric,
     EdgePlan,
@@ -45,7 +45,7 @@ from jclt.circuits.edge_methods import (
 )
 from jclt.circuits.edges import list_edges, list_receivers, list_senders, take_best
 from jclt.circuits.gradients import find_points
-from jclt.circuits.node_runs import Ablation
+from jclt.circuits.node_runs import Ablation, check_ablation
 from jclt.circuits.passes import pad_prompts, take_prompts
 from jclt.circuits.rules import RULE_SETS, read_rules
 from jclt.errors import UserError
@@ -128,7 +128,7 @@ def score_edges(
     quadrature  of integrated gradients, with `steps` points: gauss, midpoint, left or right (`gradients.py`)
     """
     plan = make_edge_plan(model, pairs, method, metric, rules)
-    check_edge_ablation(ablation, pairs)
+    check_ablation(ablation, pairs)
     config, mesh = model.config, make_rows_mesh()
     params, by_row = place_weights(model, mesh), NamedSharding(mesh, P("rows"))
     dtype = params["token_embedding"].dtype

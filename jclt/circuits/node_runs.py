@@ -112,7 +112,8 @@ def run_circuits(
     `circuits` has the axes of `NodeScores.values`. The means are of `pairs` themselves, or of other pairs.
     """
     found = find_basis(basis, model.config)
-    check_ablation(ablation, pairs, metric)
+    check_gradient_metric(metric, pairs)
+    check_ablation(ablation, pairs)
     prompts = pad_prompts(pairs)
     shape = (len(found.list_layers(model.config)), prompts.clean.shape[1])
     if circuits.ndim != 4 or circuits.shape[1:3] != shape or circuits.dtype != bool:
@@ -141,10 +142,9 @@ def run_circuits(
     return np.concatenate(parts, axis=1)[:, : len(pairs)]
 
 
-def check_ablation(ablation: str, pairs: PromptPairs, metric: str) -> None:
+def check_ablation(ablation: str, pairs: PromptPairs) -> None:
     if ablation not in get_args(Ablation):
         raise UserError(f"ablation '{ablation}': expected one of: {', '.join(get_args(Ablation))}")
-    check_gradient_metric(metric, pairs)
     if ablation == "counterfactual":
         check_corrupted(pairs)
     if ablation == "resample":

@@ -9,6 +9,7 @@ from jclt.attribution import attribute_batch
 from jclt.coders import Coder, Neurons, neurons
 from jclt.evaluation.intervals import Figure, average_prompts, divide_sums
 from jclt.graphs import Graph, curve, path_lengths
+from jclt.graphs.adjacency import count_edges
 from jclt.models import Model, run
 from jclt.shapes import Int
 
@@ -28,7 +29,7 @@ def summarize_graphs(graphs: Sequence[Graph], *, seed: int = 0) -> dict[str, Fig
     points = [curve(graph, THRESHOLDS) for graph in graphs]
     kept = np.array([[count_features(graph, share) for share in THRESHOLDS] for graph in graphs])
     features = np.array([len(graph.features) for graph in graphs])
-    edges = np.array([np.count_nonzero(graph.adjacency) for graph in graphs])
+    edges = np.array([count_edges(graph.adjacency) for graph in graphs])
 
     def average(values: Sequence[float] | np.ndarray, paper: str = "") -> Figure:
         return average_prompts(values, paper=paper, seed=seed)
