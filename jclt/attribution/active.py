@@ -19,7 +19,7 @@ from jclt.attribution.sizes import round_up
 from jclt.attribution.sweep.bases import FeatureNodes
 from jclt.attribution.sweep.nodes import count_prompt_shards
 from jclt.coders import Coder
-from jclt.kernels.take_rows import take_from_shards
+from jclt.kernels.take_rows import NO_ROW, count_most_rows, take_from_shards
 from jclt.mesh import FEATURES_AXIS, find_place, is_split, map_over_devices, use_mesh
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int
 
@@ -32,9 +32,9 @@ class LayerList(NamedTuple):
     activations: list[Float[np.ndarray, "_"]]
 
 
-def pad_lists(lists: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Lists as one array `[B, length]`, with zeros at their ends."""
-    padded = np.zeros((len(lists), length), lists[0].dtype)
+def pad_lists(lists: Sequence[np.ndarray], length: int, filler: int = 0) -> np.ndarray:
+    """Lists as one array `[B, length]`, filled up at their ends."""
+    padded = np.full((len(lists), length), filler, lists[0].dtype)
     for row, numbers in zip(padded, lists, strict=True):
         row[: len(numbers)] = numbers
     return padded
@@ -60,16 +60,18 @@ def find_active(
     by_prompt: NamedSharding,
     chosen: Sequence[Bool[Array, "B T F"]] | None = None,
 ) -> ActiveFeatures:
-    """Encodes what the coder reads in one layer after another, the prompts of one device at a time. Of each layer only
-    the `chosen` features are listed, if given.
+    """Encodes what the coder reads in one layer after another, at once as many prompts as a device's share of the
+    coder's features allows. Of each layer only the `chosen` features are listed, if given.
 
     Encoder rows are placed `by_prompt`, as the arrays of prompts are.
     """
     lists, encoders, longest = [], [], 0
-    at_once = len(has_nodes) // count_prompt_shards(by_prompt.mesh)
+    of_device = len(has_nodes) // count_prompt_shards(by_prompt.mesh)
     for index, layer in enumerate(coder.config.covered):
         encoder, read = coder.load_encoder(index), take_layer(reads, np.int32(layer))
         mesh, place = find_place(encoder)
+        shards = 1 if mesh is None else mesh.shape[FEATURES_AXIS]
+        at_once = of_device * shards
         read, has = jax.device_put((read, has_nodes), place)
         with use_mesh(mesh):
             layer_list = LayerList([], [], [])
@@ -81,11 +83,11 @@ def find_active(
                     prompts.extend(more)
             # Lists never become shorter from layer to layer, so that few programs are compiled.
             longest = max(longest, round_up(max(map(len, layer_list.features)), 16))
-            features = pad_lists(layer_list.features, longest)
-            rows = take_encoder_rows(encoder, jnp.asarray(features.ravel(), jnp.int32))
-            of_prompts = [x.reshape(*features.shape, *x.shape[1:]) for x in rows]
+            features = pad_lists(layer_list.features, longest, NO_ROW)
+            most = count_most_rows(features, coder.config.features, shards)
+            rows = take_encoder_rows(encoder, jnp.asarray(features, jnp.int32), most)
         lists.append(layer_list)
-        encoders.append(tuple(jax.device_put(of_prompts, by_prompt)))
+        encoders.append(tuple(jax.device_put(rows, by_prompt)))
     return ActiveFeatures(lists, encoders, longest)
 
 
@@ -154,11 +156,13 @@ def list_nonzero(
     return (map_over_devices(list_shard, (P(None, FEATURES_AXIS),) * 3) if split else list_shard)(activations)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("most",))
 @jax.named_scope("take_encoder_rows")
-def take_encoder_rows(encoder: Coder, features: Int[Array, "n"]) -> tuple[Float[Array, "n D"], Float[Array, "n"]]:
+def take_encoder_rows(
+    encoder: Coder, features: Int[Array, "B n"], most: int | None
+) -> tuple[Float[Array, "B n D"], Float[Array, "B n"]]:
     rows, biases = encoder.encoder(0)
-    return take_from_shards(rows, features), take_from_shards(biases, features)
+    return take_from_shards(rows, features, most), take_from_shards(biases, features, most)
 
 
 def gather_features(active: ActiveFeatures, dtype: DTypeLike, by_prompt: NamedSharding) -> FeatureNodes:

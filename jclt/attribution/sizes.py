@@ -18,7 +18,7 @@ from jclt.models import Model, ModelConfig
 from jclt.shapes import Int
 
 GRADIENT_SIZE = {"cpu": 3 << 19, "gpu": 1 << 27, "tpu": 1 << 27}
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 128, "gpu": 1024, "tpu": 1024}
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 128, "gpu": 1024, "tpu": 256}
 """About how many numbers the gradients of a block have, and its least and most targets, by kind of device: enough for
 efficient products, few enough that the targets of a block begin in much the same layer."""
 
@@ -61,7 +61,7 @@ def round_up(need: int, least: int = 1) -> int:
 def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"], list_length: int, backend: str) -> Layout:
     """The layout for a batch with so many active features, in lists of this length."""
     groups = count_groups(config)
-    tile_size = choose_tile_size(counts, groups)
+    tile_size = choose_tile_size(counts, groups, backend)
     tiles = count_tiles(counts, groups, tile_size)
     at_once = TILES_AT_ONCE[backend]
     return Layout(

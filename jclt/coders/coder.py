@@ -55,8 +55,9 @@ class Coder(Protocol):
         the memory of devices, wherever those of the coder lie."""
         ...
 
-    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
-        """The rows of `decoder_rows` of these features of one layer, read from wherever they lie."""
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "*B n"]) -> Float[Array, "*B n R D"]:
+        """The rows of `decoder_rows` of these features of one layer, read from wherever they lie. Where the coder is
+        split over devices, several lists are shared out among them, and `NO_ROW` fills them up (`take_rows`)."""
         ...
 
     def decoder_bias(self, layer: int) -> Float[Array, "D"]:
@@ -159,7 +160,7 @@ class SparseCoder(eqx.Module):
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         return self.layers[layer].decoder_rows
 
-    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "*B n"]) -> Float[Array, "*B n R D"]:
         return take_rows(self.layers[layer].decoder_rows, features)
 
     def decoder_bias(self, layer: int) -> Float[Array, "D"]:

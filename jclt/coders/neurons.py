@@ -57,7 +57,7 @@ class Neurons(eqx.Module):
     def decoder_rows(self, layer: int) -> Float[Array, "F R D"]:
         return self._take("down", layer)[:, None]
 
-    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "*B n"]) -> Float[Array, "*B n R D"]:
         return take_rows(self.decoder_rows(layer), features)
 
     def encoder(self, layer: int) -> tuple[Float[Array, "F D"], Float[Array, "F"]]:

@@ -67,10 +67,10 @@ class StreamedCoder:
         )
         return SparseCoder((weights,), self.config.keep_one_layer())
 
-    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "n"]) -> Float[Array, "n R D"]:
+    def take_decoder_rows(self, layer: int, features: Int[ArrayLike, "*B n"]) -> Float[Array, "*B n R D"]:
         """Each row is read once, however many of the features are the same."""
-        rows, place = np.unique(np.asarray(features), return_inverse=True)
-        return jnp.asarray(self._read_decoder(layer, rows)[place])
+        rows, places = np.unique(np.maximum(features, 0), return_inverse=True)
+        return jnp.asarray(self._read_decoder(layer, rows)[places.reshape(np.shape(features))])
 
     def encode(self, layer: int, x: Float[Array, "*N D"]) -> Float[Array, "*N F"]:
         return self.load_encoder(layer).encode(0, x)

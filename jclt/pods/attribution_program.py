@@ -1,10 +1,10 @@
 """What attribution graphs take on a slice: the memory of a chip, and the seconds of a typical prompt.
 
 Each chip traces prompts of its own, with the whole model in its memory. The coder lies on one chip, or is split over
-the slice; then all chips encode the prompts of one after the other, and the rows of all their features are summed over
-the chips. Programs are compiled for one chip, those of a split coder for the slice. Of the loops whose rounds depend on
-the prompt the bodies are compiled (`sweep_bodies.py`), and counted for a prompt with evenly spread features
-(`typical_prompt.py`). What the host does meanwhile, and what travels to it, is not counted.
+the slice; then all chips encode the prompts of all at once, and send each chip the rows of its own prompt's features,
+which are drawn at random here. Programs are compiled for one chip, those of a split coder for the slice. Of the loops
+whose rounds depend on the prompt the bodies are compiled (`sweep_bodies.py`), and counted for a prompt with evenly
+spread features (`typical_prompt.py`). What the host does meanwhile, and what travels to it, is not counted.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ from jclt.attribution.targets import Unembedding
 from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips, widen_outside_layers
 from jclt.coders import CoderConfig, SparseCoder, abstract_coder
 from jclt.errors import UserError
-from jclt.kernels.take_rows import take_from_shards
+from jclt.kernels.take_rows import count_most_rows, take_from_shards
 from jclt.mesh import FEATURES_AXIS, make_mesh
 from jclt.models import ModelConfig, abstract_params
 from jclt.numerics import Precision
@@ -43,13 +43,13 @@ from jclt.pods.chips import find_chip, make_network
 from jclt.pods.graph_steps import Shapes, Step, count_bytes, measure_steps
 from jclt.pods.report import GRAPH_PRECISIONS, Report
 from jclt.pods.sweep_bodies import list_bodies, list_push_bodies
-from jclt.pods.typical_prompt import Prompt, count_trips, list_rows, make_prompt
+from jclt.pods.typical_prompt import Prompt, count_trips, draw_features, list_rows, make_prompt
 from jclt.training.config import TrainConfig
 
 ACTIVE_PER_TOKEN = 100.0
 """Active features per token over all layers, as published coders have, where the user names no number."""
-MODEL_TYPE = jnp.bfloat16
-"""In which published models are stored. Their layers are widened to float32 as they are computed."""
+STORED_TYPE = jnp.bfloat16
+"""In which published models and coders are stored. Their layers are widened to float32 as they are computed."""
 
 
 def plan_graphs(
@@ -85,7 +85,8 @@ def plan_graphs(
         return report
     for count in dict.fromkeys((1, len(devices))):
         mesh = make_mesh(1, count, devices[:count]) if count > 1 else None
-        placed = abstract_coder(coder, mesh) if mesh else Shapes(setup.mesh).place(abstract_coder(coder))
+        weights = abstract_coder(coder, mesh, STORED_TYPE)
+        placed = weights if mesh else Shapes(setup.mesh).place(weights)
         parts, coder_bytes = dict[str, float](), count_bytes(placed)
         total = model_bytes + coder_bytes + prompt_bytes
         if total <= limit:
@@ -108,8 +109,8 @@ def describe_setup(coder_config: CoderConfig, config: ModelConfig, device: Any) 
     mesh = jax.make_mesh((1,), ("prompts",), axis_types=(AxisType.Auto,), devices=[device])
     shapes = Shapes(mesh)
     local = LocalModel(model=config, reads=coder_config.reads, writes=coder_config.writes)
-    coder = shapes.place(abstract_coder(coder_config))
-    params = shapes.evaluate(widen_outside_layers, config, abstract_params(config, dtype=MODEL_TYPE), static=1)
+    coder = shapes.place(abstract_coder(coder_config, dtype=STORED_TYPE))
+    params = shapes.evaluate(widen_outside_layers, config, abstract_params(config, dtype=STORED_TYPE), static=1)
     skips = shapes.evaluate(partial(stack_skips, layers=config.layers), coder, static=0)
     weights = Weights(params, skips)
     model: Any = SimpleNamespace(config=config)  # programs get its parameters with the weights
@@ -177,19 +178,20 @@ def list_sweep(batch: Batch, prompt: Prompt, precision: Precision) -> Iterator[S
 
 
 def list_coder_steps(setup: Setup, prompt: Prompt, coder: SparseCoder, mesh: Mesh | None, kept: int) -> Iterator[Step]:
-    """What is computed where the coder lies; over a mesh the prompts of one chip after the other are encoded."""
+    """What is computed where the coder lies; over a mesh for the prompts of all chips at once."""
     (_, covered, length), width, prompts = prompt.counts.shape, setup.local.model.width, mesh.size if mesh else 1
     shapes = Shapes(mesh or setup.mesh)
     with jax.set_mesh(mesh) if mesh else nullcontext():
         encoder: Any = coder.load_encoder(0)
-        encode = (encoder, shapes.array(1, length, width), shapes.array(1, length, dtype=jnp.bool_))
-        yield Step("encode", encode_layer.lower(*encode), kept, {-1: covered * prompts})
+        encode = (encoder, shapes.array(prompts, length, width), shapes.array(prompts, length, dtype=jnp.bool_))
+        yield Step("encode", encode_layer.lower(*encode), kept, {-1: covered})
         activations = Shapes(shapes.mesh, P(None, None, FEATURES_AXIS) if mesh else P())
         most = -(-int(prompt.counts.sum(axis=2).max()) // prompts)  # on each chip
-        listed = list_nonzero.lower(activations.array(1, length, coder.config.features), round_up(most, 16))
-        yield Step("encode", listed, kept, {-1: covered * prompts})
-        numbers = shapes.numbers(prompts * prompt.layout.list_length)
-        yield Step("read rows", take_encoder_rows.lower(encoder, numbers), kept, {-1: covered})
+        listed = list_nonzero.lower(activations.array(prompts, length, coder.config.features), round_up(most, 16))
+        yield Step("encode", listed, kept, {-1: covered})
+        drawn = draw_features(prompt, coder.config.features, prompts)
+        numbers, sent = shapes.numbers(*drawn.shape), count_most_rows(drawn, coder.config.features, prompts)
+        yield Step("read rows", take_encoder_rows.lower(encoder, numbers, sent), kept, {-1: covered})
         middle = coder.layers[covered // 2]  # its features write to as many layers as those of a layer do on average
         table = middle.encoder if middle.decoder is None else middle.decoder
-        yield Step("read rows", take_from_shards.lower(table, numbers), kept, {-1: covered})
+        yield Step("read rows", take_from_shards.lower(table, numbers, sent), kept, {-1: covered})

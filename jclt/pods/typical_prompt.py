@@ -19,6 +19,7 @@ from jclt.attribution.sweep.blocks import Block
 from jclt.attribution.sweep.columns import SourceBlocks
 from jclt.attribution.sweep.tiles import Layout, TilePlan, plan_tiles
 from jclt.attribution.targets import MOST_LOGITS, Outputs
+from jclt.kernels.take_rows import NO_ROW
 from jclt.shapes import Int
 
 
@@ -84,6 +85,14 @@ def list_features(counts: Int[np.ndarray, "1 C T"], layout: Layout, width: int) 
     encoders = jax.ShapeDtypeStruct((*sizes, width), np.float32)
     activations = np.zeros(sizes, np.float32)
     return FeatureNodes(valid, positions, np.zeros_like(positions), activations, encoders, activations)  # type: ignore[arg-type]
+
+
+def draw_features(prompt: Prompt, features: int, prompts: int) -> Int[np.ndarray, "P n"]:
+    """Of the covered layer with the most active features a list for each of as many prompts, drawn at random."""
+    most = int(prompt.counts.sum(axis=2).max())
+    lists = np.full((prompts, prompt.layout.list_length), NO_ROW)
+    lists[:, :most] = np.random.default_rng(0).integers(0, features, (prompts, most))
+    return lists
 
 
 def list_rows(setup: Setup, prompt: Prompt, embedding_edges: EmbeddingEdges) -> PromptRows:

@@ -21,7 +21,7 @@ from jclt.coders.formats.tensors import StoredLayer
 from jclt.coders.streamed import HostLayer, load_on_host
 from jclt.errors import UserError
 from jclt.fingerprints import fingerprint
-from jclt.kernels.take_rows import take_from_shards, take_rows
+from jclt.kernels.take_rows import NO_ROW, take_from_shards, take_rows
 from jclt.mesh import make_sharding
 from jclt.pods.collectives import find_collectives
 
@@ -126,20 +126,21 @@ def test_no_program_gathers_features(tmp_path):
     mesh = jclt.make_mesh()
     coder = jclt.load_coder(tmp_path / "saved", keep=mesh)
     x = jax.device_put(np.zeros((3, length, width), np.float32), make_sharding(mesh, (3, length, width), (None,) * 3))
-    chosen = jnp.zeros(listed, jnp.int32)
+    chosen = jnp.zeros((4, listed), jnp.int32)
     with jax.set_mesh(mesh):
         encoder, has_nodes = coder.load_encoder(0), jnp.ones((3, length), bool)
         activations, counts = active.encode_layer(encoder, x, has_nodes)
         assert activations.sharding.spec == jax.P(None, None, "features") and counts.shape == (3, 4)
-        programs = [
-            active.encode_layer.lower(encoder, x, has_nodes),
-            active.list_nonzero.lower(activations, listed),
-            active.take_encoder_rows.lower(encoder, chosen),
-            take_from_shards.lower(coder.decoder_rows(0), chosen),
-        ]
-        for program in programs:
+        kinds = {
+            active.encode_layer.lower(encoder, x, has_nodes): {"all-reduce"},
+            active.list_nonzero.lower(activations, listed): set[str](),
+            active.take_encoder_rows.lower(encoder, chosen, 8): {"all-to-all"},
+            take_from_shards.lower(coder.decoder_rows(0), chosen[0]): {"all-reduce"},
+            take_from_shards.lower(coder.decoder_rows(0), chosen, 8): {"all-to-all"},
+        }
+        for program, expected in kinds.items():
             collectives = find_collectives(program.compile().as_text())
-            assert all(op.kind == "all-reduce" for op in collectives), program.as_text()[:200]
+            assert {op.kind for op in collectives} <= expected, program.as_text()[:200]
             assert not any(op.has_axis(features) or op.has_axis(features // 4) for op in collectives)
 
 
@@ -194,9 +195,20 @@ def test_rows_that_are_named_twice_are_read_once(tmp_path):
 
 def test_a_split_table_gives_the_rows_of_the_whole_one():
     table = np.random.default_rng(0).standard_normal((16, 3, 5)).astype(np.float32)
+    uneven = np.array([[3, 15, 3], [0, NO_ROW, NO_ROW], [15, 14, 13], [12, 12, NO_ROW]])  # the last shard sends most
     for shape in ((1, 4), (2, 2), (4, 1)):
         placed = jax.device_put(table, make_sharding(jclt.make_mesh(*shape), table.shape, ("features", None, None)))
         np.testing.assert_array_equal(take_rows(placed, np.array([3, 15, 3, 0])), table[[3, 15, 3, 0]])
+        for lists in (uneven, np.tile(uneven, 8), uneven[:3]):
+            rows = np.asarray(take_rows(placed, lists))
+            np.testing.assert_array_equal(rows[lists != NO_ROW], table[lists[lists != NO_ROW]])
+
+
+def test_each_device_gets_the_rows_of_its_own_lists():
+    mesh, table = jclt.make_mesh(1, 4), np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
+    placed = jax.device_put(table, make_sharding(mesh, table.shape, ("features", None)))
+    rows = take_rows(placed, np.array([[3], [0], [15], [12]]))
+    assert rows.sharding.spec == jax.P("features", None, None) and rows.sharding.shard_shape(rows.shape) == (1, 1, 3)
 
 
 # Where a coder is kept, and what goes wrong there.

@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding
 
 from jclt.attribution.sweep.tiles import Layout, TilePlan
 from jclt.coders import Coder
+from jclt.kernels.take_rows import NO_ROW
 from jclt.shapes import Array, Bool, Float, Int
 
 
@@ -69,12 +70,11 @@ def gather_sources(
     slots = find_slots(layout, plan, nodes, counts)
     shape = len(slots), len(layout.layers), layout.tiles * layout.tile_size, unexplained.shape[-1]
     tiles = jnp.zeros(shape, unexplained.dtype, device=by_prompt)
-    features = np.asarray(nodes.features)
+    features = np.where(nodes.valid, nodes.features, NO_ROW)
     reach = max(map(coder.config.reach, range(len(layout.layers))))
     for index in range(len(layout.layers)):
-        rows = coder.take_decoder_rows(index, features[:, index].ravel())
-        rows = jnp.pad(rows, ((0, 0), (0, reach - rows.shape[1]), (0, 0)))  # one shape, one program
-        rows = jax.device_put(rows.reshape(len(slots), -1, *rows.shape[1:]), by_prompt)
+        rows = jax.device_put(coder.take_decoder_rows(index, features[:, index]), by_prompt)
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, reach - rows.shape[2]), (0, 0)))  # one shape, one program
         tiles = put_rows(layout, tiles, rows, nodes.activations, slots, np.array(index, slots.dtype))
     return slots, find_errors(layout, plan, tiles, unexplained)
 

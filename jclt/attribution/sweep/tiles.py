@@ -16,12 +16,14 @@ import numpy as np
 from jclt.coders import CoderConfig
 from jclt.shapes import Int
 
-LARGEST_TILE = 64
-"""Slots of a tile: enough for an efficient product, few enough that few of them stay empty."""
+LARGEST_TILE = {"cpu": 64, "gpu": 64, "tpu": 128}
+"""Slots of a tile: enough for an efficient product, few enough that few of them stay empty. A TPU multiplies 128 at a
+time."""
 SMALLEST_TILE = 8
 """Where each layer has tiles of its own, tiles may be smaller, as there are fewer features to fill one."""
-TILES_AT_ONCE = {"cpu": 1, "gpu": 32, "tpu": 32}
-"""Tiles that are multiplied together, or skipped together where a block of targets does not need them."""
+TILES_AT_ONCE = {"cpu": 1, "gpu": 32, "tpu": 1}
+"""Tiles that are multiplied together, or skipped together where a block of targets does not need them. Together they
+take copies of the gradients at their positions, which take a TPU longer than the products."""
 TARGET_TILE = 16
 """Slots of a tile of targets, all of one layer and position."""
 NO_LAYER = 2**30
@@ -53,11 +55,11 @@ def count_groups(config: CoderConfig) -> int:
     return len(config.covered) if all(config.reach(index) == 1 for index in indices) else 1
 
 
-def choose_tile_size(counts: Int[np.ndarray, "B C T"], groups: int) -> int:
+def choose_tile_size(counts: Int[np.ndarray, "B C T"], groups: int, backend: str) -> int:
     if groups == 1:
-        return LARGEST_TILE
+        return LARGEST_TILE[backend]
     mean = int(np.ceil(counts.sum() / max(np.count_nonzero(counts), 1)))
-    return min(max(1 << max(mean - 1, 0).bit_length(), SMALLEST_TILE), LARGEST_TILE)
+    return min(max(1 << max(mean - 1, 0).bit_length(), SMALLEST_TILE), LARGEST_TILE[backend])
 
 
 def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B G T"]:
