@@ -14,7 +14,17 @@ from jclt.graphs.nodes import KINDS
 from jclt.graphs.viewer_json import Json, get_annotations
 from jclt.shapes import Float
 
-PROVENANCE = ("model", "coder", "prompt", "program", "version", "settings", "pruning_settings", "whole_graph_scores")
+PROVENANCE = (
+    "shown",
+    "model",
+    "coder",
+    "prompt",
+    "program",
+    "version",
+    "settings",
+    "pruning_settings",
+    "whole_graph_scores",
+)
 """What the page says about how a graph was made."""
 
 

@@ -15,6 +15,7 @@ from jclt.graphs.export_json import slug_of
 from jclt.graphs.graph import Graph
 from jclt.graphs.names import LabelTexts
 from jclt.viewer.page_data import build_page_data
+from jclt.viewer.page_limit import limit_edges
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -45,7 +46,7 @@ def build_single_page(
     """With `has_kernel` the page waits for a port through which Python answers (`page/kernel.js`)."""
     script, style = join_modules(), read_page_files()["style.css"][0].decode()
     # Nothing in the data can end the element that holds it.
-    data = json.dumps(build_page_data(graph, name, labels=labels, view=view)).replace("<", "\\u003c")
+    data = json.dumps(build_page_data(limit_edges(graph), name, labels=labels, view=view)).replace("<", "\\u003c")
     policy = (
         f"default-src 'none'; script-src '{hash_source(script)}'; style-src '{hash_source(style)}'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from golden_graphs import golden_graph
 from graph_lists import hand_graph, random_graph
 from page_modules import run_modules
@@ -12,6 +13,7 @@ from page_modules import run_modules
 from jclt.graphs import Graph, import_json, label_nodes, suggest_supernodes
 from jclt.graphs.pruning import NEVER_REMOVED
 from jclt.viewer.page_data import build_page_data
+from jclt.viewer.page_limit import limit_edges
 
 PUBLISHED = Path(__file__).parents[1] / "golden" / "published_graphs"
 THRESHOLDS = [(0.8, 0.98, "paper"), (0.8, 0.98, "circuit-tracer"), (0.5, 0.9, "paper"), (0.95, 1.0, "paper")]
@@ -105,3 +107,21 @@ def test_numbers_are_exact():
     data = build_page_data(graph, "random")
     influence = np.frombuffer(base64.b64decode(data["influence"]), "<f8")
     np.testing.assert_array_equal(influence, graph.influence)
+
+
+def test_a_page_shows_the_strongest_edges_of_a_large_graph():
+    graph = random_graph(4, features=60, layers=6, tokens=9, outputs=3)
+    edges = np.count_nonzero(graph.adjacency)
+    assert limit_edges(graph, edges) is graph
+    shown = limit_edges(graph, edges // 4)
+    kept = np.count_nonzero(shown.adjacency)
+    assert edges // 40 < kept <= edges // 4
+    counts = f"{len(shown.features)} of 60 features and {kept} of {edges:,} edges"
+    assert build_page_data(shown, "large")["about"]["shown"].startswith(counts)
+    # What is not shown counts as before: all that reaches an output is its edges and `rest`.
+    for of_whole, of_shown in zip(graph.nodes.find("output"), shown.nodes.find("output"), strict=True):
+        whole, left = (x.adjacency[node].sum() + x.rest[node] for x, node in ((graph, of_whole), (shown, of_shown)))
+        assert left == pytest.approx(whole, rel=1e-6)
+    strongest = graph.prune(0.5, 0.5)
+    missing = set(map(tuple, strongest.features.tolist())) - set(map(tuple, shown.features.tolist()))
+    assert len(missing) <= len(strongest.features) // 4

@@ -41,6 +41,7 @@ export class App {
     this.hovered = -1;
     this.prune();
     this.refresh();
+    if (this.graph.about.shown) this.notice?.show(`This page shows ${this.graph.about.shown}.`);
   }
 
   findNodes(ids) {
