@@ -111,10 +111,10 @@ def test_numbers_are_exact():
 
 def test_a_page_shows_the_strongest_edges_of_a_large_graph():
     graph = random_graph(4, features=60, layers=6, tokens=9, outputs=3)
-    edges = np.count_nonzero(graph.adjacency)
+    edges = int(np.count_nonzero(graph.adjacency))
     assert limit_edges(graph, edges) is graph
     shown = limit_edges(graph, edges // 4)
-    kept = np.count_nonzero(shown.adjacency)
+    kept = int(np.count_nonzero(shown.adjacency))
     assert edges // 40 < kept <= edges // 4
     counts = f"{len(shown.features)} of 60 features and {kept} of {edges:,} edges"
     assert build_page_data(shown, "large")["about"]["shown"].startswith(counts)
