@@ -5,7 +5,7 @@
 
 The first case has 12 layers x 768, 8,192 features a layer, 16 tokens, 20 active features a layer and token, all rows
 traced: 3,600 features under circuit-tracer's conventions, in which position 0 has none. Expected is a whole call, once
-compiled, at least 18 times faster than circuit-tracer 0.5.0 (with `--peer`, where it is installed: 3 more minutes).
+compiled, at least 24 times faster than circuit-tracer 0.5.0 (with `--peer`, where it is installed: 3 more minutes).
 Operations are those that the graph needs: a target's gradient takes 4 D^2 at each layer below it and each position up
 to it (with as many key heads as heads), and every feature below it takes 2 D for each layer that it writes to. The
 graph of the long prompt is made in a process of its own; expected is a peak of at most 3 GB above model and coder.
