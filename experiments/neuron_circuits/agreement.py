@@ -91,35 +91,35 @@ def generate_rows(structure: str, count: int, seed: int = 0) -> list[tuple[str, 
     return rows
 
 
-def keep_one_length(pairs: jclt.PromptPairs) -> jclt.PromptPairs:
-    """The pairs of the most frequent length: only then do positions mean the same."""
-    return pairs.take(max(pairs.group_by_length().values(), key=len))
+Sets = tuple[jclt.PromptPairs, jclt.PromptPairs]
+"""Pairs that choose, and pairs that grade."""
 
 
-def split_pairs(pairs: jclt.PromptPairs, choose: int, grade: int) -> tuple[jclt.PromptPairs, jclt.PromptPairs]:
-    pairs = keep_one_length(pairs)
-    choose = min(choose, len(pairs) // 2)
-    return pairs.take(range(choose)), pairs.take(range(choose, min(choose + grade, len(pairs))))
+def split_pairs(pairs: jclt.PromptPairs) -> Sets:
+    pairs = pairs.keep_one_length()
+    choose = min(CHOOSE, len(pairs) // 2)
+    return pairs.take(range(choose)), pairs.take(range(choose, min(choose + GRADE, len(pairs))))
 
 
-def load_structures(model: Model, options: argparse.Namespace) -> dict[str, tuple[jclt.PromptPairs, jclt.PromptPairs]]:
+def keep_first(chosen: jclt.PromptPairs, graded: jclt.PromptPairs) -> Sets:
+    """The first of each, of one length."""
+    chosen, graded = chosen.keep_one_length(graded), graded.keep_one_length(chosen)
+    return chosen.take(range(min(CHOOSE, len(chosen)))), graded.take(range(min(GRADE, len(graded))))
+
+
+def load_structures(model: Model, options: argparse.Namespace) -> dict[str, Sets]:
     """For each structure the pairs that choose and those that grade."""
     found = {}
     for file in options.data:
-        test = file.with_name(file.name.replace("_train", "_test"))
-        if test == file:
-            found[file.stem] = split_pairs(jclt.load_pairs(model, file), CHOOSE, GRADE)
-            continue
-        train, test = keep_one_length(jclt.load_pairs(model, file)), keep_one_length(jclt.load_pairs(model, test))
-        found[file.stem] = train.take(range(min(CHOOSE, len(train)))), test.take(range(min(GRADE, len(test))))
+        test, pairs = file.with_name(file.name.replace("_train", "_test")), jclt.load_pairs(model, file)
+        found[file.stem] = split_pairs(pairs) if test == file else keep_first(pairs, jclt.load_pairs(model, test))
     for structure in options.generate:
         rows = generate_rows(structure, 2 * (CHOOSE + GRADE))
-        found[f"{structure} (generated)"] = split_pairs(jclt.make_pairs(model, rows), CHOOSE, GRADE)
+        found[f"{structure} (generated)"] = split_pairs(jclt.make_pairs(model, rows))
     if not found:
         chosen = jclt.make_world_pairs(model, "agreement", 2 * CHOOSE, "train")
         graded = jclt.make_world_pairs(model, "agreement", 2 * GRADE, "report")
-        chosen, graded = (keep_one_length(pairs) for pairs in (chosen, graded))
-        found["small world"] = chosen.take(range(min(CHOOSE, len(chosen)))), graded.take(range(min(GRADE, len(graded))))
+        found["small world"] = keep_first(chosen, graded)
     return found
 
 

@@ -54,8 +54,9 @@ def main() -> None:
         if options.data
         else jclt.make_world_pairs(model, options.task, 4 * options.pairs)
     )
-    numbers = max(pairs.group_by_length().values(), key=len)[: 2 * options.pairs]
-    chosen, graded = pairs.take(numbers[::2]), pairs.take(numbers[1::2])
+    pairs = pairs.keep_one_length()
+    count = min(2 * options.pairs, len(pairs))
+    chosen, graded = pairs.take(range(0, count, 2)), pairs.take(range(1, count, 2))
     scores = score_nodes(model, chosen, "neurons", "relp", rules="neuron circuits")
     shape, best = scores.values.shape, scores.rank_nodes()[: options.neurons]
     neurons = np.stack(np.unravel_index(np.sort(best), shape), axis=1)

@@ -38,8 +38,7 @@ def main() -> None:
     model = jclt.load_model(options.model)
     print(f"{'':28}" + "".join(f"{name:>21}" for name in METHODS), flush=True)
     for task in options.tasks:
-        pairs = jclt.make_world_pairs(model, task, options.pairs)
-        pairs = pairs.take(max(pairs.group_by_length().values(), key=len))
+        pairs = jclt.make_world_pairs(model, task, options.pairs).keep_one_length()
         for kind in KINDS:
             exact = score_nodes(model, pairs, kind, "exact").values.ravel()
             cells = []

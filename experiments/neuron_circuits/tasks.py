@@ -2,11 +2,11 @@
 
     python experiments/neuron_circuits/tasks.py
 
-Of each task the pairs of the most frequent length: of the split `train` they choose, of `report` they grade. Neurons
-are chosen by RelP, and all others have their mean over corrupted prompts by position; edges are chosen by EAP with
-integrated gradients, and along all others goes what the corrupted prompt writes. Beside them are random circuits of the
-same size. The metric is the logit difference; of greater-than, whose answers are many years, the difference of the
-probabilities of right and wrong years. Expected: the table of jclt/circuits/README.md.
+Of each task pairs of one length: of the split `train` they choose, of `report` they grade. Neurons are chosen by RelP,
+and all others have their mean over corrupted prompts by position; edges are chosen by EAP with integrated gradients,
+and along all others goes what the corrupted prompt writes. Beside them are random circuits of the same size. The metric
+is the logit difference; of greater-than, whose answers are many years, the difference of the probabilities of right and
+wrong years. Expected: the table of jclt/circuits/README.md.
 Cost: four minutes of processor time, in two threads.
 """
 
@@ -26,12 +26,11 @@ EDGES = (5, 10, 20, 40, 80, 160, 320)
 ENOUGH = 0.9
 
 
-def draw_pairs(model: Model, task: str, count: int) -> tuple[jclt.PromptPairs, jclt.PromptPairs]:
-    """Pairs that choose and pairs that grade, of the length that is most frequent among the latter."""
+def draw_pairs(model: Model, task: str, count: int) -> list[jclt.PromptPairs]:
+    """Pairs that choose and pairs that grade, of one length."""
     chosen, graded = (jclt.make_world_pairs(model, task, 4 * count, split) for split in ("train", "report"))
-    groups = chosen.group_by_length(), graded.group_by_length()
-    length = max(groups[1], key=lambda length: min(len(groups[0].get(length, ())), len(groups[1][length])))
-    return tuple(pairs.take(group[length][:count]) for pairs, group in zip((chosen, graded), groups, strict=True))  # type: ignore
+    both = chosen.keep_one_length(graded), graded.keep_one_length(chosen)
+    return [pairs.take(range(min(count, len(pairs)))) for pairs in both]
 
 
 def write_cell(grades: Sequence[CircuitGrades]) -> str:

@@ -201,14 +201,11 @@ def explain_nodes(
 
 
 def keep_one_length(chosen: "PromptPairs", graded: "PromptPairs | None") -> "tuple[PromptPairs, PromptPairs | None]":
-    """Nodes are at positions, so all prompts have one length: that of most pairs that choose."""
-    groups = [pairs.group_by_length() for pairs in (chosen, graded) if pairs is not None]
-    length = max(groups[0], key=lambda length: len(groups[0][length]))
-    if len(groups) == 2 and length not in groups[1]:
-        raise UserError(f"pairs: none of those that grade has {length} tokens, as those that choose, expected some")
-    if any(len(group) > 1 for group in groups):
-        print(f"of prompts of {length} tokens, as nodes are at positions")
-    return chosen.take(groups[0][length]), None if graded is None else graded.take(groups[1][length])
+    """Nodes are at positions, so all prompts have one length."""
+    kept = chosen.keep_one_length(graded), None if graded is None else graded.keep_one_length(chosen)
+    if any(len(old) > len(new) for old, new in zip((chosen, graded), kept, strict=True) if old is not None and new):
+        print(f"of prompts of {len(kept[0].clean[0])} tokens, as nodes are at positions")
+    return kept
 
 
 def write_nodes(path: Path, scores: "NodeScores", count: int, grades: "list[CircuitGrades]") -> None:

@@ -50,6 +50,21 @@ def test_what_is_no_pair_is_counted_and_listed(model):
             make_pairs(model, wrong)
 
 
+def test_pairs_of_one_length_are_those_of_which_both_sets_have_most(model):
+    """Alone the most frequent length, of equal ones the shorter; beside others the one that is best in the rarer."""
+
+    def make(*lengths):
+        return make_pairs(model, [([1] * n, [2] * n, 5, 6, None, f"{n} {i}") for i, n in enumerate(lengths)])
+
+    first, second = make(3, 4, 4, 5, 4, 5, 5, 6, 6, 6, 6), make(5, 4, 5, 6, 3)
+    assert first.keep_one_length().names == ("6 7", "6 8", "6 9", "6 10")
+    assert make(7, 4, 7, 4).keep_one_length().names == ("4 1", "4 3")
+    assert first.keep_one_length(second).names == ("5 3", "5 5", "5 6")
+    assert second.keep_one_length(first).names == ("5 0", "5 2")
+    with pytest.raises(jclt.UserError, match="pairs: of 3, 4 and of 5 tokens, expected a length that both have"):
+        make(3, 4).keep_one_length(make(5))
+
+
 def test_text_becomes_tokens_and_a_subject_its_span(model):
     example = TASKS["two_hop"].pairs("report", 40, 0)
     pair = next(p for p in example if len(model.encode(p.clean.prompt)) == len(model.encode(p.corrupted.prompt)))

@@ -73,8 +73,7 @@ def test_what_cannot_be_traced_is_named():
 def test_the_city_brings_the_capital_back():
     """In the first layers the city's state restores the answer, at the end the last position's; <bos> never does."""
     model = jclt.load_model("demo")
-    pairs = make_world_pairs(model, "two_hop", 40)
-    pairs = pairs.take(max(pairs.group_by_length().values(), key=len)[:6])
+    pairs = make_world_pairs(model, "two_hop", 40).keep_one_length().take(range(6))
     result = trace(model, pairs, positions=("subject", "last", 0), draws=3)
     subject, last, control = result.effects[0].T
     assert result.total_effect > 0.3
@@ -90,8 +89,7 @@ def test_on_every_task_the_answer_moves_from_what_differs_to_the_end(task):
     model = jclt.load_model("demo")
     pairs = make_world_pairs(model, task, 16)
     before_end = [span[1] < len(ids) for span, ids in zip(pairs.subjects, pairs.clean, strict=True)]
-    pairs = pairs.take(np.flatnonzero(before_end))
-    pairs = pairs.take(max(pairs.group_by_length().values(), key=len))  # each length has programs of its own
+    pairs = pairs.take(np.flatnonzero(before_end)).keep_one_length()  # each length has programs of its own
     positions = ("subject", "last")
     traced = trace(model, pairs, "resid_pre", positions=positions, draws=2, metric="logit_difference")
     patched = jclt.patch(model, pairs, "resid_pre", positions=positions, progress=False)
