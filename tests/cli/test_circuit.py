@@ -1,12 +1,13 @@
 """`jclt circuit`: what it prints and writes is what the calls find, on the shipped model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import jclt
-from jclt.circuits import load_circuit
+from jclt.circuits import load_circuit, run_edge_circuits, save_circuit
 from jclt.circuits.edge_files import make_edge_scores
 from jclt.circuits.edges import list_edges, prune_edges
 from jclt.cli.main import main
@@ -66,6 +67,48 @@ def test_edges_go_into_files(capsys, tmp_path, monkeypatch):
     np.testing.assert_array_equal(kept, prune_edges(model.config, scores.take_best(96)))
     assert read_json(path)["grades"][0]["faithfulness"]["96"]["value"] == grades.faithfulness[1].value
     assert np.count_nonzero(jclt.load_graph(graph).adjacency) > 10
+
+
+def test_a_circuit_that_is_read_is_graded(capsys, tmp_path, monkeypatch):
+    """As it stands in the file, with its ablation and metric, unless others are given; or its best edges by --size."""
+    path, again = tmp_path / "circuit.json", tmp_path / "again.json"
+    model = jclt.load_model("demo")
+    edges, random = list_edges(model.config), np.random.default_rng(0)
+    values = np.where(edges, random.normal(size=edges.shape), 0)
+    scores = make_edge_scores(model.config, values, "some", {"method": "eap", "metric": "difference"})
+    kept = prune_edges(model.config, edges & (random.random(edges.shape) < 0.8))
+    save_circuit(path, scores, kept)
+    assert (
+        main([*TASK, "--count", "2", "--read", str(path), "--ablation", "zero", "--grade", "--json", str(again)]) == 0
+    )
+    graded = jclt.make_world_pairs(model, "agreement", 2, "report")
+    masks = np.stack([kept, edges & ~kept, edges, np.zeros_like(edges)])
+    inside, rest, whole, none = run_edge_circuits(model, graded, masks, ablation="zero", metric="difference")
+    printed, content = capsys.readouterr().out, read_json(again)
+    assert f"circuit of {kept.sum()} of 479 edges\ngraded on others: {graded!r}" in printed
+    ours, drawn = content["grades"]
+    assert (ours["name"], drawn["name"], ours["ablation"], ours["metric"]) == (
+        "circuit",
+        "random",
+        "zero",
+        "difference",
+    )
+    for row, name in ((inside, "faithfulness"), (rest, "completeness")):
+        want = (row - none).sum() / (whole - none).sum()
+        assert ours[name][str(kept.sum())]["value"] == pytest.approx(want, abs=1e-6)
+    loaded, circuit = load_circuit(model, again)
+    np.testing.assert_array_equal(circuit, kept)
+    np.testing.assert_allclose(loaded.values, values, rtol=1e-14)
+    assert (loaded.method, loaded.metric, loaded.ablation) == ("eap", "difference", "zero")
+    asked = []
+    monkeypatch.setattr("jclt.evaluation.grade_edges", lambda *given, **settings: asked.append((given, settings)) or [])
+    assert main([*TASK, "--count", "2", "--read", str(again), "--metric", "kl", "--grade", "--size", "9", "3"]) == 0
+    (((_, _, (by,), sizes), settings),) = asked
+    np.testing.assert_array_equal(by.values, loaded.values)
+    assert (by.metric, sizes, settings["ablation"]) == ("kl", [3, 9], "zero")
+    save_circuit(path, replace(scores, per_pair=0 * scores.per_pair), kept)
+    assert main([*TASK, "--read", str(path), "--size", "9"]) == 2
+    assert capsys.readouterr().err.endswith("has no scores, expected some, or a circuit and no --size\n")
 
 
 @pytest.mark.exhaustive  # by default ACDC is tested by itself, and the page of circuits runs it
@@ -140,7 +183,9 @@ def test_every_second_pair_of_a_file_grades(capsys, tmp_path):
             [*TASK, "--edges", "--method", "acdc", "--threshold", "1", "--size", "9"],
             "circuit: --size with --method acdc, whose circuit has one size",
         ),
-        ([*TASK, "--out", "x.npz"], "circuit: --out is the graph of edges, expected --edges"),
+        ([*TASK, "--out", "x.npz"], "circuit: --out is the graph of edges, expected --edges or --read FILE"),
+        ([*TASK, "--read", "{}/none"], "{}/none: not found, expected a circuit file, JSON with cfg, nodes and edges"),
+        ([*TASK, "--read", "{}/none", "--method", "eap"], "circuit: --method with --read, whose file has the scores"),
         ([*TASK, "--json", "{}"], "{}: is a folder, expected a file"),
     ],
 )
