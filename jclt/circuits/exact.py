@@ -31,12 +31,12 @@ def patch_nodes(
         units = np.asarray(change).reshape(*change.shape[:2], -1, change.shape[-1] if whole else 1)
         layer, position, unit = np.nonzero(np.abs(units).max(axis=-1))
         effects = np.zeros((change.shape[0], padded, units.shape[2]), units.dtype)
-        most = limit_rows(setting.model, length) * mesh.size
-        size = choose_size(max(len(layer), 1), most, mesh.size)
-        for first in range(0, len(layer), size):  # np.nonzero sorts by layer: a batch needs no layer below its first
-            part = slice(first, first + size)
+        most = max(limit_rows(setting.model, length) * mesh.size, 2)
+        size = choose_size(len(layer) + 1, most, mesh.size)  # one row changes nothing
+        for first in range(0, len(layer), size - 1):  # sorted by layer: a batch needs no layer below its first
+            part = slice(first, first + size - 1)
             rows = np.stack([layer[part], position[part], unit[part]], axis=1).astype(np.int32)
-            found = run_rows(setting, mesh, params, kept, units, np.resize(rows, (size, 3)), answers)
+            found = run_rows(setting, mesh, params, kept, units, np.resize(rows, (size - 1, 3)), answers)
             effects[layer[part], position[part], unit[part]] = np.asarray(found)[: len(rows)]
         results.append(effects)
     return np.stack(results)
@@ -65,8 +65,10 @@ def run_rows(
     rows: Int[Array, "R 3"],
     answers: AnswerSets,
 ) -> Float[Array, "R"]:
-    """How the metric changes in each row, which changes one node. The embeddings' nodes are changed in the residual
-    stream of the first layer, to which they add."""
+    """How the metric changes in each row, which changes one node. It is compared with a further row, at no position: in
+    the kept pass the metric is rounded otherwise, and a node without effect would have one. The embeddings' nodes are
+    changed in the residual stream of the first layer, to which they add."""
+    rows = jnp.concatenate([rows[:1].at[:, 1].set(-1), rows])
     rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P("rows")))
     layers, positions, numbers = rows.T
     site = setting.site if setting.site in LAYER_SITES else "resid_pre"
@@ -83,7 +85,6 @@ def run_rows(
         return value + added.reshape(value.shape).astype(value.dtype)
 
     logits = resume_pass(setting.model, params, kept, layers.min(), 0, rows.shape[0], edit)[:, 0]
-    both = jnp.concatenate([kept.logits[None], logits])
-    wide = AnswerSets(*(jnp.broadcast_to(column, (len(both), *column.shape[1:])) for column in answers))
-    measured = measure_metric(setting.metric, both, wide)
+    wide = AnswerSets(*(jnp.broadcast_to(column, (len(logits), *column.shape[1:])) for column in answers))
+    measured = measure_metric(setting.metric, logits, wide)
     return measured[1:] - measured[0]

@@ -110,6 +110,14 @@ def test_exact_scores_are_those_of_patching(name, basis):
     np.testing.assert_allclose(scores if heads else scores[..., 0], want, atol=2e-5)
 
 
+def test_what_nothing_reads_has_no_effect_at_all():
+    """In float32: ranks of effects would be those of rounding. Heads of the last layer before a prompt's last token."""
+    model, pairs = jclt.load_model(FOLDER / "neox"), get_pairs("neox")
+    scores = score_nodes(model, pairs, "heads", "exact").per_pair
+    for row, ids in zip(scores, pairs.clean, strict=True):
+        assert not row[-1, : len(ids) - 1].any() and row[-1, len(ids) - 1].any() and row[0, : len(ids) - 1].any()
+
+
 def test_a_neuron_s_score_is_one_edited_pass_and_that_of_zero_needs_no_corrupted_prompt():
     with jax.enable_x64():
         model = make_model(**SMOOTH)
