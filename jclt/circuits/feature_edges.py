@@ -18,8 +18,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jclt.attribution.true_pass import widen
 from jclt.circuits.gradients import Setting, differentiate, read_values
 from jclt.circuits.node_scores import Reference, change_features
 from jclt.circuits.nodes import Basis, encode_reads, find_basis, score_features
@@ -38,6 +39,7 @@ from jclt.coders import Coder
 from jclt.errors import UserError
 from jclt.interventions.patching.metrics import Metric
 from jclt.interventions.patching.pairs import PromptPairs
+from jclt.interventions.resume import make_rows_mesh, place_weights
 from jclt.models import Model, Place
 from jclt.numerics import einsum
 from jclt.shapes import Array, Float, Int, Params
@@ -98,12 +100,13 @@ def score_feature_edges(
     prompts = pad_prompts(pairs)
     targets = check_targets(coder, basis, np.asarray(targets), prompts.clean.shape[1])
     setting = Setting(model.config, basis.site, metric, names, (coder.config.reads,))
-    params, listed = widen(dict(model.params)), list_targets(coder, targets, model.config.width)
+    mesh, listed = make_rows_mesh(), list_targets(coder, targets, model.config.width)
+    params, by_row = place_weights(model, mesh), NamedSharding(mesh, P("rows"))
     edges, gradients = [], []
-    for numbers in split_prompts(model.config, pairs, 1):
-        part = take_prompts(prompts, numbers)
+    for numbers in split_prompts(model.config, pairs, mesh.size):
         _, first = np.unique(numbers, return_index=True)  # the last part repeats pairs
         weights = jnp.asarray(np.isin(np.arange(len(numbers)), first) / len(pairs), params["token_embedding"].dtype)
+        part, weights = jax.device_put((take_prompts(prompts, numbers), weights), by_row)
         found = score_into_targets(setting, params, coder, part, weights, listed, reference == "zero")
         edges.append(np.asarray(found[0]))
         gradients.append(np.asarray(found[1]))

@@ -82,6 +82,19 @@ def test_direct_edges_into_the_metric_are_scores_where_no_mlp_follows():
             assert np.abs(scores[1]).max() > 1e-3
 
 
+def test_edges_of_several_pairs_are_the_mean_of_those_of_each():
+    """Over the devices, of which some have a pair that others have, too; each pair alone is on all of them."""
+    with jax.enable_x64():
+        model = make_model(**KIND)
+        coder, targets = make_coder(model), np.array([[1, 3, 2], [1, 3, 4], [0, 1, 0]])
+        found = score_feature_edges(model, coder, make_small_pairs(model), targets)
+        alone = [score_feature_edges(model, coder, make_small_pairs(model, [row]), targets) for row in ROWS]
+        edges = [np.pad(one.edges, ((0, 0), (0, 0), (0, 5 - one.edges.shape[2]), (0, 0))) for one in alone]
+        np.testing.assert_allclose(found.edges, np.mean(edges, axis=0), atol=1e-12)
+        np.testing.assert_allclose(found.gradients, np.mean([one.gradients for one in alone], axis=0), atol=1e-12)
+        assert jax.device_count() > len(ROWS) and np.abs(found.edges[:-1]).max() > 1e-4
+
+
 def test_a_target_that_does_not_exist_is_refused():
     with jax.enable_x64():
         model = make_model(**KIND)
