@@ -4,9 +4,10 @@
 
 Candidates are the neurons with the largest scores by RelP, and at each prompt all edges into them from embeddings and
 from each other, and to the output. An edge's weight is its share of its target, times what the target contributes to
-the output along all paths; of the prompts the mean of its size. Of the strongest share of the edges those are kept that
-lie on a way from an embedding to the output, and their neurons are the circuit. All others have their mean over the
-corrupted prompts by position. Half of the pairs choose, the other half grades. Expected is in README.md.
+the output along all paths; of the prompts the mean of its size. Of the strongest share of the edges a circuit has the
+neurons into which one leads, as the paper's code has it; and, beside it, those alone that lie on a way of such edges
+from an embedding to the output. All other neurons have their mean over the corrupted prompts by position. Pairs of the
+small world choose from the split `train` and grade on `report`; of a file one half each. Expected is in README.md.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import jclt
 from jclt.circuits import run_circuits, score_nodes
 from jclt.circuits.neuron_edges import NeuronEdges, trace_neurons
 from jclt.evaluation.circuit_grades import compute_faithfulness
+from jclt.models import Model
 
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -40,23 +42,32 @@ def find_connected(kept: np.ndarray) -> np.ndarray:
         alive = left
 
 
+def find_fed(kept: np.ndarray) -> np.ndarray:
+    """The neurons into which an edge is kept."""
+    return np.any(kept[:-1], axis=1)
+
+
+def draw_pairs(model: Model, options: argparse.Namespace) -> list[jclt.PromptPairs]:
+    """Pairs that choose and pairs that grade, all of one length."""
+    if options.data:
+        pairs = jclt.load_pairs(model, options.data).keep_one_length()
+        both = [pairs.take(range(start, len(pairs), 2)) for start in (0, 1)]
+    else:
+        both = [jclt.make_world_pairs(model, options.task, 4 * options.pairs, split) for split in ("train", "report")]
+        both = [both[0].keep_one_length(both[1]), both[1].keep_one_length(both[0])]
+    return [pairs.take(range(min(options.pairs, len(pairs)))) for pairs in both]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="demo")
     parser.add_argument("--task", default="agreement", help="of the small world")
     parser.add_argument("--data", help="pairs from a file instead")
-    parser.add_argument("--pairs", type=int, default=24, help="of one length")
+    parser.add_argument("--pairs", type=int, default=24, help="of one length, that choose, and that grade")
     parser.add_argument("--neurons", type=int, default=400, help="candidates, by their scores")
     options = parser.parse_args()
     model = jclt.load_model(options.model)
-    pairs = (
-        jclt.load_pairs(model, options.data)
-        if options.data
-        else jclt.make_world_pairs(model, options.task, 4 * options.pairs)
-    )
-    pairs = pairs.keep_one_length()
-    count = min(2 * options.pairs, len(pairs))
-    chosen, graded = pairs.take(range(0, count, 2)), pairs.take(range(1, count, 2))
+    chosen, graded = draw_pairs(model, options)
     scores = score_nodes(model, chosen, "neurons", "relp", rules="neuron circuits")
     shape, best = scores.values.shape, scores.rank_nodes()[: options.neurons]
     neurons = np.stack(np.unravel_index(np.sort(best), shape), axis=1)
@@ -82,16 +93,21 @@ def main() -> None:
         for share in SHARES:
             kept = np.zeros(sizes.size, bool)
             kept[order[: max(round(share * total), 1)]] = True
-            connected = find_connected(kept.reshape(sizes.shape))
-            circuit = np.zeros(shape, bool)
-            circuit[tuple(neurons[connected].T)] = True
-            circuits.append(circuit)
-            rows.append((name, share, int(connected.sum())))
+            for find in (find_fed, find_connected):
+                found = find(kept.reshape(sizes.shape))
+                circuits.append(np.zeros(shape, bool))
+                circuits[-1][tuple(neurons[found].T)] = True
+                rows.append((name, share, int(found.sum())))
     values = run_circuits(model, graded, "neurons", np.stack(circuits), ablation="mean", mean_of=chosen)
     print(f"m(all) {values[0].mean():.2f}, m(none) {values[1].mean():.2f}; all candidates: faithfulness "
           f"{compute_faithfulness(values[2], values[0], values[1])}")  # fmt: skip
-    for (name, share, count), row in zip(rows, values[3:], strict=True):
-        print(f"{name:10} {share:6.1%} of edges, {count:4} neurons: {compute_faithfulness(row, values[0], values[1])}")
+    cells = [
+        f"{count:4} neurons {compute_faithfulness(row, values[0], values[1])}"
+        for (_, _, count), row in zip(rows, values[3:], strict=True)
+    ]
+    print("edges kept: the neurons into which one leads, and those on a way to the output, with their faithfulness")
+    for (name, share, _), fed, connected in zip(rows[::2], cells[::2], cells[1::2], strict=True):
+        print(f"{name:10} {share:6.1%}: {fed}; {connected}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def score_edges(
     ablation: Ablation = "counterfactual",
     mean_of: PromptPairs | None = None,
     rules: str | Iterable[str] | None = None,
-    quadrature: str = "midpoint",
+    quadrature: str = "gauss",
     steps: int = 5,
     seed: int = 0,
     progress: bool = True,
