@@ -3,7 +3,7 @@
     python experiments/neuron_circuits/feature_edges.py [--task agreement] [--pairs 24] [--nodes 200]
 
 Candidates are the nodes of the coder, features and errors, with the largest scores by attribution patching, and all
-edges between them and to the metric. Of the edges that are largest in size, averaged over pairs, a circuit has the nodes
+edges between them and to the metric. Of the edges that are largest, averaged over pairs, a circuit has the nodes
 from which a way of such edges leads to the metric. All other features and errors have their mean over the corrupted
 prompts by position. Random circuits have as many of these edges. Pairs of the split `train` choose, those of `report`
 grade. Expected is in jclt/circuits/README.md. Cost: half a minute on one CPU core.

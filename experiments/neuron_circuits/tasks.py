@@ -1,6 +1,8 @@
 """Circuits of every task of the small world: how many neurons, and how many edges, do 90% of what the model does?
 
     python experiments/neuron_circuits/tasks.py
+    python experiments/neuron_circuits/tasks.py --tasks induction --reference zero
+    python experiments/neuron_circuits/tasks.py --tasks induction --layers    # which layers' neurons it takes
 
 Of each task pairs of one length: of the split `train` they choose, of `report` they grade. Neurons are chosen by RelP,
 and all others have their mean over corrupted prompts by position; edges are chosen by EAP with integrated gradients,
@@ -14,10 +16,15 @@ import argparse
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
 
 import jclt
-from jclt.circuits import score_edges, score_nodes
+from jclt.circuits import run_circuits, score_edges, score_nodes
+from jclt.circuits.node_scores import Reference
 from jclt.evaluation import CircuitGrades, grade_edges, grade_nodes
+from jclt.evaluation.circuit_grades import compute_faithfulness
 from jclt.models import Model
 from jclt.world import TASKS
 
@@ -33,6 +40,10 @@ def draw_pairs(model: Model, task: str, count: int) -> list[jclt.PromptPairs]:
     return [pairs.take(range(min(count, len(pairs)))) for pairs in both]
 
 
+def find_metric(task: str) -> Literal["difference", "logit_difference"]:
+    return "difference" if task == "greater_than" else "logit_difference"
+
+
 def write_cell(grades: Sequence[CircuitGrades]) -> str:
     """The smallest circuit that does enough: its size, its grades, and the faithfulness of a random one."""
     ours, random = grades
@@ -45,10 +56,10 @@ def write_cell(grades: Sequence[CircuitGrades]) -> str:
     return f"{size:,} of {ours.total:,}: {interval}; {random.faithfulness[at].value:.2f}"
 
 
-def write_row(model: Model, task: str, count: int) -> str:
+def write_row(model: Model, task: str, count: int, reference: Reference) -> str:
     chosen, graded = draw_pairs(model, task, count)
-    metric = "difference" if task == "greater_than" else "logit_difference"
-    scores = score_nodes(model, chosen, "neurons", "relp", metric=metric)
+    metric = find_metric(task)
+    scores = score_nodes(model, chosen, "neurons", "relp", metric=metric, reference=reference)
     sizes = [size for size in NEURONS if size < scores.values.size]
     neurons = grade_nodes(model, graded, scores, sizes, mean_of=chosen, draws=1)
     edges = grade_edges(model, graded, score_edges(model, chosen, "eap ig inputs", metric=metric), EDGES, draws=1)
@@ -57,16 +68,40 @@ def write_row(model: Model, task: str, count: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def print_layers(model: Model, task: str, count: int) -> None:
+    """What the model does without the neurons of a layer, and with these alone."""
+    chosen, graded = draw_pairs(model, task, count)
+    config = model.config
+    every = np.ones((config.layers, len(graded.clean[0]), config.mlp_width), bool)
+    without = np.stack([every] * config.layers)
+    without[range(config.layers), range(config.layers)] = False
+    masks = np.concatenate([every[None], ~every[None], without, ~without])
+    values = run_circuits(model, graded, "neurons", masks, mean_of=chosen, metric=find_metric(task))
+    faith = [f"{compute_faithfulness(row, *values[:2]).value:.2f}" for row in values[2:]]
+    names = f"without each layer's neurons {', '.join(faith[: config.layers])}"
+    print(f"{task}: {names}; with each one's alone {', '.join(faith[config.layers :])}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--pairs", type=int, default=24, help="that choose, and that grade")
+    parser.add_argument(
+        "--reference", default="corrupted", choices=("corrupted", "zero"), help="of the neurons' scores"
+    )
+    parser.add_argument(
+        "--layers", action="store_true", help="only faithfulness without, and with, one layer's neurons"
+    )
     options = parser.parse_args()
     start, model = time.perf_counter(), jclt.load_model("demo")
+    if options.layers:
+        for task in options.tasks:
+            print_layers(model, task, options.pairs)
+        return
     print(f"size for {ENOUGH:.0%}: faithfulness [95%]/completeness; faithfulness of random ones of that size")
     print("| task | pairs, tokens | m(all), m(none) | neurons | edges |\n|---|---|---|---|---|")
     with ThreadPoolExecutor(2) as pool:  # nearly all of the time goes into compiling, for each length of prompts anew
-        for row in pool.map(lambda task: write_row(model, task, options.pairs), options.tasks):
+        for row in pool.map(lambda task: write_row(model, task, options.pairs, options.reference), options.tasks):
             print(row, flush=True)
     print(f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of processor time")
 
