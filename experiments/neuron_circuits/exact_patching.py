@@ -9,7 +9,7 @@ probabilities. Correlated are means over pairs of one length: Pearson's / Spearm
 effect. Then, how far scores are off, as a share of the effect: the median over nodes, of all tasks and kinds, whose
 effect is at least 1% of the largest one of their task and kind, and over all others.
 
-Expected: the table of jclt/circuits/README.md. Cost: five minutes on one CPU core.
+Expected: the table of jclt/circuits/README.md. Cost: 200 seconds of processor time.
 """
 
 import argparse
