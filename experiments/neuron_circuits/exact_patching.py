@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=5, help="points of integrated gradients")
     parser.add_argument("--split", default="report", choices=("choose", "report"))
     parser.add_argument("--model", default="demo")
     options = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
             has_effect, cells = exact != 0, []
             is_large.append(np.abs(exact[has_effect]) >= LARGE * np.abs(exact).max())
             for name, settings in METHODS.items():
-                scores = score_nodes(model, pairs, kind, metric=metric, **settings).values.ravel()
+                scores = score_nodes(model, pairs, kind, metric=metric, steps=options.steps, **settings).values.ravel()
                 both = scores[has_effect], exact[has_effect]
                 errors[name].append(np.abs(both[0] / both[1] - 1))
                 cells.append(f"{pearsonr(*both)[0]:.2f}/{spearmanr(*both)[0]:.2f}")
