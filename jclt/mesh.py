@@ -90,6 +90,11 @@ def find_place(weights: Any) -> tuple[Mesh | None, Sharding]:
     return mesh, leaf.sharding if mesh is None else NamedSharding(mesh, P())
 
 
+def count_feature_shards(mesh: Mesh | None) -> int:
+    """Over how many devices features are split on this mesh."""
+    return 1 if mesh is None else mesh.shape.get(FEATURES_AXIS, 1)
+
+
 def device_kind() -> str:
     """The kind of device that the program is traced for: of the current mesh, or of the default devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -20,7 +20,7 @@ from jclt.attribution.sweep.bases import FeatureNodes
 from jclt.attribution.sweep.nodes import count_prompt_shards
 from jclt.coders import Coder
 from jclt.kernels.take_rows import NO_ROW, count_most_rows, take_from_shards
-from jclt.mesh import FEATURES_AXIS, find_place, is_split, map_over_devices, use_mesh
+from jclt.mesh import FEATURES_AXIS, count_feature_shards, find_place, is_split, map_over_devices, use_mesh
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int
 
 
@@ -70,7 +70,7 @@ def find_active(
     for index, layer in enumerate(coder.config.covered):
         encoder, read = coder.load_encoder(index), take_layer(reads, np.int32(layer))
         mesh, place = find_place(encoder)
-        shards = 1 if mesh is None else mesh.shape[FEATURES_AXIS]
+        shards = count_feature_shards(mesh)
         at_once = of_device * shards
         read, has = jax.device_put((read, has_nodes), place)
         with use_mesh(mesh):

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jclt.mesh import FEATURES_AXIS, is_split, map_over_devices, mesh_of, sum_over_feature_shards, use_mesh
+from jclt.mesh import (
+    FEATURES_AXIS,
+    count_feature_shards,
+    is_split,
+    map_over_devices,
+    mesh_of,
+    sum_over_feature_shards,
+    use_mesh,
+)
 from jclt.shapes import Array, ArrayLike, Bool, Float, Int
 
 NO_ROW = -1
@@ -22,14 +30,14 @@ def take_rows(table: Float[Array, "F ..."], rows: Int[ArrayLike, "*B n"]) -> Flo
     """
     mesh = mesh_of(table)
     with use_mesh(mesh):
-        most = None if mesh is None else count_most_rows(np.asarray(rows), len(table), mesh.shape[FEATURES_AXIS])
+        most = count_most_rows(np.asarray(rows), len(table), count_feature_shards(mesh))
         return take_from_shards(table, jnp.asarray(rows, jnp.int32), most)
 
 
 def count_most_rows(rows: Int[np.ndarray, "*B n"], features: int, shards: int) -> int | None:
     """The most rows that one shard sends to one device, rounded up so that few programs are compiled; None where the
     rows of all lists come to all devices."""
-    if rows.ndim < 2 or len(rows) % shards or features % shards:
+    if shards == 1 or rows.ndim < 2 or len(rows) % shards or features % shards:
         return None
     by_device = rows.reshape(shards, -1)
     owners = by_device // (features // shards)
