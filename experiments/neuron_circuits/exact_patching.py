@@ -3,13 +3,13 @@
     python experiments/neuron_circuits/exact_patching.py                    # the shipped model, four tasks
     python experiments/neuron_circuits/exact_patching.py --tasks ioi --pairs 40
 
-For each (layer, position), and head, the exact effect is the change of the metric when that node alone takes its value
-of the corrupted run. The metric is the difference of logits; of greater-than, whose answers are many years, that of
-probabilities. Correlated are means over pairs of one length: Pearson's / Spearman's, the latter over nodes that have an
-effect. Then, how far scores are off, as a share of the effect: the median over nodes, of all tasks and kinds, whose
-effect is at least 1% of the largest one of their task and kind, and over all others.
+For each (layer, position), and head, the exact effect is the change of the logit difference when that node alone takes
+its value of the corrupted run. (Probabilities are near 1, where gradients say less.) Correlated are means over pairs of
+one length: Pearson's / Spearman's, the latter over nodes that have an effect. Then, how far scores are off, as a share
+of the effect: the median over nodes, of all tasks and kinds, whose effect is at least 1% of the largest one of their
+task and kind, and over all others.
 
-Expected: the table of jclt/circuits/README.md. Cost: 200 seconds of processor time.
+Expected: the table of jclt/circuits/README.md. Cost: four minutes of processor time.
 """
 
 import argparse
@@ -51,13 +51,12 @@ def main() -> None:
     for task in options.tasks:
         pairs = jclt.make_world_pairs(model, task, 4 * options.pairs, options.split).keep_one_length()
         pairs = pairs.take(range(min(options.pairs, len(pairs))))
-        metric = "difference" if task == "greater_than" else "logit_difference"
         for kind in KINDS:
-            exact = score_nodes(model, pairs, kind, "exact", metric=metric).values.ravel()
+            exact = score_nodes(model, pairs, kind, "exact").values.ravel()
             has_effect, cells = exact != 0, []
             is_large.append(np.abs(exact[has_effect]) >= LARGE * np.abs(exact).max())
             for name, settings in METHODS.items():
-                scores = score_nodes(model, pairs, kind, metric=metric, steps=options.steps, **settings).values.ravel()
+                scores = score_nodes(model, pairs, kind, steps=options.steps, **settings).values.ravel()
                 both = scores[has_effect], exact[has_effect]
                 errors[name].append(np.abs(both[0] / both[1] - 1))
                 cells.append(f"{pearsonr(*both)[0]:.2f}/{spearmanr(*both)[0]:.2f}")
