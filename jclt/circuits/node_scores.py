@@ -158,8 +158,10 @@ def score_nodes(
         else:
             scores = score_part(plan, params, part, curve)
         parts.append(np.asarray(scores))
-    per_pair = np.concatenate(parts)[: len(pairs)]
-    per_pair = np.where(mark_tokens(pairs, per_pair.shape[2])[:, None, :, None], per_pair, 0)
+    per_pair = (parts[0] if len(parts) == 1 else np.concatenate(parts))[: len(pairs)]
+    has_token = mark_tokens(pairs, per_pair.shape[2])
+    if not has_token.all():
+        per_pair = np.where(has_token[:, None, :, None], per_pair, 0)
     return NodeScores(per_pair, found, layers, method, plan.setting.rules, metric, reference, pairs)
 
 
