@@ -7,7 +7,8 @@ Random weights, prompts of 16 tokens. Operations are those of the products that 
 backward pass over the clean prompts, the latter only to activations, so as many as the first; with corrupted prompts
 one more forward pass over these. The unembedding is of each prompt's last token. Expected: at least 70% of the rate of
 a large matmul. The variable lets glibc take large pages and keep what it has, which matters where products are fast:
-without it a seventh of the time goes into pages that are asked for again in each call. Cost: half a minute on 2 CPU cores.
+without it a seventh of the time goes into pages that are asked for again in each call. Cost: half a minute on 2 CPU
+cores.
 """
 
 import numpy as np
