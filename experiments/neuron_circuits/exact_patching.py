@@ -60,12 +60,13 @@ def main() -> None:
                 scores = score_nodes(model, pairs, kind, steps=options.steps, **settings).values.ravel()
                 both = scores[has_effect], exact[has_effect]
                 errors[name].append(np.abs(both[0] / both[1] - 1))
-                of_large = spearmanr(*(values[is_large[-1]] for values in both))[0]
+                large = is_large[-1]
+                of_large = spearmanr(both[0][large], both[1][large])[0]
                 cells.append(f"{pearsonr(*both)[0]:.2f}/{spearmanr(*both)[0]:.2f}/{of_large:.2f}")
             nodes = f"{np.count_nonzero(exact)} {kind}"
             print(f"{task:12}{nodes:>16}" + "".join(f"{cell:>21}" for cell in cells), flush=True)
-    large = np.concatenate(is_large)
-    for name, chosen in (("at least", large), ("below", ~large)):
+    are_large = np.concatenate(is_large)
+    for name, chosen in (("at least", are_large), ("below", ~are_large)):
         medians = (np.median(np.concatenate(rows)[chosen]) for rows in errors.values())
         title = f"off, {name} {LARGE:.0%}: {chosen.sum()}"
         print(f"{title:28}" + "".join(f"{median:21.0%}" for median in medians))
