@@ -90,9 +90,10 @@ def find_place(weights: Any) -> tuple[Mesh | None, Sharding]:
     return mesh, leaf.sharding if mesh is None else NamedSharding(mesh, P())
 
 
-def count_feature_shards(mesh: Mesh | None) -> int:
-    """Over how many devices features are split on this mesh."""
-    return 1 if mesh is None else mesh.shape.get(FEATURES_AXIS, 1)
+def count_feature_shards(mesh: Mesh | None, features: int) -> int:
+    """Over how many devices so many features are split on this mesh."""
+    shards = 1 if mesh is None else mesh.shape.get(FEATURES_AXIS, 1)
+    return 1 if features % shards else shards
 
 
 def device_kind() -> str:

@@ -60,18 +60,18 @@ def find_active(
     by_prompt: NamedSharding,
     chosen: Sequence[Bool[Array, "B T F"]] | None = None,
 ) -> ActiveFeatures:
-    """Encodes what the coder reads in one layer after another, at once as many prompts as a device's share of the
-    coder's features allows. Of each layer only the `chosen` features are listed, if given.
+    """Encodes what the coder reads in one layer after another, of several prompts at a time: with features split over S
+    devices, of S times as many as without. Of each layer only the `chosen` features are listed, if given.
 
     Encoder rows are placed `by_prompt`, as the arrays of prompts are.
     """
     lists, encoders, longest = [], [], 0
-    of_device = len(has_nodes) // count_prompt_shards(by_prompt.mesh)
+    prompts_per_device = len(has_nodes) // count_prompt_shards(by_prompt.mesh)
     for index, layer in enumerate(coder.config.covered):
         encoder, read = coder.load_encoder(index), take_layer(reads, np.int32(layer))
         mesh, place = find_place(encoder)
-        shards = count_feature_shards(mesh)
-        at_once = of_device * shards
+        shards = count_feature_shards(mesh, coder.config.features)
+        at_once = prompts_per_device * shards
         read, has = jax.device_put((read, has_nodes), place)
         with use_mesh(mesh):
             layer_list = LayerList([], [], [])

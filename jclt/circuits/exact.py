@@ -32,7 +32,7 @@ def patch_nodes(
         layer, position, unit = np.nonzero(np.abs(units).max(axis=-1))
         effects = np.zeros((change.shape[0], padded, units.shape[2]), units.dtype)
         most = max(limit_rows(setting.model, length) * mesh.size, 2)
-        size = choose_size(len(layer) + 1, most, mesh.size)  # one row changes nothing
+        size = choose_size(max(len(layer), 1) + 1, most, mesh.size)  # one row changes nothing
         for first in range(0, len(layer), size - 1):  # sorted by layer: a batch needs no layer below its first
             part = slice(first, first + size - 1)
             rows = np.stack([layer[part], position[part], unit[part]], axis=1).astype(np.int32)
@@ -65,9 +65,9 @@ def run_rows(
     rows: Int[Array, "R 3"],
     answers: AnswerSets,
 ) -> Float[Array, "R"]:
-    """How the metric changes in each row, which changes one node. It is compared with a further row, at no position: in
-    the kept pass the metric is rounded otherwise, and a node without effect would have one. The embeddings' nodes are
-    changed in the residual stream of the first layer, to which they add."""
+    """How the metric changes in each row, which changes one node. It is compared with an extra row that changes
+    nothing, at no position: the kept pass rounds differently, so that against it a node without effect would seem to
+    have one. The embeddings' nodes are changed in the residual stream of the first layer, to which they add."""
     rows = jnp.concatenate([rows[:1].at[:, 1].set(-1), rows])
     rows = jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, P("rows")))
     layers, positions, numbers = rows.T

@@ -134,7 +134,7 @@ def explain_edges(
         print(scores.summarize())
     grades: list[CircuitGrades] = []
     if graded is not None:
-        ablation: Any = scores.ablation
+        ablation: Any = by[0].ablation
         grades = grade_edges(model, graded, by, sizes, ablation=ablation, mean_of=chosen)
         print_grades(graded, grades)
     kept = None if sizes is None else prune_edges(model.config, by[0].take_best(sizes[-1]))
@@ -156,8 +156,8 @@ def score_pairs(arguments: argparse.Namespace, model: "Model", chosen: "PromptPa
 def search_circuit(
     arguments: argparse.Namespace, model: "Model", chosen: "PromptPairs"
 ) -> "tuple[EdgeScores, list[EdgeScores], list[int]]":
-    """ACDC: its circuit as scores, 1 for its edges and 0 for all others; by what circuits are graded, which are these
-    and the scores within whose best it began, if any; and its size."""
+    """ACDC: its circuit as scores, 1 for its edges and 0 for all others; the scores whose best edges are graded,
+    which are these and those within whose best it began, if any; and its size."""
     from jclt.circuits import find_circuit
 
     beside, start = [], None
@@ -179,23 +179,23 @@ def search_circuit(
 def read_circuit(
     arguments: argparse.Namespace, model: "Model", sizes: list[int] | None
 ) -> "tuple[EdgeScores, list[EdgeScores], list[int] | None]":
-    """The scores of a file; by what circuits are graded; and their sizes. Without sizes it is the circuit of the file,
-    if not all edges are in it."""
+    """The scores of a file; the scores whose best edges are graded; and their sizes. Without sizes it is the circuit of
+    the file, if not all edges are in it."""
     from jclt.circuits import load_circuit
     from jclt.circuits.edges import list_edges
     from jclt.circuits.node_runs import Ablation
 
     scores, kept = load_circuit(model, arguments.read)
     ablation = arguments.ablation or (scores.ablation if scores.ablation in get_args(Ablation) else ABLATION)
-    scores = replace(scores, metric=arguments.metric or scores.metric, ablation=ablation)
+    graded = replace(scores, metric=arguments.metric or scores.metric, ablation=ablation)
     size, total = int(kept.sum()), int(list_edges(model.config).sum())
     print(scores.summarize(), f"circuit of {size:,} of {total:,} edges", sep="\n")
     if sizes is None and 0 < size < total:
-        made = {"method": "circuit", "metric": scores.metric, "ablation": ablation}
+        made = {"method": "circuit", "metric": graded.metric, "ablation": ablation}
         return scores, [score_kept(model, kept, scores.source, made)], [size]
     if not scores.values.any():
         raise UserError(f"{arguments.read}: has no scores, expected some, or a circuit and no --size")
-    return scores, [scores], sizes
+    return scores, [graded], sizes
 
 
 def score_kept(model: "Model", kept: Any, source: str, made: dict[str, str]) -> "EdgeScores":

@@ -19,29 +19,30 @@ from jclt.mesh import (
 from jclt.shapes import Array, ArrayLike, Bool, Float, Int
 
 NO_ROW = -1
-"""Fills lists of rows up. What is taken in its place is of no use."""
+"""Pads lists of row numbers. The row that is taken for it has no meaning, and depends on where the table lies."""
 
 
 def take_rows(table: Float[Array, "F ..."], rows: Int[ArrayLike, "*B n"]) -> Float[Array, "..."]:
     """The rows with these numbers. The table itself is never gathered.
 
-    Of a split table one list of rows comes to all devices. Several lists are shared out evenly, and each device gets
-    the rows of its own, where the number of devices divides that of lists.
+    From a split table every device gets the rows of a single list. If there are several lists, and the number of shards
+    divides theirs, each shard gets only the rows of its own lists; otherwise every device gets all.
     """
     mesh = mesh_of(table)
     with use_mesh(mesh):
-        most = count_most_rows(np.asarray(rows), len(table), count_feature_shards(mesh))
+        shards = count_feature_shards(mesh, len(table))
+        most = count_most_rows(np.asarray(rows), len(table), shards)
         return take_from_shards(table, jnp.asarray(rows, jnp.int32), most)
 
 
 def count_most_rows(rows: Int[np.ndarray, "*B n"], features: int, shards: int) -> int | None:
     """The most rows that one shard sends to one device, rounded up so that few programs are compiled; None where the
     rows of all lists come to all devices."""
-    if shards == 1 or rows.ndim < 2 or len(rows) % shards or features % shards:
+    if shards == 1 or rows.ndim < 2 or len(rows) % shards:
         return None
-    by_device = rows.reshape(shards, -1)
-    owners = by_device // (features // shards)
-    counts = np.bincount((owners + shards * np.arange(shards)[:, None])[by_device != NO_ROW], minlength=1)
+    by_shard = rows.reshape(shards, -1)
+    owners = by_shard // (features // shards)
+    counts = np.bincount((owners + shards * np.arange(shards)[:, None])[by_shard != NO_ROW], minlength=1)
     return max(8, 1 << (int(counts.max()) - 1).bit_length())
 
 
@@ -66,19 +67,20 @@ def _take_own(table: Float[Array, "f ..."], rows: Int[Array, "*B n"]) -> Float[A
 
 
 def _exchange(most: int, table: Float[Array, "f ..."], rows: Int[Array, "B n"]) -> Float[Array, "..."]:
-    """Each shard sends every device at most so many rows that it owns, and each device puts them in its own lists."""
+    """Each shard sends every other one at most `most` rows that it owns, and each puts those that it gets in its own
+    lists."""
     shards, shard = jax.lax.axis_size(FEATURES_AXIS), jax.lax.axis_index(FEATURES_AXIS)
-    by_device = rows.reshape(shards, -1)
-    owners = jnp.floor_divide(by_device, len(table))
+    by_shard = rows.reshape(shards, -1)
+    owners = jnp.floor_divide(by_shard, len(table))
 
     @jax.vmap
     def find(is_wanted: Bool[Array, "n"]) -> Int[Array, "m"]:
-        """The places, and then one beyond all, up to the length of `most`."""
+        """The indices of the wanted entries, padded to `most` with an index out of range."""
         return jnp.nonzero(is_wanted, size=most, fill_value=len(is_wanted))[0]
 
-    sent = jnp.take_along_axis(by_device, find(owners == shard), axis=1, mode="clip") - shard * len(table)
+    sent = jnp.take_along_axis(by_shard, find(owners == shard), axis=1, mode="clip") - shard * len(table)
     received = jax.lax.all_to_all(table[jnp.clip(sent, 0, len(table) - 1)], FEATURES_AXIS, 0, 0, tiled=True)
     places = find(owners[shard][None] == jnp.arange(shards)[:, None])
-    lists = jnp.zeros((by_device.shape[1], *table.shape[1:]), table.dtype)
+    lists = jnp.zeros((by_shard.shape[1], *table.shape[1:]), table.dtype)
     lists = lists.at[places.ravel()].set(received.reshape(-1, *table.shape[1:]), mode="drop")
     return lists.reshape(-1, rows.shape[1], *table.shape[1:])

@@ -1,10 +1,11 @@
 """What attribution graphs take on a slice: the memory of a chip, and the seconds of a typical prompt.
 
 Each chip traces prompts of its own, with the whole model in its memory. The coder lies on one chip, or is split over
-the slice; then all chips encode the prompts of all at once, and send each chip the rows of its own prompt's features,
-which are drawn at random here. Programs are compiled for one chip, those of a split coder for the slice. Of the loops
-whose rounds depend on the prompt the bodies are compiled (`sweep_bodies.py`), and counted for a prompt with evenly
-spread features (`typical_prompt.py`). What the host does meanwhile, and what travels to it, is not counted.
+the slice; then all chips together encode the prompts of all chips, and each chip gets the rows of its own prompt's
+features. Which features these are is drawn at random here. Programs are compiled for one chip, those of a split coder
+for the slice. Of the loops whose rounds depend on the prompt the bodies are compiled (`sweep_bodies.py`), and counted
+for a prompt with evenly spread features (`typical_prompt.py`). What the host does meanwhile, and what travels to it, is
+not counted.
 """
 
 from collections.abc import Iterator

@@ -88,7 +88,7 @@ def list_features(counts: Int[np.ndarray, "1 C T"], layout: Layout, width: int) 
 
 
 def draw_features(prompt: Prompt, features: int, prompts: int) -> Int[np.ndarray, "P n"]:
-    """Of the covered layer with the most active features a list for each of as many prompts, drawn at random."""
+    """Random features for each of so many prompts: as many as the layer with the most active features has."""
     most = int(prompt.counts.sum(axis=2).max())
     lists = np.full((prompts, prompt.layout.list_length), NO_ROW)
     lists[:, :most] = np.random.default_rng(0).integers(0, features, (prompts, most))

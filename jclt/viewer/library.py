@@ -12,6 +12,7 @@ from jclt.files import check_file, read_json, write_json
 from jclt.graphs import Graph, import_json, load_graph, read_circuit_tracer
 from jclt.graphs.viewer_index import INDEX
 from jclt.graphs.viewer_json import Json, is_list_of_groups
+from jclt.viewer.page_limit import limit_edges
 
 SUFFIXES_READ = (".npz", ".json", ".json.gz", ".pt")
 """Files of graphs. Of files that differ in this ending alone, a folder's graph is the first."""
@@ -45,12 +46,13 @@ class Library:
         ]
 
     def read(self, name: str) -> Graph:
+        """The graph as the page shows it: of a large one the strongest edges."""
         with self.lock:
             if name in self.added:
                 return self.added[name]
             if name not in self.paths:
                 raise UserError(f"graph '{name}': there is none of this name")
-            graph = self.loaded.pop(name, None) or read_graph_file(self.paths[name])
+            graph = self.loaded.pop(name, None) or limit_edges(read_graph_file(self.paths[name]))
             self.loaded[name] = graph
             for oldest in list(self.loaded)[:-LOADED_AT_ONCE]:
                 del self.loaded[oldest]
@@ -60,7 +62,7 @@ class Library:
         """Adds a graph without a file, and returns its name: a free one."""
         with self.lock:
             free = find_free(name, {*self.paths, *self.added})
-            self.added[free] = graph
+            self.added[free] = limit_edges(graph)
             return free
 
     def read_view(self, name: str) -> Json:

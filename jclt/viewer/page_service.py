@@ -25,7 +25,6 @@ from jclt.viewer.feature_panels import (
 from jclt.viewer.library import Library, read_graph_bytes
 from jclt.viewer.page_data import build_page_data
 from jclt.viewer.page_files import build_single_page
-from jclt.viewer.page_limit import limit_edges
 
 if TYPE_CHECKING:
     from jclt.coders import Coder
@@ -61,7 +60,7 @@ class Page:
         return read_labels(self.features, coder_of(graph))
 
     def show(self, name: str) -> Json:
-        graph = limit_edges(self.library.read(name))
+        graph = self.library.read(name)
         labels, densities = self.read_labels(graph), read_densities(self.features, graph)
         return build_page_data(graph, name, labels=labels, densities=densities, view=self.library.read_view(name))
 

@@ -50,6 +50,7 @@ class GraphWidget(anywidget.AnyWidget):
         self.result: Intervention | None = None  # of the last intervention on the page
         self.service = Page(Library([]), load_model, features, find_labels=lambda _: list_labels(graph))
         name = self.service.library.add(slug_of(graph), graph)
+        graph = self.service.library.read(name)
         numbers = number_ids(graph)
         super().__init__(
             _page=build_single_page(graph, name, labels=self.service.read_labels(graph), has_kernel=True),

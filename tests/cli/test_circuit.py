@@ -99,13 +99,13 @@ def test_a_circuit_that_is_read_is_graded(capsys, tmp_path, monkeypatch):
     loaded, circuit = load_circuit(model, again)
     np.testing.assert_array_equal(circuit, kept)
     np.testing.assert_allclose(loaded.values, values, rtol=1e-14)
-    assert (loaded.method, loaded.metric, loaded.ablation) == ("eap", "difference", "zero")
+    assert (loaded.method, loaded.metric, loaded.ablation) == ("eap", "difference", "unknown")  # as in the file
     asked = []
     monkeypatch.setattr("jclt.evaluation.grade_edges", lambda *given, **settings: asked.append((given, settings)) or [])
     assert main([*TASK, "--count", "2", "--read", str(again), "--metric", "kl", "--grade", "--size", "9", "3"]) == 0
     (((_, _, (by,), sizes), settings),) = asked
     np.testing.assert_array_equal(by.values, loaded.values)
-    assert (by.metric, sizes, settings["ablation"]) == ("kl", [3, 9], "zero")
+    assert (by.metric, sizes, settings["ablation"]) == ("kl", [3, 9], "counterfactual")  # the file does not say
     save_circuit(path, replace(scores, per_pair=0 * scores.per_pair), kept)
     assert main([*TASK, "--read", str(path), "--size", "9"]) == 2
     assert capsys.readouterr().err.endswith("has no scores, expected some, or a circuit and no --size\n")

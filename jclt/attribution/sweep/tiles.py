@@ -22,8 +22,8 @@ time."""
 SMALLEST_TILE = 8
 """Where each layer has tiles of its own, tiles may be smaller, as there are fewer features to fill one."""
 TILES_AT_ONCE = {"cpu": 1, "gpu": 32, "tpu": 1}
-"""Tiles that are multiplied together, or skipped together where a block of targets does not need them. Together they
-take copies of the gradients at their positions, which take a TPU longer than the products."""
+"""Tiles that are multiplied together, or skipped together where a block of targets does not need them. Multiplying
+several needs a copy of the gradients at their positions; on a TPU the copy takes longer than the products."""
 TARGET_TILE = 16
 """Slots of a tile of targets, all of one layer and position."""
 NO_LAYER = 2**30

@@ -72,14 +72,16 @@ class PromptPairs:
         return {int(length): np.flatnonzero(lengths == length) for length in np.unique(lengths)}
 
     def keep_one_length(self, beside: "PromptPairs | None" = None) -> "PromptPairs":
-        """The pairs of one length, as only then positions mean the same: the most frequent one. `beside` are other
-        pairs that are kept likewise; then the length is one of which both have many, by the smaller number of the two.
-        """
-        groups = [pairs.group_by_length() for pairs in (self, beside or self)]
+        """The pairs of one length, as only then positions mean the same: the most frequent one. With `beside`, the
+        length for which the smaller of the two numbers of pairs is largest; `beside.keep_one_length(self)` then keeps
+        the same length."""
+        groups = [pairs.group_by_length() for pairs in (self, self if beside is None else beside)]
         shared = sorted(groups[0].keys() & groups[1].keys())
         if not shared:
             lengths = (", ".join(map(str, group)) for group in groups)
-            raise UserError(f"pairs: of {' and of '.join(lengths)} tokens, expected a length that both have")
+            raise UserError(
+                f"pairs: of {' and of '.join(lengths)} tokens in two sets, expected a length that both have"
+            )
         best = max(shared, key=lambda length: min(len(group[length]) for group in groups))
         return self.take(groups[0][best])
 

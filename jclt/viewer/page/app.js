@@ -41,7 +41,7 @@ export class App {
     this.hovered = -1;
     this.prune();
     this.refresh();
-    if (this.graph.about.shown) this.notice?.show(`This page shows ${this.graph.about.shown}.`);
+    this.report(null);
   }
 
   findNodes(ids) {
@@ -244,7 +244,9 @@ export class App {
     }
   }
 
+  // An error; without one, how much of a large graph is shown.
   report(error) {
-    this.notice?.show(error ? error.message : '');
+    const shown = this.graph?.about.shown;
+    this.notice?.show(error ? error.message : shown ? `This page shows ${shown}.` : '');
   }
 }

@@ -61,7 +61,9 @@ def test_pairs_of_one_length_are_those_of_which_both_sets_have_most(model):
     assert make(7, 4, 7, 4).keep_one_length().names == ("4 1", "4 3")
     assert first.keep_one_length(second).names == ("5 3", "5 5", "5 6")
     assert second.keep_one_length(first).names == ("5 0", "5 2")
-    with pytest.raises(jclt.UserError, match="pairs: of 3, 4 and of 5 tokens, expected a length that both have"):
+    with pytest.raises(
+        jclt.UserError, match="pairs: of 3, 4 and of 5 tokens in two sets, expected a length that both have"
+    ):
         make(3, 4).keep_one_length(make(5))
 
 
