@@ -13,7 +13,7 @@ from jclt.attribution.sweep.bases import FeatureNodes
 from jclt.attribution.sweep.nodes import TargetNodes, VectorNodes
 from jclt.attribution.true_pass import TruePass
 from jclt.numerics import einsum
-from jclt.shapes import Array, Float
+from jclt.shapes import Array, Float, Int
 
 
 class EmbeddingEdges(NamedTuple):
@@ -50,9 +50,9 @@ def trace_embeddings(
         masks = None if vectors is None else vectors.masks
 
         def read_targets(reads: Reads) -> Float[Array, "N"]:
-            feature_reads = reads.layers[jnp.asarray(covered)[:, None], features.positions]
+            of_layers = reads.layers[jnp.asarray(covered)], features.positions, features.encoders
+            of_features = jax.lax.map(lambda of_layer: read_features(*of_layer), of_layers)
             output_reads = jnp.concatenate([reads.layers, reads.final[None]])[outputs.layers, outputs.positions]
-            of_features = einsum("cnd,cnd->cn", feature_reads, features.encoders)
             parts = [of_features.ravel(), einsum("kd,kd->k", output_reads, outputs.vectors)]
             return jnp.concatenate(parts if vectors is None else [*parts, *vectors.read(reads)])
 
@@ -79,5 +79,10 @@ def trace_embeddings(
             tokens=trace_each(true_pass.tokens),
             positions=None if position_nodes is None else trace_each(position_nodes),
         )
+
+    def read_features(
+        reads: Float[Array, "T D"], positions: Int[Array, "n"], encoders: Float[Array, "n D"]
+    ) -> Float[Array, "n"]:
+        return einsum("nd,nd->n", reads[positions], encoders)
 
     return jax.vmap(trace_prompt)(true_passes, features, outputs, vectors)

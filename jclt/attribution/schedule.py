@@ -73,7 +73,7 @@ def trace_prompts(setup: Setup, prompts: list[np.ndarray], targets: list[Sequenc
         raise UserError("prompt: no feature of the coder is active on it, expected at least one")
 
     layout = choose_layout(config, counts, active.length, backend)
-    at_once = choose_embeddings_at_once(backend, layout, model.config.width, per_device, itemsize)
+    at_once = choose_embeddings_at_once(backend, model.config, length, layout, per_device, itemsize)
     vector_nodes = None if vectors is None else vectors.nodes
     source_bytes = estimate_source_bytes(model.config, config, length, layout, at_once, itemsize, vector_nodes)
     if per_device > 1 and per_device * (pass_bytes + source_bytes) > BATCH_BYTES[backend]:

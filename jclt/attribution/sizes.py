@@ -100,7 +100,8 @@ def estimate_source_bytes(
     in_tiles = copies * covered * layout.tiles * layout.tile_size * width
     listed = covered * layout.list_length
     of_one_layer = 3 * layout.list_length * reach * width
-    beside = max(of_one_layer, listed * width * max(2 * at_once, 3))
+    of_embeddings = 2 * at_once * count_embedding_reads(model, length, layout)
+    beside = max(of_one_layer, of_embeddings, 3 * listed * width)
     of_vectors = 0 if vectors is None else estimate_vector_bytes(model, length, vectors, itemsize)
     return (in_tiles + 2 * listed * width + beside + 2 * listed * length) * itemsize + of_vectors
 
@@ -178,10 +179,17 @@ def list_stops(length: int) -> tuple[int, ...]:
     return tuple(sorted({-(-length * number // MOST_STOPS) for number in range(1, MOST_STOPS + 1)}))
 
 
-def choose_embeddings_at_once(backend: str, layout: Layout, width: int, prompts: int, itemsize: int) -> int:
-    """How many embeddings are followed at once, a power of two, so that what all targets read of them takes at most
-    half of `CALL_BYTES`."""
-    read = layout.list_length * len(layout.layers) * width * prompts * itemsize
+def count_embedding_reads(model: ModelConfig, length: int, layout: Layout) -> int:
+    """The numbers that are read of one embedding: those at all places, and those that one layer's targets take."""
+    return (model.layers * length + layout.list_length) * model.width
+
+
+def choose_embeddings_at_once(
+    backend: str, model: ModelConfig, length: int, layout: Layout, prompts: int, itemsize: int
+) -> int:
+    """How many embeddings are followed at once, a power of two, so that what is read of them takes at most half of
+    `CALL_BYTES`."""
+    read = count_embedding_reads(model, length, layout) * prompts * itemsize
     most = min(max(CALL_BYTES[backend] // 2 // read, 1), MOST_EMBEDDINGS_AT_ONCE)
     return 1 << (most.bit_length() - 1)
 

@@ -30,8 +30,8 @@ from jclt.attribution.prompts import stack_outputs
 from jclt.attribution.sizes import choose_embeddings_at_once, list_stops, round_up
 from jclt.attribution.sweep.bases import find_errors, find_slots, put_rows
 from jclt.attribution.sweep.columns import push_sources
-from jclt.attribution.sweep.folding import fold_weights
-from jclt.attribution.sweep.nodes import fold_nodes
+from jclt.attribution.sweep.folding import fold_weights, writes_through_norm
+from jclt.attribution.sweep.nodes import PromptNodes, fold_models, fold_sources
 from jclt.attribution.targets import Unembedding
 from jclt.attribution.true_pass import run_true_pass, stack_biases, stack_skips, widen_outside_layers
 from jclt.coders import CoderConfig, SparseCoder, abstract_coder
@@ -143,11 +143,12 @@ def list_gathering(setup: Setup, prompt: Prompt) -> tuple[list[Step], Batch]:
     find = (layout, plan, tiles, true_pass.unexplained)
     sources = shapes.evaluate(find_errors, *find, static=1)
     rest = true_pass.drop_unexplained()
-    at_once = choose_embeddings_at_once("tpu", layout, width, 1, setup.itemsize)
+    at_once = choose_embeddings_at_once("tpu", local.model, length, layout, 1, setup.itemsize)
     embed = (local, layout.layers, setup.uses_our_conventions, at_once, setup.weights, rest, features, outputs)
     edges = shapes.evaluate(trace_embeddings, *embed, static=4)
-    fold = (local, layout, setup.weights, rest.frozen, features, outputs, sources)
-    nodes = shapes.evaluate(fold_nodes, *fold, static=2)
+    fold = (local, layout, setup.weights, rest.frozen)
+    folded, targets, _ = shapes.evaluate(fold_models, *fold, features, outputs, static=2)
+    nodes, folding = PromptNodes(folded, sources, targets), count_bytes(rest, features, sources, edges)
     gathered = count_bytes(true_pass, features, tiles, rows)
     put = put_rows.lower(layout, tiles, rows, features.activations, slots, numbers())
     steps = [
@@ -156,8 +157,10 @@ def list_gathering(setup: Setup, prompt: Prompt) -> tuple[list[Step], Batch]:
         Step("gather", put, gathered, {-1: covered}),
         Step("gather", find_errors.lower(*find), gathered),
         Step("embeddings", trace_embeddings.lower(*embed), count_bytes(rest, features, sources)),
-        Step("gather", fold_nodes.lower(*fold), count_bytes(rest, features, sources, edges)),
+        Step("gather", fold_models.lower(*fold, features, outputs), folding),
     ]
+    if writes_through_norm(local):
+        steps.append(Step("gather", fold_sources.lower(*fold, sources), folding))
     prompt_rows = list_rows(setup, prompt, edges)
     return steps, Batch(setup, layout, nodes, [prompt_rows], 1, prompt.start, list_stops(length - prompt.start))
 

@@ -109,7 +109,7 @@ def many_rounds(monkeypatch):
 
 def test_the_features_kept_do_not_depend_on_how_rows_are_computed(many_rounds, monkeypatch):
     want = attribute(*make_case(*CASE), max_features=45)
-    monkeypatch.setattr("jclt.attribution.sweep.blocks.WINDOWS", (2,))
+    monkeypatch.setattr("jclt.attribution.sweep.blocks.BLOCK_OVERHEAD", 0)
     monkeypatch.setattr("jclt.attribution.sizes.LARGEST_BLOCK", {"cpu": 16})
     assert_same(attribute(*make_case(*CASE), max_features=45), want)
     full_graph = trace_whole_graph(*CASE)

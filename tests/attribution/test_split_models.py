@@ -17,6 +17,7 @@ from traced_graphs import assert_close, assert_same, make_case, measure_residual
 import jclt
 from jclt.attribution import attribute, attribute_batch, calls, placement, schedule, scores
 from jclt.attribution.calls import Setup
+from jclt.attribution.sweep import nodes
 from jclt.coders import Coder, CoderConfig, abstract_coder, neurons
 from jclt.errors import UserError
 from jclt.graphs import Graph
@@ -124,7 +125,8 @@ def test_no_device_ever_has_the_weights_of_more_than_one_layer(monkeypatch):
     monkeypatch.setattr(attributing, "place_on_devices", lambda *some: setups.append(place(*some)) or setups[-1])
     names = {
         placement: ["fold_weights"],
-        schedule: ["run_true_pass", "trace_embeddings", "fold_nodes"],
+        schedule: ["run_true_pass", "trace_embeddings"],
+        nodes: ["fold_models", "fold_sources"],
         scores: ["begin_at_outputs", "pull_to_write", "pull_to_vectors", "pull_to_input"],
         calls: ["trace_blocks"],
     }

@@ -112,7 +112,7 @@ def put_rows(
         writes = rows.astype(tiles.dtype) * activations[index][:, None, None]
         in_group = slots[index] - (index * tiles.shape[1] if layout.groups > 1 else 0)
         layers = index + jnp.arange(rows.shape[1], dtype=index.dtype)
-        return tiles.at[layers[:, None], in_group[None]].set(jnp.moveaxis(writes, 1, 0), mode="drop")
+        return tiles.at[layers[None], in_group[:, None]].set(writes, mode="drop")
 
     return jax.vmap(put)(tiles, rows, activations, slots)
 

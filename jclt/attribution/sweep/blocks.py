@@ -2,7 +2,8 @@
 
 All targets of a block cost as much as the one that goes through the most layers, at the block's latest position; the
 block's first layer costs little (`read_folded_layer_at`). So a prompt's targets are split by position into windows, and
-sorted by layer within each; the number of windows is the one that costs least.
+sorted by layer within each. Where the windows end is chosen by dynamic programming, so that all blocks together cost
+the least.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,6 @@ import numpy as np
 
 from jclt.shapes import Int
 
-WINDOWS = (1, 2, 4, 8)
-"""The numbers of windows of positions to choose from."""
 BLOCK_OVERHEAD = 256
 """What a layer costs for each block beside its targets: as much as so many targets at one position."""
 
@@ -35,16 +34,22 @@ def split_targets(
 ) -> list[Block]:
     """The targets of one prompt in blocks. Each goes through so many layers after its first one; positions are counted
     from the first with sources."""
+    if not len(targets):
+        return []
     stop_indices = np.searchsorted(stops, positions + 1)
-    best: list[Block] = []
-    least = np.inf
-    for windows in WINDOWS:
-        window = stop_indices * windows // len(stops)
-        order = np.lexsort((-steps, window))
-        cuts = np.flatnonzero(np.diff(window[order])) + 1
-        members = [inside[i : i + size] for inside in np.split(order, cuts) for i in range(0, len(inside), size)]
-        blocks = [Block(prompt, targets[i], int(stop_indices[i].max())) for i in members]
-        cost = sum(int(steps[i[0]]) * (stops[stop_indices[i].max()] * size + BLOCK_OVERHEAD) for i in members)
-        if cost < least:
-            best, least = blocks, cost
-    return best
+    order = np.argsort(-steps, kind="stable")
+    ends = np.unique(stop_indices) + 1 if len(targets) > size else [len(stops)]
+    least: dict[int, tuple[float, list[Block]]] = {0: (0, [])}  # of all targets before the end of a window
+    for end in ends:
+        splits = list[tuple[float, list[Block]]]()
+        for start, (before, blocks) in least.items():
+            window = order[(stop_indices[order] >= start) & (stop_indices[order] < end)]
+            firsts = np.arange(0, len(window), size)
+            latest = np.maximum.reduceat(stop_indices[window], firsts)
+            cost = (steps[window[firsts]] * (np.array(stops)[latest] * size + BLOCK_OVERHEAD)).sum()
+            more = [
+                Block(prompt, targets[window[i : i + size]], int(stop)) for i, stop in zip(firsts, latest, strict=True)
+            ]
+            splits.append((before + cost, blocks + more))
+        least[int(end)] = min(splits, key=lambda split: split[0])
+    return least[max(least)][1]

@@ -45,8 +45,6 @@ class PromptNodes(NamedTuple):
     vectors: FoldedVectors | None = None  # the heads and residual streams that are nodes
 
 
-@partial(jax.jit, static_argnames=("local", "layout"))
-@jax.named_scope("fold_nodes")
 def fold_nodes(
     local: LocalModel,
     layout: Layout,
@@ -57,46 +55,75 @@ def fold_nodes(
     sources: SourceWrites,
     vectors: tuple[FoldedWeights, VectorNodes, Reads] | None = None,
 ) -> PromptNodes:
-    """The nodes of a batch of prompts. Targets are its features layer by layer, padding included, then its outputs,
-    then heads and residual streams: `vectors` has the folded weights, these nodes, and what the true pass reads."""
+    """The nodes of a batch of prompts. `vectors` has the folded weights, the heads and residual streams that are nodes,
+    and what the true pass reads."""
+    folded, targets, folded_vectors = fold_models(local, layout, weights, frozen, features, outputs, vectors)
+    if writes_through_norm(local):
+        sources = fold_sources(local, layout, weights, frozen, sources)
+    return PromptNodes(folded, sources, targets, folded_vectors)
+
+
+@partial(jax.jit, static_argnames=("local", "layout"), donate_argnames=("sources",))
+@jax.named_scope("fold_nodes")
+def fold_sources(
+    local: LocalModel, layout: Layout, weights: Weights, frozen: Frozen, sources: SourceWrites
+) -> SourceWrites:
+    def fold(frozen: Frozen, sources: SourceWrites) -> SourceWrites:
+        scales, covered = invert_write_norms(local, frozen), jnp.asarray(layout.layers)
+        tile_scales = scales[covered[:, None], jnp.broadcast_to(sources.tile_positions, sources.tiles.shape[:2])]
+        tiles = fold_writes(local, weights.params, covered, sources.tiles) * tile_scales[:, :, None, None]
+        errors = fold_writes(local, weights.params, jnp.arange(len(scales)), sources.errors) * scales[:, :, None]
+        return sources._replace(tiles=tiles, errors=errors)
+
+    return jax.vmap(fold)(frozen, sources)
+
+
+@partial(jax.jit, static_argnames=("local", "layout"))
+@jax.named_scope("fold_nodes")
+def fold_models(
+    local: LocalModel,
+    layout: Layout,
+    weights: Weights,
+    frozen: Frozen,
+    features: FeatureNodes,
+    outputs: TargetNodes,
+    vectors: tuple[FoldedWeights, VectorNodes, Reads] | None = None,
+) -> tuple[FoldedPrompt, TargetNodes, FoldedVectors | None]:
+    """The linear models of a batch of prompts, and the targets: the prompt's features layer by layer, padding included,
+    then its outputs, then heads and residual streams."""
 
     def fold(
         frozen: Frozen,
         features: FeatureNodes,
         outputs: TargetNodes,
-        sources: SourceWrites,
         vector_nodes: tuple[VectorNodes, Reads] | None,
-    ) -> PromptNodes:
+    ) -> tuple[FoldedPrompt, TargetNodes, FoldedVectors | None]:
         encoders = features.encoders.reshape(-1, features.encoders.shape[-1])
         layers = jnp.repeat(jnp.asarray(layout.layers), features.valid.shape[1]).astype(outputs.layers.dtype)
         layers = jnp.concatenate([layers, outputs.layers])
         positions = jnp.concatenate([features.positions.ravel(), outputs.positions])
         vectors = jnp.concatenate([encoders, outputs.vectors])
         vectors = fold_targets(local, weights.params, frozen, layers, positions, vectors)
-        if writes_through_norm(local):
-            scales, covered = invert_write_norms(local, frozen), jnp.asarray(layout.layers)
-            tile_scales = scales[covered[:, None], jnp.broadcast_to(sources.tile_positions, sources.tiles.shape[:2])]
-            tiles = fold_writes(local, weights.params, covered, sources.tiles) * tile_scales[:, :, None, None]
-            errors = fold_writes(local, weights.params, jnp.arange(len(scales)), sources.errors) * scales[:, :, None]
-            sources = sources._replace(tiles=tiles, errors=errors)
-        nodes = PromptNodes(fold_prompt(local, weights, frozen), sources, TargetNodes(layers, positions, vectors))
-        return nodes if vector_nodes is None else add_vectors(nodes, frozen, *vector_nodes)
+        folded, targets = fold_prompt(local, weights, frozen), TargetNodes(layers, positions, vectors)
+        return (folded, targets, None) if vector_nodes is None else add_vectors(folded, targets, frozen, *vector_nodes)
 
-    def add_vectors(nodes: PromptNodes, frozen: Frozen, vector_nodes: VectorNodes, true_reads: Reads) -> PromptNodes:
+    def add_vectors(
+        folded: FoldedPrompt, targets: TargetNodes, frozen: Frozen, vector_nodes: VectorNodes, true_reads: Reads
+    ) -> tuple[FoldedPrompt, TargetNodes, FoldedVectors]:
         assert folded_weights is not None
         folded_vectors, gradients = fold_vectors(local, folded_weights, frozen, vector_nodes, true_reads)
-        layers, positions, vectors = nodes.targets
+        layers, positions, vectors = targets
         nothing = jnp.full(len(gradients), NO_LAYER, layers.dtype)  # they do not read where features do
         targets = TargetNodes(
             layers=jnp.concatenate([layers, nothing]),
             positions=jnp.concatenate([positions, jnp.zeros_like(nothing, positions.dtype)]),
             vectors=jnp.concatenate([vectors, gradients.astype(vectors.dtype)]),
         )
-        patterns = nodes.folded.patterns * jnp.moveaxis(vector_nodes.masks.heads, 1, 2)[..., None]
-        return PromptNodes(nodes.folded._replace(patterns=patterns), nodes.sources, targets, folded_vectors)
+        patterns = folded.patterns * jnp.moveaxis(vector_nodes.masks.heads, 1, 2)[..., None]
+        return folded._replace(patterns=patterns), targets, folded_vectors
 
     folded_weights, vector_nodes = (None, None) if vectors is None else (vectors[0], vectors[1:])
-    return jax.vmap(fold)(frozen, features, outputs, sources, vector_nodes)
+    return jax.vmap(fold)(frozen, features, outputs, vector_nodes)
 
 
 def begin_gradients(targets: TargetNodes, layer: int | Array, length: int) -> Float[Array, "T N D"]:
