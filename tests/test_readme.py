@@ -85,7 +85,8 @@ def check_interventions(names: Names) -> None:
     result, divergences = names["result"], names["divergences"]
     assert result.features.edited.sum() == 1 and divergences[2] < 1e-6 < divergences[0]
     measured, predicted = (getattr(result.outputs, name)[0] for name in ("after", "predicted"))
-    assert abs(measured - predicted) < 0.1 * abs(measured - result.outputs.before[0])
+    # Three later features are predicted to go below 0, where they stop.
+    assert abs(measured - predicted) < 0.25 * abs(measured - result.outputs.before[0])
     assert len(names["each"].features) == len(names["graph"].features)
     assert names["text"] and isinstance(names["text"], str)
 
@@ -151,14 +152,14 @@ def check_circuits(names: Names) -> None:
 
 
 def check_labels(names: Names) -> None:
-    assert names["label"].text == "ones is one of 5, 4" and names["label"].source == "concepts"
-    assert jclt.features.load_labels("labels.json")[3, 258].source == "yours"
+    assert names["label"].text == "ones = 4" and names["label"].source == "concepts"
+    assert jclt.features.load_labels("labels.json")[3, 295].source == "yours"
 
 
 def check_features(names: Names) -> None:
     record, again = names["record"], names["again"]
     assert "[ capital]" in names["best"] and names["tokens"][" capital"] > 10 and " Denver" in names["raised"]
-    assert names["densities"][191] == record.density and again[0, 191].top == record.top
+    assert names["densities"][149] == record.density and again[0, 149].top == record.top
     assert len(list(Path("for_a_viewer").iterdir())) == 2
 
 
@@ -228,12 +229,12 @@ def test_a_transcript_is_what_the_command_prints(as_a_user, capsys):
 
 @pytest.mark.exhaustive  # slow; the example of the same page makes the same pass
 def test_the_transcript_of_features_is_what_the_command_prints(as_a_user, capsys):
-    command = ["features", "demo", "--rows", "256", "--show", "0/191"]
+    command = ["features", "demo", "--rows", "256", "--show", "0/149"]
     assert main(command) == 0
     shown = find_transcript(PAGES["jclt/features/README.md"], command)
     printed = capsys.readouterr().out
     check_transcript(shown, printed)
-    assert len(shown) == 2 and "layer 0 feature 191: fires at" in printed
+    assert len(shown) == 2 and "layer 0 feature 149: fires at" in printed
     assert main([*command[:4], "--out", "features", "--viewer", "bundle"]) == 0  # nothing is done again
     assert Path("bundle/index.json.gz").exists()
     assert main([*command[:4], "--show", "4/0"]) == 2

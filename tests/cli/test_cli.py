@@ -404,7 +404,7 @@ def test_attribute_shows_labels_and_supernodes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jclt.interventions.measure_supernodes", lambda *given: [group.name for group in given[-1]])
     labels, out = tmp_path / "labels.json", tmp_path / "out"
     coder = jclt.load_coder("demo", model=jclt.load_model("demo"))
-    texts = {(0, feature): Label("poor or", "yours") for feature in range(512)}
+    texts = {(0, feature): Label("poor or", "yours") for feature in range(coder.config.features)}
     save_labels(labels, texts, read_fingerprint(coder))
     options = ["attribute", "English: poor or", "--labels"]
     assert main([*options, str(labels), "--supernodes", "--out", str(out)]) == 0

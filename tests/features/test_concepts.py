@@ -117,7 +117,7 @@ def test_activations_are_the_coders():
     start = 0
     for number, example in enumerate(prompts):
         seen = jclt.run(model, example.prompt, capture=("mlp_in",))[1]["mlp_in"]
-        want = np.asarray(coder.encode(2, seen[2]))[..., 1:, :].reshape(-1, 512)
+        want = np.asarray(coder.encode(2, seen[2]))[..., 1:, :].reshape(-1, coder.config.features)
         got = found.values[2][start : start + len(want)].toarray()
         np.testing.assert_allclose(got, want, atol=1e-3)
         assert (found.prompt[start : start + len(want)] == number).all()

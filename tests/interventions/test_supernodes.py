@@ -9,7 +9,7 @@ from jclt.graphs import add_supernodes, suggest_supernodes
 from jclt.interventions import measure_supernodes, scale_nodes
 from jclt.interventions.supernodes import draw_alike, draw_comparable
 
-PROMPT = "English: poor or"
+PROMPT = "Question: in the state of South Creek, what is the capital? Answer:"  # its graph has three groups
 
 
 @pytest.fixture(scope="module")
