@@ -20,8 +20,8 @@ from jclt.viewer.page_service import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 PROMPT = "Question: in the state of South Creek, what is the capital? Answer:"
-STATE = {(1, 16, 6), (2, 16, 55), (2, 16, 276)}
-"""The features of the shipped coder that stand for the state, at the prompt's last token."""
+STATE = {(0, 8, 258), (0, 8, 834), (1, 16, 376)}
+"""The features of the shipped coder that stand for the city, and at the prompt's last token for its state."""
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,11 @@ def find_group_name(tab: Any, name: str) -> tuple[float, float]:
 def test_the_state_is_pointed_at_clicked_and_set_to_another_and_the_capital_changes(tab, demo):
     open_graph(tab, demo[0], "two_hop")
     tab.get_by_role("button", name="Close").click()  # the first look
-    tab.mouse.move(*find_node(tab, "1_6_16"))
+    tab.mouse.move(*find_node(tab, "1_376_16"))
     assert "in the supernode state = Colorado" in tab.locator(".tip").inner_text()
     tab.mouse.click(*find_group_name(tab, "state = Colorado"))
     assert "Supernode state = Colorado" in tab.locator(".node").inner_text()
-    assert set(read(tab, "app.chosen.map((n) => app.graph.ids[n])")) == {"1_6_16", "2_55_16", "2_276_16"}
+    assert set(read(tab, "app.chosen.map((n) => app.graph.ids[n])")) == {"0_258_8", "0_834_8", "1_376_16"}
     tab.reload()
     tab.get_by_text("Supernode state = Colorado").wait_for()
     tab.get_by_label("Another prompt").fill(PROMPT.replace("South Creek", "Mount Haven"))
@@ -93,9 +93,9 @@ def test_the_state_is_pointed_at_clicked_and_set_to_another_and_the_capital_chan
 
 def test_the_panel_shows_what_is_known_of_a_feature(tab, demo):
     port, _, features = demo
-    open_graph(tab, port, "two_hop", "&clicked=1_6_16")
+    open_graph(tab, port, "two_hop", "&clicked=1_376_16")
     tab.get_by_role("tab", name="Feature").click()
-    panel, record = tab.locator("#part-0"), features[1, 6]
+    panel, record = tab.locator("#part-0"), features[1, 376]
     panel.get_by_text("Top activations").wait_for()
     text = panel.inner_text()
     assert "is not known" not in text and f"{100 * record.density:.2f}%" in text
@@ -116,7 +116,7 @@ def test_the_panel_shows_what_is_known_of_a_feature(tab, demo):
 
 
 def test_examples_of_another_coder_are_not_shown(tab, demo):
-    open_graph(tab, demo[0], "other_coder", "&clicked=1_6_16")
+    open_graph(tab, demo[0], "other_coder", "&clicked=1_376_16")
     tab.get_by_role("tab", name="Feature").click(no_wait_after=True)
     tab.get_by_text("are of another coder").wait_for()
     assert tab.locator(".example").count() == 1  # the prompt
@@ -194,7 +194,7 @@ def test_the_first_look_is_walked_with_the_keyboard_and_seen_once(tab, demo):
 def test_axe_finds_no_serious_fault_in_the_first_look_examples_and_the_difference(browser, demo, scheme, width):
     with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True) as context:
         tab = context.new_page()
-        open_graph(tab, demo[0], "two_hop", "&clicked=1_6_16")
+        open_graph(tab, demo[0], "two_hop", "&clicked=1_376_16")
         assert tab.get_by_role("region", name="First look").is_visible()
         tab.get_by_role("tab", name="Feature").click()
         tab.get_by_text("Top activations").wait_for()
