@@ -4,7 +4,8 @@
 
 "The National Digital Analytics Group (N" -> "DAG". The features of letter i lie in layers 0 to 2 at word i. Measured is
 the probability of all tokens that have the right letter at place i, beside those of the other two letters, and beside
-as many random features of the same layers at word i. Then the features are exchanged for those of another letter.
+as many random features of the same layers at word i. Then the features are exchanged for those of another letter, at
+the word and at the end of the prompt together: what has reached the end already also says the letter.
 Expected: see README.md. Cost: a minute on one CPU core.
 """
 
@@ -17,6 +18,7 @@ from common import (
     Outcomes,
     Swap,
     at,
+    at_end,
     concept,
     draw_examples,
     draw_others,
@@ -43,8 +45,10 @@ def make_swap(letter: int) -> Swap:
         answer = example.answers[0]
         return (answer[:letter] + other + answer[letter + 1 :],)
 
-    code = fit_code("acronym", concept(f"letter {letter + 1}"), at(f"word {letter + 1}"), layers=(0, 1, 2), share=0.5)
-    return Swap(f"letter {letter + 1}", "acronym", (code,), expect, strength=3, wrong=lambda _: 1)
+    name = f"letter {letter + 1}"
+    word = fit_code("acronym", concept(name), at(f"word {letter + 1}"), layers=(0, 1, 2), share=0.2)
+    end = fit_code("acronym", concept(name), at_end, share=0.2)
+    return Swap(name, "acronym", (word, end), expect, strength=2, wrong=lambda _: 1)
 
 
 def sum_right(probabilities: np.ndarray, answer: str) -> np.ndarray:
@@ -59,7 +63,7 @@ def measure_flips(seed: int, count: int) -> Outcomes:
     for example, activations in zip(examples, read_activations(tokens), strict=True):
         rows = []
         for letter in LETTERS:
-            (code,) = make_swap(letter).codes
+            code = make_swap(letter).codes[0]
             position = code.place(example)
             active = [cell for cell in code.features if activations[cell[0], position, cell[1]] > 0]
             groups = [active, *(draw_others(activations, position, active, random) for _ in range(DRAWS))]
@@ -91,7 +95,8 @@ STUDY = Study(
     (
         *(Claim(f"letter {i} sign flipped; the other letters", PAPER, 0.1, ratio=5) for i in (1, 2, 3)),
         *(Claim(f"letter {i} sign flipped; random features", PAPER, 0.1, ratio=5) for i in (1, 2, 3)),
-        *(Claim(f"letter {i} exchanged; random features", "not shown", 0.9, 0.05) for i in (1, 2, 3)),
+        *(Claim(f"letter {i} exchanged; random features", "not shown", 0.75, 0.05) for i in (1, 2, 3)),
+        *(Claim(f"letter {i} exchanged; at a wrong place", "not shown", 0.75, 0.05) for i in (1, 2, 3)),
     ),
     measure,
     show,

@@ -22,8 +22,8 @@ def expect_verb(example: Example, number: str) -> tuple[str, ...]:
 
 @cache
 def make_swap() -> Swap:
-    code = fit_code("agreement", concept("number"), at("number"), share=0.5)
-    return Swap("number", "agreement", (code,), expect_verb, strength=5, wrong=at("distractor"))
+    code = fit_code("agreement", concept("number"), at("number"), share=0.05)
+    return Swap("number", "agreement", (code,), expect_verb, strength=2.5, wrong=at("distractor"))
 
 
 def measure(seed: int, count: int) -> Outcomes:

@@ -2,21 +2,22 @@
 
     python experiments/case_studies/antonyms.py
 
-"Le contraire de grand est" -> " petit". At the end of the prompt the features of the word asked for are exchanged for
-those of another word of the same language (the operand), or of the same word in another language (the language). Then
-those that say the language alone: these do not suffice, as language and word are not apart in this model.
+"Le contraire de grand est" -> " petit". At the word and at the end the features of the word asked for are exchanged for
+those of another word of the same language (the operand), or of the same word in another language (its translation).
+Beside the latter, those that say the language alone: in this model language and word are not apart.
 Expected: see README.md. Cost: two minutes on one CPU core.
 """
 
 from functools import cache
 
-from common import Code, Outcomes, Swap, at, at_end, concept, draw_examples, fit_code, measure_swap
+from common import Code, Outcome, Outcomes, Swap, at, at_end, concept, draw_examples, fit_code, measure_swap
 from report import Claim, Study, main, show_swaps
 
 from jclt.graphs import Graph
 from jclt.world import Example, words
 from jclt.world.facts import OPPOSITE
 
+TRANSLATION, ALONE = "word, by its translation", "language alone"
 LANGUAGE, QUALITY = concept("language"), concept("quality")
 LANGUAGES_OF = {word: [language for language, other in OPPOSITE if other == word] for _, word in OPPOSITE}
 
@@ -48,21 +49,25 @@ def expect_translation(example: Example, word: str) -> tuple[str, ...]:
 
 @cache
 def make_swaps() -> tuple[Swap, ...]:
-    word = fit_code("antonym", concept("word"), at_end, share=0.5)
-    languages = tuple(fit_code("antonym", LANGUAGE, place, share=0.2) for place in (at("word"), at_end))
+    places = at("word"), at_end
+    word = tuple(fit_code("antonym", concept("word"), place, share=0.5) for place in places)
+    languages = tuple(fit_code("antonym", LANGUAGE, place, share=0.2) for place in places)
 
     def make(name: str, codes: tuple[Code, ...], expect: object, strength: float) -> Swap:
         return Swap(name, "antonym", codes, expect, strength, lambda _: 1)  # type: ignore[arg-type]
 
     return (
-        make("operand", (word,), expect_operand, 2),
-        make("word, by its translation", (word,), expect_translation, 2),
-        make("language alone", languages, expect_language, 3),
+        make("operand", word, expect_operand, 2),
+        make(TRANSLATION, word, expect_translation, 2),
+        make(ALONE, languages, expect_language, 3),
     )
 
 
 def measure(seed: int, count: int) -> Outcomes:
-    return {claim: found for swap in make_swaps() for claim, found in measure_swap(swap, seed, count).items()}
+    outcomes = {claim: found for swap in make_swaps() for claim, found in measure_swap(swap, seed, count).items()}
+    word, language = (outcomes[f"{name} exchanged; random features"] for name in (TRANSLATION, ALONE))
+    beside = [Outcome(both.ours, alone.ours) for both, alone in zip(word, language, strict=False)]
+    return outcomes | {f"{TRANSLATION} exchanged; {ALONE}": beside}
 
 
 def show() -> Graph:
@@ -75,8 +80,8 @@ STUDY = Study(
     (
         Claim("operand exchanged; random features", SHOWN, 0.9, 0.05),
         Claim("operand exchanged; at a wrong place", SHOWN, 0.9, 0.05),
-        Claim("word, by its translation exchanged; random features", SHOWN, 0.9, 0.05),
-        Claim("language alone exchanged; random features", SHOWN, 0.9, 0.05),
+        Claim(f"{TRANSLATION} exchanged; random features", SHOWN, 0.9, 0.05),
+        Claim(f"{TRANSLATION} exchanged; {ALONE}", "not so: the language is exchanged alone", 0.9, 0.2),
         Claim("operand set to 0; random features", "", 0.1, ratio=5),
     ),
     measure,

@@ -23,7 +23,7 @@ def expect_closer(example: Example, opener: str) -> tuple[str, ...]:
 @cache
 def make_swap() -> Swap:
     code = fit_code("closing", concept("innermost"), at_end, layers=(0,), share=0.2)
-    return Swap("innermost", "closing", (code,), expect_closer, strength=3, wrong=lambda _: 1)
+    return Swap("innermost", "closing", (code,), expect_closer, strength=4, wrong=lambda _: 1)
 
 
 def measure(seed: int, count: int) -> Outcomes:

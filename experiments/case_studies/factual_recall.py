@@ -24,13 +24,17 @@ def expect_sport(_: Example, sport: str) -> tuple[str, ...]:
 
 @cache
 def make_swaps() -> tuple[Swap, ...]:
-    name = fit_code("athlete", SPORT, at("last"), share=0.1)
-    end = fit_code("athlete", SPORT, at_end, share=0.2)
+    name, end = fit_code("athlete", SPORT, at("last"), share=0.2), fit_code("athlete", SPORT, at_end, share=0.2)
+    more_of_name = fit_code("athlete", SPORT, at("last"), share=0.05)
 
     def make(title: str, *codes: object, strength: float = 2) -> Swap:
         return Swap(title, "athlete", codes, expect_sport, strength, at("first"))  # type: ignore[arg-type]
 
-    return make("sport at the name", name, strength=5), make("sport at the end", end), make("sport at both", name, end)
+    return (
+        make("sport at the name", more_of_name, strength=3),
+        make("sport at the end", end),
+        make("sport at both", name, end),
+    )
 
 
 def measure(seed: int, count: int) -> Outcomes:
@@ -45,13 +49,13 @@ PATHS = "two paths; without one the other stays"
 STUDY = Study(
     "factual_recall",
     (
-        Claim("sport at the name exchanged; random features", PATHS, 0.7, 0.05),
+        Claim("sport at the name exchanged; random features", PATHS, 0.4, 0.05),
         Claim("sport at the end exchanged; random features", PATHS, 0.9, 0.05),
         Claim("sport at both exchanged; random features", PATHS, 0.9, 0.05),
         Claim("sport at both exchanged; at a wrong place", PATHS, 0.9, 0.05),
-        Claim("sport at the name sign flipped; random features", "", 0.1, ratio=5),
-        Claim("sport at the end sign flipped; random features", "", 0.1, ratio=5),
-        Claim("sport at both sign flipped; random features", "", 0.1, ratio=5),
+        Claim("sport at the name set to 0; random features", "", 0.1, ratio=5),
+        Claim("sport at the end set to 0; random features", "", 0.1, ratio=5),
+        Claim("sport at both set to 0; random features", "", 0.1, ratio=5),
     ),
     measure,
     show,

@@ -30,8 +30,8 @@ def expect_years(example: Example, decade: str) -> tuple[str, ...]:
 
 @cache
 def make_swap() -> Swap:
-    code = fit_code("greater_than", read_decade, at_end, share=0.5)
-    return Swap("decade", "greater_than", (code,), expect_years, strength=5, wrong=before(at_end))
+    code = fit_code("greater_than", read_decade, at_end, share=0.05)
+    return Swap("decade", "greater_than", (code,), expect_years, strength=8, wrong=before(at_end))
 
 
 def measure(seed: int, count: int) -> Outcomes:

@@ -23,7 +23,7 @@ def expect_giver(example: Example, name: str) -> tuple[str, ...]:
 
 @cache
 def make_swap() -> Swap:
-    code = fit_code("ioi", concept("answer"), at_end, share=0.2)
+    code = fit_code("ioi", concept("answer"), at_end, share=0.3)
     return Swap("receiver", "ioi", (code,), expect_giver, strength=2, wrong=before(at_end))
 
 

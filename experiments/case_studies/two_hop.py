@@ -3,8 +3,8 @@
     python experiments/case_studies/two_hop.py
 
 The prompts ask for capitals of cities for which no line of the corpus asks. The state's features are those of layers 1
-and 2 at the end of the prompt, found on other cities. The second claim uses features that were found on questions for
-capitals alone, and asks for rivers, birds and flowers: do they say the state, or only its capital?
+and 2 at the end of the prompt, found on other cities. The same features are then exchanged in questions for rivers,
+birds and flowers: do they say the state, or only its capital?
 Expected: see README.md. Cost: a minute on one CPU core.
 """
 
@@ -24,10 +24,6 @@ def expect_value(example: Example, state: str) -> tuple[str, ...]:
     return (f" {value_of(state, RELATION(example))}",)
 
 
-def asks_for_capital(example: Example) -> bool:
-    return RELATION(example) == "capital"
-
-
 def asks_for_more(example: Example) -> bool:
     """Of a city that is kept for reporting."""
     return RELATION(example) in ("river", "bird", "flower") and CITY_SPLIT[concept("city")(example)] == "report"
@@ -39,14 +35,11 @@ def knows_city(example: Example) -> bool:
 
 @cache
 def make_swaps() -> tuple[Swap, Swap]:
-    common = {"strength": 1.5, "wrong": before(at_end)}
-    state = fit_code("two_hop", concept("state"), at_end, layers=(1, 2), keep=knows_city)
-    of_capitals = fit_code(
-        "two_hop", concept("state"), at_end, layers=(1, 2), keep=lambda x: knows_city(x) and asks_for_capital(x)
-    )
+    codes = (fit_code("two_hop", concept("state"), at_end, layers=(1, 2), share=0.1, keep=knows_city),)
+    common = {"strength": 2, "wrong": before(at_end)}
     return (
-        Swap("state", "two_hop", (state,), expect_value, **common),
-        Swap("state, other question", "two_hop", (of_capitals,), expect_value, keep=asks_for_more, **common),
+        Swap("state", "two_hop", codes, expect_value, **common),
+        Swap("state, other question", "two_hop", codes, expect_value, keep=asks_for_more, **common),
     )
 
 
@@ -66,8 +59,8 @@ STUDY = Study(
         Claim("state exchanged; at a wrong place", SWAPPED, 0.9, 0.05),
         Claim("state exchanged; random features", SWAPPED, 0.9, 0.05),
         Claim("state, other question exchanged; random features", "not shown", 0.9, 0.05),
+        Claim("state, other question exchanged; at a wrong place", "not shown", 0.9, 0.05),
         Claim("state set to 0; random features", "not given", 0.1, ratio=5),
-        Claim("state sign flipped; random features", "not given", 0.1, ratio=5),
     ),
     measure,
     show,
