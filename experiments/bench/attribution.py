@@ -30,6 +30,7 @@ from jclt.models import Model, ModelConfig
 from jclt.world import TASKS
 
 BATCHES = (1, 8, 32)
+BUDGET = 2048
 
 
 def count_operations(graph: Graph, config: ModelConfig) -> float:
@@ -79,6 +80,24 @@ def time_one_prompt(repeats: int, with_peer: bool) -> list[Case]:
     return [
         Case(f"12 x 768, 16 tokens, {len(graph.features)} features", work, seconds, work / seconds / rate, **beside)
     ]
+
+
+def time_budget(repeats: int) -> None:
+    """Prints the time of 2,048 rows beside that of all, on 24 tokens; in turn, as a machine's speed may change."""
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=24)
+    model = random_model(64)
+    coder = random_coder(model, tokens, FEATURES, L0)
+    times, features = np.full((2, repeats + 1), np.inf), 0
+    for turn in range(repeats + 1):  # the first compiles
+        for kind, budget in enumerate((7500, BUDGET)):
+            times[kind, turn], graph = time_call(
+                lambda budget=budget: jclt.attribute(
+                    model, coder, tokens, conventions="circuit-tracer", max_features=budget
+                )
+            )
+            features = max(features, len(graph.features))
+    everything, part = times[:, 1:].min(axis=1)
+    print(f"{BUDGET} of {features} features: {part:.2f} s, all {everything:.2f} s: {part / everything:.0%}")
 
 
 def trace_long_prompt() -> Case:
@@ -132,7 +151,10 @@ def main() -> None:
     options.add_argument("--long", action="store_true", help="also time a prompt of 256 tokens")
     options.add_argument("--only-many", action="store_true", help="only many prompts at once")
     arguments = options.parse_args()
-    cases = [] if arguments.only_many else time_one_prompt(min(arguments.repeats, 3), arguments.peer)
+    cases = list[Case]()
+    if not arguments.only_many:
+        cases += time_one_prompt(min(arguments.repeats, 3), arguments.peer)
+        time_budget(arguments.repeats)
     cases += time_many_prompts()
     if not arguments.only_many:
         flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}

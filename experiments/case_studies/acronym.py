@@ -93,7 +93,7 @@ PAPER = "a word's supernode flipped: its letter's path alone goes"
 STUDY = Study(
     "acronym",
     (
-        *(Claim(f"letter {i} sign flipped; the other letters", PAPER, 0.1, ratio=5) for i in (1, 2, 3)),
+        *(Claim(f"letter {i} sign flipped; the other letters", PAPER, 0.1, ratio=3) for i in (1, 2, 3)),
         *(Claim(f"letter {i} sign flipped; random features", PAPER, 0.1, ratio=5) for i in (1, 2, 3)),
         *(Claim(f"letter {i} exchanged; random features", "not shown", 0.75, 0.05) for i in (1, 2, 3)),
         *(Claim(f"letter {i} exchanged; at a wrong place", "not shown", 0.75, 0.05) for i in (1, 2, 3)),

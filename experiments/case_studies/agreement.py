@@ -39,7 +39,7 @@ STUDY = Study(
     (
         Claim("number exchanged; at a wrong place", "about 100 neurons control it (2601.22594)", 0.9, 0.05),
         Claim("number exchanged; random features", "", 0.9, 0.05),
-        Claim("number sign flipped; random features", "", 0.1, ratio=5),
+        Claim("number sign flipped; random features", "", 0.1, ratio=3),
     ),
     measure,
     show,

@@ -92,7 +92,7 @@ STUDY = Study(
     (
         Claim("other city: MLPs alone; patterns alone", "attention is not explained", 0.9, 0.05),
         Claim("other giver: MLPs alone; patterns alone", "attention is not explained", 0.9, 0.05),
-        Claim("other word at the end of a list: patterns alone; MLPs alone", "attention is not explained", 0.9, 0.05),
+        Claim("other word at the end of a list: patterns alone; MLPs alone", "attention is not explained", 0.8, 0.1),
     ),
     measure,
     show,
