@@ -13,21 +13,11 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "experiments/case_studies"
 STUDIES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"beside", "common", "report", "smollm2"})
 FAIL = {
-    "state, other question exchanged; random features",
-    "state sign flipped; random features",
-    "ones route exchanged; random features",
-    "tens route exchanged; random features",
-    "letter 2 exchanged; random features",
-    "letter 3 exchanged; random features",
-    "sport at the name exchanged; random features",
-    "language alone exchanged; random features",
-    "sport at both exchanged; at a wrong place",
-    "sport at both sign flipped; random features",
     "list exchanged; random features",
     "list exchanged; at a wrong place",
-    "shorter paths from embeddings; longer ones",
-    "edges left out; by size",
-    "to the outputs, from layer 0; permuted",
+    "list set to 0; random features",
+    "ones route exchanged; the other route",
+    "features left out; by activation",
 }
 """Claims that do not hold, as the table of the page says."""
 
@@ -68,9 +58,8 @@ def test_other_sums_differ_as_they_should(load):
     draw, random = load("addition").draw_sums, Random(0)
     for _ in range(200):
         a, b = random.randrange(10, 100), random.randrange(10, 100)
-        ones, tens, both = map(sum, draw(a, b, random))
-        assert ones // 10 == (a + b) // 10 and tens % 10 == (a + b) % 10 != both % 10
-        assert both // 10 != (a + b) // 10 != tens // 10
+        ones, tens = map(sum, draw(a, b, random))
+        assert ones // 10 == (a + b) // 10 != tens // 10 and tens % 10 == (a + b) % 10
 
 
 @pytest.mark.exhaustive  # half a minute each, most of it to compile; the tests above are of their parts
