@@ -85,8 +85,7 @@ def check_interventions(names: Names) -> None:
     result, divergences = names["result"], names["divergences"]
     assert result.features.edited.sum() == 1 and divergences[2] < 1e-6 < divergences[0]
     measured, predicted = (getattr(result.outputs, name)[0] for name in ("after", "predicted"))
-    # Three later features are predicted to go below 0, where they stop.
-    assert abs(measured - predicted) < 0.25 * abs(measured - result.outputs.before[0])
+    assert abs(measured - predicted) < 0.1 * abs(measured - result.outputs.before[0])
     assert len(names["each"].features) == len(names["graph"].features)
     assert names["text"] and isinstance(names["text"], str)
 
@@ -95,7 +94,7 @@ def check_coders(names: Names) -> None:
     tokens, config = len(names["logits"]), names["coder"].config
     assert names["features"].shape == (tokens, config.features)
     assert 0 < np.count_nonzero(names["features"]) < names["features"].size / 10
-    assert names["error"].shape == (4,) and names["error"].mean() < 0.1
+    assert names["error"].shape == (4,) and names["error"].mean() < 0.15  # its text is unlike what it was trained on
     assert names["replaced"][-1].argmax() == names["logits"][-1].argmax()
     for got, want in zip(jax.tree.leaves(names["same"]), jax.tree.leaves(names["coder"]), strict=True):
         np.testing.assert_array_equal(got, want)

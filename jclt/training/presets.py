@@ -42,7 +42,7 @@ def small_world_coder() -> TrainConfig:
         CoderConfig(features=1024),
         steps=2500,
         batch=16,
-        sparsity_weight=0.2,
+        sparsity_weight=0.25,
         sparsity_ramp=0.5,
         preactivation_weight=1e-4,
         decay=0.5,

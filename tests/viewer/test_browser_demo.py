@@ -20,8 +20,8 @@ from jclt.viewer.page_service import Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 PROMPT = "Question: in the state of South Creek, what is the capital? Answer:"
-STATE = {(0, 8, 258), (0, 8, 834), (1, 16, 376)}
-"""The features of the shipped coder that stand for the city, and at the prompt's last token for its state."""
+STATE = {(1, 16, 376), (2, 16, 496)}
+"""The features of the shipped coder that stand for the state, at the prompt's last token."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_state_is_pointed_at_clicked_and_set_to_another_and_the_capital_chan
     assert "in the supernode state = Colorado" in tab.locator(".tip").inner_text()
     tab.mouse.click(*find_group_name(tab, "state = Colorado"))
     assert "Supernode state = Colorado" in tab.locator(".node").inner_text()
-    assert set(read(tab, "app.chosen.map((n) => app.graph.ids[n])")) == {"0_258_8", "0_834_8", "1_376_16"}
+    assert set(read(tab, "app.chosen.map((n) => app.graph.ids[n])")) == {"1_376_16", "2_496_16"}
     tab.reload()
     tab.get_by_text("Supernode state = Colorado").wait_for()
     tab.get_by_label("Another prompt").fill(PROMPT.replace("South Creek", "Mount Haven"))

@@ -59,8 +59,6 @@ def test_the_replacement_model_answers_as_the_model_does(model, coder):
 
 
 CASES = [("river", 1), ("river", len(ASKED)), ("capital", len(ASKED))]
-MOVED = {"river": 0.8, "capital": 0.85}
-"""The bar was 0.85 for both. The river misses it: 0.844 was measured, in one form and in all."""
 
 
 @pytest.mark.parametrize(("relation", "forms"), mark_others(CASES, CASES[:1]))
@@ -71,5 +69,5 @@ def test_exchanging_a_states_features_moves_the_answer(model, coder, relation, f
     A form of the question is asked with 180 exchanges, where a share of 0.85 has a standard error of 0.027."""
     monkeypatch.setattr("jclt.evaluation.exchange.ASKED", ASKED[:forms])
     exchange = exchange_states(model, coder, layers=(0, 1, 2), size=16, relation=relation)
-    assert exchange.moved >= MOVED[relation] and exchange.control < 0.1
+    assert exchange.moved >= 0.85 and exchange.control < 0.1
     assert all(len(features) <= 16 for features in exchange.features.values())
