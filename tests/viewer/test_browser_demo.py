@@ -1,6 +1,7 @@
 """What `jclt demo --open` shows, in a real browser: the state in the two-hop graph, the features' examples, the first
 look."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_axe_finds_no_serious_fault_in_the_first_look_examples_and_the_differenc
         tab.get_by_role("tab", name="Feature").click()
         tab.get_by_text("Top activations").wait_for()
         assert list_serious_faults(tab) == []
-        tab.get_by_role("button", name="state = Colorado").click()
+        tab.get_by_role("button", name=re.compile("^state = Colorado, . nodes")).click()
         tab.get_by_role("tab", name="Compare").click()
         tab.get_by_label("The other graph").select_option("other_coder")
         tab.get_by_role("button", name="Picture", exact=True).click()
