@@ -116,7 +116,8 @@ def measure(seed: int, count: int) -> Outcomes:
 
 def show() -> Graph:
     example = draw_examples("addition", 1, 0, has_two_digits)[0]
-    return show_codes(example, dict(zip(("ones", "tens"), make_codes(), strict=True)))
+    ones, tens = make_codes()
+    return show_codes(example, {"ones": (ones,), "tens": (tens,)})
 
 
 PAPER = "_6 flipped: 98 for 95; _9 flipped: 91"

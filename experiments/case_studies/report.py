@@ -128,20 +128,20 @@ def draw_verdicts(name: str, rows: Sequence[dict[str, Any]], path: Path) -> None
 
 def show_swaps(swaps: Sequence[Swap], example: Example) -> Graph:
     """The pruned graph of an example, with the features of each concept as a supernode."""
-    return show_codes(example, {swap.name: code for swap in swaps for code in swap.codes})
+    return show_codes(example, {swap.name: swap.codes for swap in swaps})
 
 
-def show_codes(example: Example, codes: Mapping[str, Code]) -> Graph:
+def show_codes(example: Example, codes: Mapping[str, Sequence[Code]]) -> Graph:
     model, coder = load()
     graph = jclt.attribute(model, coder, example.prompt).prune()
     groups: dict[str, list[int]] = {}
     places, taken = graph.features.tolist(), set[int]()
-    for name, code in codes.items():
-        position, cells = code.place(example), set(code.features)
-        nodes = [i for i, (n, p, f) in enumerate(places) if p == position and (n, f) in cells and i not in taken]
+    for name, of_name in codes.items():
+        cells = {(layer, code.place(example), feature) for code in of_name for layer, feature in code.features}
+        nodes = [i for i, place in enumerate(places) if tuple(place) in cells and i not in taken]
         taken |= set(nodes)
         if nodes:
-            groups[f"{name} = {code.read(example)}"] = nodes
+            groups[f"{name} = {of_name[0].read(example)}"] = nodes
     return with_supernodes(graph, groups)
 
 
