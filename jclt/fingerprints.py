@@ -12,7 +12,6 @@ The cost is one pass over the weights.
 
 import hashlib
 import json
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jclt.kept import keep_result
 from jclt.numerics import is_small
 from jclt.shapes import Array, ArrayLike
 
@@ -70,31 +70,19 @@ def _sum_array_bits(x: Array) -> Array:
     return jnp.stack(sums)
 
 
-_known: dict[int, tuple[Any, str]] = {}
-"""By the identity of a pytree: a weak reference to it, and its fingerprint."""
-
-
+@keep_result
 def fingerprint(weights: Any) -> str:
-    """The fingerprint of a pytree of weights, 16 hexadecimal digits, cached as long as the pytree exists.
+    """The fingerprint of a pytree of weights, 16 hexadecimal digits, computed once for each pytree.
 
     Weights are rounded to bfloat16 first, so a model or coder has the same fingerprint whether it was loaded in float32
     or in bfloat16. With several hosts, every host must call it.
     """
-    cached = _known.get(id(weights))
-    if cached is not None and cached[0]() is weights:
-        return cached[1]
     named = {
         jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(weights)
     }
     floating = {name: x for name, x in named.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
     sums = {name: _sum_bits_in_bfloat16(x) for name, x in floating.items()}
-    result = hash_json({name: [list(named[name].shape), pair.tolist()] for name, pair in sums.items()})
-    try:
-        key = id(weights)
-        _known[key] = weakref.ref(weights, lambda _: _known.pop(key, None)), result
-    except TypeError:  # a plain dictionary cannot be referenced weakly: it is not cached
-        pass
-    return result
+    return hash_json({name: [list(named[name].shape), pair.tolist()] for name, pair in sums.items()})
 
 
 def sum_blocks(blocks: Iterable[Array]) -> list[int]:

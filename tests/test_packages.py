@@ -11,7 +11,7 @@ import jclt
 PACKAGE = Path(jclt.__file__).parent
 ORDER = [
     *("errors", "shapes", "interrupts", "config", "files", "array_files", "memory", "numerics"),
-    *("fingerprints", "mesh", "hosts"),
+    *("kept", "fingerprints", "mesh", "hosts"),
     *(
         "graphs",
         "models",

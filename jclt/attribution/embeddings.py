@@ -47,12 +47,15 @@ def trace_embeddings(
     def trace_prompt(
         true_pass: TruePass, features: FeatureNodes, outputs: TargetNodes, vectors: VectorNodes | None
     ) -> EmbeddingEdges:
-        masks = None if vectors is None else vectors.masks
+        masks, layers = None if vectors is None else vectors.masks, local.model.layers
 
         def read_targets(reads: Reads) -> Float[Array, "N"]:
-            of_layers = reads.layers[jnp.asarray(covered)], features.positions, features.encoders
+            of_covered = reads.layers if len(covered) == layers else reads.layers[jnp.asarray(covered)]
+            of_layers = of_covered, features.positions, features.encoders
             of_features = jax.lax.map(lambda of_layer: read_features(*of_layer), of_layers)
-            output_reads = jnp.concatenate([reads.layers, reads.final[None]])[outputs.layers, outputs.positions]
+            of_outputs = reads.layers[jnp.minimum(outputs.layers, layers - 1), outputs.positions]
+            is_last = (outputs.layers == layers)[:, None]
+            output_reads = jnp.where(is_last, reads.final[outputs.positions], of_outputs)
             parts = [of_features.ravel(), einsum("kd,kd->k", output_reads, outputs.vectors)]
             return jnp.concatenate(parts if vectors is None else [*parts, *vectors.read(reads)])
 

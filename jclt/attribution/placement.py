@@ -13,6 +13,7 @@ from jclt.attribution.targets import make_unembedding
 from jclt.attribution.true_pass import stack_biases, stack_skips, widen_outside_layers
 from jclt.coders import Coder, SparseCoder, StreamedCoder
 from jclt.errors import UserError
+from jclt.kept import keep_result
 from jclt.mesh import make_sharding, mesh_of, use_mesh
 from jclt.models import Model
 from jclt.shapes import Array
@@ -58,9 +59,10 @@ def make_prompts_mesh(prompts: int) -> Mesh:
     return jax.make_mesh((len(devices),), ("prompts",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+@keep_result
 def check_finite(coder: Coder) -> None:
-    """Checks encoders and thresholds, one layer at a time. Those of a streamed coder are checked as they are read for
-    its fingerprint."""
+    """Checks encoders and thresholds, one layer at a time, once for each coder. Those of a streamed coder are checked
+    as they are read for its fingerprint."""
     if isinstance(coder, StreamedCoder):
         return
     checks = [check_encoder(coder.load_encoder(layer)) for layer in range(len(coder.config.covered))]

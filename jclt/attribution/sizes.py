@@ -22,7 +22,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 16, {"cpu": 128, "gpu": 1024, "tpu": 256}
 """About how many numbers the gradients of a block have, and its least and most targets, by kind of device: enough for
 efficient products, few enough that the targets of a block begin in much the same layer."""
 
-MOST_STOPS = 8
+MOST_STOPS = 12
 """A block ends at the first of this many evenly spaced positions that lies beyond all its targets."""
 
 CALL_BYTES = {"cpu": 1 << 27, "gpu": 1 << 31, "tpu": 1 << 31}

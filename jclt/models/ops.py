@@ -37,8 +37,8 @@ def compute_neurons(config: ModelConfig, up: Array, gate: Array | None) -> Array
     return activation(up) if gate is None else activation(gate) * up
 
 
-def center(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    return x - x.mean(axis=-1, keepdims=True)
+def center(x: Float[Array, "*batch D"], axis: int = -1) -> Float[Array, "*batch D"]:
+    return x - x.mean(axis=axis, keepdims=True)
 
 
 def compute_denominator(x: Float[Array, "*batch D"], epsilon: float) -> Float[Array, "*batch"]:

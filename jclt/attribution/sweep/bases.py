@@ -54,6 +54,11 @@ class SourceWrites(NamedTuple):
     errors: Float[Array, "*B L T D"]
 
 
+MOST_REACHES = 3
+"""Features of different layers write to different numbers of layers. These are rounded up to at most so many different
+numbers, as a program is compiled for each."""
+
+
 def gather_sources(
     coder: Coder,
     layout: Layout,
@@ -71,10 +76,10 @@ def gather_sources(
     shape = len(slots), len(layout.layers), layout.tiles * layout.tile_size, unexplained.shape[-1]
     tiles = jnp.zeros(shape, unexplained.dtype, device=by_prompt)
     features = np.where(nodes.valid, nodes.features, NO_ROW)
-    reach = max(map(coder.config.reach, range(len(layout.layers))))
+    step = -(-max(map(coder.config.reach, range(len(layout.layers)))) // MOST_REACHES)
     for index in range(len(layout.layers)):
         rows = jax.device_put(coder.take_decoder_rows(index, features[:, index]), by_prompt)
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, reach - rows.shape[2]), (0, 0)))  # one shape, one program
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % step), (0, 0)))  # few shapes, few programs
         tiles = put_rows(layout, tiles, rows, nodes.activations, slots, np.array(index, slots.dtype))
     return slots, find_errors(layout, plan, tiles, unexplained)
 

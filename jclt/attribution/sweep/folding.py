@@ -63,8 +63,7 @@ class FoldedLayer(NamedTuple):
 @partial(jax.jit, static_argnames=("local",))
 def fold_weights(local: LocalModel, weights: Weights) -> FoldedWeights:
     config, params = local.model, weights.params
-    gain = read_gain(config, params, "attn_norm")
-    values = jnp.moveaxis(center(config, jnp.moveaxis(widen(params["value"]) * gain[:, :, None, None], 1, -1)), -1, 1)
+    values = center(config, widen(params["value"]) * read_gain(config, params, "attn_norm")[:, :, None, None], axis=1)
     outputs = widen(params["attn_out"])
     if config.post_norms:
         outputs = center(config, outputs) * read_gain(config, params, "attn_post_norm")[:, None, None]
@@ -172,10 +171,13 @@ def run_folded_layer_from(
 ) -> tuple[Float[Array, "T R D"], Float[Array, "T R D"]]:
     """What `run_folded_layer` returns of streams that are x at one position each, and 0 elsewhere. O'_h V'_h x is
     computed once for all positions, so this takes about T times fewer operations."""
-    (heads, length, _), rows = layer.pattern.shape, jnp.arange(len(positions))
-    written = run_heads(local, layer, jnp.broadcast_to(x[:, None], (len(x), heads, x.shape[1])))
+    (heads, length, _), groups = layer.pattern.shape, layer.values.shape[1]
+    multiply, rows = partial(einsum, precision=local.precision), jnp.arange(len(positions))
+    values = multiply("rd,dgk->rgk", x, layer.values)
+    outputs = layer.outputs.reshape(groups, heads // groups, *layer.outputs.shape[1:])
+    written = multiply("rgk,gmkd->rgmd", values, outputs).reshape(len(x), heads, -1)
     before = jnp.zeros((length, *x.shape), x.dtype).at[positions, rows].set(x)
-    after = einsum("htr,rhd->trd", layer.pattern[:, :, positions], written, precision=local.precision)
+    after = multiply("htr,rhd->trd", layer.pattern[:, :, positions], written)
     return add_skip(local, layer, before, after.at[positions, rows].add(x))
 
 
@@ -186,17 +188,10 @@ def read_folded_layer_at(
     here = x[positions, jnp.arange(len(positions))]
     if local.model.parallel:
         return here
-    attended = einsum("hrs,srd->rhd", layer.pattern[:, positions], x, precision=local.precision)
-    return here + run_heads(local, layer, attended).sum(axis=1)
-
-
-def run_heads(local: LocalModel, layer: FoldedLayer, x: Float[Array, "R H D"]) -> Float[Array, "R H D"]:
-    """O'_h V'_h x for each head."""
-    (heads, *_), groups = layer.outputs.shape, layer.values.shape[1]
-    multiply, in_groups = partial(einsum, precision=local.precision), (groups, heads // groups)
-    values = multiply("rgmd,dgk->rgmk", x.reshape(len(x), *in_groups, -1), layer.values)
-    outputs = layer.outputs.reshape(*in_groups, *layer.outputs.shape[1:])
-    return multiply("rgmk,gmkd->rgmd", values, outputs).reshape(x.shape)
+    multiply, groups = partial(einsum, precision=local.precision), layer.values.shape[1]
+    attended = multiply("hrs,srd->rhd", layer.pattern[:, positions], x)
+    values = multiply("rgmd,dgk->rgmk", attended.reshape(len(here), groups, -1, here.shape[1]), layer.values)
+    return here + multiply("rhk,hkd->rd", values.reshape(len(here), *layer.outputs.shape[:2]), layer.outputs)
 
 
 def read_gain(config: ModelConfig, params: Params, name: str) -> Float[Array, "*L D"]:
@@ -204,8 +199,8 @@ def read_gain(config: ModelConfig, params: Params, name: str) -> Float[Array, "*
     return gain + jnp.asarray(config.norm_offset, gain.dtype)
 
 
-def center(config: ModelConfig, x: Array) -> Array:
-    return ops.center(x) if config.norm == "layer" else x
+def center(config: ModelConfig, x: Array, axis: int = -1) -> Array:
+    return ops.center(x, axis) if config.norm == "layer" else x
 
 
 def align(per_layer: Float[Array, "L D"], like: Float[Array, "L *n D"]) -> Array:
