@@ -1,6 +1,6 @@
 """All case studies in one table: the paper's figure, ours with its control, the verdict and the command of each.
 
-    python experiments/all.py                   # three seeds of 12 prompts
+    python experiments/all.py                   # three seeds of 24 prompts
     python experiments/all.py --prompts 4       # to see that everything runs
     python experiments/all.py --others          # also OTHERS, with tables of their own
 

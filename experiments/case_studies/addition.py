@@ -42,7 +42,7 @@ from jclt.graphs import Graph
 from jclt.world import TASKS, Example
 
 LAYERS, STRENGTH = (2, 3), 2
-ROUTE_LAYERS, ROUTE_STRENGTH = (1, 2, 3), 1.5
+ROUTE_LAYERS, ROUTE_STRENGTH = (1, 2, 3), 1.25
 Sum = tuple[int, int]
 
 
@@ -75,9 +75,7 @@ def draw_sums(a: int, b: int, random: Random) -> tuple[Sum, Sum]:
     return (a, random.choice(ones or [b])), (a, random.choice(tens))
 
 
-def scale_changes(
-    change: np.ndarray, position: int, features: Sequence[tuple[int, int]], strength: float = ROUTE_STRENGTH
-) -> Shifts:
+def scale_changes(change: np.ndarray, position: int, features: Sequence[tuple[int, int]], strength: float) -> Shifts:
     return {(n, f): strength * float(change[n, position, f]) for n, f in features if change[n, position, f]}
 
 
@@ -98,7 +96,7 @@ def measure(seed: int, count: int) -> Outcomes:
             if sum(other) == a + b:
                 continue
             shifts = scale_changes(change, position, everything, STRENGTH)
-            of_route, of_other = (scale_changes(change, position, x) for x in (route, other_route))
+            of_route, of_other = (scale_changes(change, position, x, ROUTE_STRENGTH) for x in (route, other_route))
             rows = [shift(own, shifts, position), shift(own, shifts, position - 1)]
             rows += [shift(own, of_route, position), shift(own, of_other, position)]
             rows += [shift(own, give_to_others(own, position, shifts, draw), position) for _ in range(DRAWS)]

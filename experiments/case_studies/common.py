@@ -74,7 +74,13 @@ def every(_: Example) -> bool:
 def draw_examples(
     task: str, count: int, seed: int, keep: Callable[[Example], bool] = every, split: Split = "report"
 ) -> list[Example]:
-    return [example for example in TASKS[task].examples(split, DRAWN * count, seed) if keep(example)][:count]
+    """Prompts that the model answers rightly: what features do for an answer shows only where it gives that answer."""
+    drawn = [example for example in TASKS[task].examples(split, DRAWN * count, seed) if keep(example)]
+    found = list[Example]()
+    while drawn and len(found) < count:
+        some, drawn = drawn[:count], drawn[count:]
+        found += [example for example, token in zip(some, read_answers(some), strict=True) if token in example.answers]
+    return found[:count]
 
 
 # ---------------------------------------------------------------- codes
@@ -85,6 +91,14 @@ def pad_tokens(model: Model, examples: Sequence[Example]) -> np.ndarray:
     tokens = [model.encode(example.prompt) for example in examples]
     length = -(-max(map(len, tokens)) // MULTIPLE) * MULTIPLE
     return np.array([[*row, *[0] * (length - len(row))] for row in tokens])
+
+
+def read_answers(examples: Sequence[Example]) -> list[str]:
+    """The model's likeliest next tokens."""
+    model, _ = load()
+    logits = run(model, pad_tokens(model, examples))[0]
+    ends = [len(model.encode(example.prompt)) - 1 for example in examples]
+    return [decode(token) for token in np.asarray(logits[np.arange(len(examples)), np.array(ends)].argmax(axis=-1))]
 
 
 def read_activations(tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from jclt.viewer.picture import draw_graph
 from jclt.world import Example
 
 mpl.use("Agg")
-SEEDS, PROMPTS = (0, 1, 2), 12
+SEEDS, PROMPTS = (0, 1, 2), 24
 
 
 class Claim(NamedTuple):

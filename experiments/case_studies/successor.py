@@ -2,8 +2,8 @@
 
     python experiments/case_studies/successor.py
 
-"List: Tuesday Wednesday Thursday" -> " Friday"; as a list of numerals -> " five": the same place and step, another
-list. The features lie in layer 0 at the end.
+"List: Tuesday Wednesday Thursday" -> " Friday"; as a list of numerals -> " five": the same places in another list. The
+other list must have all of these places, as a prompt with its items must exist. The features lie in layer 0 at the end.
 Expected: see README.md. Cost: half a minute on one CPU core.
 """
 
@@ -14,19 +14,30 @@ from report import Claim, Study, main, show_swaps
 
 from jclt.graphs import Graph
 from jclt.world import Example
-from jclt.world.numbers import item_at
+from jclt.world.numbers import LISTS, SHOWN
+
+
+def read_places(example: Example) -> tuple[int, int]:
+    """The places of the first item shown and of the answer, counted from 0; below 0 where a run goes around the end."""
+    place, step = int(concept("index")(example)) - 1, int(concept("step")(example))
+    shows_run = any(c.name == "start" for c in example.concepts)
+    return place - step * (SHOWN - 1) * shows_run, place + step
 
 
 def expect_item(example: Example, name: str) -> tuple[str, ...]:
-    """None where the other list is too short."""
-    item = item_at(name, int(concept("index")(example)) - 1 + int(concept("step")(example)))
-    return (f" {item}",) if item else ()
+    """None where the list lacks one of the places."""
+    first, answer = read_places(example)
+    return (f" {LISTS[name][answer]}",) if 0 <= first and answer < len(LISTS[name]) else ()
+
+
+def stays_within(example: Example) -> bool:
+    return bool(expect_item(example, concept("list")(example)))
 
 
 @cache
 def make_swap() -> Swap:
     code = fit_code("successor", concept("list"), at_end, layers=(0,), share=0.2)
-    return Swap("list", "successor", (code,), expect_item, strength=1.5, wrong=before(at_end))
+    return Swap("list", "successor", (code,), expect_item, strength=1.5, wrong=before(at_end), keep=stays_within)
 
 
 def measure(seed: int, count: int) -> Outcomes:
