@@ -26,7 +26,7 @@ OTHERS = ("intermediates.py", "group_names.py", "global_weights.py")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=12, help="of each of three seeds")
+    parser.add_argument("--prompts", type=int, default=24, help="of each of three seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/case_studies"))
     parser.add_argument("--others", action="store_true")
     options = parser.parse_args()

@@ -12,15 +12,6 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "experiments/case_studies"
 STUDIES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"beside", "common", "report", "smollm2"})
-FAIL = {
-    "list exchanged; random features",
-    "list exchanged; at a wrong place",
-    "list set to 0; random features",
-    "ones route exchanged; the other route",
-    "decade exchanged; random features",
-    "features left out; by activation",
-}
-"""Claims that do not hold, as the table of the page says."""
 
 
 @pytest.fixture
@@ -63,6 +54,35 @@ def test_other_sums_differ_as_they_should(load):
         assert ones // 10 == (a + b) // 10 != tens // 10 and tens % 10 == (a + b) % 10
 
 
+def test_prompts_are_those_that_the_model_answers_rightly(load, monkeypatch):
+    common = load("common")
+    examples = common.TASKS["successor"].examples("choose", 3 * common.DRAWN, 0)
+    wrong = {example.prompt for example in examples[::2]}
+    answer = lambda some: ["?" if x.prompt in wrong else x.answers[0] for x in some]  # noqa: E731
+    monkeypatch.setattr(common, "read_answers", answer)
+    assert common.draw_examples("successor", 3, 0, split="choose") == examples[1:7:2]
+    monkeypatch.undo()
+    assert "95" in common.read_answers([common.TASKS["addition"].make_example((36, 59))])
+
+
+@pytest.mark.parametrize(
+    ("case", "other", "answer"),
+    [
+        (("days", 3, 1, 3), "months", (" May",)),  # Tuesday Wednesday Thursday
+        (("months", 5, 3, 0), "numbers", (" 9",)),  # three after June
+        (("months", 5, 3, 0), "days", ()),  # there is no ninth day
+        (("months", 10, 1, 3), "days", ()),  # September October November
+        (("days", 0, 1, 3), "months", ()),  # Saturday Sunday Monday: a list of months does not go around there
+        (("days", 0, 1, 3), "jours", ()),
+    ],
+)
+def test_another_list_has_an_answer_only_if_it_has_all_places_of_the_prompt(load, case, other, answer):
+    successor = load("successor")
+    example = load("common").TASKS["successor"].make_example(case)
+    assert successor.expect_item(example, other) == answer
+    assert successor.stays_within(example) == (case[:2] != ("days", 0))
+
+
 @pytest.mark.exhaustive  # half a minute each, most of it to compile; the tests above are of their parts
 @pytest.mark.parametrize("name", STUDIES)
 def test_verdicts_on_a_few_prompts(name, load, monkeypatch):
@@ -72,7 +92,6 @@ def test_verdicts_on_a_few_prompts(name, load, monkeypatch):
         rows = report.run_study(study, prompts=6, seeds=(3,))
         assert study.show().logit_names
     for claim, row in zip(study.claims, rows, strict=True):
-        if claim.name not in FAIL:
-            times = 0.75 if claim.ratio > 2 else 1.1
-            most = times * row["ours"] if claim.ratio else claim.most + 0.1  # of six prompts
-            assert row["ours"] >= 0.7 * claim.least and row["control"] <= most, row
+        times = 0.75 if claim.ratio > 2 else 1.1
+        most = times * row["ours"] if claim.ratio else claim.most + 0.1  # of six prompts
+        assert row["ours"] >= 0.7 * claim.least and row["control"] <= most, row
