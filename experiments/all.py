@@ -26,7 +26,7 @@ OTHERS = ("intermediates.py", "group_names.py", "global_weights.py")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=24, help="of each of three seeds")
+    parser.add_argument("--prompts", type=int, help="of each of three seeds (default: 24)")
     parser.add_argument("--out", type=Path, default=Path("runs/case_studies"))
     parser.add_argument("--others", action="store_true")
     options = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
         print(report.write_head("command"), flush=True)
         for name in STUDIES:
             study = import_module(name).STUDY
-            rows = report.run_study(study, options.prompts)
+            rows = report.run_study(study, options.prompts or report.PROMPTS)
             for row in rows:
                 print(report.write_row(name, row), f"`python experiments/case_studies/{name}.py` |", flush=True)
             report.write_files(study, rows, options.out / name)

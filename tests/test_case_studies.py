@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from jclt.world.measure import Answer
+
 FOLDER = Path(__file__).parents[1] / "experiments/case_studies"
 STUDIES = sorted({path.stem for path in FOLDER.glob("*.py")} - {"beside", "common", "report", "smollm2"})
 
@@ -58,11 +60,12 @@ def test_prompts_are_those_that_the_model_answers_rightly(load, monkeypatch):
     common = load("common")
     examples = common.TASKS["successor"].examples("choose", 3 * common.DRAWN, 0)
     wrong = {example.prompt for example in examples[::2]}
-    answer = lambda some: ["?" if x.prompt in wrong else x.answers[0] for x in some]  # noqa: E731
-    monkeypatch.setattr(common, "read_answers", answer)
+    answer = lambda _, some: [Answer(x.answers[0], 1.0, x.prompt not in wrong) for x in some]  # noqa: E731
+    monkeypatch.setattr(common, "answer_examples", answer)
     assert common.draw_examples("successor", 3, 0, split="choose") == examples[1:7:2]
     monkeypatch.undo()
-    assert "95" in common.read_answers([common.TASKS["addition"].make_example((36, 59))])
+    (answered,) = common.answer_examples(common.load()[0], [common.TASKS["addition"].make_example((36, 59))])
+    assert answered.predicted == "95" and answered.right
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Results that are kept: computed once for each object, and forgotten with it."""
 
 import gc
+import weakref
 
 import pytest
 from coder_samples import CLT, random_coder
@@ -26,6 +27,17 @@ def test_a_result_is_computed_once_for_each_object():
     first, equal = Weights([1, 2]), Weights([1, 2])
     assert [add_up(first), add_up(first), add_up(equal)] == [3, 3, 3]
     assert len(calls) == 2 and calls[0] is first and calls[1] is equal
+
+
+def test_a_result_is_forgotten_with_its_object():
+    copy = keep_result(lambda weights: Weights(weights))
+    weights = Weights([1, 2])
+    result = weakref.ref(copy(weights))
+    gc.collect()
+    assert result() == weights  # kept, though nothing else refers to it
+    del weights
+    gc.collect()
+    assert result() is None
 
 
 def test_a_new_object_at_the_place_of_an_old_one_has_its_own_result():

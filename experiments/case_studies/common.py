@@ -23,6 +23,7 @@ from jclt.coders import Coder
 from jclt.interventions.settings import Treatment
 from jclt.world import TASKS, Example, Split
 from jclt.world.example import last_position
+from jclt.world.measure import answer_examples
 
 TRAIN_PROMPTS = 600
 ROWS, MULTIPLE = 16, 8
@@ -79,7 +80,8 @@ def draw_examples(
     found = list[Example]()
     while drawn and len(found) < count:
         some, drawn = drawn[:count], drawn[count:]
-        found += [example for example, token in zip(some, read_answers(some), strict=True) if token in example.answers]
+        answers = answer_examples(load()[0], some)
+        found += [example for example, answer in zip(some, answers, strict=True) if answer.right]
     return found[:count]
 
 
@@ -91,14 +93,6 @@ def pad_tokens(model: Model, examples: Sequence[Example]) -> np.ndarray:
     tokens = [model.encode(example.prompt) for example in examples]
     length = -(-max(map(len, tokens)) // MULTIPLE) * MULTIPLE
     return np.array([[*row, *[0] * (length - len(row))] for row in tokens])
-
-
-def read_answers(examples: Sequence[Example]) -> list[str]:
-    """The model's likeliest next tokens."""
-    model, _ = load()
-    logits = run(model, pad_tokens(model, examples))[0]
-    ends = [len(model.encode(example.prompt)) - 1 for example in examples]
-    return [decode(token) for token in np.asarray(logits[np.arange(len(examples)), np.array(ends)].argmax(axis=-1))]
 
 
 def read_activations(tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:

@@ -195,7 +195,7 @@ def test_viewers_show_all_that_pruning_kept(rule, threshold):
     assert all(type(node["influence"]) in (float, type(None)) for node in export_json(once)["nodes"])
 
 
-@pytest.mark.parametrize("name", mark_others(["random", "two_hop", "ioi"], ["random"]))
+@pytest.mark.parametrize("name", mark_others(["random", "addition", "ioi"], ["random"]))
 def test_viewers_show_all_of_a_written_graph(name, tmp_path):
     """A random one, or one of the demo's, all of which are looked at in tests/cli, too."""
     if name == "random":
