@@ -8,7 +8,14 @@ import numpy as np
 from jclt.attribution.embeddings import MOST_EMBEDDINGS_AT_ONCE
 from jclt.attribution.options import Options
 from jclt.attribution.sweep.cuts import COLUMN_BYTES
-from jclt.attribution.sweep.tiles import TILES_AT_ONCE, Layout, choose_tile_size, count_groups, count_tiles
+from jclt.attribution.sweep.tiles import (
+    TILES_AT_ONCE,
+    Layout,
+    choose_tile_size,
+    count_groups,
+    count_kept_tiles,
+    count_tiles,
+)
 from jclt.attribution.sweep.vectors import VectorNodes
 from jclt.attribution.targets import Outputs
 from jclt.coders import CoderConfig
@@ -62,13 +69,14 @@ def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"], list_le
     """The layout for a batch with so many active features, in lists of this length."""
     groups = count_groups(config)
     tile_size = choose_tile_size(counts, groups, backend)
-    tiles = count_tiles(counts, groups, tile_size)
-    at_once = TILES_AT_ONCE[backend]
+    tiles, at_once = count_tiles(counts, groups, tile_size), TILES_AT_ONCE[backend]
+    kept = count_kept_tiles(counts, groups, tile_size, at_once)
     return Layout(
         layers=config.covered,
         list_length=list_length,
         groups=groups,
         tiles=at_once * round_up(-(-int(tiles.sum(axis=2).max()) // at_once), 4),
+        kept_tiles=at_once * round_up(int(kept.sum(axis=1).max()) // at_once, 4),
         tile_size=tile_size,
         at_position=round_up(int(tiles.max())),
         tiles_at_once=at_once,
@@ -97,7 +105,7 @@ def estimate_source_bytes(
     covered, width = len(coder.covered), model.width
     reach = max(coder.reach(index) for index in range(covered))
     copies = 2 if model.post_norms and coder.writes == "mlp_raw_out" else 1  # folding these norms makes new tiles
-    in_tiles = copies * covered * layout.tiles * layout.tile_size * width
+    in_tiles = copies * layout.kept_tiles * layout.tile_size * width
     listed = covered * layout.list_length
     of_one_layer = 3 * layout.list_length * reach * width
     of_embeddings = 2 * at_once * count_embedding_reads(model, length, layout)

@@ -137,7 +137,7 @@ def list_gathering(setup: Setup, prompt: Prompt) -> tuple[list[Step], Batch]:
     true_pass = shapes.evaluate(partial(run_true_pass, silent=prompt.start), *run, static=1)
     features, plan = shapes.place(prompt.features), shapes.place(prompt.tiles)
     outputs = shapes.place(stack_outputs([prompt.outputs], 1, np.float32))
-    tiles = shapes.array(1, covered, layout.tiles * layout.tile_size, width)
+    tiles = shapes.array(1, layout.kept_tiles * layout.tile_size, width)
     rows = shapes.array(1, layout.list_length, max(map(setup.coder.config.reach, range(covered))), width)
     slots, counts = numbers(1, covered, layout.list_length), shapes.place(prompt.counts)
     find = (layout, plan, tiles, true_pass.unexplained)
@@ -150,7 +150,7 @@ def list_gathering(setup: Setup, prompt: Prompt) -> tuple[list[Step], Batch]:
     folded, targets, _ = shapes.evaluate(fold_models, *fold, features, outputs, static=2)
     nodes, folding = PromptNodes(folded, sources, targets), count_bytes(rest, features, sources, edges)
     gathered = count_bytes(true_pass, features, tiles, rows)
-    put = put_rows.lower(layout, tiles, rows, features.activations, slots, numbers())
+    put = put_rows.lower(layout, tiles, plan.starts, rows, features.activations, slots, numbers())
     steps = [
         Step("true pass", run_true_pass.lower(*run, silent=prompt.start), 0),
         Step("gather", find_slots.lower(layout, plan, features, counts), gathered),

@@ -48,7 +48,8 @@ class FeatureNodes(NamedTuple):
 class SourceWrites(NamedTuple):
     """What the source nodes of one prompt write, of several with a leading axis."""
 
-    tiles: Float[Array, "*B C K S D"]  # to each covered layer, activation times decoder row
+    tiles: Float[Array, "*B W S D"]  # those kept for each covered layer: activation times decoder row
+    starts: Int[Array, "*B C"]  # of each covered layer's tiles
     tile_positions: Int[Array, "*B G K"]
     tile_layers: Int[Array, "*B G K"]  # the lowest layer with a feature in each tile
     errors: Float[Array, "*B L T D"]
@@ -73,14 +74,14 @@ def gather_sources(
     The decoder rows of one layer at a time are read, and put in the tiles.
     """
     slots = find_slots(layout, plan, nodes, counts)
-    shape = len(slots), len(layout.layers), layout.tiles * layout.tile_size, unexplained.shape[-1]
-    tiles = jnp.zeros(shape, unexplained.dtype, device=by_prompt)
+    shape = len(slots), layout.kept_tiles * layout.tile_size, unexplained.shape[-1]
+    tiles, starts = jnp.zeros(shape, unexplained.dtype, device=by_prompt), jnp.asarray(plan.starts)
     features = np.where(nodes.valid, nodes.features, NO_ROW)
     step = -(-max(map(coder.config.reach, range(len(layout.layers)))) // MOST_REACHES)
     for index in range(len(layout.layers)):
         rows = jax.device_put(coder.take_decoder_rows(index, features[:, index]), by_prompt)
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % step), (0, 0)))  # few shapes, few programs
-        tiles = put_rows(layout, tiles, rows, nodes.activations, slots, np.array(index, slots.dtype))
+        tiles = put_rows(layout, tiles, starts, rows, nodes.activations, slots, np.array(index, slots.dtype))
     return slots, find_errors(layout, plan, tiles, unexplained)
 
 
@@ -104,35 +105,49 @@ def find_slots(layout: Layout, plan: TilePlan, nodes: FeatureNodes, counts: Int[
 @jax.named_scope("gather_sources")
 def put_rows(
     layout: Layout,
-    tiles: Float[Array, "B C Q D"],  # Q: the slots of all tiles of a group
+    tiles: Float[Array, "B Q D"],  # Q: the slots of all kept tiles
+    starts: Int[Array, "B C"],
     rows: Float[Array, "B n R D"],
     activations: Float[Array, "B C n"],
     slots: Int[Array, "B C n"],
     index: Int[Array, ""],
-) -> Float[Array, "B C Q D"]:
+) -> Float[Array, "B Q D"]:
     """Puts in the tiles what the features of one covered layer write to it and to the next ones. A padded feature has a
     slot after the last one, and a padded row a layer after the last one; both are left out."""
 
-    def put(tiles: Array, rows: Array, activations: Array, slots: Array) -> Float[Array, "C Q D"]:
+    def put(tiles: Array, starts: Array, rows: Array, activations: Array, slots: Array) -> Float[Array, "Q D"]:
         writes = rows.astype(tiles.dtype) * activations[index][:, None, None]
-        in_group = slots[index] - (index * tiles.shape[1] if layout.groups > 1 else 0)
+        in_group = slots[index] - (index * of_group if layout.groups > 1 else 0)
         layers = index + jnp.arange(rows.shape[1], dtype=index.dtype)
-        return tiles.at[layers[None], in_group[:, None]].set(writes, mode="drop")
+        exists = (in_group < of_group)[:, None] & (layers < len(starts))[None]
+        places = (starts[jnp.minimum(layers, len(starts) - 1)] * layout.tile_size)[None] + in_group[:, None]
+        return tiles.at[jnp.where(exists, places, len(tiles))].set(writes, mode="drop")
 
-    return jax.vmap(put)(tiles, rows, activations, slots)
+    of_group = layout.tiles * layout.tile_size
+    return jax.vmap(put)(tiles, starts, rows, activations, slots)
 
 
 @partial(jax.jit, static_argnames=("layout",), donate_argnames=("tiles", "unexplained"))
 @jax.named_scope("find_errors")
 def find_errors(
-    layout: Layout, plan: TilePlan, tiles: Float[Array, "B C Q D"], unexplained: Float[Array, "B L T D"]
+    layout: Layout, plan: TilePlan, tiles: Float[Array, "B Q D"], unexplained: Float[Array, "B L T D"]
 ) -> SourceWrites:
     """The tiles, with what is left after all that their features write together."""
 
-    def subtract(tiles: Array, positions: Int[Array, "G K"], unexplained: Array) -> Float[Array, "L T D"]:
-        written = tiles.reshape(len(tiles), layout.tiles, layout.tile_size, -1).sum(axis=2)
-        return unexplained.at[jnp.asarray(layout.layers)[:, None], positions].add(-written)
+    def subtract(tiles: Float[Array, "W S D"], starts: Array, positions: Array, unexplained: Array) -> Array:
+        return unexplained.at[locate_tiles(layout, starts, positions)].add(-tiles.sum(axis=1))
 
-    errors = jax.vmap(subtract)(tiles, jnp.asarray(plan.positions), unexplained)
-    tiles = tiles.reshape(*tiles.shape[:2], layout.tiles, layout.tile_size, -1)
-    return SourceWrites(tiles, jnp.asarray(plan.positions), jnp.asarray(plan.layers), errors)
+    starts, positions = jnp.asarray(plan.starts), jnp.asarray(plan.positions)
+    tiles = tiles.reshape(len(tiles), layout.kept_tiles, layout.tile_size, -1)
+    errors = jax.vmap(subtract)(tiles, starts, positions, unexplained)
+    return SourceWrites(tiles, starts, positions, jnp.asarray(plan.layers), errors)
+
+
+def locate_tiles(
+    layout: Layout, starts: Int[Array, "C"], tile_positions: Int[Array, "G K"]
+) -> tuple[Int[Array, "W"], Int[Array, "W"]]:
+    """Layer and position of all kept tiles; of an empty one, any."""
+    tiles = jnp.arange(layout.kept_tiles)
+    index = jnp.searchsorted(starts, tiles, side="right") - 1
+    number = jnp.minimum(tiles - starts[index], layout.tiles - 1)
+    return jnp.asarray(layout.layers)[index], tile_positions[index if layout.groups > 1 else 0, number]

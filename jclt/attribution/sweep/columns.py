@@ -177,7 +177,8 @@ def take_writes(
     sources, layout = sweep.prompts.sources, sweep.layout
     covered = jnp.asarray(layout.layers)
     index = jnp.minimum(jnp.searchsorted(covered, layer), len(covered) - 1)
-    of_features = sources.tiles[prompt, index, rows // layout.tile_size, rows % layout.tile_size]
+    tiles = sources.starts[prompt, index] + rows // layout.tile_size
+    of_features = sources.tiles[prompt, tiles, rows % layout.tile_size]
     of_errors = sources.errors[prompt, layer, sweep.start + positions]
     writes_on = (layers == layer) if layout.groups > 1 else (layers <= layer)
     writes_here = jnp.where(are_errors, layers == layer, writes_on & (covered[index] == layer))

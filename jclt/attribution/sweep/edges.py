@@ -198,7 +198,7 @@ def add_features(
     features of higher layers, or lie at positions that no target of the block reads."""
     layout, sources = sweep.layout, sweep.prompts.sources
     at_once = layout.tiles_at_once
-    group = index if layout.groups > 1 else jnp.zeros_like(index)
+    group, start = index if layout.groups > 1 else jnp.zeros_like(index), sources.starts[step.prompt, index]
     positions = sources.tile_positions[step.prompt, group] - sweep.start
     needed = sources.tile_layers[step.prompt, group] <= step.layer
     needed = needed & (positions < jnp.asarray(sweep.stops)[step.stop_index])
@@ -208,8 +208,8 @@ def add_features(
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=at_once)
 
         def multiply(edges: Array) -> Array:
-            place, shape = (step.prompt, index, first, zero, zero), (1, 1, at_once, *sources.tiles.shape[3:])
-            writes = jax.lax.dynamic_slice(sources.tiles, place, shape)[0, 0]
+            place, shape = (step.prompt, start + first, zero, zero), (1, at_once, *sources.tiles.shape[2:])
+            writes = jax.lax.dynamic_slice(sources.tiles, place, shape)[0]
             shares = einsum("krd,ksd->krs", stream[cut(positions)], writes, precision=sweep.local.precision)[None]
             before = jax.lax.dynamic_slice(edges, (group, first, zero, zero), shares.shape)
             return jax.lax.dynamic_update_slice(edges, before + shares, (group, first, zero, zero))

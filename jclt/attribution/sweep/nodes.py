@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jclt.attribution.local import Frozen, LocalModel, Reads, Weights
-from jclt.attribution.sweep.bases import FeatureNodes, SourceWrites
+from jclt.attribution.sweep.bases import FeatureNodes, SourceWrites, locate_tiles
 from jclt.attribution.sweep.folding import (
     FoldedLayer,
     FoldedPrompt,
@@ -69,9 +69,9 @@ def fold_sources(
     local: LocalModel, layout: Layout, weights: Weights, frozen: Frozen, sources: SourceWrites
 ) -> SourceWrites:
     def fold(frozen: Frozen, sources: SourceWrites) -> SourceWrites:
-        scales, covered = invert_write_norms(local, frozen), jnp.asarray(layout.layers)
-        tile_scales = scales[covered[:, None], jnp.broadcast_to(sources.tile_positions, sources.tiles.shape[:2])]
-        tiles = fold_writes(local, weights.params, covered, sources.tiles) * tile_scales[:, :, None, None]
+        scales = invert_write_norms(local, frozen)
+        layers, positions = locate_tiles(layout, sources.starts, sources.tile_positions)
+        tiles = fold_writes(local, weights.params, layers, sources.tiles) * scales[layers, positions][:, None, None]
         errors = fold_writes(local, weights.params, jnp.arange(len(scales)), sources.errors) * scales[:, :, None]
         return sources._replace(tiles=tiles, errors=errors)
 

@@ -1,12 +1,12 @@
 """Tiles: where each feature's writes lie in the arrays that gradients are multiplied with.
 
 All slots of a tile belong to one position, so that one matrix product serves the tile, however unevenly features are
-spread over positions. At each position features are sorted by layer, so that gradients of low layers need the first
-tiles alone. The first tiles of all positions come first, then the second ones, and so on.
+spread over positions.
 
-Where features also write to later layers, the features of all layers share a position's tiles (one group of tiles).
-Where each writes to its own layer alone, every layer has tiles of its own (a group for each layer), so that no zeros
-are kept for layers that a feature does not write.
+Where features also write to later layers, the features of all layers share a position's tiles (one group of tiles). At
+each position features are sorted by layer, and so are the tiles of all positions, by their lowest layer. So the tiles
+that write to a layer are the first ones, and only these are kept for it: half as many numbers as if all tiles were.
+Where each feature writes to its own layer alone, every layer has tiles of its own (a group for each layer).
 """
 
 from typing import NamedTuple
@@ -37,6 +37,7 @@ class Layout(NamedTuple):
     list_length: int  # of each layer's padded list of active features
     groups: int  # of tiles: one for each covered layer, or one for all
     tiles: int  # of a group
+    kept_tiles: int  # those that write to each layer, of all layers together
     tile_size: int  # slots of a tile
     at_position: int  # the largest number of tiles of a group at one position
     tiles_at_once: int  # that are multiplied together, or skipped together
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
 class TilePlan(NamedTuple):
     """Where the tiles of a batch of prompts are."""
 
+    starts: Int[np.ndarray, "B C"]  # of each covered layer's tiles, among all that are kept
     numbers: Int[np.ndarray, "B G T J"]  # of the tiles at each position, in order
     positions: Int[np.ndarray, "B G K"]
     layers: Int[np.ndarray, "B G K"]  # the lowest layer with a feature in each tile
@@ -68,12 +70,25 @@ def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -
     return -(-in_group // tile_size)
 
 
+def count_written_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B C"]:
+    """The number of tiles that write to each covered layer: the first ones of a group."""
+    features = counts if groups > 1 else np.cumsum(counts, axis=1)
+    return (-(-features // tile_size)).sum(axis=2)
+
+
+def count_kept_tiles(
+    counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int, at_once: int
+) -> Int[np.ndarray, "B C"]:
+    """The number of tiles that are kept for each covered layer: those that write to it, filled up with empty ones so
+    that as many as are multiplied together belong to one layer."""
+    return at_once * -(-count_written_tiles(counts, groups, tile_size) // at_once)
+
+
 def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
     """The place of each tile for so many active features."""
     tiles = count_tiles(counts, layout.groups, layout.tile_size)
     ordinals = np.arange(layout.at_position)
     exists = ordinals[:, None] < tiles[:, :, None]  # [B, G, J, T]
-    numbers = np.cumsum(exists.reshape(*exists.shape[:2], -1), axis=2).reshape(exists.shape) - 1
     covered = np.array(layout.layers)
     if layout.groups > 1:
         lowest = np.broadcast_to(covered[None, :, None, None], exists.shape)
@@ -81,12 +96,16 @@ def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
         up_to = np.cumsum(counts, axis=1)[:, :, None]  # [B, C, 1, T]
         below = (up_to <= layout.tile_size * ordinals[:, None]).sum(axis=1)
         lowest = covered[np.minimum(below, len(covered) - 1)][:, None]
+    of_tiles = np.where(exists, lowest, NO_LAYER).reshape(*exists.shape[:2], -1)
+    order = np.argsort(of_tiles, axis=2, kind="stable")
+    numbers = np.argsort(order, axis=2).reshape(exists.shape)
     batch, group, ordinal, position = np.nonzero(exists)
     places = batch, group, numbers[batch, group, ordinal, position]
     positions = np.zeros((*exists.shape[:2], layout.tiles), int)
     layers = np.full(positions.shape, NO_LAYER)
     positions[places], layers[places] = position, lowest[batch, group, ordinal, position]
-    return TilePlan(numbers.swapaxes(2, 3), positions, layers)
+    kept = count_kept_tiles(counts, layout.groups, layout.tile_size, layout.tiles_at_once)
+    return TilePlan(np.cumsum(kept, axis=1) - kept, numbers.swapaxes(2, 3), positions, layers)
 
 
 def place_targets(
