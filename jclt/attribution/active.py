@@ -23,6 +23,9 @@ from jclt.kernels.take_rows import NO_ROW, count_most_rows, take_from_shards
 from jclt.mesh import FEATURES_AXIS, count_feature_shards, find_place, is_split, map_over_devices, use_mesh
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int
 
+RUN = 8
+"""Numbers that are counted together where nonzero ones are listed."""
+
 
 class LayerList(NamedTuple):
     """One layer's active features, by prompt: sorted by position, then by feature."""
@@ -143,7 +146,7 @@ def list_nonzero(
 
     def list_prompt(activations: Float[Array, "T F"]) -> tuple[Array, Array, Array]:
         features = activations.shape[1]
-        (flat,) = jnp.nonzero(activations.ravel(), size=length, fill_value=0)
+        flat = find_nonzero(activations.ravel(), length)
         return flat // features, flat % features, activations.ravel()[flat]
 
     def list_shard(activations: Array) -> tuple[Array, Array, Array]:
@@ -154,6 +157,18 @@ def list_nonzero(
 
     split = is_split(activations)
     return (map_over_devices(list_shard, (P(None, FEATURES_AXIS),) * 3) if split else list_shard)(activations)
+
+
+def find_nonzero(x: Float[Array, "n"], length: int) -> Int[Array, "length"]:
+    """Where x is not 0; after these numbers come any others. Runs of x are counted, so that only those with one of the
+    numbers are looked through: `jnp.nonzero` adds up all of x, one by one."""
+    runs = jnp.pad(x != 0, (0, -len(x) % RUN)).reshape(-1, RUN)
+    counts, ordinals = runs.sum(axis=1), jnp.arange(length)
+    ends = jnp.cumsum(counts)
+    run = jnp.minimum(jnp.searchsorted(ends, ordinals, side="right"), len(runs) - 1).astype(ends.dtype)
+    in_run = ordinals - (ends - counts)[run]
+    place = jnp.argmax(jnp.cumsum(runs[run], axis=1) > in_run[:, None], axis=1).astype(ends.dtype)
+    return jnp.minimum(run * RUN + place, len(x) - 1)
 
 
 @partial(jax.jit, static_argnames=("most",))

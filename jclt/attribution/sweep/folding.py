@@ -150,9 +150,8 @@ def run_folded_layer(
     multiply = partial(einsum, precision=local.precision)
     values = multiply("srd,dgk->srgk", x, layer.values)
     pattern = layer.pattern.reshape(groups, heads // groups, length, length)
-    mixed = multiply("ghts,srgk->trghk", pattern, values)
-    outputs = layer.outputs.reshape(groups, heads // groups, *layer.outputs.shape[1:])
-    return add_skip(local, layer, x, x + multiply("trghk,ghkd->trd", mixed, outputs))
+    mixed = multiply("ghts,srgk->trghk", pattern, values).reshape(*x.shape[:2], heads, -1)
+    return add_skip(local, layer, x, x + multiply("trhk,hkd->trd", mixed, layer.outputs))
 
 
 def add_skip(

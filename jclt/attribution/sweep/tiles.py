@@ -5,7 +5,7 @@ spread over positions.
 
 Where features also write to later layers, the features of all layers share a position's tiles (one group of tiles). At
 each position features are sorted by layer, and so are the tiles of all positions, by their lowest layer. So the tiles
-that write to a layer are the first ones, and only these are kept for it: half as many numbers as if all tiles were.
+that write to a layer are the first ones, and only these are kept for it: little more than half of all.
 Where each feature writes to its own layer alone, every layer has tiles of its own (a group for each layer).
 """
 
