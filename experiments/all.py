@@ -21,7 +21,7 @@ STUDIES = (
     *("two_hop", "addition", "acronym", "factual_recall", "agreement", "antonyms", "successor", "brackets"),
     *("greater_than", "indirect_object", "attention", "per_layer", "pruning", "depth"),
 )
-OTHERS = ("intermediates.py", "group_names.py", "global_weights.py")
+OTHERS = ("intermediates.py", "concept_probes.py", "group_names.py", "global_weights.py")
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def select_prompts(model: Model, coder: Coder, examples: Sequence[Example], name
     )
 
 
-def find_independent(among: Prompts, example: Example, name: str) -> np.ndarray:
+def find_independent(others: Sequence[Example], example: Example, name: str) -> np.ndarray:
     """Which prompts differ from the tested one in the concept's parents, in the answer, and in the answer's other
     parents: features of these three cannot fire in both. If the answer follows from the concept alone, only the first
     counts."""
@@ -89,7 +89,7 @@ def find_independent(among: Prompts, example: Example, name: str) -> np.ndarray:
         return [parents, beside, other.answers] if beside else [parents]
 
     of_example = keys(example)
-    return np.array([all(a != b for a, b in zip(keys(other), of_example, strict=True)) for other in among.examples])
+    return np.array([all(a != b for a, b in zip(keys(other), of_example, strict=True)) for other in others])
 
 
 def list_accepted(name: str, value: str, near: bool) -> list[str]:
@@ -189,7 +189,7 @@ def measure_concept(
     permuted = random.permutation(among.values)
     findings: list[list[Finding]] = []
     for example, graph in tested:
-        concept, rows = intermediates(example)[name], find_independent(among, example, name)
+        concept, rows = intermediates(example)[name], find_independent(among.examples, example, name)
         values = list_accepted(name, concept.value, near)
         other_values = [
             value for value in set(among.values) if set(values).isdisjoint(list_accepted(name, value, near))
