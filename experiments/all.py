@@ -5,7 +5,7 @@
     python experiments/all.py --others          # also OTHERS, with tables of their own
 
 Nothing is trained. Figures and graphs of each study go to runs/case_studies/. Expected: the table in README.md.
-Cost: with --others and SmolLM2, where it is installed, 13 minutes on two CPU cores, beside other programs.
+Cost: with --others and SmolLM2, where it is installed, 8 to 13 minutes on two CPU cores, beside other programs.
 """
 
 import argparse

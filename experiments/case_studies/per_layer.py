@@ -40,7 +40,7 @@ PAIRS = 4
 """Of prompts of each task, for the changes between layers."""
 
 DIRECT = f"1 / edges of a path from embeddings; {NAMES[PER_LAYER]}"
-"""How direct paths are; the longer, the lower. As of the scores, the paper gives a mean of each kind of graph."""
+"""How direct paths are: the fewer edges, the higher. The paper gives the mean number of edges of each kind of graph."""
 
 
 def list_answered(name: str, seed: int, count: int) -> list[float]:

@@ -24,7 +24,7 @@ from jclt.mesh import FEATURES_AXIS, count_feature_shards, find_place, is_split,
 from jclt.shapes import Array, Bool, DTypeLike, Float, Int
 
 RUN = 8
-"""Numbers that are counted together where nonzero ones are listed."""
+"""How many numbers `find_nonzero` counts together."""
 
 
 class LayerList(NamedTuple):
@@ -160,15 +160,15 @@ def list_nonzero(
 
 
 def find_nonzero(x: Float[Array, "n"], length: int) -> Int[Array, "length"]:
-    """Where x is not 0; after these numbers come any others. Runs of x are counted, so that only those with one of the
-    numbers are looked through: `jnp.nonzero` adds up all of x, one by one."""
+    """Where x is not 0; the rest of the list holds arbitrary places. Nonzero numbers are counted run by run, and then
+    only runs with one of them are searched. `jnp.nonzero` counts along all of x, which takes longer."""
     runs = jnp.pad(x != 0, (0, -len(x) % RUN)).reshape(-1, RUN)
     counts, ordinals = runs.sum(axis=1), jnp.arange(length)
     ends = jnp.cumsum(counts)
     run = jnp.minimum(jnp.searchsorted(ends, ordinals, side="right"), len(runs) - 1).astype(ends.dtype)
     in_run = ordinals - (ends - counts)[run]
     place = jnp.argmax(jnp.cumsum(runs[run], axis=1) > in_run[:, None], axis=1).astype(ends.dtype)
-    return jnp.minimum(run * RUN + place, len(x) - 1)
+    return run * RUN + place
 
 
 @partial(jax.jit, static_argnames=("most",))

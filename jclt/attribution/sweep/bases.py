@@ -48,8 +48,8 @@ class FeatureNodes(NamedTuple):
 class SourceWrites(NamedTuple):
     """What the source nodes of one prompt write, of several with a leading axis."""
 
-    tiles: Float[Array, "*B W S D"]  # those kept for each covered layer: activation times decoder row
-    starts: Int[Array, "*B C"]  # of each covered layer's tiles
+    tiles: Float[Array, "*B W S D"]  # W: those kept for each layer, layer by layer; activation times decoder row
+    starts: Int[Array, "*B C"]  # the first kept tile of each covered layer
     tile_positions: Int[Array, "*B G K"]
     tile_layers: Int[Array, "*B G K"]  # the lowest layer with a feature in each tile
     errors: Float[Array, "*B L T D"]
@@ -117,13 +117,13 @@ def put_rows(
 
     def put(tiles: Array, starts: Array, rows: Array, activations: Array, slots: Array) -> Float[Array, "Q D"]:
         writes = rows.astype(tiles.dtype) * activations[index][:, None, None]
-        in_group = slots[index] - (index * of_group if layout.groups > 1 else 0)
+        slot_in_group = slots[index] - (index * slots_of_group if layout.groups > 1 else 0)
         layers = index + jnp.arange(rows.shape[1], dtype=index.dtype)
-        exists = (in_group < of_group)[:, None] & (layers < len(starts))[None]
-        places = (starts[jnp.minimum(layers, len(starts) - 1)] * layout.tile_size)[None] + in_group[:, None]
+        exists = (slot_in_group < slots_of_group)[:, None] & (layers < len(starts))[None]
+        places = (starts[jnp.minimum(layers, len(starts) - 1)] * layout.tile_size)[None] + slot_in_group[:, None]
         return tiles.at[jnp.where(exists, places, len(tiles))].set(writes, mode="drop")
 
-    of_group = layout.tiles * layout.tile_size
+    slots_of_group = layout.tiles * layout.tile_size
     return jax.vmap(put)(tiles, starts, rows, activations, slots)
 
 

@@ -173,7 +173,8 @@ def take_writes(
     rows: Int[Array, "R"],
     are_errors: Bool[Array, "R"],
 ) -> Float[Array, "R D"]:
-    """What each source of a block writes in one layer."""
+    """What each source of a block writes in one layer. For a source that does not write there, the tile read may be one
+    of another layer; it is then replaced by 0."""
     sources, layout = sweep.prompts.sources, sweep.layout
     covered = jnp.asarray(layout.layers)
     index = jnp.minimum(jnp.searchsorted(covered, layer), len(covered) - 1)

@@ -194,8 +194,9 @@ def add_features(
     stream: Float[Array, "T R D"],
     edges: Float[Array, "G K R S"],
 ) -> Float[Array, "G K R S"]:
-    """Adds the products with what features write to the covered layer of this index. Tiles are skipped that hold only
-    features of higher layers, or lie at positions that no target of the block reads."""
+    """Adds the products with what features write to the covered layer of this index. It skips tiles that hold only
+    features of higher layers, which are not kept for this layer, and those at positions that no target of the block
+    reads."""
     layout, sources = sweep.layout, sweep.prompts.sources
     at_once = layout.tiles_at_once
     group, start = index if layout.groups > 1 else jnp.zeros_like(index), sources.starts[step.prompt, index]

@@ -4,8 +4,9 @@ All slots of a tile belong to one position, so that one matrix product serves th
 spread over positions.
 
 Where features also write to later layers, the features of all layers share a position's tiles (one group of tiles). At
-each position features are sorted by layer, and so are the tiles of all positions, by their lowest layer. So the tiles
-that write to a layer are the first ones, and only these are kept for it: little more than half of all.
+each position features are sorted by layer. The tiles of all positions are sorted, too, by the lowest layer of their
+features. So the tiles with features that write to a layer are the first ones, and only these are kept for this layer:
+over all layers about half of them where positions have many tiles.
 Where each feature writes to its own layer alone, every layer has tiles of its own (a group for each layer).
 """
 
@@ -37,7 +38,7 @@ class Layout(NamedTuple):
     list_length: int  # of each layer's padded list of active features
     groups: int  # of tiles: one for each covered layer, or one for all
     tiles: int  # of a group
-    kept_tiles: int  # those that write to each layer, of all layers together
+    kept_tiles: int  # for each layer those that write to it, of all layers together
     tile_size: int  # slots of a tile
     at_position: int  # the largest number of tiles of a group at one position
     tiles_at_once: int  # that are multiplied together, or skipped together
@@ -46,7 +47,7 @@ class Layout(NamedTuple):
 class TilePlan(NamedTuple):
     """Where the tiles of a batch of prompts are."""
 
-    starts: Int[np.ndarray, "B C"]  # of each covered layer's tiles, among all that are kept
+    starts: Int[np.ndarray, "B C"]  # the first kept tile of each covered layer
     numbers: Int[np.ndarray, "B G T J"]  # of the tiles at each position, in order
     positions: Int[np.ndarray, "B G K"]
     layers: Int[np.ndarray, "B G K"]  # the lowest layer with a feature in each tile
@@ -70,7 +71,7 @@ def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -
     return -(-in_group // tile_size)
 
 
-def count_written_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B C"]:
+def count_writing_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B C"]:
     """The number of tiles that write to each covered layer: the first ones of a group."""
     features = counts if groups > 1 else np.cumsum(counts, axis=1)
     return (-(-features // tile_size)).sum(axis=2)
@@ -79,9 +80,9 @@ def count_written_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size
 def count_kept_tiles(
     counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int, at_once: int
 ) -> Int[np.ndarray, "B C"]:
-    """The number of tiles that are kept for each covered layer: those that write to it, filled up with empty ones so
-    that as many as are multiplied together belong to one layer."""
-    return at_once * -(-count_written_tiles(counts, groups, tile_size) // at_once)
+    """The number of tiles that are kept for each covered layer: those that write to it, rounded up so that no tiles of
+    two layers are multiplied together. The rest is 0."""
+    return at_once * -(-count_writing_tiles(counts, groups, tile_size) // at_once)
 
 
 def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
@@ -96,9 +97,9 @@ def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
         up_to = np.cumsum(counts, axis=1)[:, :, None]  # [B, C, 1, T]
         below = (up_to <= layout.tile_size * ordinals[:, None]).sum(axis=1)
         lowest = covered[np.minimum(below, len(covered) - 1)][:, None]
-    of_tiles = np.where(exists, lowest, NO_LAYER).reshape(*exists.shape[:2], -1)
-    order = np.argsort(of_tiles, axis=2, kind="stable")
-    numbers = np.argsort(order, axis=2).reshape(exists.shape)
+    lowest_or_none = np.where(exists, lowest, NO_LAYER).reshape(*exists.shape[:2], -1)
+    order = np.argsort(lowest_or_none, axis=2, kind="stable")
+    numbers = np.argsort(order, axis=2).reshape(exists.shape)  # the inverse: each tile's place in the order
     batch, group, ordinal, position = np.nonzero(exists)
     places = batch, group, numbers[batch, group, ordinal, position]
     positions = np.zeros((*exists.shape[:2], layout.tiles), int)
