@@ -8,7 +8,7 @@ prompt, of the influence on a later feature and the share by which it changes, b
 over the features of a layer, of the influence on the outputs and the change of their logits. The control is a
 permutation of the effects. Beside the claims: the same of per-layer transcoders, and how far from a push between two
 layers the local replacement model goes the model's way, with the control of MLPs that do not react (`distances.py`).
-Expected: see README.md. Cost: five minutes on one shared CPU core, mostly to compile; in all.py graphs are made once.
+Expected: see README.md. Cost: two minutes on two CPU cores, mostly to compile; in all.py graphs are made once.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ Prompts of all tasks. Each claim has the CLT's figure, and as its control that o
 many of the model's neurons as the CLT has active features, the others set to 0. The answer with all MLPs replaced
 counts if it is the model's or a right one. Beside the claims, in figures.txt: the graphs of all three kinds in one
 table, and what the replacement models do when the residual stream is changed between two layers (`jclt verify`).
-Expected: see README.md. Cost: five minutes on one shared CPU core, mostly to compile; in all.py graphs are made once.
+Expected: see README.md. Cost: two minutes on two CPU cores, mostly to compile; in all.py graphs are made once.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ Prompts of all tasks, pruned to the nodes with 75% of the influence and the edge
 then keeps the 80% of completeness that it keeps in the paper. What is removed counts as error. Controls keep other
 nodes or edges of the same graph: as many features, drawn at random; or the fewest features by activation, or edges by
 size, that explain as much as the pruned graph does. Beside the claims, the curves of the three kinds of nodes.
-Expected: see README.md. Cost: five minutes on one shared CPU core, mostly to compile; in all.py graphs are made once.
+Expected: see README.md. Cost: two minutes on two CPU cores, mostly to compile; in all.py graphs are made once.
 """
 
 from collections.abc import Callable

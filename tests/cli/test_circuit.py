@@ -155,8 +155,10 @@ def test_every_second_pair_of_a_file_grades(capsys, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     assert main(["circuit", "demo", "--pairs", str(path), "--coder", "demo", "--grade", "--ablation", "zero"]) == 0
     printed = capsys.readouterr().out
+    config = jclt.load_coder("demo", model=model).config
+    nodes = 7 * len(config.covered) * (config.features + 1)  # at each position and layer, with an error
     assert printed.startswith(
-        "of prompts of 7 tokens, as nodes are at positions\n<NodeScores: relp of 14,364 nodes (clt)"
+        f"of prompts of 7 tokens, as nodes are at positions\n<NodeScores: relp of {nodes:,} nodes (clt)"
     )
     assert "over 2 pairs>" in printed and "zero ablation" in printed and "2 pairs\n" in printed
     path.write_text(json.dumps(rows[0]))
