@@ -14,7 +14,7 @@ from jclt.viewer.library import Library
 from jclt.viewer.page_service import Page
 
 PROMPT = "calc: 36+59="
-ACTIVE = 174  # a feature of layer 1 that is active at position 6
+ACTIVE, ABLATED = 443, 1014  # features of layers 1 and 3 that are active at position 6
 FEATURE = {"layer": 1, "index": ACTIVE, "token_active_position": 6, "steer_position": 4, "delta": 2.0}
 
 
@@ -77,12 +77,15 @@ def test_answers_are_those_of_the_library():
         ask = {"prompt": f"<bos>{PROMPT}", "model_id": "any/demo", "request_type": "steer"}
         check_graph(model, coder, post(port, "generate-graph", ask | {"slug_identifier": "sum", "max_n_logits": 1})[1])
         check_likeliest(model, post(port, "forward-pass", ask | {"desired_logit_prob": 0.9})[1])
-        new = {"layer": 3, "index": 258, "token_active_position": 6, "steer_generated_tokens": True, "ablate": True}
+        new = {"layer": 3, "index": ABLATED, "token_active_position": 6, "steer_generated_tokens": True, "ablate": True}
         request = ask | {"features": [FEATURE, new], "n_tokens": 2, "top_k": 3}
         check_steering(model, coder, post(port, "steer", request)[1])
         for changes, error in (
             ({"model_id": "gpt2"}, "model_id 'gpt2': not here, expected 'demo'"),
-            ({"features": [FEATURE | {"index": 512}]}, "features: layer 1, index 512, expected a layer of 0, 1, 2, 3"),
+            (
+                {"features": [FEATURE | {"index": 1024}]},
+                "features: layer 1, index 1024, expected a layer of 0, 1, 2, 3",
+            ),
             ({"features": [FEATURE | {"steer_position": 99}]}, "features: a position beyond the prompt's 7 tokens"),
         ):
             status, answer = post(port, "steer", request | changes)
@@ -119,7 +122,7 @@ def check_steering(model, coder, answer) -> None:
     active = dict(zip(places, graph.activations.tolist(), strict=True))[1, 6, ACTIVE]
     edits = [
         jclt.Set(active + 2, layer=1, position=4, feature=ACTIVE),
-        jclt.Set(0.0, layer=3, position=slice(length, None), feature=258),
+        jclt.Set(0.0, layer=3, position=slice(length, None), feature=ABLATED),
     ]
     for rows, of in ((default, []), (steered, edits)):
         tokens = model.encode("".join(row["token"] for row in rows).removeprefix("<bos>"))
