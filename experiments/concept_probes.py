@@ -12,12 +12,13 @@ Expected: see README.md. Cost: a minute on two CPU cores.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from intermediates import NEAR, find_independent, intermediates, list_accepted
+from intermediates import NEAR, find_independent, intermediates, list_accepted, run_in_parts, select_having
 
-from jclt import Model, load_model, run
+from jclt import Model, load_model
 from jclt.world import TASKS, Example
 from jclt.world.measure import pad_prompts
 
@@ -26,17 +27,25 @@ RIDGE = 0.01
 """The penalty of a probe's weights, for each prompt that it is fitted to. Its inputs have variance 1."""
 
 
-def read_places(model: Model, examples: Sequence[Example], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `[N]` where the concept begins, and vectors `[1 + 2 L, N, D]`: their embeddings, and the residual streams
-    after each layer, there and at the end."""
-    tokens, ends = pad_prompts(model, [example.prompt for example in examples])
+class Prompts(NamedTuple):
+    """Prompts that have a concept, and what the model holds of each."""
+
+    examples: list[Example]
+    values: np.ndarray  # [N]
+    tokens: np.ndarray  # [N], where the concept begins
+    vectors: np.ndarray  # [1 + 2 L, N, D]: their embeddings, and the streams after each layer, there and at the end
+
+
+def read_prompts(model: Model, examples: Sequence[Example], name: str) -> Prompts:
+    having, values, starts = select_having(examples, name)
+    tokens, ends = pad_prompts(model, [example.prompt for example in having])
     found = []
-    for some in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 256)):
-        sites = run(model, tokens[some], capture=("resid_pre", "resid_post"))[1]
+    for some, seen in run_in_parts(model, tokens, ("token_embedding", "resid_post")):
         rows, places = np.arange(len(some)), (starts[some], ends[some])
-        streams = [np.asarray(stream)[rows, place] for place in places for stream in sites["resid_post"]]
-        found.append(np.stack([np.asarray(sites["resid_pre"][0])[rows, places[0]], *streams]))
-    return tokens[np.arange(len(tokens)), starts], np.concatenate(found, axis=1).astype(np.float64)
+        streams = [np.asarray(stream)[rows, place] for place in places for stream in seen["resid_post"]]
+        found.append(np.stack([np.asarray(seen["token_embedding"])[rows, places[0]], *streams]))
+    vectors = np.concatenate(found, axis=1).astype(np.float64)
+    return Prompts(having, values, tokens[np.arange(len(tokens)), starts], vectors)
 
 
 class Probe:
@@ -71,48 +80,44 @@ def find_other_tokens(tokens: np.ndarray, labels: np.ndarray, kept: np.ndarray, 
     return others if (labels[others] == value).any() else kept
 
 
-def measure_concept(
-    model: Model, name: str, tested: Sequence[Example], others: Sequence[Example]
-) -> dict[str, np.ndarray]:
-    """For each place, the share of the tested prompts whose value is predicted: exactly, within 1, and exactly by
-    probes that were fitted to permuted labels."""
-    tested_concepts, other_concepts = (
-        [intermediates(example)[name] for example in examples] for examples in (tested, others)
-    )
-    labels = np.array([concept.value for concept in other_concepts])
-    tokens, inputs = read_places(model, others, np.array([concept.position for concept in other_concepts]))
-    tested_tokens, x = read_places(model, tested, np.array([concept.position for concept in tested_concepts]))
-    permuted = np.random.default_rng(0).permutation(labels)
-    probes, by_chance = ([Probe(place, y) for place in inputs] for y in (labels, permuted))
-    hits: dict[str, list[list[bool]]] = {"exact": [], "within 1": [], "permuted": []}
-    for row, (example, concept) in enumerate(zip(tested, tested_concepts, strict=True)):
-        independent = find_independent(others, example, name)
-        kept = find_other_tokens(tokens, labels, independent, tested_tokens[row], concept.value)
-        found, chance = (
-            [probe.predict(vector, kept) for probe, vector in zip(kind, x[:, row], strict=True)]
-            for kind in (probes, by_chance)
-        )
-        accepted = list_accepted(name, concept.value, name in NEAR)
-        hits["exact"].append([value == concept.value for value in found])
-        hits["within 1"].append([value in accepted for value in found])
-        hits["permuted"].append([value == concept.value for value in chance])
-    return {kind: np.mean(rows, axis=0) for kind, rows in hits.items()}
+def predict_values(name: str, tested: Prompts, others: Prompts, labels: np.ndarray) -> np.ndarray:
+    """`[N, 1 + 2 L]`: what the probe of each place, fitted to the other prompts with these labels, predicts of each
+    tested prompt."""
+    probes, found = [Probe(vectors, labels) for vectors in others.vectors], []
+    for row, (example, value) in enumerate(zip(tested.examples, tested.values, strict=True)):
+        kept = find_independent(others.examples, example, name)
+        kept = find_other_tokens(others.tokens, others.values, kept, tested.tokens[row], value)
+        found.append([probe.predict(x, kept) for probe, x in zip(probes, tested.vectors[:, row], strict=True)])
+    return np.array(found)
+
+
+def measure_places(name: str, tested: Prompts, predicted: np.ndarray, near: bool = False) -> np.ndarray:
+    """For each place, the share of the prompts whose value, or a neighbour of it, is predicted."""
+    accepted = [list_accepted(name, value, near) for value in tested.values]
+    return np.mean([np.isin(row, values) for row, values in zip(predicted, accepted, strict=True)], axis=0)
+
+
+def measure_concept(name: str, others: Prompts, choosing: Prompts, reported: Prompts) -> Iterator[list[str]]:
+    """The cells of a row: the embedding, and the best layer where the concept begins and at the end. And of a second
+    one for values within 1."""
+    permuted = np.random.default_rng(0).permutation(others.values)
+    chosen, found = (predict_values(name, tested, others, others.values) for tested in (choosing, reported))
+    by_chance = measure_places(name, reported, predict_values(name, reported, others, permuted))
+    for near in (False, True) if name in NEAR else (False,):
+        layers = measure_places(name, choosing, chosen, near)[1:].reshape(2, -1).argmax(axis=1)
+        places = [0, *(1 + layers + [0, len(others.vectors) // 2])]
+        shares = measure_places(name, reported, found, near)[places]
+        cells = [f"{share:.0%} (layer {layer})" for share, layer in zip(shares[1:], layers, strict=True)]
+        yield [name + ", within 1" * near, f"{shares[0]:.0%}", *cells, "" if near else f"{by_chance[places].max():.0%}"]
 
 
 def measure_task(model: Model, task: str) -> None:
-    """Prints a row for each concept: the embedding, and the best layer where the concept begins and at the end."""
-    others = TASKS[task].examples("train", OTHERS, seed=1)
-    choosing, reported = (TASKS[task].examples(split, TESTED, seed=0) for split in ("choose", "report"))
-    for name in dict.fromkeys(name for example in reported for name in intermediates(example)):
-        having = [[x for x in examples if name in intermediates(x)] for examples in (choosing, reported, others)]
-        chosen, shares = (measure_concept(model, name, tested, having[2]) for tested in having[:2])
-        for kind in ("exact", "within 1") if name in NEAR else ("exact",):
-            layers = chosen[kind][1:].reshape(2, -1).argmax(axis=1)
-            places = [0, *(1 + layers + [0, model.config.layers])]
-            cells = [f"{shares[kind][0]:.0%}"]
-            cells += [f"{shares[kind][place]:.0%} (layer {n})" for place, n in zip(places[1:], layers, strict=True)]
-            cells.append(f"{shares['permuted'][places].max():.0%}" if kind == "exact" else "")
-            print("|", " | ".join([task, name + ", within 1" * (kind != "exact"), *cells]), "|", flush=True)
+    examples = TASKS[task].examples("train", OTHERS, seed=1)
+    tested = [TASKS[task].examples(split, TESTED, seed=0) for split in ("choose", "report")]
+    for name in dict.fromkeys(name for example in tested[1] for name in intermediates(example)):
+        prompts = [read_prompts(model, some, name) for some in (examples, *tested)]
+        for cells in measure_concept(name, *prompts):
+            print("|", " | ".join([task, *cells]), "|", flush=True)
 
 
 HEAD = "| task | concept | embedding | stream where it begins | stream at the end | permuted, best of the three |"

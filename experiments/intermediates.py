@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,14 +43,29 @@ def intermediates(example: Example) -> dict[str, Concept]:
     return {c.name: c for c in example.concepts if c.parents and c.name != "answer"}
 
 
+def select_having(examples: Sequence[Example], name: str) -> tuple[list[Example], np.ndarray, np.ndarray]:
+    """The examples that have a concept, its value in each, and the position where it begins."""
+    having = [example for example in examples if name in intermediates(example)]
+    concepts = [intermediates(example)[name] for example in having]
+    return having, np.array([c.value for c in concepts]), np.array([c.position for c in concepts])
+
+
+def run_in_parts(
+    model: Model, tokens: np.ndarray, sites: tuple[str, ...]
+) -> Iterator[tuple[np.ndarray, Mapping[str, Any]]]:
+    """The values at some sites, for 256 prompts at a time, with the numbers of these."""
+    for numbers in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 256)):
+        yield numbers, run(model, tokens[numbers], capture=sites)[1]
+
+
 def find_firings(model: Model, coder: Coder, examples: Sequence[Example], starts: np.ndarray) -> np.ndarray:
     """Which features fire in each prompt at its start, and which after it: `[N, 2 l F]`."""
     config, found = coder.config, []
     tokens, ends = pad_prompts(model, [example.prompt for example in examples])
     positions = np.arange(tokens.shape[1])
-    for numbers in np.array_split(np.arange(len(tokens)), -(-len(tokens) // 256)):
-        seen = run(model, tokens[numbers], capture=(config.reads,))[1][config.reads]
-        fires = [np.asarray(coder.encode(i, seen[layer])) > 0 for i, layer in enumerate(config.covered)]
+    for numbers, seen in run_in_parts(model, tokens, (config.reads,)):
+        reads = seen[config.reads]
+        fires = [np.asarray(coder.encode(i, reads[layer])) > 0 for i, layer in enumerate(config.covered)]
         first, last = starts[numbers, None], ends[numbers, None]
         places = positions == first, (positions > first) & (positions <= last)
         found.append(np.concatenate([(f & at[:, :, None]).any(axis=1) for at in places for f in fires], axis=1))
@@ -69,12 +84,8 @@ class Prompts(NamedTuple):
 
 
 def select_prompts(model: Model, coder: Coder, examples: Sequence[Example], name: str) -> Prompts:
-    having = [example for example in examples if name in intermediates(example)]
-    concepts = [intermediates(example)[name] for example in having]
-    starts = np.array([concept.position for concept in concepts])
-    return Prompts(
-        having, np.array([concept.value for concept in concepts]), find_firings(model, coder, having, starts)
-    )
+    having, values, starts = select_having(examples, name)
+    return Prompts(having, values, find_firings(model, coder, having, starts))
 
 
 def find_independent(others: Sequence[Example], example: Example, name: str) -> np.ndarray:

@@ -48,7 +48,12 @@ def test_embeddings_do_not_hold_a_citys_state_and_later_layers_do(script):
     from jclt import load_model
     from jclt.world import TASKS
 
-    tested, others = (TASKS["two_hop"].examples(x, n, seed=0) for x, n in (("choose", 12), ("train", 800)))
-    shares = script.measure_concept(load_model("demo"), "state", tested, others)
-    assert shares["exact"][0] < 0.3 and shares["exact"][-1] == 1
-    assert shares["permuted"][-4:].max() < 0.5  # at the end
+    examples = [TASKS["two_hop"].examples(x, n, seed=0) for x, n in (("choose", 12), ("train", 800))]
+    tested, others = (script.read_prompts(load_model("demo"), some, "state") for some in examples)
+    permuted = np.random.default_rng(0).permutation(others.values)
+    exact, by_chance = (
+        script.measure_places("state", tested, script.predict_values("state", tested, others, labels))
+        for labels in (others.values, permuted)
+    )
+    assert exact[0] < 0.3 and exact[-1] == 1
+    assert by_chance[-4:].max() < 0.5  # at the end

@@ -70,12 +70,12 @@ def choose_layout(config: CoderConfig, counts: Int[np.ndarray, "B C T"], list_le
     groups = count_groups(config)
     tile_size = choose_tile_size(counts, groups, backend)
     tiles, at_once = count_tiles(counts, groups, tile_size), TILES_AT_ONCE[backend]
-    kept = count_kept_tiles(counts, groups, tile_size, at_once)
+    kept = count_kept_tiles(tiles, at_once)
     return Layout(
         layers=config.covered,
         list_length=list_length,
         groups=groups,
-        tiles=at_once * round_up(-(-int(tiles.sum(axis=2).max()) // at_once), 4),
+        tiles=at_once * round_up(int(kept.max()) // at_once, 4),
         kept_tiles=at_once * round_up(int(kept.sum(axis=1).max()) // at_once, 4),
         tile_size=tile_size,
         at_position=round_up(int(tiles.max())),

@@ -65,38 +65,28 @@ def choose_tile_size(counts: Int[np.ndarray, "B C T"], groups: int, backend: str
     return min(max(1 << max(mean - 1, 0).bit_length(), SMALLEST_TILE), LARGEST_TILE[backend])
 
 
-def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B G T"]:
-    """The number of tiles of each group at each position."""
-    in_group = counts if groups > 1 else counts.sum(axis=1, keepdims=True)
-    return -(-in_group // tile_size)
-
-
-def count_writing_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B C"]:
-    """The number of tiles that write to each covered layer: the first ones of a group."""
+def count_tiles(counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int) -> Int[np.ndarray, "B C T"]:
+    """The number of tiles at each position that write to each covered layer, the first ones of a group. To the last
+    layer all tiles of a single group write."""
     features = counts if groups > 1 else np.cumsum(counts, axis=1)
-    return (-(-features // tile_size)).sum(axis=2)
+    return -(-features // tile_size)
 
 
-def count_kept_tiles(
-    counts: Int[np.ndarray, "B C T"], groups: int, tile_size: int, at_once: int
-) -> Int[np.ndarray, "B C"]:
+def count_kept_tiles(tiles: Int[np.ndarray, "B C T"], at_once: int) -> Int[np.ndarray, "B C"]:
     """The number of tiles that are kept for each covered layer: those that write to it, rounded up so that no tiles of
     two layers are multiplied together. The rest is 0."""
-    return at_once * -(-count_writing_tiles(counts, groups, tile_size) // at_once)
+    return at_once * -(-tiles.sum(axis=2) // at_once)
 
 
 def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
     """The place of each tile for so many active features."""
     tiles = count_tiles(counts, layout.groups, layout.tile_size)
-    ordinals = np.arange(layout.at_position)
-    exists = ordinals[:, None] < tiles[:, :, None]  # [B, G, J, T]
-    covered = np.array(layout.layers)
+    writes = np.arange(layout.at_position)[:, None] < tiles[:, :, None]  # [B, C, J, T]
+    covered, last = np.array(layout.layers), len(layout.layers) - 1
     if layout.groups > 1:
-        lowest = np.broadcast_to(covered[None, :, None, None], exists.shape)
+        exists, lowest = writes, np.broadcast_to(covered[None, :, None, None], writes.shape)
     else:
-        up_to = np.cumsum(counts, axis=1)[:, :, None]  # [B, C, 1, T]
-        below = (up_to <= layout.tile_size * ordinals[:, None]).sum(axis=1)
-        lowest = covered[np.minimum(below, len(covered) - 1)][:, None]
+        exists, lowest = writes[:, last:], covered[np.minimum((~writes).sum(axis=1, keepdims=True), last)]
     lowest_or_none = np.where(exists, lowest, NO_LAYER).reshape(*exists.shape[:2], -1)
     order = np.argsort(lowest_or_none, axis=2, kind="stable")
     numbers = np.argsort(order, axis=2).reshape(exists.shape)  # the inverse: each tile's place in the order
@@ -105,7 +95,7 @@ def plan_tiles(counts: Int[np.ndarray, "B C T"], layout: Layout) -> TilePlan:
     positions = np.zeros((*exists.shape[:2], layout.tiles), int)
     layers = np.full(positions.shape, NO_LAYER)
     positions[places], layers[places] = position, lowest[batch, group, ordinal, position]
-    kept = count_kept_tiles(counts, layout.groups, layout.tile_size, layout.tiles_at_once)
+    kept = count_kept_tiles(tiles, layout.tiles_at_once)
     return TilePlan(np.cumsum(kept, axis=1) - kept, numbers.swapaxes(2, 3), positions, layers)
 
 
